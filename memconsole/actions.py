@@ -1,0 +1,375 @@
+"""The one registry of Actions: everything that is *done* is one of these values.
+
+An Action is a frozen struct tagged by ``do``. Keys, palette, dialogs, macros, the command line and the wire all
+derive from the registry: a field's :class:`Arg` says how people write it, :class:`Spec` says what the action is.
+
+The command line of an action is its ``words``, its positional fields in order, then ``--options``; :func:`cli_form`
+writes it, :func:`from_words` in the command line's parser reads it, and the two are inverse.
+"""
+
+from __future__ import annotations
+
+import enum
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from memconsole.errors import UsageError
+from memconsole.model import Access, Danger, Rung, Value
+from memconsole.units import exact_size, format_address, parse_address, parse_bdf, parse_size
+
+
+class Kind(enum.StrEnum):
+    """How an argument is written and completed."""
+
+    NEW_NAME = "new-name"
+    REGION = "region"
+    GUEST = "guest"
+    GRANT = "grant"
+    WINDOW = "window"
+    SIZE = "size"
+    ADDRESS = "address"
+    BDF = "bdf"
+    INTEGER = "integer"
+    SECONDS = "seconds"
+    CHOICE = "choice"
+    FLAG = "flag"
+    WORDS = "words"
+
+
+@dataclass(frozen=True)
+class Arg:
+    """How one field of an Action is written: its kind, help, whether it stands without a ``--name``, its choices."""
+
+    kind: Kind
+    help: str
+    positional: bool = False
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of an Action as the command line, dialogs and macros see it; ``required`` when it has no default."""
+
+    name: str
+    arg: Arg
+    required: bool
+    default: Any
+
+    @property
+    def option(self) -> str:
+        """The long option of a field that is not positional (``--page-size``)."""
+        return "--" + self.name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What an action is: id, command words, title, danger class, the key it has by default, what it works on."""
+
+    id: str
+    words: tuple[str, ...]
+    title: str
+    help: str
+    danger: Danger
+    key: str = ""
+    on: str = ""
+
+
+class Action(Value, frozen=True, tag_field="do"):
+    """The base of every Action."""
+
+    spec: ClassVar[Spec]
+
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,54}"
+"""What a region or guest may be called: it becomes a file name and, with a prefix, a LUO session name (63 bytes)."""
+
+
+class Reserve(Action, frozen=True, tag="reserve"):
+    """Set memory aside under a name."""
+
+    spec = Spec(
+        "reserve", ("reserve",), "Reserve region", "Set memory aside under a name", Danger.CHANGES, "n", "regions"
+    )
+    name: Annotated[str, Arg(Kind.NEW_NAME, "name of the new region", positional=True)]
+    size: Annotated[int, Arg(Kind.SIZE, "its size, for example 64M or 2G", positional=True)]
+    store: Annotated[str, Arg(Kind.CHOICE, "where its frames live", choices=("memfd",))] = "memfd"
+    page_size: Annotated[int, Arg(Kind.SIZE, "page size: 4K, 2M or 1G", choices=("4K", "2M", "1G"))] = 4096
+    node: Annotated[int | None, Arg(Kind.INTEGER, "NUMA node to take it from")] = None
+    prefault: Annotated[bool, Arg(Kind.FLAG, "put every page in place now")] = False
+
+
+class Map(Action, frozen=True, tag="map"):
+    """Grant a guest a range of a region."""
+
+    spec = Spec("map", ("map",), "Map region", "Grant a guest a range of a region", Danger.CHANGES, "m", "regions")
+    region: Annotated[str, Arg(Kind.REGION, "region to map", positional=True)]
+    guest: Annotated[str, Arg(Kind.GUEST, "guest that may map it", positional=True)]
+    offset: Annotated[int, Arg(Kind.ADDRESS, "where in the region the grant begins")] = 0
+    length: Annotated[int | None, Arg(Kind.SIZE, "how much of it; all that follows if left out")] = None
+    gpa: Annotated[int | None, Arg(Kind.ADDRESS, "guest physical address to map it at")] = None
+    access: Annotated[Access, Arg(Kind.CHOICE, "ro or rw", choices=("ro", "rw"))] = Access.RW
+    dma: Annotated[str | None, Arg(Kind.BDF, "also map it for this device")] = None
+
+
+class Revoke(Action, frozen=True, tag="revoke"):
+    """Take a mapping back and keep the contents."""
+
+    spec = Spec(
+        "revoke",
+        ("revoke",),
+        "Revoke grant",
+        "Take a mapping back and keep the contents",
+        Danger.DESTROYS,
+        "R",
+        "grants",
+    )
+    grant: Annotated[str, Arg(Kind.GRANT, "grant to revoke", positional=True)]
+    within: Annotated[float, Arg(Kind.SECONDS, "how long each rung may take")] = 5.0
+    at_most: Annotated[
+        Rung, Arg(Kind.CHOICE, "the hardest rung allowed", choices=("ask", "protect", "copy", "kill"))
+    ] = Rung.KILL
+
+
+class Release(Action, frozen=True, tag="release"):
+    """Free a region and zero its memory."""
+
+    spec = Spec(
+        "release",
+        ("release",),
+        "Release region",
+        "Free a region; its contents are gone",
+        Danger.DESTROYS,
+        "X",
+        "regions",
+    )
+    region: Annotated[str, Arg(Kind.REGION, "region to free", positional=True)]
+
+
+class GuestStart(Action, frozen=True, tag="guest-start"):
+    """Start a guest whose RAM is a region of ours."""
+
+    spec = Spec(
+        "guest-start",
+        ("guest", "start"),
+        "Start guest",
+        "Start a guest whose RAM is a region",
+        Danger.CHANGES,
+        "n",
+        "guests",
+    )
+    name: Annotated[str, Arg(Kind.NEW_NAME, "name of the new guest and of its region", positional=True)]
+    vmm: Annotated[str, Arg(Kind.CHOICE, "what runs it", choices=("canary", "qemu"))] = "canary"
+    memory: Annotated[int, Arg(Kind.SIZE, "its RAM")] = 64 << 20
+    args: Annotated[tuple[str, ...], Arg(Kind.WORDS, "arguments for the VMM, after --")] = ()
+
+
+class GuestAttach(Action, frozen=True, tag="guest-attach"):
+    """Take a running process as a guest."""
+
+    spec = Spec(
+        "guest-attach",
+        ("guest", "attach"),
+        "Attach process",
+        "Take a running process as a guest",
+        Danger.CHANGES,
+        "a",
+        "guests",
+    )
+    name: Annotated[str, Arg(Kind.NEW_NAME, "name of the new guest", positional=True)]
+    pid: Annotated[int, Arg(Kind.INTEGER, "its process id")]
+
+
+class GuestStop(Action, frozen=True, tag="guest-stop"):
+    """End a guest; a VM of ours is shut down, an attached process is only let go."""
+
+    spec = Spec(
+        "guest-stop",
+        ("guest", "stop"),
+        "Stop guest",
+        "End a guest; its regions keep their contents",
+        Danger.DESTROYS,
+        "S",
+        "guests",
+    )
+    name: Annotated[str, Arg(Kind.GUEST, "guest to stop", positional=True)]
+
+
+class GuestPause(Action, frozen=True, tag="guest-pause"):
+    """Stop a guest's vCPUs."""
+
+    spec = Spec("guest-pause", ("guest", "pause"), "Pause guest", "Stop a guest's vCPUs", Danger.CHANGES, "p", "guests")
+    name: Annotated[str, Arg(Kind.GUEST, "guest to pause", positional=True)]
+
+
+class GuestResume(Action, frozen=True, tag="guest-resume"):
+    """Let a paused guest go on."""
+
+    spec = Spec(
+        "guest-resume", ("guest", "resume"), "Resume guest", "Let a paused guest go on", Danger.CHANGES, "u", "guests"
+    )
+    name: Annotated[str, Arg(Kind.GUEST, "guest to resume", positional=True)]
+
+
+class WindowMap(Action, frozen=True, tag="window-map"):
+    """Grant a guest an MMIO window."""
+
+    spec = Spec(
+        "window-map", ("window", "map"), "Map window", "Grant a guest an MMIO window", Danger.CHANGES, "m", "windows"
+    )
+    window: Annotated[str, Arg(Kind.WINDOW, "window as BDF:BAR", positional=True)]
+    guest: Annotated[str, Arg(Kind.GUEST, "guest that may map it", positional=True)]
+
+
+class WindowRevoke(Action, frozen=True, tag="window-revoke"):
+    """Take an MMIO window back."""
+
+    spec = Spec(
+        "window-revoke",
+        ("window", "revoke"),
+        "Revoke window",
+        "Take an MMIO window back",
+        Danger.DESTROYS,
+        "R",
+        "windows",
+    )
+    window: Annotated[str, Arg(Kind.WINDOW, "window as BDF:BAR", positional=True)]
+
+
+AnyAction = (
+    Reserve
+    | Map
+    | Revoke
+    | Release
+    | GuestStart
+    | GuestAttach
+    | GuestStop
+    | GuestPause
+    | GuestResume
+    | WindowMap
+    | WindowRevoke
+)
+REGISTRY: Mapping[str, type[Action]] = {cls.spec.id: cls for cls in get_args(AnyAction)}
+
+
+def fields(cls: type[Action]) -> tuple[Field, ...]:
+    """The fields of an action, positional ones first, each in the order it is declared."""
+    hints = get_type_hints(cls, include_extras=True)
+    found = []
+    for info in msgspec.structs.fields(cls):
+        hint = hints[info.name]
+        if get_origin(hint) is not Annotated:
+            raise TypeError(f"{cls.__name__}.{info.name} lacks an Arg")
+        arg = next(extra for extra in get_args(hint)[1:] if isinstance(extra, Arg))
+        found.append(Field(info.name, arg, info.required, None if info.required else info.default))
+    return tuple(sorted(found, key=lambda field: not field.arg.positional))
+
+
+def read_value(field: Field, text: str) -> Any:
+    """The value of one field from what a person wrote.
+
+    Raises:
+        UsageError: the text is not a value of the field's kind.
+    """
+    kind = field.arg.kind
+    if kind is Kind.SIZE:
+        return parse_size(text)
+    if kind is Kind.ADDRESS:
+        return parse_address(text)
+    if kind is Kind.BDF:
+        return parse_bdf(text)
+    if kind is Kind.FLAG:
+        if text.lower() not in {"yes", "no", "true", "false", "1", "0"}:
+            raise UsageError(f"{text!r} is neither yes nor no", "", "write yes or no")
+        return text.lower() in {"yes", "true", "1"}
+    if kind is Kind.WORDS:
+        return tuple(shlex.split(text))
+    if kind in {Kind.INTEGER, Kind.SECONDS}:
+        try:
+            return int(text) if kind is Kind.INTEGER else float(text)
+        except ValueError:
+            raise UsageError(f"{text!r} is not a number", f"{field.name} is a number", "") from None
+    return text
+
+
+def write_value(field: Field, value: Any) -> str:
+    """What a person would write for a value; :func:`read_value` reads it back."""
+    kind = field.arg.kind
+    if kind is Kind.SIZE:
+        return exact_size(value)
+    if kind is Kind.ADDRESS:
+        return format_address(value) if value else "0"
+    if kind is Kind.FLAG:
+        return "yes" if value else "no"
+    if kind is Kind.WORDS:
+        return shlex.join(value)
+    if kind is Kind.SECONDS:
+        return f"{value:g}"
+    return str(value)
+
+
+def build(id: str, arguments: Mapping[str, Any]) -> Action:
+    """An Action from its id and arguments; text is read as a person writes it, other values are taken as they are.
+
+    Raises:
+        UsageError: an unknown action or argument, one that is missing, or a value that does not fit.
+    """
+    cls = REGISTRY.get(id)
+    if cls is None:
+        raise UsageError(f"unknown action {id!r}", "", f"one of: {', '.join(sorted(REGISTRY))}")
+    known = {field.name: field for field in fields(cls)}
+    values: dict[str, Any] = {}
+    for name, value in arguments.items():
+        key = name.replace("-", "_")
+        if key not in known:
+            raise UsageError(f"{id} has no argument {name!r}", "", f"its arguments: {', '.join(known)}")
+        values[key] = read_value(known[key], value) if isinstance(value, str) else value
+    missing = [field.name for field in known.values() if field.required and field.name not in values]
+    if missing:
+        raise UsageError(f"{id} lacks {', '.join(missing)}", "", cls.spec.help)
+    try:
+        return msgspec.convert({"do": id, **values}, type=cls)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{id}: {error}", "", f"see memconsole {' '.join(cls.spec.words)} --help") from None
+
+
+def cli_form(action: Action) -> str:
+    """The command that does the same: ``memconsole map web db1 --gpa 0x00100000``."""
+    words = ["memconsole", *action.spec.words]
+    options: list[str] = []
+    rest: list[str] = []
+    for field in fields(type(action)):
+        value = getattr(action, field.name)
+        if field.arg.positional:
+            words.append(write_value(field, value))
+        elif field.arg.kind is Kind.WORDS:
+            rest = ["--", *value] if value else []
+        elif not field.required and value == field.default:
+            continue
+        elif field.arg.kind is Kind.FLAG:
+            options.append(field.option)
+        else:
+            options += [field.option, write_value(field, value)]
+    return shlex.join([*words, *options, *rest])
+
+
+def encode(action: Action) -> dict[str, Any]:
+    """An Action as plain JSON values, tagged by ``do``; :func:`decode` reads it back."""
+    encoded: dict[str, Any] = msgspec.to_builtins(action)
+    return encoded
+
+
+def decode(value: Any) -> Action:
+    """An Action from plain JSON values.
+
+    Raises:
+        UsageError: not an action, or one with arguments that do not fit.
+    """
+    try:
+        action: Action = msgspec.convert(value, type=AnyAction)
+    except msgspec.ValidationError as error:
+        raise UsageError("not an action", str(error), f"one of: {', '.join(sorted(REGISTRY))}") from None
+    return action

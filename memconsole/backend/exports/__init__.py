@@ -1,0 +1,1 @@
+"""How a process reaches its frames."""

@@ -1,0 +1,1 @@
+"""What owns regions and holds grants: canary, QEMU, any process."""

@@ -1,0 +1,1 @@
+"""Where frames live and how they survive."""

@@ -1,0 +1,1 @@
+"""The control socket: Varlink service and client."""

@@ -1,0 +1,57 @@
+"""Where Snapshots come from and Actions go: one protocol for this process, another process, and a file.
+
+The embedded control process, the wire client and a recorded snapshot all are Sources; console, command line and
+macros know nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from memconsole.actions import Action
+    from memconsole.extents import ExtentTable
+    from memconsole.model import Event, Outcome, Plan, Snapshot
+
+
+class Source(Protocol):
+    """What every face of memconsole is built on; every method may be called from any thread."""
+
+    @property
+    def label(self) -> str:
+        """Where this comes from, in a few words for a title bar (``embedded``, a socket's path, a file's name)."""
+
+    @property
+    def read_only(self) -> str:
+        """Why no Action can be applied here (``a recorded snapshot``, ``--read-only``), or an empty string."""
+
+    def snapshot(self) -> Snapshot:
+        """The present Snapshot (of a file: the recorded one)."""
+
+    def extents(self, key: str) -> ExtentTable:
+        """The PFN map of ``region:NAME`` (by offset) or ``guest:NAME`` (by gpa, or hva where no gpa is known).
+
+        Raises:
+            NotFound: there is no such region or guest, or the file holds no table for it.
+            Denied: the kernel does not show PFNs to this user.
+            Gone: the process ended.
+        """
+
+    def plan(self, action: Action) -> Plan:
+        """What the Action would do, in order, or by what name it is refused; nothing is changed."""
+
+    def apply(self, action: Action) -> Outcome:
+        """Plan once more and do it.
+
+        Raises:
+            Refused: the first refusal of the plan.
+            MemconsoleError: a step failed; those before it were undone.
+        """
+
+    def events(self, after: int) -> Sequence[Event]:
+        """The events with a sequence number above ``after``, oldest first."""
+
+    def close(self) -> None:
+        """Let go of what this source holds; an embedded control process ends its guests and frees its regions."""

@@ -1,0 +1,107 @@
+"""Sizes, addresses, durations and device names as people write them, both ways.
+
+Grammar of a size: ``NUMBER [K|M|G|T|P] [i] [B]``, powers of 1024, or ``0x...`` bytes.
+"""
+
+from __future__ import annotations
+
+import re
+
+from memconsole.errors import UsageError
+
+PAGE = 4096
+_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)i?B?\s*", re.IGNORECASE)
+_HEX = re.compile(r"\s*0[xX][0-9a-fA-F]+\s*")
+_BDF = re.compile(r"(?:([0-9a-fA-F]{4,8}):)?([0-9a-fA-F]{2}):([0-9a-fA-F]{2})\.([0-7])")
+MAX_SIZE = 1 << 62
+
+
+def parse_size(text: str) -> int:
+    """Bytes from ``64M``, ``2GiB``, ``1.5G``, ``4096`` or ``0x1000``.
+
+    Raises:
+        UsageError: not a size, negative, a fraction of a byte, or beyond 4 EiB.
+    """
+    if _HEX.fullmatch(text):
+        value = int(text, 16)
+    else:
+        match = _SIZE.fullmatch(text)
+        if match is None:
+            raise UsageError(f"{text!r} is not a size", "a size is a number and K, M, G, T or P", "write 64M or 2G")
+        number, unit = match.groups()
+        factor = 1 << (10 * _UNITS[unit.upper()])
+        if "." in number:
+            whole, fraction = number.split(".")
+            scaled = int(whole + fraction) * factor
+            if scaled % 10 ** len(fraction):
+                raise UsageError(f"{text!r} is not a size", "it is not a whole number of bytes", "write 64M or 2G")
+            value = scaled // 10 ** len(fraction)
+        else:
+            value = int(number) * factor
+    if value > MAX_SIZE:
+        raise UsageError(f"{text!r} is too large", "no address space holds more than 4 EiB", "check the unit")
+    return value
+
+
+def format_size(value: int) -> str:
+    """A size in the largest unit that keeps it exact, else with one decimal: ``64M``, ``1.5G``, ``0``."""
+    if value < 0:
+        return f"-{format_size(-value)}"
+    for unit, power in (("P", 50), ("T", 40), ("G", 30), ("M", 20), ("K", 10)):
+        if value >= 1 << power:
+            if value % (1 << power) == 0:
+                return f"{value >> power}{unit}"
+            return f"{value / (1 << power):.1f}{unit}"
+    return str(value)
+
+
+def exact_size(value: int) -> str:
+    """A size that :func:`parse_size` reads back to the same number: ``64M``, ``1536K``, ``4097``."""
+    for unit, power in (("P", 50), ("T", 40), ("G", 30), ("M", 20), ("K", 10)):
+        if value and value % (1 << power) == 0:
+            return f"{value >> power}{unit}"
+    return str(value)
+
+
+def parse_address(text: str) -> int:
+    """A gpa, iova or offset: ``0x...`` hexadecimal, else a size."""
+    return parse_size(text)
+
+
+def format_address(value: int) -> str:
+    """An address in hexadecimal, ``0x`` and at least eight digits."""
+    return f"0x{value:08x}"
+
+
+def parse_bdf(text: str) -> str:
+    """A PCI address with its domain (``0000:00:04.0``) from ``00:04.0`` or the whole.
+
+    Raises:
+        UsageError: not a PCI address.
+    """
+    match = _BDF.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{text!r} is not a PCI address", "it is DOMAIN:BUS:DEVICE.FUNCTION", "write 0000:00:04.0")
+    domain, bus, device, function = match.groups()
+    return f"{(domain or '0000').lower()}:{bus.lower()}:{device.lower()}.{function}"
+
+
+def format_duration(ns: int) -> str:
+    """A duration in the unit that leaves one to three digits before the point: ``812ns``, ``3.1ms``, ``2m05s``."""
+    if ns < 1_000:
+        return f"{ns}ns"
+    if ns < 1_000_000:
+        return f"{ns / 1e3:.1f}us"
+    if ns < 1_000_000_000:
+        return f"{ns / 1e6:.1f}ms"
+    seconds = ns / 1e9
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(int(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{rest:02d}s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours}h{minutes:02d}m"
+    return f"{hours // 24}d{hours % 24:02d}h"

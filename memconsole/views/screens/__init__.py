@@ -1,0 +1,1 @@
+"""One screen a view of the Snapshot."""

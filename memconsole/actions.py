@@ -4,7 +4,7 @@ An Action is a frozen struct tagged by ``do``. Keys, palette, dialogs, macros, t
 derive from the registry: a field's :class:`Arg` says how people write it, :class:`Spec` says what the action is.
 
 The command line of an action is its ``words``, its positional fields in order, then ``--options``; :func:`cli_form`
-writes it, :func:`from_words` in the command line's parser reads it, and the two are inverse.
+writes it, :func:`memconsole.command.parse` reads it, and the two are inverse.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ import shlex
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from memconsole import actions, units
+
+from memconsole import actions, command, units
 from memconsole.errors import UsageError
 
 
@@ -89,3 +90,16 @@ def test_keys_do_not_collide_within_a_view() -> None:
     for cls in actions.REGISTRY.values():
         assert (cls.spec.on, cls.spec.key) not in seen
         seen.add((cls.spec.on, cls.spec.key))
+
+
+@pytest.mark.parametrize("action", EXAMPLES, ids=lambda action: action.spec.id)
+def test_the_cli_form_is_read_back(action: actions.Action) -> None:
+    assert command.parse(shlex.split(actions.cli_form(action))) == action
+
+
+@pytest.mark.parametrize(
+    "line", ["", "explode", "reserve web", "reserve web -5M", "reserve web 64M --store tape", "revoke g1 -- x", "guest"]
+)
+def test_command_words_that_mean_nothing_are_usage_errors(line: str) -> None:
+    with pytest.raises(UsageError):
+        command.parse(shlex.split(line))

@@ -61,7 +61,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the Snapshot; its id is the command's name and the view's, ``rows`` its entities, ``key`` their name."""
+    """A table of the Snapshot; its id names the command and the view, ``rows`` its entities, ``key`` their name."""
 
     id: str
     title: str

@@ -1,0 +1,110 @@
+"""Run the test tiers and say of each how it went, what was skipped, and why.
+
+Usage: run_tests.py [all | lint | unit | native | tui | host | vm]
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+TIERS = ("lint", "unit", "native", "tui", "host", "vm")
+LINT = (
+    ("ruff", "check", "."),
+    ("ruff", "format", "--check", "."),
+    ("mypy",),
+    ("lint-imports",),
+)
+NO_TESTS_COLLECTED = 5
+
+
+@dataclass
+class Tally:
+    """How a tier went; ``skips`` maps a reason to how many tests gave it."""
+
+    passed: int = 0
+    failed: int = 0
+    skips: dict[str, int] | None = None
+    seconds: float = 0.0
+    broken: bool = False
+
+    @property
+    def text(self) -> str:
+        """One line of the summary."""
+        skipped = sum((self.skips or {}).values())
+        verdict = "FAILED" if self.failed or self.broken else "ok"
+        return f"{verdict:7}{self.passed:6} passed {self.failed:4} failed {skipped:4} skipped {self.seconds:8.1f} s"
+
+
+def lint() -> Tally:
+    """Formatter, linter, types and import contracts."""
+    tally = Tally(skips={})
+    for command in LINT:
+        print(f"--- {' '.join(command)}", flush=True)
+        ended = subprocess.run([str(BIN / command[0]), *command[1:]], cwd=ROOT, check=False)
+        tally.passed += ended.returncode == 0
+        tally.failed += ended.returncode != 0
+    return tally
+
+
+def run_tier(tier: str) -> Tally:
+    """One tier through pytest; its counts come from the JUnit file pytest writes."""
+    report = ROOT / "build" / f"tests-{tier}.xml"
+    report.parent.mkdir(exist_ok=True)
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", f"tests/{tier}", f"--junit-xml={report}"]
+    ended = subprocess.run(command, cwd=ROOT, check=False)
+    tally = Tally(skips={}, broken=ended.returncode not in {0, 1, NO_TESTS_COLLECTED} or not report.exists())
+    if tally.broken:
+        return tally
+    for case in ET.parse(report).getroot().iter("testcase"):  # noqa: S314 - our own file
+        skipped = case.find("skipped")
+        if skipped is not None and skipped.get("type") != "pytest.xfail":
+            reason = re.sub(r"\s+", " ", skipped.get("message") or "no reason given")
+            tally.skips = tally.skips or {}
+            tally.skips[reason] = tally.skips.get(reason, 0) + 1
+        elif case.find("failure") is not None or case.find("error") is not None:
+            tally.failed += 1
+        else:
+            tally.passed += 1
+    return tally
+
+
+def main() -> int:
+    """Run what was asked for; 0 when nothing failed."""
+    wanted = sys.argv[1] if len(sys.argv) > 1 else "all"
+    if wanted not in {"all", *TIERS}:
+        print(f"there is no tier {wanted!r}; one of: all, {', '.join(TIERS)}", file=sys.stderr)
+        return 2
+    if os.geteuid() != 0:
+        print("not root: the host tier will skip what the kernel does not let an ordinary user do", flush=True)
+    tallies: dict[str, Tally] = {}
+    for tier in TIERS if wanted == "all" else (wanted,):
+        if tier != "lint" and not any((ROOT / "tests" / tier).rglob("test_*.py")):
+            continue
+        print(f"=== {tier}", flush=True)
+        began = time.monotonic()
+        tallies[tier] = lint() if tier == "lint" else run_tier(tier)
+        tallies[tier].seconds = time.monotonic() - began
+    print("\n=== summary")
+    for tier, tally in tallies.items():
+        print(f"{tier:8}{tally.text}")
+        for reason, count in sorted((tally.skips or {}).items()):
+            print(f"        skipped {count}: {reason}")
+    passed = sum(tally.passed for tally in tallies.values())
+    failed = sum(tally.failed + tally.broken for tally in tallies.values())
+    skipped = sum(sum((tally.skips or {}).values()) for tally in tallies.values())
+    print(f"{passed} passed, {failed} failed, {skipped} skipped")
+    return 1 if failed or not passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

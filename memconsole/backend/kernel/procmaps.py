@@ -1,0 +1,199 @@
+r"""The VMAs of a process: /proc/PID/maps, and one VMA by address through PROCMAP_QUERY.
+
+    maps = { START "-" END " " PERMS " " OFFSET " " MAJOR ":" MINOR " " INODE [ blanks PATH ] "\n" }
+
+Numbers but INODE are hexadecimal. PATH is the rest of the line, blanks included; only a newline in it is escaped
+(``\012``). An unlinked file's path ends in `` (deleted)``; a memfd's is ``/memfd:NAME (deleted)``, or ``/ (deleted)``
+once it was retrieved from a live update session; files of no directory read ``anon_inode:[vfio-device]``, and memory
+of no file has no path or a word in brackets.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from dataclasses import dataclass
+
+from memconsole.backend.kernel import tree
+from memconsole.backend.kernel.tree import Root
+
+_DELETED = " (deleted)"
+_QUERY = struct.Struct("=QQQ QQQQ QQ IIII QQ")
+_PROCMAP_QUERY = 0xC0686611
+_NAME_MAX = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Vma:
+    """One mapping: ``[start, end)`` and ``offset`` in bytes; ``device`` as st_dev; ``deleted``: its file has no name."""
+
+    start: int
+    end: int
+    perms: str
+    offset: int
+    device: int
+    inode: int
+    path: str
+    deleted: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes of address space."""
+        return self.end - self.start
+
+    @property
+    def shared(self) -> bool:
+        """Whether writes reach the file (MAP_SHARED)."""
+        return self.perms[3:4] == "s"
+
+    @property
+    def writable(self) -> bool:
+        """Whether the process may write through it now."""
+        return self.perms[1:2] == "w"
+
+
+def raw(root: Root, pid: int) -> bytes:
+    """The maps of a process as the kernel writes them; empty for a kernel thread.
+
+    Raises:
+        Gone: the process ended.
+        Denied: it is another user's.
+        KernelRefused: any other errno.
+    """
+    return tree.read(root, f"/proc/{pid}/maps")
+
+
+def vmas(root: Root, pid: int) -> list[Vma]:
+    """The mappings of a process, by address.
+
+    Raises:
+        Gone, Denied, KernelRefused: as :func:`raw`.
+        BadFile: a line is no mapping.
+    """
+    return parse(raw(root, pid))
+
+
+def parse(data: bytes, *needles: bytes) -> list[Vma]:
+    """The mappings in a maps text; with ``needles``, only those whose line has one of them.
+
+    Raises:
+        BadFile: a line that was wanted is no mapping.
+    """
+    rows = data.split(b"\n")
+    if rows and not rows[-1]:
+        rows.pop()
+    if needles:
+        rows = [row for row in rows if any(needle in row for needle in needles)]
+    return [_vma(row) for row in rows]
+
+
+def find(pid: int, address: int) -> Vma | None:
+    """The mapping of a process of this host that holds ``address``; None where none does.
+
+    One ioctl where the kernel has PROCMAP_QUERY (6.11), else its maps are read.
+
+    Raises:
+        Gone, Denied, KernelRefused: the process cannot be read.
+    """
+    import fcntl
+
+    source = f"/proc/{pid}/maps"
+    name = bytearray(_NAME_MAX)
+    try:
+        fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise tree.failure(source, error) from error
+    try:
+        query = bytearray(_QUERY.pack(_QUERY.size, 0, address, 0, 0, 0, 0, 0, 0, 0, 0, len(name), 0, _address(name), 0))
+        fcntl.ioctl(fd, _PROCMAP_QUERY, query)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        if error.errno == errno.ENOTTY:
+            return next((vma for vma in vmas("/", pid) if vma.start <= address < vma.end), None)
+        raise tree.failure(f"PROCMAP_QUERY of {source}", error) from error
+    finally:
+        os.close(fd)
+    fields = _QUERY.unpack(query)
+    _, _, _, start, end, flags, _, offset, inode, major, minor, length = fields[:12]
+    path = tree.text(bytes(name[: max(length - 1, 0)]))
+    perms = "".join(letter if flags & bit else "-" for letter, bit in (("r", 1), ("w", 2), ("x", 4)))
+    return Vma(
+        start,
+        end,
+        perms + ("s" if flags & 8 else "p"),
+        offset,
+        os.makedev(major, minor),
+        inode,
+        path.removesuffix(_DELETED),
+        path.endswith(_DELETED),
+    )
+
+
+def resident(root: Root, pid: int, vma: Vma) -> int:
+    """Bytes of a mapping that have a frame: of its file's blocks where it is a memfd, else counted by the kernel.
+
+    A memfd answers in one call, for the whole file; other memory is walked (/proc/PID/smaps), which costs 10-30 ns a
+    page.
+
+    Raises:
+        Gone, Denied, KernelRefused, BadFile: the process cannot be read.
+    """
+    if tree.live(root) and vma.deleted and vma.inode:
+        path = f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}"
+        try:
+            return min(os.stat(path).st_blocks * 512, vma.size)
+        except OSError as error:
+            if error.errno not in {errno.EPERM, errno.EACCES}:
+                raise tree.failure(path, error) from error
+    return smaps(root, pid).get(vma.start, {}).get("Rss", 0)
+
+
+def smaps(root: Root, pid: int) -> dict[int, dict[str, int]]:
+    """The counters of every mapping by its start (``Rss``, ``Pss``, ``KernelPageSize``...), in bytes.
+
+    Raises:
+        Gone, Denied, KernelRefused, BadFile: it cannot be read.
+    """
+    source = f"/proc/{pid}/smaps"
+    found: dict[int, dict[str, int]] = {}
+    counters: dict[str, int] = {}
+    for row in tree.read(root, source).split(b"\n"):
+        words = row.split(None, 3)
+        if not words:
+            continue
+        if words[0].endswith(b":"):
+            if len(words) == 3 and words[2] == b"kB" and words[1].isdigit():
+                counters[tree.text(words[0][:-1])] = int(words[1]) << 10
+        else:
+            counters = found.setdefault(_vma(row).start, {})
+    return found
+
+
+def _vma(row: bytes) -> Vma:
+    words = row.split(None, 5)
+    try:
+        start, end = words[0].split(b"-")
+        major, minor = words[3].split(b":")
+        path = tree.text(words[5]) if len(words) > 5 else ""
+        deleted = path.endswith(_DELETED)
+        return Vma(
+            int(start, 16),
+            int(end, 16),
+            words[1].decode("ascii"),
+            int(words[2], 16),
+            os.makedev(int(major, 16), int(minor, 16)),
+            int(words[4]),
+            path[: -len(_DELETED)] if deleted else path,
+            deleted,
+        )
+    except (ValueError, IndexError, OverflowError) as error:
+        raise tree.malformed("/proc/PID/maps", row) from error
+
+
+def _address(buffer: bytearray) -> int:
+    """Where a buffer stands in memory, for an ioctl that writes through a pointer."""
+    import ctypes
+
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))

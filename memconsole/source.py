@@ -55,3 +55,61 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Let go of what this source holds; an embedded control process ends its guests and frees its regions."""
+
+
+class ReadOnly:
+    """Another Source without its actions: plans are shown, nothing is applied."""
+
+    def __init__(self, source: Source, reason: str) -> None:
+        self._source = source
+        self._reason = reason
+
+    @property
+    def label(self) -> str:
+        """The other source's label."""
+        return self._source.label
+
+    @property
+    def read_only(self) -> str:
+        """Why nothing is applied."""
+        return self._source.read_only or self._reason
+
+    def snapshot(self) -> Snapshot:
+        """The other source's Snapshot."""
+        return self._source.snapshot()
+
+    def extents(self, key: str) -> ExtentTable:
+        """The other source's table."""
+        return self._source.extents(key)
+
+    def plan(self, action: Action) -> Plan:
+        """The other source's plan, refused as read-only."""
+        from msgspec.structs import replace
+
+        from memconsole.model import Refusal
+
+        plan = self._source.plan(action)
+        refusal = Refusal(
+            "ReadOnly", f"{action.spec.title} is not done here", self.read_only, "open it without --read-only"
+        )
+        return replace(plan, refusals=(refusal, *plan.refusals))
+
+    def apply(self, action: Action) -> Outcome:
+        """Refuse.
+
+        Raises:
+            Refused: always, as ``ReadOnly``.
+        """
+        from memconsole.errors import Refused
+
+        raise Refused(
+            f"{action.spec.title} is not done here", self.read_only, "open it without --read-only", code="ReadOnly"
+        )
+
+    def events(self, after: int) -> Sequence[Event]:
+        """The other source's events."""
+        return self._source.events(after)
+
+    def close(self) -> None:
+        """Let go of the other source."""
+        self._source.close()

@@ -56,8 +56,8 @@ def _add_field(parser: argparse.ArgumentParser, field: Field) -> None:
         )
 
 
-def add_actions(subparsers: Subparsers, parents: Sequence[argparse.ArgumentParser] = ()) -> dict[str, Subparsers]:
-    """Add a command for every action of the registry; returns the groups (``guest``, ``window``) for others to join."""
+def add_actions(subparsers: Subparsers, parents: Sequence[argparse.ArgumentParser] = (), **defaults: Any) -> None:
+    """Add a command for every action of the registry; ``defaults`` are set on each."""
     groups: dict[str, Subparsers] = {}
     for cls in actions.REGISTRY.values():
         spec = cls.spec
@@ -75,8 +75,7 @@ def add_actions(subparsers: Subparsers, parents: Sequence[argparse.ArgumentParse
                 parser.epilog = f"-- ARG ...: {field.arg.help}"
             else:
                 _add_field(parser, field)
-        parser.set_defaults(action=spec.id)
-    return groups
+        parser.set_defaults(action=spec.id, **defaults)
 
 
 def split_rest(words: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:

@@ -1,0 +1,58 @@
+"""Whom a command talks to: the control process where it answers, else this process, where that makes sense."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from memconsole import paths
+from memconsole.errors import NoControl
+from memconsole.source import ReadOnly, Source
+
+
+def socket_of(options: argparse.Namespace) -> Path:
+    """The control socket the command line names, or the usual one (``$XDG_RUNTIME_DIR`` without root)."""
+    return Path(options.socket) if options.socket else paths.control_socket()
+
+
+def embedded(reason: str = "") -> Source:
+    """A control process inside this one; ``reason`` forbids actions."""
+    from memconsole.backend.control import embedded as build
+
+    return build(read_only=reason)
+
+
+@contextmanager
+def source(options: argparse.Namespace, *, need: Literal["read", "act"] = "read") -> Iterator[Source]:
+    """The Source a command works on, closed when the command ends.
+
+    Reading falls back to a survey by this process when no control process answers; acting does not, because what it
+    would reserve would vanish with this command.
+
+    Raises:
+        NoControl: acting, and nothing answers.
+    """
+    found: Source
+    if options.embedded:
+        found = embedded()
+    else:
+        from memconsole.backend.wire.client import Client
+
+        try:
+            found = Client(socket_of(options))
+        except NoControl as error:
+            if need == "act":
+                raise NoControl(
+                    error.what,
+                    error.why,
+                    "open the console (memconsole) or start the control process (memconsole serve); what a lone command"
+                    " reserves would vanish with it",
+                ) from None
+            found = embedded("no control process answers")
+    try:
+        yield ReadOnly(found, "--read-only was given") if options.read_only else found
+    finally:
+        found.close()

@@ -1,0 +1,109 @@
+"""Commands about snapshots as files: take one, compare two, and what one looks like."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from memconsole import recording
+from memconsole.cli import output
+from memconsole.cli.connect import source
+from memconsole.errors import BadFile, ExitCode, MemconsoleError, UsageError
+from memconsole.model import Snapshot
+from memconsole.source import Source
+
+SIZE = re.compile(r"(\d{2,3})x(\d{2,3})")
+
+
+def snapshot(options: argparse.Namespace) -> int:
+    """A Snapshot as JSON, or one view of it as SVG or text, to stdout or a file."""
+    if options.pfn and not options.output:
+        raise UsageError("--pfn wants a file", "PFN maps are stored beside the JSON, byte for byte", "add -o FILE")
+    if options.view and options.format == "json":
+        raise UsageError("--view wants a picture", "JSON is the whole Snapshot", "add --format svg or text")
+    with contextlib.ExitStack() as stack:
+        found: Source
+        if options.origin:
+            found = stack.enter_context(contextlib.closing(recording.Recording(options.origin)))
+        else:
+            found = stack.enter_context(source(options))
+        if options.format == "json":
+            _write_json(found, options)
+        else:
+            _write_view(found, options)
+    return ExitCode.DONE
+
+
+def _write_json(found: Source, options: argparse.Namespace) -> None:
+    taken = found.snapshot()
+    if not options.output:
+        output.json(taken)
+        return
+    with contextlib.ExitStack() as stack:
+        tables = {}
+        if options.pfn:
+            keys = [f"region:{region.name}" for region in taken.regions] + [
+                f"guest:{guest.name}" for guest in taken.guests
+            ]
+            for key in keys:
+                try:
+                    tables[key] = stack.enter_context(contextlib.closing(found.extents(key)))
+                except MemconsoleError as error:
+                    output.note(f"memconsole: no PFN map of {key}: {error}")
+        recording.write(options.output, taken, tables)
+
+
+def _write_view(found: Source, options: argparse.Namespace) -> None:
+    from memconsole.views.headless import render
+
+    match = SIZE.fullmatch(options.size)
+    if match is None:
+        raise UsageError(f"{options.size!r} is not a size in cells", "", "write 132x50")
+    size = (int(match[1]), int(match[2]))
+    picture = render(found, options.view or "overview", options.format, size=size, subject=options.subject or None)
+    if not options.output:
+        sys.stdout.write(picture)
+        return
+    try:
+        Path(options.output).write_text(picture, encoding="utf-8")
+    except OSError as error:
+        raise BadFile(f"{options.output} cannot be written", str(error), "give another path") from None
+
+
+def _side(options: argparse.Namespace, name: str) -> Snapshot:
+    if name == "live":
+        with source(options) as found:
+            return found.snapshot()
+    taken, tables = recording.read(name)
+    for table in tables.values():
+        table.close()
+    return taken
+
+
+def diff(options: argparse.Namespace) -> int:
+    """Entities that were added or removed, and fields that changed, from A to B."""
+    changes = recording.diff(_side(options, options.a), _side(options, options.b))
+    if options.json:
+        output.json(changes)
+        return ExitCode.DONE
+    for change in changes:
+        if change.kind == "changed":
+            output.text(f"~ {change.table} {change.key} {change.field}: {_brief(change.old)} -> {_brief(change.new)}")
+        else:
+            output.text(f"{'+' if change.kind == 'added' else '-'} {change.table} {change.key}")
+    return ExitCode.DONE
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def schema(_options: argparse.Namespace) -> int:
+    """The JSON Schema of a Snapshot, as published in docs/snapshot.schema.json."""
+    output.json(recording.schema())
+    return ExitCode.DONE

@@ -1,0 +1,141 @@
+"""Commands that host something: the console in its forms, and the doctor."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+
+from memconsole import macros
+from memconsole.cli import output
+from memconsole.cli.connect import embedded, socket_of
+from memconsole.errors import BadFile, ExitCode, MemconsoleError, NoControl, UsageError
+from memconsole.macros import Macro
+from memconsole.source import ReadOnly, Source
+
+
+def console(options: argparse.Namespace) -> int:
+    """The console: on the control process where it answers, else on one in this process that answers others too."""
+    with contextlib.ExitStack() as stack:
+        found = _console_source(options, stack)
+        return _run(found, options)
+
+
+def _console_source(options: argparse.Namespace, stack: contextlib.ExitStack) -> Source:
+    if not options.embedded:
+        from memconsole.backend.wire.client import Client
+
+        try:
+            return _guarded(stack.enter_context(contextlib.closing(Client(socket_of(options)))), options)
+        except NoControl:
+            pass
+    return _guarded(_embedded(options, stack), options)
+
+
+def _guarded(found: Source, options: argparse.Namespace) -> Source:
+    return ReadOnly(found, "--read-only was given") if options.read_only else found
+
+
+def _embedded(options: argparse.Namespace, stack: contextlib.ExitStack) -> Source:
+    """A control process in this one, which also answers on the socket so that commands can reach it."""
+    found = stack.enter_context(contextlib.closing(embedded()))
+    from memconsole.backend.wire.embedded import serve_in_thread
+
+    try:
+        stack.enter_context(contextlib.closing(serve_in_thread(found, socket_of(options))))
+    except (MemconsoleError, OSError) as error:
+        output.note(f"memconsole: commands cannot reach this console: {error}")
+    return found
+
+
+def _run(found: Source, options: argparse.Namespace, record_to: Path | None = None) -> int:
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise UsageError("the console wants a terminal", "", "memconsole snapshot shows the same without one")
+    from memconsole.views.app import run
+
+    known, broken = macros.discover()
+    for path, error in broken:
+        output.note(f"memconsole: {path}: {error}")
+    return run(found, macros=known, interval=options.interval, record_to=record_to)
+
+
+def open_file(options: argparse.Namespace) -> int:
+    """The console on a recorded snapshot."""
+    from memconsole.recording import Recording
+
+    with contextlib.closing(Recording(options.file)) as found:
+        return _run(found, options)
+
+
+DEMO = """
+title = "Demo guests"
+
+[[step]]
+do = "guest-start"
+name = "canary-a"
+memory = "64M"
+
+[[step]]
+do = "guest-start"
+name = "canary-b"
+memory = "32M"
+
+[[step]]
+do = "guest-start"
+name = "vm-1"
+vmm = "qemu"
+memory = "128M"
+on_failure = "continue"
+
+[[step]]
+do = "reserve"
+name = "spare"
+size = "256M"
+prefault = true
+"""
+
+
+def demo(options: argparse.Namespace) -> int:
+    """The console on an embedded control process with live guests: canaries, QEMU where there is one, a spare region."""
+    macro: Macro = macros.loads(DEMO, "demo")
+    with contextlib.ExitStack() as stack:
+        found = _embedded(options, stack)
+        results = []
+        for result in macros.run(macro, found, {}):
+            output.note(result.error or (result.outcome.text if result.outcome else result.text))
+            results.append(result)
+        if all(result.error or result.skipped for result in results):
+            macros.verdict(macro, results)
+        return _run(_guarded(found, options), options)
+
+
+def macro_record(options: argparse.Namespace) -> int:
+    """The console with recording on; what was done is in the file when it ends."""
+    path = Path(options.file)
+    if path.exists():
+        raise BadFile(f"{path} is there already", "recording would overwrite it", "give another name")
+    if not path.parent.is_dir():
+        raise BadFile(f"{path} cannot be written", f"there is no directory {path.parent}", "make it first")
+    with contextlib.ExitStack() as stack:
+        return _run(_console_source(options, stack), options, record_to=path)
+
+
+MARKS = {"yes": "+", "partly": "~", "no": "-"}
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """What this host can do, what is missing, why, and what to do about it."""
+    from memconsole.backend.doctor import doctor as examine
+
+    capabilities = examine()
+    if options.json:
+        output.json(capabilities)
+        return ExitCode.DONE
+    for capability in capabilities:
+        output.text(f"{MARKS[capability.level]} {capability.title}: {capability.level}")
+        if capability.why:
+            output.text(f"    {capability.why}")
+        if capability.remedy:
+            output.text(f"    remedy: {capability.remedy}")
+    return ExitCode.DONE

@@ -1,17 +1,24 @@
 """Who holds the file descriptors without which memory or a session would vanish.
 
 One protocol, three holders: this process (:class:`OwnCustody`: an embedded control process, whose memory may go with
-it), the keeper (:mod:`memconsole.backend.keeper`), and the service manager's fd store
-(:mod:`memconsole.backend.fdstore`). A name is 1 to 200 bytes; a payload is at most 4096 bytes and says what the fd is.
+it), the keeper (:class:`KeeperCustody`), and the service manager's fd store (:class:`~.fdstore.SystemdCustody`).
+A name is 1 to 200 bytes; a payload is at most 4096 bytes and says what the fd is.
+
+The keeper's protocol stands at the top of ``native/keeper.c``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+import struct
 import threading
-from typing import Protocol
+import time
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
-from memconsole.errors import NotFound, UsageError
+from memconsole.errors import Denied, Gone, MemconsoleError, NotFound, Refused, UsageError, WireError
 
 MAX_NAME = 200
 MAX_PAYLOAD = 4096
@@ -126,3 +133,256 @@ class OwnCustody:
             held, self._held = self._held, {}
         for fd, _ in held.values():
             os.close(fd)
+
+
+class KeeperStatus(NamedTuple):
+    """What the keeper says of itself: entries held and room for, connections, bytes of names and payloads, guards."""
+
+    pid: int
+    held: int
+    room: int
+    clients: int
+    bytes: int
+    bytes_room: int
+    guards: int
+
+    def unguarded(self) -> list[str]:
+        """The protections the keeper could not get, in words."""
+        words = ("it is not exempt from the OOM killer", "it is not locked in memory", "RLIMIT_NOFILE limits its room")
+        return [word for bit, word in enumerate(words) if not self.guards >> bit & 1]
+
+
+class KeeperCustody:
+    """Fds held by the keeper on the socket at ``path``, over one connection.
+
+    Raises:
+        Gone: no keeper answers there (``CustodyGone``).
+        Denied: the keeper runs as another user, and this process not as root.
+        Refused: the keeper has too many connections (``CustodyBusy``).
+    """
+
+    survives = True
+
+    def __init__(self, path: Path, *, timeout: float = 10.0) -> None:
+        self.path = path
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self.pid = 0
+        with self._lock:
+            self._connect()
+
+    @classmethod
+    def start(cls, runtime_dir: Path) -> KeeperCustody:
+        """The keeper of a runtime directory: the one that runs, else a new one, which outlives this process.
+
+        Raises:
+            KernelRefused, MemconsoleError: it could not be started.
+        """
+        path = runtime_dir.absolute() / "keeper"
+        with contextlib.suppress(Gone):
+            return cls(path)
+        import subprocess
+
+        from memconsole import native
+
+        started = subprocess.run(
+            [native.program("memconsole-keeper"), path], stdin=subprocess.DEVNULL, capture_output=True, check=False
+        )
+        if started.returncode not in {0, _ALREADY_SERVED}:
+            raise MemconsoleError("the keeper did not start", started.stderr.decode(errors="replace").strip())
+        deadline = time.monotonic() + 2.0
+        while True:
+            try:
+                return cls(path)
+            except Gone:  # another process started it at the same moment, and it does not listen yet
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+
+    @property
+    def label(self) -> str:
+        """See :class:`Custody`."""
+        return f"keeper, pid {self.pid}"
+
+    def put(self, name: str, fd: int, payload: bytes = b"") -> None:
+        """See :class:`Custody`."""
+        os.fstat(fd)  # a bad fd is the caller's error, not the keeper's end
+        self._request(_Op.PUT, check(name, payload), payload, fds=[fd])
+
+    def get(self, name: str) -> tuple[int, bytes]:
+        """See :class:`Custody`."""
+        reply = self._request(_Op.GET, check(name, b""))
+        return reply.fds[0], reply.payload
+
+    def drop(self, name: str) -> None:
+        """See :class:`Custody`."""
+        self._request(_Op.DROP, check(name, b""))
+
+    def names(self) -> list[str]:
+        """See :class:`Custody`."""
+        names: list[str] = []
+        more, last = True, b""
+        while more:
+            reply = self._request(_Op.LIST, last)
+            more, at = reply.more, 0
+            while at < len(reply.payload):
+                end = at + 1 + reply.payload[at]
+                last = reply.payload[at + 1 : end]
+                names.append(last.decode(errors="surrogateescape"))
+                at = end
+        return names
+
+    def status(self) -> KeeperStatus:
+        """What the keeper says of itself."""
+        return _status(self._request(_Op.STAT).payload)
+
+    def end(self, *, holding: bool = False) -> None:
+        """Tell the keeper to end; with ``holding`` even if fds are held, which then go.
+
+        Raises:
+            Refused: it holds fds (``CustodyHolding``).
+        """
+        self._request(_Op.QUIT, flags=int(holding))
+
+    def close(self) -> None:
+        """Close the connection; the keeper goes on."""
+        with self._lock:
+            self._disconnect()
+
+    def _disconnect(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _connect(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        connection.settimeout(self._timeout)
+        try:
+            connection.connect(str(self.path))
+            greeting = _receive(connection, _Op.GREETING, "")
+            pid = _status(greeting.payload).pid
+        except PermissionError as error:
+            connection.close()
+            raise Denied(f"no keeper may be reached at {self.path}", str(error), "run as root") from None
+        except OSError as error:
+            connection.close()
+            raise Gone(
+                f"no keeper answers at {self.path}", str(error), "memconsole serve starts one", code="CustodyGone"
+            ) from None
+        except MemconsoleError:
+            connection.close()
+            raise
+        if self.pid not in {0, pid}:
+            connection.close()
+            raise Gone(
+                f"the keeper with pid {self.pid} ended",
+                f"another one, pid {pid}, serves {self.path} and does not hold what it held",
+                "restart the control process: it adopts what is left, and says what is not",
+                code="CustodyGone",
+            )
+        self.pid = pid
+        self._socket = connection
+        return connection
+
+    def _request(
+        self, op: int, name: bytes = b"", payload: bytes = b"", *, flags: int = 0, fds: list[int] | None = None
+    ) -> _Reply:
+        message = _REQUEST.pack(_VERSION, op, len(name), flags, len(payload), 0) + name + payload
+        with self._lock:
+            connection = self._socket or self._connect()
+            try:
+                socket.send_fds(connection, [message], fds or [])
+                return _receive(connection, op, os.fsdecode(name))
+            except OSError as error:
+                self._disconnect()
+                raise Gone(
+                    f"the keeper with pid {self.pid} does not answer",
+                    str(error) or "it ended, and what nobody else holds went with it",
+                    "restart the control process: it adopts what is left, and says what is not",
+                    code="CustodyGone",
+                ) from None
+            except WireError:
+                self._disconnect()
+                raise
+
+
+_VERSION = 1
+_ALREADY_SERVED = 3
+_REQUEST = struct.Struct("<BBBBHH")
+_STATUS = struct.Struct("<IIIIQQII")
+_LARGEST_REPLY = _REQUEST.size + MAX_PAYLOAD
+
+
+class _Op:
+    GREETING, PUT, GET, DROP, LIST, STAT, QUIT = range(7)
+
+
+class _Reply(NamedTuple):
+    more: bool
+    payload: bytes
+    fds: list[int]
+
+
+_BROKEN = {
+    1: "its lengths do not add up",
+    2: "it is of a version this keeper does not speak",
+    3: "there is no such operation",
+    4: "the name is empty or holds a NUL",
+    5: "not as many descriptors arrived as the operation takes",
+    6: "it is longer than any request may be",
+}
+_FULL = {
+    8: "it has no room for another descriptor",
+    9: "it has no room for another name and payload",
+    10: "the kernel gave it no memory",
+}
+
+
+def _refusal(code: int, name: str) -> MemconsoleError:
+    """The error for a code that is not OK (``enum code`` in keeper.c)."""
+    if code in _FULL:
+        return Refused(f"the keeper cannot hold {name!r}", _FULL[code], "release regions", code="CustodyFull")
+    match code:
+        case 7:
+            return nothing_held(name)
+        case 11:
+            return Refused("the keeper does not end", "it holds descriptors", "release them", code="CustodyHolding")
+        case 12:
+            return Denied("the keeper denied this process", "it is neither root nor the keeper's user", "run as root")
+        case 13:
+            return Refused("the keeper has no room for another connection", "", "close others", code="CustodyBusy")
+    return WireError("the keeper refused a request", _BROKEN.get(code, f"code {code}"), "use the same version of both")
+
+
+def _receive(connection: socket.socket, op: int, name: str) -> _Reply:
+    """The reply to a request about ``name``.
+
+    Raises:
+        OSError: there is none.
+        WireError: it is not a reply to this request.
+    """
+    raw, fds, _, _ = socket.recv_fds(connection, _LARGEST_REPLY, 1, socket.MSG_CMSG_CLOEXEC)
+    if not raw:
+        raise ConnectionResetError("it closed the connection")
+    version, answered, code, more, length, _ = _REQUEST.unpack_from(raw.ljust(_REQUEST.size, b"\0"))
+    if version != _VERSION:
+        raise WireError(
+            f"the keeper speaks version {version} of its protocol",
+            f"this memconsole speaks version {_VERSION}",
+            "use the memconsole that started it, or release all it holds and end it",
+        )
+    whole = len(raw) == _REQUEST.size + length and answered == op
+    if whole and code == 0 and len(fds) == (op == _Op.GET):
+        return _Reply(bool(more), raw[_REQUEST.size :], fds)
+    for fd in fds:
+        os.close(fd)
+    if whole and code:
+        raise _refusal(code, name)
+    raise WireError("the keeper's reply makes no sense", f"{raw[:8].hex()} with {len(fds)} descriptors")
+
+
+def _status(payload: bytes) -> KeeperStatus:
+    if len(payload) != _STATUS.size:
+        raise WireError("the keeper's status makes no sense", f"it has {len(payload)} bytes")
+    return KeeperStatus(*_STATUS.unpack(payload)[:7])

@@ -1,0 +1,254 @@
+"""Custody in the service manager's fd store (systemd, ``FileDescriptorStoreMax=``).
+
+The store takes fds under names and gives all of them back when the service starts again; it has no payloads, and
+drops an fd that is the same open file as one it holds. So files and names are stored apart::
+
+    mc.f.ID      a file put into custody, stored once however many names it has
+    mc.e.ID      a memfd: "MCENTRY1" crc:u32 file:u64 serial:u64 name_len:u8 name payload      (little-endian)
+
+``crc`` is zlib's CRC-32 of what follows it. The file is stored first, then the entry, then what the entry replaces is
+removed: of two entries of one name the one with the higher serial counts. Every change ends with a barrier, so that it
+is in the store when the call returns. Sources: sd_notify(3), sd_listen_fds(3), fcntl(2) F_DUPFD_QUERY.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import socket
+import struct
+import threading
+import zlib
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+from memconsole.backend.custody import check, nothing_held
+from memconsole.errors import BadFile, Gone, KernelRefused, MemconsoleError, Refused
+
+_FILE, _ENTRY = "mc.f.", "mc.e."
+_MAGIC = b"MCENTRY1"
+_HEAD = struct.Struct("<8sI")
+_BODY = struct.Struct("<QQB")
+_F_DUPFD_QUERY = 1027
+_BARRIER_SECONDS = 5.0
+
+
+def inherited(environ: MutableMapping[str, str] = os.environ) -> list[tuple[str, int]]:
+    """The fds the service manager passed to this process, with their names; asked for once, then forgotten.
+
+    Both stored fds and activated sockets come this way; the names tell them apart.
+    """
+    count = int(environ.pop("LISTEN_FDS", "0")) if environ.pop("LISTEN_PID", "") == str(os.getpid()) else 0
+    names = environ.pop("LISTEN_FDNAMES", "").split(":")
+    found = []
+    for n in range(count):
+        os.set_inheritable(3 + n, False)
+        found.append((names[n] if n < len(names) else "", 3 + n))
+    return found
+
+
+@dataclass(frozen=True)
+class _Entry:
+    id: int
+    fd: int
+    file: int
+    serial: int
+    name: str
+    payload: bytes
+
+
+def _same_file(a: int, b: int) -> bool:
+    """Whether two fds are the same open file, as the service manager will judge."""
+    try:
+        return bool(fcntl.fcntl(a, _F_DUPFD_QUERY, b))
+    except OSError as error:
+        raise KernelRefused(
+            "fcntl F_DUPFD_QUERY", error.errno or 0, remedy="on kernels before 6.10 use the keeper instead"
+        ) from None
+
+
+def _read_entry(id: int, fd: int) -> _Entry:
+    raw = os.pread(fd, 1 << 16, 0)
+    body = raw[_HEAD.size :]
+    if len(body) < _BODY.size or _HEAD.unpack_from(raw) != (_MAGIC, zlib.crc32(body)):
+        raise BadFile(f"stored entry {_ENTRY}{id} is not one of ours, or was never finished")
+    file, serial, length = _BODY.unpack_from(body)
+    rest = body[_BODY.size :]
+    return _Entry(id, fd, file, serial, os.fsdecode(rest[:length]), rest[length:])
+
+
+class SystemdCustody:
+    """Fds held by the service manager; ``stored`` are those it gave back (:func:`inherited`), which this takes over.
+
+    ``lost`` names what cannot be given back: an entry whose file the manager dropped, or one that cannot be read.
+
+    Raises:
+        Refused: the service has no fd store (``CustodyMissing``).
+    """
+
+    label = "systemd's fd store"
+    survives = True
+
+    def __init__(self, stored: list[tuple[str, int]], environ: MutableMapping[str, str] = os.environ) -> None:
+        self._room = int(environ.get("FDSTORE", "0"))
+        self._address = environ.get("NOTIFY_SOCKET", "").replace("@", "\0", 1)
+        if not self._room or not self._address:
+            raise Refused(
+                "the service manager offers no fd store",
+                "it set no FDSTORE or no NOTIFY_SOCKET",
+                "set FileDescriptorStoreMax= in the unit (systemd 254 or newer), or use the keeper",
+                code="CustodyMissing",
+            )
+        self.lost: list[str] = []
+        self._lock = threading.Lock()
+        self._files: dict[int, int] = {}
+        self._entries: dict[str, _Entry] = {}
+        self._last = 0
+        with self._lock:
+            self._adopt([(name, fd) for name, fd in stored if name.startswith((_FILE, _ENTRY))])
+
+    def put(self, name: str, fd: int, payload: bytes = b"") -> None:
+        """See :class:`~.custody.Custody`."""
+        raw = check(name, payload)
+        with self._lock:
+            old = self._entries.get(name)
+            file = next((id for id, held in self._files.items() if _same_file(held, fd)), None)
+            needed = 1 + (file is None)
+            if len(self._files) + len(self._entries) + needed > self._room:
+                raise Refused(
+                    f"the fd store cannot hold {name!r}",
+                    f"FileDescriptorStoreMax={self._room} is reached",
+                    "raise it in the unit, or release regions",
+                    code="CustodyFull",
+                )
+            if file is None:
+                file = self._next()
+                copy = os.dup(fd)
+                try:
+                    self._store(f"{_FILE}{file}", copy)
+                except MemconsoleError:
+                    os.close(copy)
+                    raise
+                self._files[file] = copy
+            self._entries[name] = self._store_entry(file, name, raw, payload)
+            if old is not None:
+                self._remove(old)
+            self._barrier()
+
+    def get(self, name: str) -> tuple[int, bytes]:
+        """See :class:`~.custody.Custody`."""
+        with self._lock:
+            entry = self._entries.get(name)
+            if entry is None:
+                raise nothing_held(name)
+            return os.dup(self._files[entry.file]), entry.payload
+
+    def drop(self, name: str) -> None:
+        """See :class:`~.custody.Custody`."""
+        with self._lock:
+            if name not in self._entries:
+                raise nothing_held(name)
+            self._remove(self._entries.pop(name))
+            self._barrier()
+
+    def names(self) -> list[str]:
+        """See :class:`~.custody.Custody`."""
+        with self._lock:
+            return sorted(self._entries)
+
+    def close(self) -> None:
+        """Close this process's copies; the service manager keeps its own."""
+        with self._lock:
+            for fd in [*self._files.values(), *(entry.fd for entry in self._entries.values())]:
+                os.close(fd)
+            self._files, self._entries = {}, {}
+
+    def _next(self) -> int:
+        self._last += 1
+        return self._last
+
+    def _adopt(self, stored: list[tuple[str, int]]) -> None:
+        """Put files and entries together again, and remove from the store what no entry needs."""
+        entries: list[_Entry] = []
+        for name, fd in stored:
+            id = int(name[len(_FILE) :])
+            self._last = max(self._last, id)
+            if name.startswith(_FILE):
+                self._files[id] = fd
+                continue
+            try:
+                entries.append(_read_entry(id, fd))
+            except BadFile:
+                self.lost.append(name)
+                self._notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
+                os.close(fd)
+        for entry in sorted(entries, key=lambda entry: entry.serial):
+            self._last = max(self._last, entry.serial)
+            old = self._entries.pop(entry.name, None)
+            if old is not None:
+                self._forget(f"{_ENTRY}{old.id}", old.fd)
+            self._entries[entry.name] = entry
+        for entry in list(self._entries.values()):
+            if entry.file not in self._files:
+                self.lost.append(entry.name)
+                self._forget(f"{_ENTRY}{entry.id}", self._entries.pop(entry.name).fd)
+        used = {entry.file for entry in self._entries.values()}
+        for id in self._files.keys() - used:
+            self._forget(f"{_FILE}{id}", self._files.pop(id))
+        if stored:
+            self._barrier()
+
+    def _store_entry(self, file: int, name: str, raw: bytes, payload: bytes) -> _Entry:
+        id = self._next()
+        body = _BODY.pack(file, id, len(raw)) + raw + payload
+        fd = os.memfd_create("memconsole-entry", os.MFD_CLOEXEC)
+        try:
+            os.write(fd, _HEAD.pack(_MAGIC, zlib.crc32(body)) + body)
+            self._store(f"{_ENTRY}{id}", fd)
+        except (OSError, MemconsoleError):
+            os.close(fd)
+            raise
+        return _Entry(id, fd, file, id, name, payload)
+
+    def _remove(self, entry: _Entry) -> None:
+        self._forget(f"{_ENTRY}{entry.id}", entry.fd)
+        if not any(other.file == entry.file for other in self._entries.values()):
+            self._forget(f"{_FILE}{entry.file}", self._files.pop(entry.file))
+
+    def _forget(self, name: str, fd: int) -> None:
+        self._notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
+        os.close(fd)
+
+    def _store(self, name: str, fd: int) -> None:
+        self._notify(f"FDSTORE=1\nFDPOLL=0\nFDNAME={name}", [fd])
+
+    def _notify(self, text: str, fds: list[int] | None = None) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+            try:
+                channel.connect(self._address)
+                socket.send_fds(channel, [text.encode()], fds or [])
+            except OSError as error:
+                raise Gone(
+                    "the service manager does not answer", str(error), "check NOTIFY_SOCKET", code="CustodyGone"
+                ) from None
+
+    def _barrier(self) -> None:
+        """Wait until the service manager has taken all that was sent: it closes its copy of a pipe's end."""
+        reading, writing = os.pipe2(os.O_CLOEXEC)
+        try:
+            try:
+                self._notify("BARRIER=1", [writing])
+            finally:
+                os.close(writing)
+            poll = select.poll()
+            poll.register(reading, 0)
+            if not poll.poll(_BARRIER_SECONDS * 1000):
+                raise Gone(
+                    "the service manager does not take what it was sent",
+                    f"no answer to a barrier within {_BARRIER_SECONDS:g} s",
+                    "look at the manager's log",
+                    code="CustodyGone",
+                )
+        finally:
+            os.close(reading)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memconsole.backend.kernel import tree
@@ -26,7 +27,7 @@ _NAME_MAX = 4096
 
 @dataclass(frozen=True, slots=True)
 class Vma:
-    """One mapping: ``[start, end)`` and ``offset`` in bytes; ``device`` as st_dev; ``deleted``: its file has no name."""
+    """One mapping: ``[start, end)`` and ``offset`` in bytes; ``device`` as st_dev; ``deleted``: it has no name."""
 
     start: int
     end: int
@@ -131,23 +132,33 @@ def find(pid: int, address: int) -> Vma | None:
     )
 
 
-def resident(root: Root, pid: int, vma: Vma) -> int:
-    """Bytes of a mapping that have a frame: of its file's blocks where it is a memfd, else counted by the kernel.
+def resident(root: Root, pid: int, wanted: Sequence[Vma]) -> list[int]:
+    """Bytes of each mapping that have a frame: of its file's blocks where it is a memfd, else counted by the kernel.
 
-    A memfd answers in one call, for the whole file; other memory is walked (/proc/PID/smaps), which costs 10-30 ns a
-    page.
+    A memfd answers at once, for the whole file; other memory is walked (/proc/PID/smaps), at 10-30 ns a page.
 
     Raises:
         Gone, Denied, KernelRefused, BadFile: the process cannot be read.
     """
-    if tree.live(root) and vma.deleted and vma.inode:
-        path = f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}"
-        try:
-            return min(os.stat(path).st_blocks * 512, vma.size)
-        except OSError as error:
-            if error.errno not in {errno.EPERM, errno.EACCES}:
-                raise tree.failure(path, error) from error
-    return smaps(root, pid).get(vma.start, {}).get("Rss", 0)
+    found = [_memfd_resident(pid, vma) if tree.live(root) else None for vma in wanted]
+    walked = smaps(root, pid) if None in found else {}
+    return [
+        walked.get(vma.start, {}).get("Rss", 0) if known is None else known
+        for vma, known in zip(wanted, found, strict=True)
+    ]
+
+
+def _memfd_resident(pid: int, vma: Vma) -> int | None:
+    """None where it is no memfd, or may not be asked; never asks a file system, which might be served by ourselves."""
+    if not (vma.deleted and vma.inode and vma.path.startswith(("/memfd:", "/dev/zero"))):
+        return None
+    path = f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}"
+    try:
+        return min(os.stat(path).st_blocks * 512, vma.size)
+    except OSError as error:
+        if error.errno in {errno.EPERM, errno.EACCES}:
+            return None
+        raise tree.failure(path, error) from error
 
 
 def smaps(root: Root, pid: int) -> dict[int, dict[str, int]]:

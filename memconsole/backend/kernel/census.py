@@ -1,0 +1,210 @@
+"""One pass over all processes: what each is, which files it holds, what it maps.
+
+    /proc/PID/stat      PID "(" COMM ")" STATE PPID ... threads (20) ... start (22) ... rss (24)
+    /proc/PID/fd/N      a link: /memfd:NAME (deleted), anon_inode:kvm-vm, /dev/vfio/12 ...
+    /proc/PID/maps      kept as the kernel wrote it; procmaps parses the lines that are asked for
+
+Everything about guests, memfds and who maps what is joined from one Census, so that no process is read twice and the
+parts of a Snapshot are of one moment.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from memconsole.backend.kernel import host, procmaps, tree
+from memconsole.backend.kernel.procmaps import Vma
+from memconsole.backend.kernel.tree import Root
+from memconsole.errors import Denied, Gone
+from memconsole.model import Gap
+
+_PF_KTHREAD = 0x00200000
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process: ``rss`` in bytes, ``start_ticks`` since boot (tells a reused PID), its fd links and raw maps."""
+
+    pid: int
+    comm: str
+    state: str
+    threads: int
+    start_ticks: int
+    rss: int
+    kernel: bool
+    fds: dict[int, str]
+    maps: bytes
+
+    def holds(self, link: str) -> list[int]:
+        """The fds whose link begins with ``link``."""
+        return [fd for fd, target in self.fds.items() if target.startswith(link)]
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """All processes of one moment; ``hidden`` are those whose files this user may not see."""
+
+    root: Root
+    processes: dict[int, Process]
+    hidden: tuple[int, ...]
+
+    def gaps(self) -> tuple[Gap, ...]:
+        """What this census could not see."""
+        if not self.hidden:
+            return ()
+        total = sum(not process.kernel for process in self.processes.values())
+        return (
+            Gap(
+                "/proc/PID/{fd,maps}",
+                f"{len(self.hidden)} of {total} processes are another user's",
+                "run as root (CAP_SYS_PTRACE)",
+            ),
+        )
+
+    def mappings(self, objects: Collection[tuple[int, int]]) -> Iterator[tuple[int, Vma]]:
+        """Who maps memfds, given as (st_dev, st_ino): each PID with each of its mappings of one.
+
+        Raises:
+            BadFile: a process's maps are not as the kernel writes them.
+        """
+        for process in self.processes.values():
+            if b" (deleted)" in process.maps:
+                for vma in procmaps.parse(process.maps, b" (deleted)"):
+                    if (vma.device, vma.inode) in objects:
+                        yield process.pid, vma
+
+
+def take(root: Root = "/") -> Census:
+    """Read every process once; one that ends meanwhile is not in the census.
+
+    Raises:
+        NotFound, Denied, KernelRefused: /proc cannot be listed.
+        BadFile: a stat file is not as the kernel writes it.
+    """
+    page = host.page_size(root)
+    processes: dict[int, Process] = {}
+    hidden = []
+    for name in tree.names(root, "/proc"):
+        if not name.isdecimal():
+            continue
+        pid = int(name)
+        try:
+            process = _process(root, pid, page)
+            if not process.kernel and process.state not in "ZX":
+                try:
+                    process = _with_files(root, process)
+                except Denied:
+                    hidden.append(pid)
+            processes[pid] = process
+        except Gone:
+            continue
+    return Census(root, processes, tuple(hidden))
+
+
+def process(root: Root, pid: int) -> Process:
+    """One process, without its files.
+
+    Raises:
+        Gone: there is no such process.
+        Denied, KernelRefused, BadFile: it cannot be read.
+    """
+    return _process(root, pid, host.page_size(root))
+
+
+def uid(root: Root, pid: int) -> int:
+    """The effective user of a process (/proc/PID/status).
+
+    Raises:
+        Gone, Denied, KernelRefused, BadFile: it cannot be read.
+    """
+    source = f"/proc/{pid}/status"
+    for row in tree.read(root, source).split(b"\n"):
+        if row.startswith(b"Uid:"):
+            words = row.split()
+            if len(words) == 5 and words[2].isdigit():
+                return int(words[2])
+            raise tree.malformed(source, row)
+    raise tree.malformed(source, "no Uid")
+
+
+def command(root: Root, pid: int) -> tuple[str, ...]:
+    """The words a process was started with (/proc/PID/cmdline).
+
+    Raises:
+        Gone, Denied, KernelRefused: it cannot be read.
+    """
+    return tuple(tree.text(word) for word in tree.read(root, f"/proc/{pid}/cmdline").split(b"\0")[:-1])
+
+
+def thread_names(root: Root, pid: int) -> dict[int, str]:
+    """The names of a process's threads by TID (/proc/PID/task/TID/comm).
+
+    Raises:
+        Gone, Denied, KernelRefused: they cannot be listed.
+    """
+    found = {}
+    for name in tree.names(root, f"/proc/{pid}/task"):
+        try:
+            found[int(name)] = tree.line(root, f"/proc/{pid}/task/{name}/comm")
+        except (Gone, ValueError):
+            continue
+    return found
+
+
+def _process(root: Root, pid: int, page: int) -> Process:
+    source = f"/proc/{pid}/stat"
+    raw = tree.read(root, source)
+    opened, closed = raw.find(b"("), raw.rfind(b")")
+    words = raw[closed + 1 :].split()
+    if opened < 0 or closed < opened or len(words) < 22:
+        raise tree.malformed(source, raw)
+    try:
+        return Process(
+            pid=pid,
+            comm=tree.text(raw[opened + 1 : closed]),
+            state=words[0].decode("ascii"),
+            threads=int(words[17]),
+            start_ticks=int(words[19]),
+            rss=int(words[21]) * page,
+            kernel=bool(int(words[6]) & _PF_KTHREAD),
+            fds={},
+            maps=b"",
+        )
+    except ValueError as error:
+        raise tree.malformed(source, raw) from error
+
+
+def _with_files(root: Root, process: Process) -> Process:
+    """The same process with its fd links and maps (rebuilt by hand: dataclasses.replace costs as much as a read)."""
+    return Process(
+        process.pid,
+        process.comm,
+        process.state,
+        process.threads,
+        process.start_ticks,
+        process.rss,
+        process.kernel,
+        _links(root, process.pid),
+        procmaps.raw(root, process.pid),
+    )
+
+
+def _links(root: Root, pid: int) -> dict[int, str]:
+    source = f"/proc/{pid}/fd"
+    base = tree.below(root, source)
+    found = {}
+    try:
+        for name in os.listdir(base):
+            try:
+                found[int(name)] = tree.text(os.fsencode(os.readlink(f"{base}/{name}")))
+            except OSError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+    except OSError as error:
+        raise tree.failure(source, error) from error
+    except ValueError as error:
+        raise tree.malformed(source, str(error)) from error
+    return found

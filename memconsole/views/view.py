@@ -1,0 +1,75 @@
+"""What a view is: a widget that shows one part of the Snapshot, has a title, and may be about one subject."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from textual.containers import Container
+
+from memconsole.model import Snapshot
+from memconsole.views.widgets.table import VirtualTable
+
+if TYPE_CHECKING:
+    from textual.widget import Widget
+
+    from memconsole.views.app import ConsoleApp
+
+
+class View(Container):
+    """The base of every view. The app calls :meth:`about` when it opens the view, and :meth:`show` with every Snapshot
+    while it is in front; the widget's keys, with ids, are its BINDINGS.
+    """
+
+    DEFAULT_CSS = "View { height: 1fr; width: 1fr; }"
+
+    subject = ""
+
+    @property
+    def console(self) -> ConsoleApp:
+        """The app, which has the Source, the Snapshot and ``open_view``."""
+        return cast("ConsoleApp", self.app)
+
+    def about(self, subject: str) -> None:
+        """Be about this subject (``region:NAME``, ``guest:NAME``...; empty for none); :meth:`show` follows."""
+        self.subject = subject
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Show a Snapshot; cheap when nothing changed."""
+        raise NotImplementedError
+
+    @property
+    def status(self) -> str:
+        """A few words beside the title: how many rows, what order, what filter."""
+        table = self.current_table
+        return "" if table is None else table_status(table)
+
+    @property
+    def current_table(self) -> VirtualTable | None:
+        """The table that keys go to, or the first one."""
+        focused = self.screen.focused
+        if isinstance(focused, VirtualTable) and self in focused.ancestors:
+            return focused
+        return next(iter(self.query(VirtualTable)), None)
+
+    @property
+    def first_focus(self) -> Widget | None:
+        """What gets the keys when the view opens."""
+        return self.current_table
+
+
+def table_status(table: VirtualTable) -> str:
+    """How many rows, in what order, by what filter: ``12 of 10,000 · by Size ▼ · /web``."""
+    rows = table.rows
+    words = [f"{len(rows):,} of {rows.total:,}" if rows.filter_text else f"{rows.total:,}"]
+    if rows.sort_field is not None:
+        words.append(f"by {rows.sort_field.title} {'▼' if rows.reverse else '▲'}")
+    if rows.filter_text:
+        words.append(f"/{rows.filter_text}")
+    return " · ".join(words)
+
+
+def subject_of(table_id: str, item: Any) -> str:
+    """How an entity of a table is named as a subject: ``region:web``, ``grant:g3``, ``window:0000:00:04.0:0``."""
+    from memconsole.fields import TABLES
+
+    return f"{table_id.removesuffix('s')}:{TABLES[table_id].key(item)}"

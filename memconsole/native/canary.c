@@ -1,0 +1,444 @@
+/*
+ * memconsole-canary: a tiny VMM whose guest knows at once when its memory is not what it was.
+ *
+ *   memconsole-canary --socket PATH --name NAME [--as kvm|process|auto]
+ *   memconsole-canary --probe       says whether KVM runs the guest here, and how many pages a second it checks
+ *
+ * Its RAM is what the control process grants over the agents socket (agent.h); what runs in it is canary_guest.h.
+ * One thread does everything: between two beats it serves the socket, so a request always finds the vCPU at the
+ * end of a beat. It outlives the control process and connects again when there is a new one.
+ *
+ * Exit status: 0 after STOP or SIGTERM, 1 when it cannot start, 2 on a wrong command line.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <poll.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <sys/un.h>
+#include <time.h>
+
+#include "agent.h"
+#include "canary_kvm.h"
+#include "canary_ram.h"
+
+#define MS		1000000ull
+#define BEAT_NS		(5 * MS)	/* from one beat to the next */
+#define FAST_NS		(MS / 2)	/* a beat shorter than this visits more pages next time */
+#define SLOW_NS		(2 * MS)	/* a longer one fewer */
+#define GAP_NS		(50 * MS)	/* a longer pause between two beats is counted as a gap */
+#define HUNG_NS		(5000 * MS)	/* a beat that takes longer never ends */
+#define RETRY_NS	(150 * MS)	/* between attempts to reach the control process */
+#define KICK_US		100000		/* a vCPU that does not come back is interrupted this often */
+#define PROBE_NS	(100 * MS)
+#define QUANTUM_MIN	4
+#define QUANTUM_MAX	1024
+#define PROBE_PAGES	64
+
+static volatile sig_atomic_t terminated;
+static sigjmp_buf taken_away;
+
+static void on_terminate(int sig)
+{
+	(void)sig;
+	terminated = 1;
+}
+
+static void on_kick(int sig)
+{
+	(void)sig;
+}
+
+static void on_sigbus(int sig)
+{
+	(void)sig;
+	siglongjmp(taken_away, 1);
+}
+
+static uint64_t now_ns(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (uint64_t)ts.tv_sec * 1000000000ull + (uint64_t)ts.tv_nsec;
+}
+
+/* --- beats ----------------------------------------------------------------------------------------------- */
+
+static bool can_beat(const struct canary *c)
+{
+	return !c->paused && !c->why[0] && c->home >= 0 && c->ranges[c->home].mapped;
+}
+
+static struct range *next_visit(struct canary *c)
+{
+	do
+		c->visit = (c->visit + 1) % AGENT_GRANTS;
+	while (!c->ranges[c->visit].mapped || c->ranges[c->visit].access != AGENT_RW);
+	return &c->ranges[c->visit];
+}
+
+static void beat_in_vcpu(struct canary *c, struct header *home, const struct range *r)
+{
+	uint64_t begun = now_ns();
+	int err;
+
+	if (!c->started) {
+		err = vm_start(&c->vm, c->ranges[c->home].gpa);
+		if (err) {
+			snprintf(c->why, sizeof(c->why), "the vCPU does not start: %s", strerror(-err));
+			return;
+		}
+		c->started = true;
+	}
+	*(volatile uint64_t *)&home->next = r->gpa;
+	do {
+		err = vm_beat(&c->vm, c->why, sizeof(c->why));
+		if (err == -EINTR && now_ns() - begun > HUNG_NS)
+			snprintf(c->why, sizeof(c->why), "the vCPU does not come to the end of a beat");
+	} while (err == -EINTR && !c->why[0] && !terminated);
+}
+
+/* One beat, and the book-keeping of the time since the one before. */
+static void beat(struct canary *c)
+{
+	struct header *home = c->ranges[c->home].header;
+	struct range *r = next_visit(c);
+	uint64_t begun = now_ns();
+	uint64_t pages = r->length / PAGE - FIRST_PAGE;
+	uint64_t done, took;
+
+	r->header->quantum = c->quantum < pages ? c->quantum : pages;
+	if (c->runs_as == AGENT_AS_KVM)
+		beat_in_vcpu(c, home, r);
+	else
+		canary_beat(r->header);
+	done = now_ns();
+	took = done - begun;
+	if (c->last_beat) {
+		uint64_t gap = done - c->last_beat;
+
+		if (gap > home->gap_ns)
+			home->gap_ns = gap;
+		home->gaps += gap > GAP_NS;
+	}
+	r->last = *r->header;
+	c->ranges[c->home].last = *home;
+	c->last_beat = done;
+	c->beat_at = begun + BEAT_NS;
+	if (took > SLOW_NS && c->quantum > QUANTUM_MIN)
+		c->quantum /= 2;
+	else if (took < FAST_NS && c->quantum < QUANTUM_MAX)
+		c->quantum *= 2;
+}
+
+/* --- the socket ------------------------------------------------------------------------------------------ */
+
+static void disconnect(struct canary *c)
+{
+	if (c->sock >= 0)
+		close(c->sock);
+	c->sock = -1;
+	c->retry = now_ns() + RETRY_NS;
+}
+
+static void post(struct canary *c, void *message, size_t size, uint16_t type, uint32_t id)
+{
+	struct agent_head *head = message;
+
+	*head = (struct agent_head){ AGENT_MAGIC, AGENT_VERSION, type, id, (uint32_t)size };
+	if (send(c->sock, message, size, MSG_NOSIGNAL | MSG_DONTWAIT) != (ssize_t)size)
+		disconnect(c);
+}
+
+static void hello(struct canary *c)
+{
+	struct agent_hello m = { .runs_as = c->runs_as };
+
+	for (int i = 0; i < AGENT_GRANTS; i++)
+		if (c->ranges[i].mapped)
+			memcpy(m.held[m.count++], c->ranges[i].grant, AGENT_NAME);
+	post(c, &m, offsetof(struct agent_hello, held) + (size_t)m.count * AGENT_NAME, AGENT_HELLO, 0);
+}
+
+static void reach(struct canary *c)
+{
+	struct sockaddr_un to = { .sun_family = AF_UNIX };
+
+	c->retry = now_ns() + RETRY_NS;
+	c->sock = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (c->sock < 0)
+		return;
+	memcpy(to.sun_path, c->path, strlen(c->path) + 1);
+	if (connect(c->sock, (struct sockaddr *)&to, sizeof(to)) < 0)
+		disconnect(c);
+	else
+		hello(c);
+}
+
+static void report(struct canary *c, uint32_t id)
+{
+	struct agent_reported m = { .runs_as = c->runs_as };
+
+	m.state = c->why[0] ? AGENT_FAILED : can_beat(c) ? AGENT_RUNNING : AGENT_PAUSED;
+	for (int i = 0; i < AGENT_GRANTS; i++) {
+		const struct range *r = &c->ranges[i];
+		const struct header *h = &r->last;
+
+		if (!r->used || r->access != AGENT_RW)
+			continue;
+		m.beats += h->beats;
+		m.checked += h->checked;
+		m.wrong += h->wrong;
+		m.gaps += h->gaps;
+		if (h->gap_ns > m.gap_ns)
+			m.gap_ns = h->gap_ns;
+	}
+	memcpy(m.text, c->why, sizeof(m.text));
+	post(c, &m, sizeof(m), AGENT_REPORTED, id);
+}
+
+static void answer(struct canary *c, uint32_t id, int err)
+{
+	struct agent_done m = { .status = err };
+
+	if (err)
+		snprintf(m.text, sizeof(m.text), "%s", strerror(err));
+	post(c, &m, sizeof(m), AGENT_DONE, id);
+}
+
+static int serve_grant(struct canary *c, const struct agent_grant *m, int fd)
+{
+	if (m->grant[AGENT_NAME - 1] || fd < 0)
+		return EBADMSG;
+	return range_find(c, m->grant) ? 0 : range_map(c, m, fd);
+}
+
+static int serve_unmap(struct canary *c, const struct agent_unmap *m)
+{
+	struct range *r = m->grant[AGENT_NAME - 1] ? NULL : range_find(c, m->grant);
+
+	return r ? range_unmap(c, r) : 0;
+}
+
+union message {
+	struct agent_head head;
+	struct agent_grant grant;
+	struct agent_unmap unmap;
+	char bytes[AGENT_MAX];
+};
+
+static size_t size_of(uint16_t type)
+{
+	switch (type) {
+	case AGENT_GRANT:
+		return sizeof(struct agent_grant);
+	case AGENT_UNMAP:
+		return sizeof(struct agent_unmap);
+	case AGENT_PAUSE:
+	case AGENT_RESUME:
+	case AGENT_REPORT:
+	case AGENT_STOP:
+		return sizeof(struct agent_head);
+	default:
+		return 0;
+	}
+}
+
+/* Serve one message, if there is one. Returns whether there was. */
+static bool serve(struct canary *c)
+{
+	union message m;
+	char control[CMSG_SPACE(sizeof(int))];
+	struct iovec iov = { &m, sizeof(m) };
+	struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control,
+			      .msg_controllen = sizeof(control) };
+	struct cmsghdr *cmsg;
+	ssize_t got;
+	int fd = -1;
+
+	got = recvmsg(c->sock, &msg, MSG_CMSG_CLOEXEC);
+	if (got < 0 && (errno == EAGAIN || errno == EINTR))
+		return false;
+	cmsg = got > 0 ? CMSG_FIRSTHDR(&msg) : NULL;
+	if (cmsg && cmsg->cmsg_level == SOL_SOCKET && cmsg->cmsg_type == SCM_RIGHTS)
+		memcpy(&fd, CMSG_DATA(cmsg), sizeof(fd));
+	if (got < (ssize_t)sizeof(m.head) || m.head.magic != AGENT_MAGIC || m.head.version != AGENT_VERSION ||
+	    m.head.length != (uint32_t)got || (size_t)got != size_of(m.head.type)) {
+		if (fd >= 0)
+			close(fd);
+		disconnect(c);
+		return false;
+	}
+	switch (m.head.type) {
+	case AGENT_GRANT:
+		answer(c, m.head.id, serve_grant(c, &m.grant, fd));
+		break;
+	case AGENT_UNMAP:
+		answer(c, m.head.id, serve_unmap(c, &m.unmap));
+		break;
+	case AGENT_REPORT:
+		report(c, m.head.id);
+		break;
+	default:
+		c->paused = m.head.type == AGENT_PAUSE || (c->paused && m.head.type != AGENT_RESUME);
+		c->stop = m.head.type == AGENT_STOP;
+		c->last_beat = 0;
+		answer(c, m.head.id, 0);
+	}
+	if (fd >= 0)
+		close(fd);
+	return c->sock >= 0;
+}
+
+/* Wait until a beat is due, a message came, or it is time to look for the control process again. */
+static void rest(struct canary *c)
+{
+	struct pollfd p = { .fd = c->sock, .events = POLLIN };
+	uint64_t now = now_ns();
+	uint64_t until = now + 2 * RETRY_NS;
+	struct timespec ts;
+
+	if (c->sock < 0 && c->retry < until)
+		until = c->retry;
+	if (can_beat(c) && c->beat_at < until)
+		until = c->beat_at;
+	until = until > now ? until - now : 0;
+	ts = (struct timespec){ (time_t)(until / 1000000000), (long)(until % 1000000000) };
+	ppoll(&p, c->sock >= 0, &ts, NULL);
+}
+
+static void live(struct canary *c)
+{
+	/* Memory that was taken away by force: say so for as long as somebody asks, and touch none of it again. */
+	if (sigsetjmp(taken_away, 1)) {
+		snprintf(c->why, sizeof(c->why), "its memory was taken away");
+		if (c->sock >= 0)
+			disconnect(c);
+	}
+	while (!terminated && !c->stop) {
+		if (c->sock < 0 && now_ns() >= c->retry)
+			reach(c);
+		while (c->sock >= 0 && !c->stop && serve(c))
+			;
+		if (can_beat(c) && now_ns() >= c->beat_at)
+			beat(c);
+		rest(c);
+	}
+}
+
+/* --- start ----------------------------------------------------------------------------------------------- */
+
+/* Run the guest in memory of our own. Returns pages checked a second, or -1 and says why not. */
+static int64_t probe(char *why, size_t size)
+{
+	struct canary c = { .runs_as = AGENT_AS_KVM, .home = 0, .quantum = QUANTUM_MIN, .sock = -1 };
+	struct range *r = &c.ranges[0];
+	uint64_t begun, length = (FIRST_PAGE + PROBE_PAGES) * PAGE;
+	int64_t speed = -1;
+	void *at;
+	int err;
+
+	err = vm_open(&c.vm, AGENT_GRANTS);
+	at = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (!err && at == MAP_FAILED)
+		err = -errno;
+	if (!err)
+		err = vm_slot(&c.vm, 0, 0, length, at, 0);
+	if (err) {
+		snprintf(why, size, "/dev/kvm: %s", strerror(-err));
+	} else {
+		*r = (struct range){ .length = length, .access = AGENT_RW, .mapped = true, .used = true, .header = at };
+		range_adopt(r, false);
+		begun = now_ns();
+		while (!c.why[0] && (now_ns() - begun < PROBE_NS || r->header->beats < 2))
+			beat(&c);
+		if (!c.why[0] && r->header->wrong)
+			snprintf(c.why, sizeof(c.why), "the guest errs");
+		snprintf(why, size, "%s", c.why);
+		if (!c.why[0])
+			speed = (int64_t)(r->header->position * 1000000000ull / (now_ns() - begun));
+	}
+	if (at != MAP_FAILED)
+		munmap(at, length);
+	vm_close(&c.vm);
+	return speed;
+}
+
+static void catch(int sig, void (*handler)(int))
+{
+	struct sigaction action = { .sa_handler = handler };
+
+	sigaction(sig, &action, NULL);
+}
+
+static int usage(void)
+{
+	fprintf(stderr, "usage: memconsole-canary --socket PATH --name NAME [--as kvm|process|auto] | --probe\n");
+	return 2;
+}
+
+int main(int argc, char **argv)
+{
+	static struct canary c = { .sock = -1, .home = -1, .quantum = 16, .vm = { .kvm = -1, .fd = -1, .vcpu = -1 } };
+	struct itimerval kick = { { 0, KICK_US }, { 0, KICK_US } };
+	const char *name = NULL, *as = "auto";
+	char why[AGENT_TEXT] = "";
+	int64_t speed = -1;
+	bool probing = false;
+	int i;
+
+	for (i = 1; i < argc; i += 2) {
+		if (strcmp(argv[i], "--probe") == 0 && argc == 2)
+			probing = true;
+		else if (i + 1 == argc)
+			return usage();
+		else if (strcmp(argv[i], "--socket") == 0)
+			c.path = argv[i + 1];
+		else if (strcmp(argv[i], "--name") == 0)
+			name = argv[i + 1];
+		else if (strcmp(argv[i], "--as") == 0)
+			as = argv[i + 1];
+		else
+			return usage();
+	}
+	if (!probing && (!c.path || strlen(c.path) >= sizeof(((struct sockaddr_un *)0)->sun_path) || !name ||
+			 (strcmp(as, "kvm") && strcmp(as, "process") && strcmp(as, "auto"))))
+		return usage();
+	syscall(SYS_close_range, 3u, ~0u, 0u);	/* nothing of the starter's; without the call, what it left open stays */
+	catch(SIGTERM, on_terminate);
+	catch(SIGINT, on_terminate);
+	catch(SIGALRM, on_kick);
+	catch(SIGBUS, on_sigbus);
+	catch(SIGHUP, SIG_IGN);
+	catch(SIGPIPE, SIG_IGN);
+	setitimer(ITIMER_REAL, &kick, NULL);
+	if (probing || strcmp(as, "process"))
+		speed = probe(why, sizeof(why));
+	if (probing) {
+		if (speed < 0)
+			printf("none %s\n", why);
+		else
+			printf("kvm %lld\n", (long long)speed);
+		return 0;
+	}
+	if (speed < 0 && strcmp(as, "kvm") == 0) {
+		fprintf(stderr, "%s: KVM does not run this guest: %s\n", name, why);
+		return 1;
+	}
+	prctl(PR_SET_NAME, name);
+	c.runs_as = speed >= 0 && vm_open(&c.vm, AGENT_GRANTS) == 0 ? AGENT_AS_KVM : AGENT_AS_PROCESS;
+	fprintf(stderr, "%s: runs as %s\n", name, c.runs_as == AGENT_AS_KVM ? "kvm" : "process");
+	live(&c);
+	vm_close(&c.vm);
+	return 0;
+}

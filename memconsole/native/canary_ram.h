@@ -1,0 +1,197 @@
+/*
+ * The canary's RAM: ranges the control process granted, mapped here and in the machine, taken over with their contents.
+ */
+#ifndef MEMCONSOLE_CANARY_RAM_H
+#define MEMCONSOLE_CANARY_RAM_H
+
+#include <errno.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+#include "agent.h"
+#include "canary_kvm.h"
+
+struct range {
+	char grant[AGENT_NAME];
+	uint64_t gpa;
+	uint64_t length;
+	uint32_t access;
+	bool mapped;
+	bool used;		/* the slot stands for a range that is, or was, mapped */
+	struct header *header;	/* the mapping; NULL while there is none */
+	struct header last;	/* what the header said at its last beat */
+};
+
+struct canary {
+	const char *path;
+	int sock;
+	uint64_t retry;
+	struct vm vm;
+	uint32_t runs_as;
+	bool started;		/* the vCPU has its first state */
+	bool paused;
+	bool stop;
+	struct range ranges[AGENT_GRANTS];
+	int home;		/* index of the range the vCPU runs in; -1 before there was one */
+	int visit;		/* index of the range visited last */
+	uint64_t quantum;
+	uint64_t beat_at;	/* when the next beat is due */
+	uint64_t last_beat;	/* 0 after a commanded pause */
+	char why[AGENT_TEXT];	/* why it cannot go on; empty while it can */
+};
+
+static uint64_t code_digest(void)
+{
+	uint64_t digest = 0xcbf29ce484222325ull;
+
+	for (const char *at = __start_guest_code; at < __stop_guest_code; at++)
+		digest = (digest ^ (uint8_t)*at) * 0x100000001b3ull;
+	return digest;
+}
+
+/*
+ * Take a range's contents over, or begin anew in memory that holds none. What stood here when the range was
+ * unmapped must stand here again; if it does not, the whole header page counts as wrong.
+ */
+static void range_adopt(struct range *r, bool seen_before)
+{
+	struct header *h = r->header;
+	uint64_t pages = r->length / PAGE;
+	uint64_t build = code_digest();
+	bool lost = seen_before && (h->magic != HEADER_MAGIC || h->beats != r->last.beats ||
+				    h->position != r->last.position);
+	bool known = h->magic == HEADER_MAGIC && h->pages == pages;
+	uint64_t differ;
+
+	if (!known)
+		*h = (struct header){ .magic = HEADER_MAGIC, .pages = pages };
+	if (h->busy)
+		h->torn = 1;
+	differ = vm_prepare((uint8_t *)h);
+	if (known && !h->busy && h->seal != header_seal(h))
+		h->wrong += sizeof(h->seal);
+	if (known && h->build == build)
+		h->wrong += differ;
+	if (lost)
+		h->wrong += PAGE;
+	h->busy = 0;
+	h->build = build;
+	h->seal = header_seal(h);
+	r->last = *h;
+}
+
+static struct range *range_find(struct canary *c, const char *grant)
+{
+	for (int i = 0; i < AGENT_GRANTS; i++)
+		if (c->ranges[i].mapped && strcmp(c->ranges[i].grant, grant) == 0)
+			return &c->ranges[i];
+	return NULL;
+}
+
+static uint64_t range_place(const struct canary *c, uint64_t length)
+{
+	const struct range *home = c->home >= 0 ? &c->ranges[c->home] : NULL;
+	uint64_t end = 0;
+
+	if (home && !home->mapped && home->length == length)
+		return home->gpa;
+	for (int i = 0; i < AGENT_GRANTS; i++)
+		if (c->ranges[i].used && c->ranges[i].gpa + c->ranges[i].length > end)
+			end = c->ranges[i].gpa + c->ranges[i].length;
+	return (end + (2u << 20) - 1) & ~((2ull << 20) - 1);
+}
+
+/* The slot of the same range mapped before, or a free one, or the slot of one long unmapped; NULL: none is left. */
+static struct range *range_slot(struct canary *c, uint64_t gpa, uint64_t length)
+{
+	struct range *slot = NULL;
+
+	for (int i = 0; i < AGENT_GRANTS; i++) {
+		struct range *r = &c->ranges[i];
+
+		if (r->used && !r->mapped && r->gpa == gpa && r->length == length)
+			return r;
+		if (!r->mapped && (!slot || (slot->used && !r->used)))
+			slot = r;
+	}
+	return slot;
+}
+
+/* Map a grant at its GPA. Returns 0 or an errno; nothing is left half done. */
+static int range_map(struct canary *c, const struct agent_grant *m, int fd)
+{
+	uint64_t gpa = m->gpa == AGENT_NO_GPA ? range_place(c, m->length) : m->gpa;
+	bool writes = m->access == AGENT_RW;
+	bool homeless = c->home < 0 || !c->ranges[c->home].mapped;
+	struct range *r;
+	struct stat st;
+	bool again;
+	void *at;
+	int err;
+
+	if ((gpa | m->offset | m->length) % PAGE || m->length < MIN_PAGES * PAGE || m->length > GPA_END ||
+	    gpa > GPA_END - m->length || (m->access != AGENT_RO && !writes))
+		return EINVAL;
+	/* A file shorter than the grant would end in SIGBUS, not in an answer. */
+	if (fstat(fd, &st) < 0)
+		return errno;
+	if (m->offset > (uint64_t)st.st_size || m->length > (uint64_t)st.st_size - m->offset)
+		return ERANGE;
+	for (int i = 0; i < AGENT_GRANTS; i++)
+		if (c->ranges[i].mapped && gpa < c->ranges[i].gpa + c->ranges[i].length &&
+		    c->ranges[i].gpa < gpa + m->length)
+			return EEXIST;
+	r = range_slot(c, gpa, m->length);
+	if (!r)
+		return ENOSPC;
+	at = mmap(NULL, m->length, PROT_READ | (writes ? PROT_WRITE : 0), MAP_SHARED, fd, (off_t)m->offset);
+	if (at == MAP_FAILED)
+		return errno;
+	madvise(at, m->length, MADV_HUGEPAGE);	/* advice: kernels without it do as they please */
+	if (c->runs_as == AGENT_AS_KVM) {
+		err = vm_slot(&c->vm, (unsigned int)(r - c->ranges), gpa, m->length, at, !writes);
+		if (err) {
+			munmap(at, m->length);
+			return -err;
+		}
+	}
+	again = r->used && r->gpa == gpa && r->length == m->length && r->access == m->access;
+	if (writes && homeless && !(again && r == &c->ranges[c->home])) {
+		c->home = (int)(r - c->ranges);
+		c->started = false;
+	}
+	memcpy(r->grant, m->grant, AGENT_NAME);
+	r->gpa = gpa;
+	r->length = m->length;
+	r->access = m->access;
+	r->header = at;
+	r->used = true;
+	r->mapped = true;
+	if (writes)
+		range_adopt(r, again);
+	c->last_beat = 0;
+	return 0;
+}
+
+/* Take a range out of the machine and out of this process; its counters stay known. Returns 0 or an errno. */
+static int range_unmap(struct canary *c, struct range *r)
+{
+	int err;
+
+	if (c->runs_as == AGENT_AS_KVM) {
+		err = vm_slot(&c->vm, (unsigned int)(r - c->ranges), r->gpa, 0, r->header, 0);
+		if (err)
+			return -err;
+	}
+	if (munmap(r->header, r->length) < 0)
+		return errno;
+	r->header = NULL;
+	r->mapped = false;
+	c->last_beat = 0;
+	return 0;
+}
+
+#endif

@@ -1,0 +1,70 @@
+"""Builds the native part: the cffi extension ``_core`` from core.cdef and the C sources, and the C programs beside it.
+
+Loaded by setuptools by its path (pyproject.toml, ``tool.setuptools.cmdclass``), so it imports nothing of memconsole.
+The programs are static, without Python, and land in ``bin/`` of this package: in the tree for an editable install, in
+the wheel otherwise.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext
+
+NATIVE = Path("memconsole/native")
+CFLAGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror"]
+PROGRAMS = {
+    "memconsole-canary": ["canary.c"],
+    "memconsole-keeper": ["keeper.c"],
+}
+
+
+def _declarations() -> list[str]:
+    return sorted(str(path) for pattern in ("**/*.h", "**/*.cdef") for path in NATIVE.glob(pattern))
+
+
+class BuildExt(build_ext):
+    """``build_ext`` that makes the cffi glue first and the programs afterwards."""
+
+    def finalize_options(self) -> None:
+        """Every header and declaration file is a dependency: it goes into the sdist, and its change rebuilds."""
+        super().finalize_options()
+        for extension in self.extensions:
+            extension.depends = [*extension.depends, *_declarations()]
+
+    def build_extension(self, ext: Extension) -> None:
+        """Emits the glue for core.cdef into the build directory and compiles it with the C sources."""
+        from cffi import FFI
+
+        glue = Path(self.build_temp) / "_core.c"
+        glue.parent.mkdir(parents=True, exist_ok=True)
+        ffi = FFI()
+        ffi.cdef((NATIVE / "core.cdef").read_text())
+        ffi.set_source(ext.name, '#include "core.h"')
+        ffi.emit_c_code(str(glue))
+        ext.sources = [str(glue), *ext.sources]
+        super().build_extension(ext)
+
+    def run(self) -> None:
+        """The extension, then the programs."""
+        super().run()
+        for name, path in self._programs().items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sources = [str(NATIVE / source) for source in PROGRAMS[name]]
+            subprocess.run(["cc", *CFLAGS, "-static", "-o", str(path), *sources], check=True)
+
+    def get_source_files(self) -> list[str]:
+        """Also the programs' sources and the vendored files' notices, for the sdist."""
+        programs = [str(NATIVE / source) for name in self._programs() for source in PROGRAMS[name]]
+        return [*super().get_source_files(), *programs, str(NATIVE / "third_party/README")]
+
+    def get_outputs(self) -> list[str]:
+        """Also the programs, for the wheel."""
+        return [*super().get_outputs(), *(str(path) for path in self._programs().values())]
+
+    def _programs(self) -> dict[str, Path]:
+        root = Path() if self.inplace or self.editable_mode else Path(self.build_lib)
+        present = [name for name, sources in PROGRAMS.items() if all((NATIVE / source).exists() for source in sources)]
+        return {name: root / NATIVE / "bin" / name for name in present}

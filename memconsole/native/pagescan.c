@@ -1,0 +1,358 @@
+// SPDX-License-Identifier: MIT
+/* Rows of a table from the kernel: /proc/PID/pagemap, and kpageflags or kpagecount beside it. */
+#define _GNU_SOURCE
+#include <linux/magic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#include "core.h"
+
+#define CHUNK (1 << 17)		/* pagemap entries in a read: 1 MiB */
+#define MAX_PAGES (1ULL << 51)	/* an address space */
+#define WINDOW (1ULL << 30)	/* how much of a file is mapped at a time */
+
+/* Entry bits, fs/proc/task_mmu.c */
+#define PM_FRAME ((1ULL << 55) - 1)
+#define PM_SOFT_DIRTY (1ULL << 55)
+#define PM_EXCLUSIVE (1ULL << 56)
+#define PM_UFFD_WP (1ULL << 57)
+#define PM_GUARD (1ULL << 58)
+#define PM_FILE (1ULL << 61)
+#define PM_SWAP (1ULL << 62)
+#define PM_PRESENT (1ULL << 63)
+#define SWAP_TYPE_MARKER 31	/* include/linux/swap.h: SWP_PTE_MARKER, a note in the page table, not a slot */
+
+/* include/uapi/linux/fs.h since 6.7; not in older headers */
+struct page_region {
+	uint64_t start, end, categories;
+};
+
+struct pm_scan_arg {
+	uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+	uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
+};
+
+#define PAGEMAP_SCAN _IOWR('f', 16, struct pm_scan_arg)
+#define PAGE_IS_HUGE (1 << 6)
+
+struct scan {
+	struct mc_table *table;
+	int pagemap;
+	bool probes;		/* the kernel has PAGEMAP_SCAN */
+	uint64_t mask;		/* entry bits that count */
+	uint64_t shift;		/* row offset = virtual page + shift */
+	uint64_t page_size, huge;	/* bytes; pages in a huge page */
+	struct mc_fail *fail;
+};
+
+static uint32_t row_flags(uint64_t entry)
+{
+	return (entry & PM_PRESENT ? MC_PRESENT : MC_SWAP) | (entry & PM_FILE ? MC_FILE : 0) |
+	       (entry & PM_EXCLUSIVE ? MC_EXCLUSIVE : 0) | (entry & PM_SOFT_DIRTY ? MC_SOFT_DIRTY : 0) |
+	       (entry & PM_UFFD_WP ? MC_UFFD_WP : 0);
+}
+
+/* How many of n pages from page on are mapped huge, counted from the first; 0 where the kernel cannot say. */
+static uint64_t huge_pages(struct scan *s, uint64_t page, uint64_t n)
+{
+	struct page_region region = { 0 };
+	struct pm_scan_arg arg = {
+		.size = sizeof(arg), .start = page * s->page_size, .end = (page + n) * s->page_size,
+		.vec = (uintptr_t)&region, .vec_len = 1, .category_mask = PAGE_IS_HUGE, .return_mask = PAGE_IS_HUGE,
+	};
+	int got = ioctl(s->pagemap, PAGEMAP_SCAN, &arg);
+
+	if (got < 0 && (errno == ENOTTY || errno == EINVAL))
+		s->probes = false;
+	if (got < 1 || region.start != arg.start)
+		return 0;
+	return (region.end - region.start) / s->page_size;
+}
+
+/*
+ * Emits a present run that holds whole aligned huge pages' worth of frames. Whether it is mapped huge is asked of
+ * one page at a time, and of twice as much after each yes: a yes costs the kernel one step a huge page, but asking
+ * about small pages costs as much as reading them.
+ */
+static int emit_candidates(struct scan *s, uint64_t page, uint64_t pfn, uint64_t n, uint32_t flags)
+{
+	uint64_t ask = 1;
+
+	while (n >= s->huge && s->probes) {
+		uint64_t whole = n - n % s->huge, asked = ask < whole ? ask : whole;
+		uint64_t yes = huge_pages(s, page, asked), done = yes;
+		int code;
+
+		if (yes)	/* one page of a huge page speaks for all of it */
+			done = (yes + s->huge - 1) / s->huge * s->huge;
+		ask = yes == asked ? (ask < s->huge ? s->huge : ask * 2) : 1;
+		if (!yes)
+			done = s->huge;
+		code = mc_table_push(s->table, page + s->shift, pfn, (uint32_t)done, flags | (yes ? MC_HUGE : 0),
+				     s->fail);
+		if (code)
+			return code;
+		page += done;
+		pfn += done;
+		n -= done;
+	}
+	return n ? mc_table_push(s->table, page + s->shift, pfn, (uint32_t)n, flags, s->fail) : MC_OK;
+}
+
+/* Emits n pages from `page` on, of which the first has this entry and the others continue it. */
+static int emit(struct scan *s, uint64_t page, uint64_t entry, uint64_t n)
+{
+	uint64_t pfn = entry & PM_FRAME, before = -page & (s->huge - 1);
+	uint32_t flags = row_flags(entry);
+	int code;
+
+	if (!pfn)
+		return mc_fail(s->fail, MC_DENIED, 0, "pagemap");
+	if (flags & MC_SWAP && (pfn & 31) == SWAP_TYPE_MARKER)
+		return MC_OK;
+	if (flags & MC_SWAP || n < s->huge || n - s->huge < before || (pfn + before) & (s->huge - 1))
+		return mc_table_push(s->table, page + s->shift, pfn, (uint32_t)n, flags, s->fail);
+	if (before) {
+		code = mc_table_push(s->table, page + s->shift, pfn, (uint32_t)before, flags, s->fail);
+		if (code)
+			return code;
+	}
+	return emit_candidates(s, page + before, pfn + before, n - before, flags);
+}
+
+static int scan_entries(struct scan *s, uint64_t page, const uint64_t *entries, uint64_t n)
+{
+	const uint64_t mask = s->mask;
+	uint64_t i = 0;
+
+	while (i < n) {
+		uint64_t entry = entries[i] & mask, from = i, want, step;
+		int code;
+
+		if (!(entry & (PM_PRESENT | PM_SWAP)) || entry & PM_GUARD) {
+			i++;
+			continue;
+		}
+		step = entry & PM_SWAP ? 32 : 1;
+		want = entry;
+		do {
+			want += step;
+			i++;
+		} while (i < n && (entries[i] & mask) == want);
+		code = emit(s, page + from, entry, i - from);
+		if (code)
+			return code;
+	}
+	return MC_OK;
+}
+
+/* What an end of file in a pagemap means: no address space any more, or an address beyond it. */
+static int explain_end(struct scan *s)
+{
+	uint64_t entry;
+
+	if (pread(s->pagemap, &entry, sizeof(entry), 0) == sizeof(entry))
+		return mc_fail(s->fail, MC_RANGE, 0, "the range ends beyond the process's address space");
+	return mc_fail(s->fail, MC_GONE, 0, "pagemap");
+}
+
+static int scan_pages(struct scan *s, uint64_t page, uint64_t end, uint64_t *entries)
+{
+	while (page < end) {
+		/* reads end on multiples of a chunk, so that no huge page is seen in two halves */
+		uint64_t n = CHUNK - page % CHUNK;
+		ssize_t got;
+		int code;
+
+		if (n > end - page)
+			n = end - page;
+		got = pread(s->pagemap, entries, n * 8, (off_t)(page * 8));
+		if (got < 0)
+			return errno == ESRCH ? mc_fail(s->fail, MC_GONE, 0, "pagemap") : mc_fail_errno(s->fail, "pagemap");
+		if (got == 0)
+			return explain_end(s);
+		code = scan_entries(s, page, entries, (uint64_t)got / 8);
+		if (code)
+			return code;
+		page += (uint64_t)got / 8;
+	}
+	return MC_OK;
+}
+
+static int scan_range(struct scan *s, uint64_t page, uint64_t pages)
+{
+	uint64_t *entries = malloc((pages < CHUNK ? pages : CHUNK) * 8 + 8);
+	int code;
+
+	if (!entries)
+		return mc_fail(s->fail, MC_MEMORY, ENOMEM, "malloc");
+	code = scan_pages(s, page, page + pages, entries);
+	free(entries);
+	return code;
+}
+
+/*
+ * Appends what `pagemap` (an open /proc/PID/pagemap) says of the length bytes from address start on; the page at
+ * start gets offset base. HUGE is what PAGEMAP_SCAN says; on kernels before 6.7, which lack it, no row has it.
+ * Errors: MC_GONE (the process ended), MC_DENIED (frames hidden: no CAP_SYS_ADMIN), MC_RANGE (not whole pages,
+ * beyond the address space), MC_KERNEL, MC_MEMORY.
+ */
+int mc_scan_pagemap(struct mc_table *table, int pagemap, uint64_t start, uint64_t length, uint64_t base,
+		    struct mc_fail *fail)
+{
+	struct scan s = {
+		.table = table, .pagemap = pagemap, .probes = true, .mask = ~0ULL,
+		.page_size = table->page_size, .huge = table->page_size / 8, .fail = fail,
+	};
+	int code;
+
+	if (start % s.page_size || length % s.page_size)
+		return mc_fail(fail, MC_RANGE, 0, "the range is not whole pages");
+	start /= s.page_size;
+	length /= s.page_size;
+	if (start > MAX_PAGES || length > MAX_PAGES - start)
+		return mc_fail(fail, MC_RANGE, 0, "the range ends beyond the process's address space");
+	code = mc_table_cover(table, base, length, fail);
+	if (code)
+		return code;
+	s.shift = base - start;
+	return scan_range(&s, start, length);
+}
+
+/* Maps bytes from..to of the file at `at`, makes its pages present without adding any, and scans them. */
+static int scan_window(struct scan *s, int fd, uint64_t from, uint64_t to, uint8_t *at)
+{
+	uint64_t length = to - from, pages = (length + s->page_size - 1) / s->page_size;
+	int code;
+
+	if (mmap(at, length, PROT_READ, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, fd, (off_t)from) == MAP_FAILED)
+		return mc_fail_errno(s->fail, "mmap");
+	if (madvise(at, length, MADV_POPULATE_READ))
+		return mc_fail_errno(s->fail, "MADV_POPULATE_READ");
+	s->shift = from / s->page_size - (uintptr_t)at / s->page_size;
+	code = scan_range(s, (uintptr_t)at / s->page_size, pages);
+	if (munmap(at, length) && !code)
+		code = mc_fail_errno(s->fail, "munmap");
+	return code;
+}
+
+/* Scans the data (not the holes) of the first size bytes of fd through the window at `at`. */
+static int scan_data(struct scan *s, int fd, uint64_t size, uint8_t *at)
+{
+	uint64_t from = 0;
+
+	while (from < size) {
+		off_t data = lseek(fd, (off_t)from, SEEK_DATA), hole;
+		int code;
+
+		if (data < 0)
+			return errno == ENXIO ? MC_OK : mc_fail_errno(s->fail, "SEEK_DATA");
+		hole = lseek(fd, data, SEEK_HOLE);
+		if (hole < 0)
+			return errno == ENXIO ? MC_OK : mc_fail_errno(s->fail, "SEEK_HOLE");
+		from = (uint64_t)data;
+		if ((uint64_t)hole > size)
+			hole = (off_t)size;
+		while (from < (uint64_t)hole) {
+			uint64_t to = (from / WINDOW + 1) * WINDOW;
+
+			if (to > (uint64_t)hole)
+				to = (uint64_t)hole;
+			/* the same place in the window as in the file, so that huge pages can be mapped huge */
+			code = scan_window(s, fd, from, to, at + from % WINDOW);
+			if (code)
+				return code;
+			from = to;
+		}
+	}
+	return MC_OK;
+}
+
+/*
+ * Appends what the first size bytes of a memfd hold, whoever maps it: offsets are the file's pages. Holes stay
+ * holes and have no rows; swapped pages are brought in. pagemap is our own (/proc/self/pagemap). Of the flags only
+ * PRESENT, FILE and HUGE are set: the others would describe our mapping, not the file.
+ * Errors: MC_DENIED, MC_RANGE (not whole pages), MC_KERNEL, MC_MEMORY.
+ */
+int mc_scan_fd(struct mc_table *table, int pagemap, int fd, uint64_t size, struct mc_fail *fail)
+{
+	struct scan s = {
+		.table = table, .pagemap = pagemap, .probes = true, .mask = PM_FRAME | PM_FILE | PM_SWAP | PM_PRESENT,
+		.page_size = table->page_size, .huge = table->page_size / 8, .fail = fail,
+	};
+	uint8_t *room, *at;
+	int code;
+
+	if (size % s.page_size)
+		return mc_fail(fail, MC_RANGE, 0, "the size is not whole pages");
+	code = mc_table_cover(table, 0, size / s.page_size, fail);
+	if (code)
+		return code;
+	room = mmap(NULL, 2 * WINDOW, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (room == MAP_FAILED)
+		return mc_fail_errno(fail, "mmap");
+	at = (uint8_t *)(((uintptr_t)room + WINDOW - 1) / WINDOW * WINDOW);
+	code = scan_data(&s, fd, size, at);
+	munmap(room, 2 * WINDOW);
+	return code;
+}
+
+struct fold {
+	uint64_t any, every, least, most;
+};
+
+static int fold_frames(struct fold *f, int file, uint64_t pfn, uint64_t n, uint64_t *values, struct mc_fail *fail)
+{
+	while (n) {
+		uint64_t want = n < CHUNK ? n : CHUNK;
+		ssize_t got = pread(file, values, want * 8, (off_t)(pfn * 8));
+
+		if (got < 0)
+			return mc_fail_errno(fail, "kpage");
+		if (!got)
+			return mc_fail(fail, MC_RANGE, 0, "a frame lies beyond memory");
+		for (ssize_t i = 0; i < got / 8; i++) {
+			f->any |= values[i];
+			f->every &= values[i];
+			f->least = values[i] < f->least ? values[i] : f->least;
+			f->most = values[i] > f->most ? values[i] : f->most;
+		}
+		pfn += (uint64_t)got / 8;
+		n -= (uint64_t)got / 8;
+	}
+	return MC_OK;
+}
+
+/*
+ * Folds the u64 a frame of `file` (/proc/kpageflags or /proc/kpagecount) over each of `rows` rows from `row` on:
+ * bits set in any frame, in every frame, the least and the largest value. Rows that are not present fold to 0.
+ * Errors: MC_RANGE (a frame beyond the file), MC_KERNEL, MC_MEMORY.
+ */
+int mc_join(const struct mc_table *table, int file, uint64_t row, uint64_t rows, uint64_t *any, uint64_t *every,
+	    uint64_t *least, uint64_t *most, struct mc_fail *fail)
+{
+	uint64_t *values = malloc(CHUNK * 8);
+	int code = MC_OK;
+
+	if (!values)
+		return mc_fail(fail, MC_MEMORY, ENOMEM, "malloc");
+	for (uint64_t i = 0; i < rows && !code; i++) {
+		struct fold f = { 0 };
+
+		if (table->flags[row + i] & MC_PRESENT) {
+			f.every = f.least = ~0ULL;
+			code = fold_frames(&f, file, table->pfn[row + i], table->count[row + i], values, fail);
+		}
+		any[i] = f.any;
+		every[i] = f.every;
+		least[i] = f.least;
+		most[i] = f.most;
+	}
+	free(values);
+	return code;
+}

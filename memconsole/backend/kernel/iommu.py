@@ -150,7 +150,7 @@ def _count(root: Root, bdf: str, leaves_max: int) -> tuple[int | None, int | Non
     pages = extents = 0
     try:
         for run in vtd.iovas(root, bdf, leaves_max=leaves_max):
-            pages += run.count
+            pages += run.pages
             extents += 1
     except vtd.TooMany:
         return None, None, f"more than {leaves_max:,} page table leaves; ask for this device alone"

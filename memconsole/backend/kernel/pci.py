@@ -11,6 +11,7 @@ A process maps a BAR through sysfs (``.../BDF/resourceN``) or VFIO (``anon_inode
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -155,7 +156,7 @@ def _bar(device: Device, number: int, row: str) -> Window | None:
 def _claims(ranges: Sequence[Range]) -> dict[tuple[str, int], str]:
     """The first range inside each range that is named after a device: its driver's, or the part of the kernel's."""
     found = {}
-    for outer, inner in zip(ranges, ranges[1:], strict=False):
+    for outer, inner in itertools.pairwise(ranges):
         if inner.depth > outer.depth:
             found[outer.name, outer.start] = inner.name
     return found

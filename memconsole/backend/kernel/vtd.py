@@ -27,17 +27,17 @@ _FILE = "domain_translation_struct"
 _TABLE = re.compile(rb"Device ([0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7])(?: with pasid ([0-9a-f]+))? @0x([0-9a-f]+)")
 _CHUNK = 1 << 20
 _PFN_MASK = (1 << 40) - 1
-_COUNT_MAX = (1 << 32) - 1
+_PAGES_MAX = (1 << 32) - 1
 _ACCESS = ("", "r", "w", "rw")
 
 
 class Iova(NamedTuple):
-    """A run of IOVA: ``iova`` and ``pfn`` are page numbers, ``count`` 4 KiB pages, ``huge`` from leaves above 4 KiB."""
+    """A run of IOVA: ``iova`` and ``pfn`` are page numbers, ``pages`` of 4 KiB, ``huge`` from leaves above 4 KiB."""
 
     device: str
     iova: int
     pfn: int
-    count: int
+    pages: int
     access: str
     huge: bool
 
@@ -82,7 +82,7 @@ def parse(chunks: Iterable[bytes], *, leaves_max: int | None = None) -> Iterator
                 raise TooMany
             leaf = _leaf(device, row)
             if run is not None and _follows(run, leaf):
-                run = run._replace(count=run.count + leaf.count)
+                run = run._replace(pages=run.pages + leaf.pages)
                 continue
             if run is not None:
                 yield run
@@ -97,12 +97,12 @@ def parse(chunks: Iterable[bytes], *, leaves_max: int | None = None) -> Iterator
 
 def _follows(run: Iova, leaf: Iova) -> bool:
     return (
-        run.iova + run.count == leaf.iova
-        and run.pfn + run.count == leaf.pfn
+        run.iova + run.pages == leaf.iova
+        and run.pfn + run.pages == leaf.pfn
         and run.access == leaf.access
         and run.huge == leaf.huge
         and run.device == leaf.device
-        and run.count + leaf.count <= _COUNT_MAX
+        and run.pages + leaf.pages <= _PAGES_MAX
     )
 
 

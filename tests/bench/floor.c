@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: MIT
+/*
+ * The floors that scans and digests are held against, and the process they scan.
+ *
+ *   floor hold BYTES              maps a memfd of 4 KiB pages, touches every one, prints its address, waits for EOF
+ *   floor pagemap PID START BYTES reads that pagemap in 1 MiB preads and drops it; prints ns
+ *   floor read BYTES THREADS      reads a populated memfd's mapping in 8-byte words; prints ns
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <inttypes.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+static void die(const char *what)
+{
+	perror(what);
+	exit(1);
+}
+
+static uint64_t now(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (uint64_t)ts.tv_sec * 1000000000 + (uint64_t)ts.tv_nsec;
+}
+
+static uint8_t *populated(uint64_t bytes)
+{
+	int fd = memfd_create("floor", MFD_CLOEXEC);
+	uint8_t *map;
+
+	if (fd < 0 || ftruncate(fd, (off_t)bytes))
+		die("memfd");
+	map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
+	if (map == MAP_FAILED)
+		die("mmap");
+	for (uint64_t at = 0; at < bytes; at += 4096)
+		map[at] = 1;
+	return map;
+}
+
+static uint64_t pagemap(const char *pid, uint64_t start, uint64_t bytes)
+{
+	char path[64];
+	uint64_t *entries = malloc(1 << 20), page = start / 4096, end = (start + bytes) / 4096, begin;
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/%s/pagemap", pid);
+	fd = open(path, O_RDONLY);
+	if (fd < 0 || !entries)
+		die(path);
+	memset(entries, 1, 1 << 20);
+	begin = now();
+	while (page < end) {
+		uint64_t n = end - page < 1 << 17 ? end - page : 1 << 17;
+		ssize_t got = pread(fd, entries, n * 8, (off_t)(page * 8));
+
+		if (got <= 0)
+			die("pread");
+		page += (uint64_t)got / 8;
+	}
+	return now() - begin;
+}
+
+struct share {
+	const uint64_t *words;
+	uint64_t n, sum;
+};
+
+static void *read_share(void *argument)
+{
+	struct share *share = argument;
+	uint64_t sums[8] = { 0 };
+
+	for (uint64_t i = 0; i + 8 <= share->n; i += 8)
+		for (int lane = 0; lane < 8; lane++)
+			sums[lane] += share->words[i + lane];
+	for (int lane = 0; lane < 8; lane++)
+		share->sum += sums[lane];
+	return NULL;
+}
+
+static uint64_t read_memory(uint64_t bytes, unsigned int threads)
+{
+	const uint64_t *words = (const uint64_t *)populated(bytes);
+	struct share shares[256] = { { 0 } };
+	pthread_t ids[256];
+	uint64_t best = UINT64_MAX;
+
+	for (int round = 0; round < 3; round++) {
+		uint64_t begin = now(), took;
+
+		for (unsigned int i = 0; i < threads; i++) {
+			shares[i] = (struct share){ words + bytes / 8 / threads * i, bytes / 8 / threads, 0 };
+			if (pthread_create(&ids[i], NULL, read_share, &shares[i]))
+				die("pthread_create");
+		}
+		for (unsigned int i = 0; i < threads; i++)
+			pthread_join(ids[i], NULL);
+		took = now() - begin;
+		if (took < best)
+			best = took;
+	}
+	return best + (shares[0].sum == 1);	/* the sum must be used, or it is never made */
+}
+
+int main(int argc, char **argv)
+{
+	if (argc == 3 && !strcmp(argv[1], "hold")) {
+		printf("%" PRIuPTR "\n", (uintptr_t)populated(strtoull(argv[2], NULL, 0)));
+		fflush(stdout);
+		while (getchar() != EOF)
+			;
+		return 0;
+	}
+	if (argc == 5 && !strcmp(argv[1], "pagemap"))
+		return printf("%" PRIu64 "\n", pagemap(argv[2], strtoull(argv[3], NULL, 0), strtoull(argv[4], NULL, 0))) < 0;
+	if (argc == 4 && !strcmp(argv[1], "read") && atoi(argv[3]) > 0 && atoi(argv[3]) <= 256)
+		return printf("%" PRIu64 "\n", read_memory(strtoull(argv[2], NULL, 0), (unsigned int)atoi(argv[3]))) < 0;
+	fprintf(stderr, "usage: floor hold BYTES | pagemap PID START BYTES | read BYTES THREADS\n");
+	return 2;
+}

@@ -1,0 +1,82 @@
+"""What every bench shares: the Result it returns, how to time, and the compiled floors."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from memconsole.units import parse_size
+
+ROOT = Path(__file__).parents[2]
+BUILD = ROOT / "build"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A figure, the floor measured in the same run, and the goal: for the ratio to the floor, or for the value."""
+
+    name: str
+    value: float
+    unit: str
+    floor: float | None = None
+    goal: float | None = None
+    better: Literal["lower", "higher"] = "lower"
+
+    @property
+    def ratio(self) -> float | None:
+        return self.value / self.floor if self.floor else None
+
+    @property
+    def met(self) -> bool:
+        if self.goal is None:
+            return True
+        measured = self.value if self.ratio is None else self.ratio
+        return measured <= self.goal if self.better == "lower" else measured >= self.goal
+
+
+def span(default: str) -> int:
+    """How many bytes of memory a bench may use: MEMCONSOLE_BENCH_SIZE where it is smaller than what the bench wants."""
+    return min(parse_size(default), parse_size(os.environ.get("MEMCONSOLE_BENCH_SIZE", default)))
+
+
+def timed(function: Callable[[], object]) -> int:
+    """Nanoseconds one call takes; what it returns is closed if it can be."""
+    begin = time.perf_counter_ns()
+    made = function()
+    took = time.perf_counter_ns() - begin
+    if hasattr(made, "close"):
+        made.close()
+    return took
+
+
+def best(function: Callable[[], object], rounds: int = 5) -> int:
+    """The fewest nanoseconds of several calls."""
+    return min(timed(function) for _ in range(rounds))
+
+
+def floor_program() -> str:
+    """The path of floor.c compiled."""
+    program = BUILD / "floor"
+    BUILD.mkdir(exist_ok=True)
+    source = Path(__file__).parent / "floor.c"
+    flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread"]
+    subprocess.run(["cc", *flags, "-o", program, source], check=True)
+    return str(program)
+
+
+@contextlib.contextmanager
+def holder(size: int) -> Iterator[tuple[int, int]]:
+    """A process that has ``size`` bytes of a memfd in 4 KiB pages mapped and touched: its pid, and the address."""
+    command = [floor_program(), "hold", str(size)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process.pid, int(process.stdout.readline())
+        finally:
+            process.kill()

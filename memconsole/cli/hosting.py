@@ -97,7 +97,7 @@ prefault = true
 
 
 def demo(options: argparse.Namespace) -> int:
-    """The console on an embedded control process with live guests: canaries, QEMU where there is one, a spare region."""
+    """The console on an embedded control process with live guests: canaries, QEMU where it is installed, a region."""
     macro: Macro = macros.loads(DEMO, "demo")
     with contextlib.ExitStack() as stack:
         found = _embedded(options, stack)

@@ -1,0 +1,77 @@
+"""A verb is a list of steps: plan shows them, apply runs exactly those, and a failure undoes them in reverse.
+
+Every step boundary is a fault point, ``ACTION.STEP.before`` or ``ACTION.STEP.after``: a process whose environment has
+``MEMCONSOLE_FAULT=NAME`` kills itself (SIGKILL) there. Tests find the points of an action in its plan.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from memconsole.errors import MemconsoleError
+from memconsole.model import Effect, Plan
+
+FAULT_VARIABLE = "MEMCONSOLE_FAULT"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: ``do`` does all of it or nothing; ``undo`` (none: there is no way back) takes it back."""
+
+    id: str
+    text: str
+    do: Callable[[], None]
+    undo: Callable[[], None] | None = None
+    undo_text: str = ""
+
+    @property
+    def effect(self) -> Effect:
+        """The step as a plan shows it."""
+        return Effect(self.id, self.text, self.undo_text)
+
+
+def fault_points(plan: Plan) -> tuple[str, ...]:
+    """The names of every fault point an apply of this plan passes, in order."""
+    return tuple(f"{plan.action}.{effect.id}.{when}" for effect in plan.effects for when in ("before", "after"))
+
+
+def run(action: str, steps: Sequence[Step]) -> None:
+    """Run the steps in order; if one fails, undo those before it in reverse and raise its error.
+
+    Raises:
+        MemconsoleError: the error of the step that failed; what could not be undone is added to its ``why``.
+    """
+    done: list[Step] = []
+    for step in steps:
+        try:
+            _point(f"{action}.{step.id}.before")
+            step.do()
+            done.append(step)
+            _point(f"{action}.{step.id}.after")
+        except BaseException as error:
+            left = _undo(done)
+            if left and isinstance(error, MemconsoleError):
+                error.why = "; ".join(filter(None, [error.why, *left]))
+            elif left:
+                error.add_note("; ".join(left))
+            raise
+
+
+def _undo(done: Sequence[Step]) -> list[str]:
+    left = []
+    for step in reversed(done):
+        if step.undo is None:
+            continue
+        try:
+            step.undo()
+        except (MemconsoleError, OSError) as error:
+            left.append(f"and not undone: {step.text} ({error})")
+    return left
+
+
+def _point(name: str) -> None:
+    if os.environ.get(FAULT_VARIABLE) == name:
+        os.kill(os.getpid(), signal.SIGKILL)

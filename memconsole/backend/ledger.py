@@ -60,6 +60,7 @@ class Kind(enum.IntEnum):
     FAILED = 3
     EVENT = 4
     STATE = 5
+    NOTE = 6
 
 
 class Record(NamedTuple):
@@ -164,14 +165,18 @@ def _newest_superblock(data: Buffer) -> Superblock:
             "neither of its superblocks is whole",
             "start with an empty ledger; what the kernel and custody hold is then reported as unknown",
         )
-    newest = max(blocks, key=lambda block: block.generation)
-    if newest.start < _AREAS or newest.start + newest.capacity > len(data):
-        raise BadFile("the ledger is truncated", f"{len(data)} bytes are left of {newest.start + newest.capacity}")
-    return newest
+    return max(blocks, key=lambda block: block.generation)
 
 
 def _frame_size(length: int) -> int:
     return (length + 7) & ~7
+
+
+def _encode(payload: object) -> bytes:
+    raw = payload if isinstance(payload, bytes) else msgspec.json.encode(payload)
+    if len(raw) > MAX_PAYLOAD:
+        raise Refused(f"a record of {len(raw)} bytes is too long", f"at most {MAX_PAYLOAD} fit", code="RecordTooLong")
+    return raw
 
 
 def _pack_frame(record: Record, generation: int) -> bytes:
@@ -180,19 +185,26 @@ def _pack_frame(record: Record, generation: int) -> bytes:
     return (head + _CRC.pack(zlib.crc32(head, generation & 0xFFFFFFFF))).ljust(_frame_size(length), b"\0")
 
 
-def _damage(area: bytes, at: int, seq: int, generation: int) -> tuple[bool, str] | Record | None:
-    """What stands at ``at``: a record, None where the log ends, or whether it is torn and what is wrong with it."""
+class _Damage(NamedTuple):
+    torn: bool
+    why: str
+
+
+def _at(area: bytes, at: int, seq: int, generation: int) -> Record | _Damage | None:
+    """What stands at ``at``: a record, damage, or None where the log ends."""
     rest = len(area) - at
     if rest < _FRAME.size or area[at : at + 4] == bytes(4):
-        return (True, "an append did not end") if any(area[at:]) else None
+        return _Damage(True, "an append did not end") if any(area[at:]) else None
     length, kind, zero, found = _FRAME.unpack_from(area, at)
-    if length < _FRAMING or length > min(rest, MAX_PAYLOAD + _FRAMING):
-        return False, f"a record of {length} bytes cannot be"
+    if not _FRAMING <= length <= min(rest, MAX_PAYLOAD + _FRAMING):
+        return _Damage(False, f"a record of {length} bytes cannot be")
     end = at + length - _CRC.size
     if _CRC.unpack_from(area, end)[0] != zlib.crc32(area[at:end], generation & 0xFFFFFFFF):
-        return False, "its checksum does not match"
-    if found != seq or zero or any(area[end + _CRC.size : at + _frame_size(length)]):
-        return False, f"it is record {found} where {seq} was expected" if found != seq else "it is not zero between"
+        return _Damage(False, "its checksum does not match")
+    if found != seq or zero:
+        return _Damage(False, f"it is record {found} where {seq} was expected")
+    if any(area[end + _CRC.size : at + _frame_size(length)]):
+        return _Damage(False, "there are bytes where zeros belong")
     return Record(seq, kind, area[at + _FRAME.size : end])
 
 
@@ -222,23 +234,22 @@ def read(data: Buffer) -> Image:
     """
     block = _newest_superblock(data)
     area = bytes(data[block.start : block.start + block.capacity])
+    missing = block.capacity - len(area)
     records: list[Record] = []
-    at, seq, dropped = 0, block.seq, None
-    while True:
-        match _damage(area, at, seq, block.generation):
-            case None:
-                break
-            case Record() as record:
-                records.append(record)
-                at += _frame_size(_FRAMING + len(record.payload))
-                seq += 1
-            case torn, why:
-                length = len(area[at:].rstrip(b"\0"))
-                lost = _whole_frames(area, at + 8, seq, block.generation)
-                if lost:
-                    why += f"; {lost} whole records behind it are not believed either"
-                dropped = Dropped(block.start + at, length, seq - 1, torn and not lost, why)
-                break
+    at, seq = 0, block.seq
+    while isinstance(found := _at(area, at, seq, block.generation), Record):
+        records.append(found)
+        at += _frame_size(_FRAMING + len(found.payload))
+        seq += 1
+    dropped = None
+    if missing:
+        why = f"the image ends {missing} bytes early"
+        dropped = Dropped(block.start + at, block.capacity - at, seq - 1, torn=False, why=why)
+    elif found is not None:
+        lost = _whole_frames(area, at + 8, seq, block.generation)
+        why = found.why + (f"; {lost} whole records behind it are not believed either" if lost else "")
+        length = len(area[at:].rstrip(b"\0"))
+        dropped = Dropped(block.start + at, length, seq - 1, torn=found.torn and not lost, why=why)
     return Image(block, tuple(records), block.start + at, dropped)
 
 
@@ -292,10 +303,14 @@ class Ledger:
         map = _map(fd, size)
         try:
             image = read(map)
+            block = image.superblock
+            if block.start + block.capacity > size:
+                whole = _reach(fd, block.start + block.capacity)
+                map.close()
+                map = whole
         except BaseException:
             map.close()
             raise
-        block = image.superblock
         if image.dropped is not None:
             map[image.end : block.start + block.capacity] = bytes(block.start + block.capacity - image.end)
         other = (block.generation + 1) % 2 * _SLOT
@@ -334,11 +349,7 @@ class Ledger:
             Refused: the payload is over 1 MiB (``RecordTooLong``), or the ledger is at its limit (``LedgerFull``).
             KernelRefused: the ledger had to grow and could not; nothing was written.
         """
-        raw = payload if isinstance(payload, bytes) else msgspec.json.encode(payload)
-        if len(raw) > MAX_PAYLOAD:
-            raise Refused(
-                f"a record of {len(raw)} bytes is too long", f"at most {MAX_PAYLOAD} fit", code="RecordTooLong"
-            )
+        raw = _encode(payload)
         with self._lock:
             block = self._block
             seq = block.seq + self._count
@@ -367,10 +378,7 @@ class Ledger:
         """
         with self._lock:
             first = self.next_seq
-            fresh = [
-                Record(first + n, kind, payload if isinstance(payload, bytes) else msgspec.json.encode(payload))
-                for n, (kind, payload) in enumerate(records)
-            ]
+            fresh = [Record(first + n, kind, _encode(payload)) for n, (kind, payload) in enumerate(records)]
             self._rewrite(fresh, first, spare=0)
             self._compacted = self._count
 

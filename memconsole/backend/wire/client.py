@@ -1,0 +1,372 @@
+"""The control process at a socket, as a Source: plain blocking sockets, one a call under way."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from memconsole.actions import Action
+from memconsole.backend.wire import protocol
+from memconsole.backend.wire.protocol import INTERFACE, Reply
+from memconsole.errors import Denied, MemconsoleError, NoControl, WireError
+from memconsole.model import Capability, Event, Outcome, Plan, Snapshot
+
+if TYPE_CHECKING:
+    from memconsole.extents import ExtentTable
+
+CONNECT_S = 5.0
+READ_S = 35.0
+ACT_S = 905.0
+MAX_REPLY = 1 << 30
+_RECEIVE = 1 << 20
+_IDLE = 4
+
+T = TypeVar("T")
+
+_decode_reply = msgspec.json.Decoder(Reply).decode
+
+
+class Greeting(msgspec.Struct, frozen=True):
+    """What the service says of itself and of this user."""
+
+    protocol: int
+    version: str
+    label: str
+    role: str
+    read_only: str
+
+
+class _Snapshot(msgspec.Struct, frozen=True):
+    generation: int
+    snapshot: Snapshot | None = None
+
+
+class _Plan(msgspec.Struct, frozen=True):
+    plan: Plan
+
+
+class _Outcome(msgspec.Struct, frozen=True):
+    outcome: Outcome
+
+
+class _Events(msgspec.Struct, frozen=True):
+    events: tuple[Event, ...]
+
+
+class _Extents(msgspec.Struct, frozen=True):
+    fd: int
+
+
+class _Capabilities(msgspec.Struct, frozen=True):
+    capabilities: tuple[Capability, ...]
+
+
+class Connection:
+    """One connection, for one call at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._inbox = bytearray()
+        self._fds: list[int] = []
+        self._sock = _connect(path)
+
+    def call(
+        self, method: str, parameters: Any, within: float, *, acting: bool = False
+    ) -> tuple[msgspec.Raw, list[int]]:
+        """The parameters of the reply, and the fds beside it, which are the caller's.
+
+        Raises:
+            NoControl: the service went away (``ControlDied``) or gave no answer in time (``NoAnswer``).
+            MemconsoleError: what the service raised.
+        """
+        self.send(method, parameters)
+        reply, fds = self.receive(method, within, acting=acting)
+        return reply.parameters, fds
+
+    def send(self, method: str, parameters: Any, *, more: bool = False) -> None:
+        """Send a call; a peer that hung up may have said why, which :meth:`receive` finds."""
+        call = {"method": f"{INTERFACE}.{method}", "parameters": parameters}
+        data = msgspec.json.encode({**call, "more": True} if more else call) + b"\0"
+        try:
+            self._sock.settimeout(CONNECT_S)
+            self._sock.sendall(data)
+        except TimeoutError:
+            raise _no_answer(self._path, method, CONNECT_S) from None
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+
+    def receive(self, method: str, within: float | None, *, acting: bool = False) -> tuple[Reply, list[int]]:
+        """The next reply to ``method`` and its fds; errors as :meth:`call`."""
+        raw = self._message(method, within, acting=acting)
+        try:
+            reply = _decode_reply(raw)
+        except msgspec.DecodeError as error:
+            raise WireError(f"an answer to {method} that cannot be read", str(error)) from None
+        if reply.error is not None:
+            raise protocol.error_of(reply.error, reply.parameters)
+        fds, self._fds = self._fds, []
+        return reply, fds
+
+    def _message(self, method: str, within: float | None, *, acting: bool) -> bytes:
+        deadline = None if within is None else time.monotonic() + within
+        while (end := self._inbox.find(0)) < 0:
+            if len(self._inbox) > MAX_REPLY:
+                raise WireError(f"an endless answer to {method}", f"more than {MAX_REPLY} bytes")
+            try:
+                if deadline is None:
+                    self._sock.settimeout(None)
+                else:
+                    self._sock.settimeout(max(0.001, deadline - time.monotonic()))
+                data = self._read()
+            except TimeoutError:
+                raise _no_answer(self._path, method, within or 0) from None
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                raise protocol.gone(str(self._path), method, acting=acting)
+            self._inbox += data
+        message = bytes(memoryview(self._inbox)[:end])
+        del self._inbox[: end + 1]
+        return message
+
+    def _read(self) -> bytes:
+        data, fds, flags, _ = socket.recv_fds(self._sock, _RECEIVE, protocol.MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+        self._fds += fds
+        if flags & socket.MSG_CTRUNC:
+            raise WireError("file descriptors were lost", f"more than {protocol.MAX_FDS} in one answer, or none free")
+        return data
+
+    @property
+    def clean(self) -> bool:
+        """Whether another call can be made on it: the peer is there and nothing is left from the last."""
+        if self._inbox or self._fds:
+            return False
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return not poll.poll(0)
+
+    def close(self) -> None:
+        """Close it and every fd nobody took."""
+        self._sock.close()
+        for fd in self._fds:
+            os.close(fd)
+        self._fds.clear()
+
+
+def _connect(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.settimeout(CONNECT_S)
+        sock.connect(str(path))
+    except OSError as error:
+        sock.close()
+        raise _unreachable(path, error) from None
+    return sock
+
+
+def _unreachable(path: Path, error: OSError) -> MemconsoleError:
+    what = f"no control process answers at {path}"
+    start = "start it: memconsole serve"
+    if isinstance(error, FileNotFoundError):
+        return NoControl(what, "there is no such socket", start, code="NoSocket")
+    if isinstance(error, ConnectionRefusedError):
+        return NoControl(what, "the socket was left behind by one that died", start, code="StaleSocket")
+    if isinstance(error, PermissionError):
+        return Denied(
+            f"{path} may not be opened", "its permissions forbid it", "run as root or as a member of its group"
+        )
+    if isinstance(error, (TimeoutError, BlockingIOError)):
+        return NoControl(what, "it does not take connections", "look at its log", code="NoAnswer")
+    return NoControl(what, str(error), start)
+
+
+def _no_answer(path: Path, method: str, seconds: float) -> NoControl:
+    return NoControl(
+        f"the control process at {path} does not answer {method}",
+        f"nothing came within {seconds:g} s",
+        "look at its log; restart it if it hangs: guests and memory stay",
+        code="NoAnswer",
+    )
+
+
+class Client:
+    """A Source over the control socket; calls from several threads run side by side.
+
+    Raises:
+        NoControl: nothing answers; ``code`` says ``NoSocket``, ``StaleSocket`` or ``NoAnswer``.
+        Denied: this user may not open the socket, or is neither operator nor viewer.
+        WireError: the service is of another version (``ProtocolVersion``).
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        self._idle: list[Connection] = []
+        self._lock = threading.Lock()
+        self._latest: _Snapshot | None = None
+        connection, self._greeting = self._open()
+        self._put_back(connection)
+
+    @property
+    def label(self) -> str:
+        """The socket's path."""
+        return str(self._path)
+
+    @property
+    def read_only(self) -> str:
+        """Why this user may only look, or nothing."""
+        return self._greeting.read_only
+
+    @property
+    def greeting(self) -> Greeting:
+        """What the service said of itself when this client first connected."""
+        return self._greeting
+
+    def snapshot(self) -> Snapshot:
+        """See :class:`Source`; one that did not change since the last call is not sent again."""
+        latest = self._latest
+        known = latest.generation if latest is not None else None
+        taken = self._ask("GetSnapshot", {"known": known}, _Snapshot)
+        if taken.snapshot is None:
+            if latest is None:
+                raise WireError("no snapshot came", "the service took it for known")
+            taken = latest
+        self._latest = taken
+        assert taken.snapshot is not None  # noqa: S101 - what is kept always has one
+        return taken.snapshot
+
+    def extents(self, key: str) -> ExtentTable:
+        """See :class:`Source`; the table is mapped, never copied."""
+        from memconsole.extents import ExtentTable
+
+        raw, fds = self._call("GetExtents", {"key": key})
+        try:
+            index = _read(raw, _Extents).fd
+            if not 0 <= index < len(fds):
+                raise WireError("no table came", f"fd {index} of {len(fds)}")
+            return ExtentTable.from_fd(fds[index])
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def plan(self, action: Action) -> Plan:
+        """See :class:`Source`."""
+        return self._ask("Plan", {"action": action}, _Plan).plan
+
+    def apply(self, action: Action) -> Outcome:
+        """See :class:`Source`; an action is sent once, on a connection of its own, and never again by itself."""
+        connection, _ = self._open()
+        try:
+            raw, _ = connection.call("Apply", {"action": action}, ACT_S, acting=True)
+            return _read(raw, _Outcome).outcome
+        finally:
+            connection.close()
+
+    def events(self, after: int) -> Sequence[Event]:
+        """See :class:`Source`."""
+        return self._ask("Events", {"after": after}, _Events).events
+
+    def doctor(self) -> tuple[Capability, ...]:
+        """What the host can do, by what the control process may see."""
+        return self._ask("Doctor", {}, _Capabilities).capabilities
+
+    def follow(self, after: int) -> Iterator[Event]:
+        """The events above ``after``, and every new one as it happens; ends with the service, by its error."""
+        for reply in self._stream("Events", {"after": after}):
+            yield from _read(reply, _Events).events
+
+    def watch(self, every: float = 1.0) -> Iterator[Snapshot]:
+        """A Snapshot now and every so many seconds; only what changed is sent."""
+        from memconsole.backend.wire import delta
+
+        last: tuple[int, Snapshot] | None = None
+        for reply in self._stream("Watch", {"every_ms": int(every * 1000)}):
+            last = delta.advance(last, _read(reply, delta.Watched))
+            yield last[1]
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+    # --- connections ----------------------------------------------------------------------------------------------
+
+    def _open(self) -> tuple[Connection, Greeting]:
+        connection = Connection(self._path)
+        try:
+            raw, _ = connection.call("Hello", {"protocol": protocol.PROTOCOL}, CONNECT_S)
+            return connection, _read(raw, Greeting)
+        except BaseException:
+            connection.close()
+            raise
+
+    def _take(self) -> Connection:
+        while True:
+            with self._lock:
+                connection = self._idle.pop() if self._idle else None
+            if connection is None:
+                return self._open()[0]
+            if connection.clean:
+                return connection
+            connection.close()
+
+    def _put_back(self, connection: Connection) -> None:
+        with self._lock:
+            if len(self._idle) < _IDLE:
+                self._idle.append(connection)
+                return
+        connection.close()
+
+    def _call(self, method: str, parameters: Any) -> tuple[msgspec.Raw, list[int]]:
+        connection = self._take()
+        try:
+            answer = connection.call(method, parameters, READ_S)
+        except NoControl:
+            connection.close()
+            raise
+        except MemconsoleError:
+            self._put_back(connection)
+            raise
+        except BaseException:
+            connection.close()
+            raise
+        self._put_back(connection)
+        return answer
+
+    def _ask(self, method: str, parameters: Any, kind: type[T]) -> T:
+        raw, fds = self._call(method, parameters)
+        for fd in fds:
+            os.close(fd)
+        return _read(raw, kind)
+
+    def _stream(self, method: str, parameters: Any) -> Iterator[msgspec.Raw]:
+        connection, _ = self._open()
+        try:
+            connection.send(method, parameters, more=True)
+            more = True
+            while more:
+                reply, _ = connection.receive(method, None)
+                more = bool(reply.continues)
+                yield reply.parameters
+        finally:
+            connection.close()
+
+
+def _read(raw: msgspec.Raw, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except msgspec.DecodeError as error:
+        raise WireError(
+            "an answer of the control process cannot be read",
+            str(error),
+            "it is of another version: upgrade the older of the two, then restart the service",
+        ) from None

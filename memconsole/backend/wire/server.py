@@ -1,0 +1,398 @@
+"""The service ``io.memconsole``: Varlink calls to a Source, by role, each answered or refused before its deadline.
+
+epoll loop ── received ─→ role ─→ method ─┬─ fresh Snapshot, Hello, introspection: answered on the spot
+                                          ├─ Pool "read": survey, PFN tables, plans, events
+                                          └─ Pool "act":  applied Actions, with who asked
+              streams (more): one tick looks for news, every subscriber takes what it lacks when it has taken the rest
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgspec
+
+import memconsole
+from memconsole import actions
+from memconsole.actions import Action
+from memconsole.backend.wire import protocol
+from memconsole.backend.wire.loop import Connection, Loop
+from memconsole.backend.wire.pool import Pool
+from memconsole.backend.wire.protocol import INTERFACE, SERVICE, Request
+from memconsole.backend.wire.roles import Role, Roles
+from memconsole.backend.wire.streams import Streams
+from memconsole.backend.wire.survey import Survey, Taken
+from memconsole.errors import Denied, MemconsoleError, Refused
+from memconsole.model import Outcome
+from memconsole.source import Source
+
+log = logging.getLogger("memconsole.wire")
+
+READ_S = 30.0
+ACT_S = 900.0
+DENIALS_EVERY_S = 60.0
+_BACKTICKED = re.compile(r"`([^`]*)`")
+
+
+class Served(Source, Protocol):
+    """A Source that is told who asks."""
+
+    def apply(self, action: Action, *, peer: str = "") -> Outcome:
+        """See :class:`Source`; ``peer`` goes into the ledger."""
+
+    def denied(self, peer: str, what: str) -> None:
+        """Record as an event that a peer was denied something."""
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class _Nothing(_Strict, frozen=True):
+    pass
+
+
+class _Interface(_Strict, frozen=True):
+    interface: str
+
+
+class _Hello(_Strict, frozen=True):
+    protocol: int
+
+
+class _Known(_Strict, frozen=True):
+    known: int | None = None
+
+
+class _Key(_Strict, frozen=True):
+    key: str
+
+
+class _Action(_Strict, frozen=True):
+    action: dict[str, Any]
+
+
+class _After(_Strict, frozen=True):
+    after: int = 0
+
+
+class _Every(_Strict, frozen=True):
+    every_ms: int | None = None
+
+
+@dataclass(eq=False)
+class Call:
+    """One call on its way to its answer; every method is called on the loop's thread."""
+
+    connection: Connection
+    method: str
+    more: bool
+    oneway: bool
+    open: bool = True
+
+    def answer(self, parameters: bytes, fds: Sequence[int] = (), *, continues: bool = False) -> None:
+        """Reply with JSON parameters, and with file descriptors, which are closed once they are sent."""
+        if not self.open or self.oneway:
+            for fd in fds:
+                os.close(fd)
+        else:
+            tail = b',"continues":true}\0' if continues else b"}\0"
+            self.connection.send(b'{"parameters":' + parameters + tail, fds)
+        self._done(continues)
+
+    def fail(self, error: Exception) -> None:
+        """Reply with an error; one that nobody foresaw is logged."""
+        if not isinstance(error, MemconsoleError):
+            log.error("%s failed", self.method, exc_info=error)
+            error = MemconsoleError(
+                f"{self.method} failed",
+                f"{type(error).__name__}: {error}",
+                "this is a fault of memconsole: see the service's log",
+                code="Internal",
+            )
+        name, fault = protocol.fault_of(error)
+        self.reject(name, msgspec.to_builtins(fault))
+
+    def reject(self, name: str, about: dict[str, Any]) -> None:
+        """Reply with an error by its whole name."""
+        if self.open and not self.oneway:
+            self.connection.send(msgspec.json.encode({"error": name, "parameters": about}) + b"\0")
+        self._done(continues=False)
+
+    def _done(self, continues: bool) -> None:
+        if self.open and not continues:
+            self.open = False
+            if self.connection.busy:
+                self.connection.release()
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method is served: its parameters, the role it needs, and what answers it."""
+
+    parameters: type[msgspec.Struct]
+    role: Role
+    serve: Callable[[Call, Any], None]
+
+
+@dataclass
+class Answer:
+    """What a worker found: JSON parameters and descriptors."""
+
+    parameters: bytes
+    fds: tuple[int, ...] = ()
+
+
+@dataclass(eq=False)
+class Service:
+    """The speaker of Varlink on the control socket, over one Source."""
+
+    loop: Loop
+    source: Served
+    roles: Roles
+    end: bytes = b"\0"
+    _denials: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._read = Pool("memconsole-read", 4, 256)
+        self._act = Pool("memconsole-act", 4, 64)
+        self.survey = Survey(self.loop, self._read, self.source.snapshot)
+        self._streams = Streams(self.loop, self._read, self.survey, self.source)
+        self._decode = msgspec.json.Decoder(Request).decode
+        self._methods = {
+            f"{SERVICE}.GetInfo": Method(_Nothing, Role.NOBODY, self._get_info),
+            f"{SERVICE}.GetInterfaceDescription": Method(_Interface, Role.NOBODY, self._describe),
+            f"{INTERFACE}.Hello": Method(_Hello, Role.VIEWER, self._hello),
+            f"{INTERFACE}.GetSnapshot": Method(_Known, Role.VIEWER, self._get_snapshot),
+            f"{INTERFACE}.GetExtents": Method(_Key, Role.VIEWER, self._get_extents),
+            f"{INTERFACE}.Plan": Method(_Action, Role.VIEWER, self._plan),
+            f"{INTERFACE}.Apply": Method(_Action, Role.OPERATOR, self._apply),
+            f"{INTERFACE}.Events": Method(_After, Role.VIEWER, self._events),
+            f"{INTERFACE}.Watch": Method(_Every, Role.VIEWER, self._watch),
+            f"{INTERFACE}.Doctor": Method(_Nothing, Role.VIEWER, self._doctor),
+        }
+
+    def farewell(self) -> None:
+        """Tell subscribers that the service ends."""
+        self._streams.end()
+
+    def close(self, within: float) -> None:
+        """Wait, once the loop has ended, for what is still under way."""
+        self._act.close(within)
+        self._read.close(within)
+
+    # --- the loop's side ------------------------------------------------------------------------------------------
+
+    def opened(self, connection: Connection) -> None:
+        """Nothing is said until the peer calls."""
+
+    def closed(self, connection: Connection) -> None:
+        """Forget a subscriber."""
+        if connection.streaming:
+            self._streams.closed(connection)
+
+    def refuse(self, connection: Connection, code: str, why: str) -> None:
+        """Name the bound of the loop that a peer ran into."""
+        log.warning("refused %s: %s: %s", connection.peer, code, why)
+        Call(connection, "", more=False, oneway=False).fail(
+            Refused("the connection is closed", why, "see the interface's documentation", code=code)
+        )
+
+    def received(self, connection: Connection, message: bytes) -> None:
+        """Serve one call."""
+        try:
+            request = self._decode(message)
+        except msgspec.DecodeError as error:
+            self.refuse(connection, "NotVarlink", f"this is no call: {error}")
+            connection.finish()
+            return
+        call = Call(connection, request.method, bool(request.more and not request.oneway), bool(request.oneway))
+        method = self._methods.get(request.method)
+        try:
+            if method is None:
+                self._unknown(call)
+            elif method.role and (role := self.roles.of(connection.peer)) < method.role:
+                self._deny(call, role)
+            else:
+                parameters = msgspec.json.decode(request.parameters, type=method.parameters)
+                method.serve(call, parameters)
+        except msgspec.ValidationError as error:
+            call.reject(f"{SERVICE}.InvalidParameter", {"parameter": _parameter(str(error))})
+        except Exception as error:  # noqa: BLE001 - one call's fault must not end the service; fail() logs it
+            call.fail(error)
+
+    def _unknown(self, call: Call) -> None:
+        interface, _, _ = call.method.rpartition(".")
+        if interface in {INTERFACE, SERVICE}:
+            call.reject(f"{SERVICE}.MethodNotFound", {"method": call.method})
+        else:
+            call.reject(f"{SERVICE}.InterfaceNotFound", {"interface": interface or call.method})
+
+    def _deny(self, call: Call, role: Role) -> None:
+        peer = call.connection.peer
+        what = call.method.rpartition(".")[2]
+        now = time.monotonic()
+        if now - self._denials.get(peer.uid, -DENIALS_EVERY_S) >= DENIALS_EVERY_S:
+            self._denials[peer.uid] = now
+            log.warning("denied %s to %s", what, peer)
+            self._read.submit(lambda: self.source.denied(str(peer), what))
+        role_name = "a viewer" if role is Role.VIEWER else "neither operator nor viewer"
+        raise Denied(f"{what} is denied", f"user {peer.uid} is {role_name}", "ask an operator, or be made one")
+
+    # --- methods --------------------------------------------------------------------------------------------------
+
+    def _get_info(self, call: Call, _: _Nothing) -> None:
+        info = {
+            "vendor": "memconsole",
+            "product": "memconsole",
+            "version": memconsole.__version__,
+            "url": "https://varlink.org/" + INTERFACE,
+            "interfaces": [SERVICE, INTERFACE],
+        }
+        call.answer(msgspec.json.encode(info))
+
+    def _describe(self, call: Call, p: _Interface) -> None:
+        if p.interface == INTERFACE:
+            call.answer(msgspec.json.encode({"description": protocol.description()}))
+        elif p.interface == SERVICE:
+            call.answer(msgspec.json.encode({"description": protocol.SERVICE_DESCRIPTION}))
+        else:
+            call.reject(f"{SERVICE}.InterfaceNotFound", {"interface": p.interface})
+
+    def _hello(self, call: Call, p: _Hello) -> None:
+        if p.protocol != protocol.PROTOCOL:
+            raise protocol.version_mismatch(protocol.PROTOCOL, p.protocol)
+        role = self.roles.of(call.connection.peer)
+        reason = self.source.read_only or ("" if role is Role.OPERATOR else "your user may look, not act")
+        hello = {"protocol": protocol.PROTOCOL, "version": memconsole.__version__, "label": self.source.label}
+        call.answer(msgspec.json.encode({**hello, "role": role.name.lower(), "read_only": reason}))
+
+    def _get_snapshot(self, call: Call, p: _Known) -> None:
+        taken = self.survey.latest
+        if taken is not None:
+            self._send_snapshot(call, taken, p.known)
+            return
+        self._hold(call, READ_S)
+
+        def then(found: Taken | Exception) -> None:
+            if isinstance(found, Taken):
+                self._send_snapshot(call, found, p.known)
+            else:
+                call.fail(found)
+
+        self.survey.get(then)
+
+    def _send_snapshot(self, call: Call, taken: Taken, known: int | None) -> None:
+        if taken.generation == known:
+            call.answer(b'{"generation":%d}' % taken.generation)
+        else:
+            call.answer(b'{"generation":%d,"snapshot":%b}' % (taken.generation, taken.encoded))
+
+    def _get_extents(self, call: Call, p: _Key) -> None:
+        def work() -> Answer:
+            table = self.source.extents(p.key)
+            try:
+                # What a client gets must not be a way to change what another gets.
+                fd = os.open(f"/proc/self/fd/{table.fd}", os.O_RDONLY | os.O_CLOEXEC)
+                about = {"fd": 0, "rows": len(table), "page_size": table.page_size}
+                return Answer(msgspec.json.encode(about), (fd,))
+            finally:
+                table.close()
+
+        self._work(call, self._read, READ_S, work)
+
+    def _plan(self, call: Call, p: _Action) -> None:
+        action = actions.decode(p.action)
+        self._work(call, self._read, READ_S, lambda: Answer(msgspec.json.encode({"plan": self.source.plan(action)})))
+
+    def _apply(self, call: Call, p: _Action) -> None:
+        action = actions.decode(p.action)
+        peer = str(call.connection.peer)
+
+        def work() -> Answer:
+            try:
+                return Answer(msgspec.json.encode({"outcome": self.source.apply(action, peer=peer)}))
+            finally:
+                self.loop.call(self._applied)
+
+        self._work(call, self._act, ACT_S, work)
+
+    def _applied(self) -> None:
+        self.survey.outdate()
+        self._streams.news()
+
+    def _events(self, call: Call, p: _After) -> None:
+        if call.more:
+            self._streams.listen(call, p.after)
+            return
+        self._work(
+            call, self._read, READ_S, lambda: Answer(msgspec.json.encode({"events": self.source.events(p.after)}))
+        )
+
+    def _watch(self, call: Call, p: _Every) -> None:
+        if call.more:
+            self._streams.watch(call, max(p.every_ms or 1000, 250) / 1000)
+        else:
+            self._get_snapshot(call, _Known())
+
+    def _doctor(self, call: Call, _: _Nothing) -> None:
+        def work() -> Answer:
+            from memconsole.backend.doctor import doctor
+
+            return Answer(msgspec.json.encode({"capabilities": doctor()}))
+
+        self._work(call, self._read, READ_S, work)
+
+    # --- what may block -------------------------------------------------------------------------------------------
+
+    def _hold(self, call: Call, seconds: float) -> None:
+        call.connection.busy = True
+        self.loop.later(seconds, lambda: self._expire(call, seconds))
+
+    def _expire(self, call: Call, seconds: float) -> None:
+        if call.open:
+            call.fail(
+                Refused(
+                    f"no answer to {call.method} within {seconds:g} s",
+                    "it is still under way",
+                    "look at the events before you repeat it",
+                    code="Deadline",
+                )
+            )
+
+    def _work(self, call: Call, pool: Pool, seconds: float, work: Callable[[], Answer]) -> None:
+        def job() -> None:
+            if not call.connection.open and not call.oneway and pool is self._read:
+                return  # nobody is left to read it
+            answer: Answer | Exception
+            try:
+                answer = work()
+            except Exception as error:  # noqa: BLE001 - the caller is told, and fail() logs what is no refusal
+                answer = error
+            if not self.loop.call(lambda: self._finish(call, answer)) and isinstance(answer, Answer):
+                for fd in answer.fds:
+                    os.close(fd)
+
+        if pool.submit(job):
+            self._hold(call, seconds)
+        else:
+            raise Refused(f"{call.method} must wait", "too many calls wait already", "try again", code="Busy")
+
+    def _finish(self, call: Call, answer: Answer | Exception) -> None:
+        if isinstance(answer, Answer):
+            call.answer(answer.parameters, answer.fds)
+        else:
+            call.fail(answer)
+
+
+def _parameter(message: str) -> str:
+    """The parameter a validation error is about (``$.key``, or the field it names)."""
+    names = _BACKTICKED.findall(message)
+    at = next((name.removeprefix("$.") for name in names if name.startswith("$.")), None)
+    return at or (names[-1] if names else message)

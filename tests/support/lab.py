@@ -1,0 +1,177 @@
+"""The lab: a hypervisor host in a VM, in which a real kernel really kexecs.
+
+QEMU (TCG) boots the lab's kernel over this machine's own root, read-only over 9p under a tmpfs overlay, so that the
+lab has this machine's userland, Python and QEMU. ``/init`` of a small initrd (busybox and the script below) mounts all
+that and runs ``/run/lab/start``; after a kexec the same initrd finds the next kernel's command line and starts it again
+with ``stage=N+1``.
+
+A scenario is a Python file of tests/vm/scenarios; what it has to say it appends to ``/run/lab/verdicts`` (one JSON
+object a line, see :mod:`lab_guest`), in a directory shared with this machine. A run that says nothing has failed, and
+QEMU never outlives it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SCENARIOS = ROOT / "tests" / "vm" / "scenarios"
+BUSYBOX = Path("/bin/busybox")
+COMMAND_LINE = "console=ttyS0 panic=-1 quiet kho=on liveupdate=on intel_iommu=on"
+
+INIT = """#!/bin/busybox sh
+B=/bin/busybox
+fail() { echo "lab: $1"; $B poweroff -f; }
+$B mount -t devtmpfs dev /dev; $B mount -t proc proc /proc; $B mount -t sysfs sys /sys
+share="trans=virtio,version=9p2000.L,msize=524288"
+$B mount -t 9p -o $share,ro,cache=loose host0 /ro || fail "no root share"
+$B mount -t tmpfs -o size=25% tmp /rw && $B mkdir /rw/up /rw/work
+$B mount -t overlay -o lowerdir=/ro,upperdir=/rw/up,workdir=/rw/work over /new || fail "no overlay"
+for d in dev proc sys; do $B mount -o move /$d /new/$d; done
+$B mount -t tmpfs run /new/run; $B mount -t tmpfs tmp /new/tmp
+$B mkdir -p /new/run/lab /new/dev/shm /new/dev/pts
+$B mount -t tmpfs shm /new/dev/shm; $B mount -t devpts pts /new/dev/pts
+$B mount -t debugfs debug /new/sys/kernel/debug; $B mount -t cgroup2 cgroup /new/sys/fs/cgroup
+$B mount -t 9p -o $share lab /new/run/lab || fail "no lab share"
+exec $B switch_root /new /bin/sh /run/lab/start
+"""
+
+
+@dataclass
+class Verdicts:
+    """What a run of the lab said: its verdicts in order, the serial console, and the directory it shared."""
+
+    said: list[dict[str, Any]]
+    console: str
+    share: Path
+    seconds: float
+    stages: int = field(default=0)
+
+    def of(self, name: str) -> dict[str, Any]:
+        """The last verdict of this name; a run that never gave it fails here, with the end of its console."""
+        for verdict in reversed(self.said):
+            if verdict["name"] == name:
+                return verdict
+        raise AssertionError(f"the lab never said {name!r}; its console ends:\n{self.console[-4000:]}")
+
+    def check(self) -> None:
+        """Fail with the first verdict that is bad, or when there is none."""
+        for verdict in self.said:
+            assert verdict["ok"], f"{verdict}\n{self.console[-4000:]}"
+        self.of("end")
+
+
+def kernel() -> Path:
+    """The lab's kernel: ``MEMCONSOLE_LAB_KERNEL``, the shared one beside the checkout, or the one `make lab` built."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for path in (
+        Path(os.environ.get("MEMCONSOLE_LAB_KERNEL", "/nonexistent")),
+        ROOT.parent / "shared" / "lab" / "bzImage",
+        cache / "memconsole" / "lab" / "bzImage",
+    ):
+        if path.is_file():
+            return path
+    pytest.skip("the lab has no kernel (set MEMCONSOLE_LAB_KERNEL)")
+
+
+def initrd() -> bytes:
+    """An uncompressed newc archive: busybox, /init, and the mount points."""
+    out = bytearray()
+    number = 0
+
+    def entry(name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)) -> None:
+        nonlocal number
+        number += 1
+        raw = name.encode() + b"\0"
+        words = (number, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(raw), 0)
+        out.extend(b"070701" + b"".join(b"%08X" % word for word in words) + raw)
+        out.extend(bytes(-len(out) % 4) + data)
+        out.extend(bytes(-len(out) % 4))
+
+    for name in ("bin", "dev", "proc", "sys", "ro", "rw", "new"):
+        entry(name, 0o40755)
+    entry("dev/console", 0o20600, device=(5, 1))
+    entry("bin/busybox", 0o100755, BUSYBOX.read_bytes())
+    entry("init", 0o100755, INIT.encode())
+    entry("TRAILER!!!", 0)
+    return bytes(out)
+
+
+def run(
+    scenario: str,
+    share: Path,
+    *,
+    timeout: float = 180,
+    memory: str = "2G",
+    append: str = "",
+    devices: Sequence[str] = (),
+    arguments: Sequence[str] = (),
+) -> Verdicts:
+    """Boot the lab, run a scenario through its stages, return what it said; never later than ``timeout`` seconds."""
+    if not BUSYBOX.is_file() or shutil.which("qemu-system-x86_64") is None:
+        pytest.skip(
+            "the lab wants qemu-system-x86_64 and a static /bin/busybox (Debian: qemu-system-x86, busybox-static)"
+        )
+    share.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(kernel(), share / "bzImage")
+    (share / "initrd").write_bytes(initrd())
+    words = " ".join([str(SCENARIOS / f"{scenario}.py"), *arguments])
+    (share / "start").write_text(
+        "export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8\n"
+        f"export PYTHONPATH={ROOT}/tests/support PYTHONDONTWRITEBYTECODE=1 TERM=dumb\n"
+        f"cd {ROOT}; {sys.executable} {words}\n"
+        "sync; /bin/busybox poweroff -f\n"
+    )
+    line = f"{COMMAND_LINE} stage=1 {append}".strip()
+    command = [
+        *(
+            "qemu-system-x86_64",
+            "-machine",
+            "q35",
+            "-accel",
+            "tcg,thread=multi",
+            "-cpu",
+            "max",
+            "-m",
+            memory,
+            "-smp",
+            "2",
+        ),
+        *("-nographic", "-nodefaults", "-no-reboot", "-serial", "stdio"),
+        *("-device", "intel-iommu,intremap=on", "-device", "edu,addr=4,dma_mask=0xffffffffffff"),
+        *(word for device in devices for word in ("-device", device)),
+        *("-kernel", str(share / "bzImage"), "-initrd", str(share / "initrd"), "-append", line),
+        *("-virtfs", "local,path=/,mount_tag=host0,security_model=none,readonly=on,multidevs=remap"),
+        *("-virtfs", f"local,path={share},mount_tag=lab,security_model=none,multidevs=remap"),
+    ]
+    began = time.monotonic()
+    log = share / "console"
+    with (
+        log.open("wb") as console,
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, start_new_session=True
+        ) as qemu,
+    ):
+        try:
+            qemu.wait(timeout)
+        except subprocess.TimeoutExpired:
+            console.write(f"\nlab: no end within {timeout} s\n".encode())
+        finally:
+            if qemu.poll() is None:
+                os.killpg(qemu.pid, signal.SIGKILL)
+    verdicts = share / "verdicts"
+    said = [json.loads(line) for line in verdicts.read_text().splitlines()] if verdicts.exists() else []
+    stages = max((verdict["stage"] for verdict in said), default=0)
+    return Verdicts(said, log.read_text(errors="replace"), share, time.monotonic() - began, stages)

@@ -1,0 +1,70 @@
+"""Keepers for tests: built with sanitizers, started in the foreground on a socket of their own, and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "memconsole" / "native" / "keeper.c"
+SANITIZERS = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+
+
+def build_sanitized(directory: Path) -> Path:
+    """The keeper under ASan and UBSan."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    program = directory / "keeper-sanitized"
+    flags = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", *SANITIZERS]
+    subprocess.run([compiler, *flags, "-o", program, SOURCE], check=True)
+    return program
+
+
+@dataclass
+class Running:
+    """A keeper that runs; ``ended`` is its exit status and what it wrote to stderr."""
+
+    process: subprocess.Popen[bytes]
+    path: Path
+
+    def ended(self) -> tuple[int, str]:
+        _, err = self.process.communicate(timeout=30)
+        return self.process.returncode, err.decode()
+
+    def open_files(self) -> int:
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+
+@contextlib.contextmanager
+def running(program: Path | str, **popen: object) -> Iterator[Running]:
+    """A keeper in the foreground; killed if it still runs at the end."""
+    with tempfile.TemporaryDirectory(prefix="keeper-") as directory:
+        path = Path(directory) / "keeper"
+        process = subprocess.Popen([program, "-f", path], stderr=subprocess.PIPE, **popen)  # type: ignore[call-overload]
+        try:
+            deadline = time.monotonic() + 20
+            while not _listens(path):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise AssertionError(f"the keeper did not start: {process.communicate(timeout=1)[1].decode()}")
+                time.sleep(0.005)
+            yield Running(process, path)
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def _listens(path: Path) -> bool:
+    """Whether a listening SOCK_SEQPACKET socket (type 0005, flag __SO_ACCEPTCON) is bound there (/proc/net/unix)."""
+    for line in Path("/proc/net/unix").read_text().splitlines():
+        words = line.split()
+        if words[-1] == str(path) and words[3] == "00010000" and words[4] == "0005":
+            return True
+    return False

@@ -279,7 +279,7 @@ def _extents_of(size: int) -> int:
 def region_rows(name: str, size: int, *, shift: int = 0) -> Iterator[Extent]:
     """The PFN map of a region: 2 MiB chunks, three of five huge, the others cut into 4 KiB runs, swap and holes.
 
-    The extents cover every page from ``shift`` (a page index) on; of a region of 1 TiB they are 1,000,000.
+    They begin at page ``shift``; of a region of 1 TiB they are 1,000,000. No extent's frames continue another's.
     """
     from memconsole.extents import Extent
 
@@ -289,10 +289,9 @@ def region_rows(name: str, size: int, *, shift: int = 0) -> Iterator[Extent]:
     done = 0
     for chunk in range(chunks):
         offset = shift + chunk * HUGE_PAGES
-        rest = chunks - chunk - 1
-        if chunk % 5 in {0, 2, 3} and rest:
+        if chunk % 5 in {0, 2, 3} and chunk < chunks - 1:
             done += 1
-            pfn = (rng.getrandbits(17) << 9) + (1 << 20)
+            pfn = (1 << 20) + (rng.getrandbits(16) << 10)
             yield Extent(offset, pfn, HUGE_PAGES, PRESENT | FILE | EXCLUSIVE | HUGE)
             continue
         pieces = min(HUGE_PAGES, max(1, wanted * (chunk + 1) // chunks - done))
@@ -301,36 +300,39 @@ def region_rows(name: str, size: int, *, shift: int = 0) -> Iterator[Extent]:
         for piece in range(pieces):
             count = length if piece < pieces - 1 else HUGE_PAGES - length * (pieces - 1)
             dice = rng.getrandbits(24)
-            kind = dice & 15
-            if kind == 0:
-                yield Extent(offset, 0, count, 0)
-            elif kind == 1:
-                yield Extent(offset, 0, count, SWAP)
+            there = max(1, count // 2) if dice & 0x30 == 0 else count  # the rest is absent, and has no row
+            if dice & 15 == 1:
+                yield Extent(offset, (dice >> 4) << 15, there, SWAP)
             else:
-                yield Extent(offset, (1 << 30) + (dice << 6), count, PRESENT | FILE)
+                yield Extent(offset, (1 << 27) + (dice << 10), there, PRESENT | FILE)
             offset += count
 
 
-def rows_of(snapshot: Snapshot, key: str) -> Iterator[Extent]:
+def _ram_of(shown: Snapshot, key: str) -> list[tuple[str, int, int]]:
+    """The parts (region, bytes, first page) the PFN map of ``region:NAME`` or ``guest:NAME`` is made of."""
+    kind, _, name = key.partition(":")
+    for region in shown.regions if kind == "region" else ():
+        if region.name == name:
+            return [(name, region.size, 0)]
+    for guest in shown.guests if kind == "guest" else ():
+        if guest.name == name and guest.seen is not None:
+            return [(str(block.region), block.size, (block.gpa or 0) // PAGE) for block in guest.seen.ram]
+    raise NotFound(f"there is no {key}", "", "see memconsole regions and memconsole guests")
+
+
+def rows_of(shown: Snapshot, key: str) -> Iterator[Extent]:
     """The extents of ``region:NAME`` by offset, or of ``guest:NAME`` by gpa, as the Snapshot lays them out.
 
     Raises:
         NotFound: the Snapshot has no such region or guest.
     """
-    kind, _, name = key.partition(":")
-    if kind == "region":
-        for region in snapshot.regions:
-            if region.name == name:
-                return region_rows(name, region.size)
-    if kind == "guest":
-        for guest in snapshot.guests:
-            if guest.name == name and guest.seen is not None:
-                return (
-                    row
-                    for block in guest.seen.ram
-                    for row in region_rows(str(block.region), block.size, shift=(block.gpa or 0) // PAGE)
-                )
-    raise NotFound(f"there is no {key}", "", "see memconsole regions and memconsole guests")
+    for name, size, shift in _ram_of(shown, key):
+        yield from region_rows(name, size, shift=shift)
+
+
+def pages_of(shown: Snapshot, key: str) -> int:
+    """How many pages that map covers."""
+    return sum(size for _, size, _ in _ram_of(shown, key)) // PAGE
 
 
 # --- the Source ---------------------------------------------------------------------------------------------------
@@ -394,7 +396,10 @@ class SyntheticSource:
         from memconsole.extents import ExtentTable
 
         self._called("extents")
-        return ExtentTable.from_rows(self._rows.get(key) or rows_of(self._snapshot, key))
+        shown = self._rows.get(key)
+        if shown is not None:
+            return ExtentTable.from_rows(shown)
+        return ExtentTable.from_rows(rows_of(self._snapshot, key), first=0, pages=pages_of(self._snapshot, key))
 
     def plan(self, action: Action) -> Plan:
         """Two effects with their undo, the ``refuse``-d refusals, and the name to type where it destroys."""

@@ -37,7 +37,9 @@ static inline uint64_t mc_step(uint32_t flags)
 	return flags & MC_SWAP ? 32 : 1;
 }
 
-int mc_table_grow(struct mc_table *table, struct mc_fail *fail);
+int mc_table_reserve(struct mc_table *table, uint64_t rows, struct mc_fail *fail);
+void mc_table_drop(struct mc_table *table);
+int mc_table_take(struct mc_table *table, struct mc_table *from, struct mc_fail *fail);
 int mc_sort(struct mc_ref *refs, uint64_t n, struct mc_fail *fail);
 
 /*
@@ -58,7 +60,7 @@ static inline int mc_table_push(struct mc_table *t, uint64_t offset, uint64_t pf
 		}
 	}
 	if (t->rows == t->capacity) {
-		int code = mc_table_grow(t, fail);
+		int code = mc_table_reserve(t, t->rows + 1, fail);
 
 		if (code)
 			return code;

@@ -11,8 +11,8 @@
  *   flags   := u32, PRESENT or SWAP and the rest; absent pages have no row
  *   checksum:= xxh3-128 (canonical) of the header before it and of all columns
  *
- * While a table is filled its columns stand capacity (not rows) apart, and the memfd grows by doubling; sealing
- * closes the gaps, writes the header and forbids any further change, so that a receiver may map it without fear.
+ * While a table is filled each column is a private mapping that grows by mremap, so that nothing is copied; sealing
+ * writes header and columns into a memfd and forbids any further change, so that a receiver may map it without fear.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -29,10 +29,11 @@
 
 #define HEADER 64
 #define ROW 24
-#define FIRST_CAPACITY 2728	/* 64 KiB */
+#define FIRST_CAPACITY 4096
+#define LARGE_CAPACITY (1 << 19)	/* from here on huge pages are worth their zeroing */
 #define MAX_PAGE (1ULL << 62)
 #define MAX_ROWS (1ULL << 56)
-/* Not F_SEAL_WRITE: proving that nobody writes costs a drain of every CPU; here nobody has it mapped any more. */
+/* Not F_SEAL_WRITE: proving that nobody writes costs a drain of every CPU; here nobody ever had it mapped. */
 #define SEALS (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE)
 
 struct header {
@@ -46,15 +47,6 @@ _Static_assert(sizeof(struct header) == HEADER, "the header is 64 bytes");
 
 static const char magic[8] = "MCEXTENT";
 
-static void place_columns(struct mc_table *t, uint64_t capacity)
-{
-	t->capacity = capacity;
-	t->offset = (uint64_t *)(t->map + HEADER);
-	t->pfn = t->offset + capacity;
-	t->count = (uint32_t *)(t->pfn + capacity);
-	t->flags = t->count + capacity;
-}
-
 static void checksum(const struct mc_table *t, const struct header *header, uint8_t *out)
 {
 	XXH3_state_t *state = XXH3_createState();
@@ -64,7 +56,10 @@ static void checksum(const struct mc_table *t, const struct header *header, uint
 		abort(); /* xxhash asks for 576 bytes */
 	XXH3_128bits_reset(state);
 	XXH3_128bits_update(state, header, offsetof(struct header, checksum));
-	XXH3_128bits_update(state, t->map + HEADER, t->rows * ROW);
+	XXH3_128bits_update(state, t->offset, t->rows * 8);
+	XXH3_128bits_update(state, t->pfn, t->rows * 8);
+	XXH3_128bits_update(state, t->count, t->rows * 4);
+	XXH3_128bits_update(state, t->flags, t->rows * 4);
 	XXH128_canonicalFromHash(&canonical, XXH3_128bits_digest(state));
 	XXH3_freeState(state);
 	memcpy(out, canonical.digest, sizeof(canonical.digest));
@@ -72,12 +67,11 @@ static void checksum(const struct mc_table *t, const struct header *header, uint
 
 /*
  * An empty table that covers nothing, to be filled, sealed and freed.
- * Errors: MC_MEMORY, MC_KERNEL (memfd_create, e.g. EMFILE), MC_RANGE (page_size not a power of two).
+ * Errors: MC_MEMORY, MC_RANGE (page_size not a power of two).
  */
 int mc_table_new(struct mc_table **out, uint32_t page_size, struct mc_fail *fail)
 {
 	struct mc_table *t;
-	int code;
 
 	if (page_size < 512 || page_size & (page_size - 1))
 		return mc_fail(fail, MC_RANGE, 0, "a page size is a power of two");
@@ -85,47 +79,79 @@ int mc_table_new(struct mc_table **out, uint32_t page_size, struct mc_fail *fail
 	if (!t)
 		return mc_fail(fail, MC_MEMORY, ENOMEM, "calloc");
 	t->page_size = page_size;
-	t->fd = memfd_create("memconsole-extents", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-	if (t->fd < 0) {
-		code = mc_fail_errno(fail, "memfd_create");
-		free(t);
-		return code;
-	}
-	code = mc_table_grow(t, fail);
-	if (code) {
-		mc_table_free(t);
-		return code;
-	}
+	t->fd = -1;
 	*out = t;
 	return MC_OK;
 }
 
-/* Doubles the room for rows. Errors: MC_MEMORY, MC_KERNEL (ftruncate, mremap). */
-int mc_table_grow(struct mc_table *t, struct mc_fail *fail)
+static void *grow_column(void *column, uint64_t old, uint64_t bytes)
 {
-	uint64_t old = t->capacity, capacity = old ? old * 2 : FIRST_CAPACITY;
-	uint64_t bytes = HEADER + capacity * ROW;
-	void *map;
+	return old ? mremap(column, old, bytes, MREMAP_MAYMOVE)
+		   : mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+}
 
-	if (capacity > MAX_ROWS)
+/*
+ * Makes room for at least `rows` rows in all, doubling what there is.
+ * Errors: MC_MEMORY, MC_KERNEL (mmap); the table is as it was.
+ */
+int mc_table_reserve(struct mc_table *t, uint64_t rows, struct mc_fail *fail)
+{
+	uint64_t old = t->capacity, capacity = old ? old : FIRST_CAPACITY;
+	struct { void *at; uint64_t width; } columns[] = {
+		{ t->offset, 8 }, { t->pfn, 8 }, { t->count, 4 }, { t->flags, 4 },
+	};
+
+	if (rows <= old)
+		return MC_OK;
+	if (rows > MAX_ROWS)
 		return mc_fail(fail, MC_MEMORY, ENOMEM, "more rows than memory");
-	if (ftruncate(t->fd, (off_t)bytes))
-		return mc_fail_errno(fail, "ftruncate");
-	map = t->map ? mremap(t->map, t->mapped, bytes, MREMAP_MAYMOVE)
-		     : mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, t->fd, 0);
-	if (map == MAP_FAILED)
-		return mc_fail_errno(fail, "mmap");
-	t->map = map;
-	t->mapped = bytes;
-	if (old) {
-		uint8_t *columns = t->map + HEADER;
+	while (capacity < rows)
+		capacity *= 2;
+	for (int i = 0; i < 4; i++) {
+		void *at = grow_column(columns[i].at, old * columns[i].width, capacity * columns[i].width);
 
-		/* the last column first: each moves up, none onto one that has not moved yet */
-		memcpy(columns + capacity * 20, columns + old * 20, old * 4);
-		memcpy(columns + capacity * 16, columns + old * 16, old * 4);
-		memmove(columns + capacity * 8, columns + old * 8, old * 8);
+		if (at == MAP_FAILED) {
+			int code = mc_fail_errno(fail, "mmap");
+
+			while (i--)	/* those that grew become what the others still are; shrinking cannot fail */
+				if (old)
+					mremap(columns[i].at, capacity * columns[i].width, old * columns[i].width, 0);
+				else
+					munmap(columns[i].at, capacity * columns[i].width);
+			return code;
+		}
+		if (capacity >= LARGE_CAPACITY)
+			madvise(at, capacity * columns[i].width, MADV_HUGEPAGE);
+		columns[i].at = at;
 	}
-	place_columns(t, capacity);
+	t->offset = columns[0].at;
+	t->pfn = columns[1].at;
+	t->count = columns[2].at;
+	t->flags = columns[3].at;
+	t->capacity = capacity;
+	return MC_OK;
+}
+
+/* Moves all rows of a scratch table behind those of t; the scratch is empty afterwards. Errors: as reserve. */
+int mc_table_take(struct mc_table *t, struct mc_table *from, struct mc_fail *fail)
+{
+	uint64_t n = from->rows ? from->rows - 1 : 0;
+	int code = MC_OK;
+
+	if (from->rows)	/* the first may continue our last, the others cannot */
+		code = mc_table_push(t, from->offset[0], from->pfn[0], from->count[0], from->flags[0], fail);
+	if (!code)
+		code = mc_table_reserve(t, t->rows + n, fail);
+	if (code)
+		return code;
+	if (n) {
+		memcpy(t->offset + t->rows, from->offset + 1, n * 8);
+		memcpy(t->pfn + t->rows, from->pfn + 1, n * 8);
+		memcpy(t->count + t->rows, from->count + 1, n * 4);
+		memcpy(t->flags + t->rows, from->flags + 1, n * 4);
+	}
+	t->rows += n;
+	from->rows = 0;
 	return MC_OK;
 }
 
@@ -287,7 +313,18 @@ int mc_table_concat(struct mc_table *t, struct mc_table **parts, uint64_t n, str
 	return code;
 }
 
-/* Maps the memfd for reading and places the columns. */
+static void free_columns(struct mc_table *t)
+{
+	if (!t->capacity)
+		return;
+	munmap(t->offset, t->capacity * 8);
+	munmap(t->pfn, t->capacity * 8);
+	munmap(t->count, t->capacity * 4);
+	munmap(t->flags, t->capacity * 4);
+	t->capacity = 0;
+}
+
+/* Maps the sealed memfd of so many rows for reading; the columns are in it from now on. */
 static int map_sealed(struct mc_table *t, uint64_t rows, struct mc_fail *fail)
 {
 	uint64_t bytes = HEADER + rows * ROW;
@@ -295,37 +332,63 @@ static int map_sealed(struct mc_table *t, uint64_t rows, struct mc_fail *fail)
 
 	if (map == MAP_FAILED)
 		return mc_fail_errno(fail, "mmap");
+	free_columns(t);
 	t->map = map;
 	t->mapped = bytes;
 	t->rows = rows;
-	place_columns(t, rows);
+	t->offset = (uint64_t *)(t->map + HEADER);
+	t->pfn = t->offset + rows;
+	t->count = (uint32_t *)(t->pfn + rows);
+	t->flags = t->count + rows;
 	return MC_OK;
 }
 
+static int write_all(int fd, const void *bytes, uint64_t length, struct mc_fail *fail)
+{
+	const uint8_t *at = bytes;
+
+	while (length) {
+		ssize_t n = write(fd, at, length);
+
+		if (n < 0)
+			return mc_fail_errno(fail, "write");
+		at += n;
+		length -= (uint64_t)n;
+	}
+	return MC_OK;
+}
+
+static int make_memfd(struct mc_table *t, struct mc_fail *fail)
+{
+	t->fd = memfd_create("memconsole-extents", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+	return t->fd < 0 ? mc_fail_errno(fail, "memfd_create") : MC_OK;
+}
+
+static int seal_memfd(struct mc_table *t, struct mc_fail *fail)
+{
+	return fcntl(t->fd, F_ADD_SEALS, SEALS | F_SEAL_SEAL) ? mc_fail_errno(fail, "F_ADD_SEALS") : MC_OK;
+}
+
 /*
- * Ends the filling: the memfd becomes exactly the table's bytes and nobody, we included, can change it any more.
- * Errors: MC_KERNEL (ftruncate, F_ADD_SEALS, mmap), MC_MEMORY.
+ * Ends the filling: the table becomes a memfd of exactly its bytes, which nobody can change any more.
+ * Errors: MC_KERNEL (memfd_create, e.g. EMFILE, write, F_ADD_SEALS, mmap), MC_MEMORY. Only to be freed afterwards.
  */
 int mc_table_seal(struct mc_table *t, struct mc_fail *fail)
 {
-	uint8_t *columns = t->map + HEADER;
 	struct header header = {
 		.version = 1, .page_size = t->page_size, .rows = t->rows,
 		.first = t->first, .end = t->end, .pages = t->pages,
 	};
+	int code;
 
-	memmove(columns + t->rows * 8, t->pfn, t->rows * 8);
-	memmove(columns + t->rows * 16, t->count, t->rows * 4);
-	memmove(columns + t->rows * 20, t->flags, t->rows * 4);
 	memcpy(header.magic, magic, sizeof(magic));
 	checksum(t, &header, header.checksum);
-	memcpy(t->map, &header, HEADER);
-	munmap(t->map, t->mapped);
-	t->map = NULL;
-	if (ftruncate(t->fd, (off_t)(HEADER + t->rows * ROW)))
-		return mc_fail_errno(fail, "ftruncate");
-	if (fcntl(t->fd, F_ADD_SEALS, SEALS | F_SEAL_SEAL))
-		return mc_fail_errno(fail, "F_ADD_SEALS");
+	if ((code = make_memfd(t, fail)) || (code = write_all(t->fd, &header, HEADER, fail)) ||
+	    (code = write_all(t->fd, t->offset, t->rows * 8, fail)) ||
+	    (code = write_all(t->fd, t->pfn, t->rows * 8, fail)) ||
+	    (code = write_all(t->fd, t->count, t->rows * 4, fail)) ||
+	    (code = write_all(t->fd, t->flags, t->rows * 4, fail)) || (code = seal_memfd(t, fail)))
+		return code;
 	return map_sealed(t, t->rows, fail);
 }
 
@@ -380,26 +443,14 @@ static int adopt(struct mc_table *t, uint64_t rows, struct mc_fail *fail)
 
 static int load_into(struct mc_table *t, const uint8_t *bytes, uint64_t length, struct mc_fail *fail)
 {
-	uint64_t rows, done = 0;
 	struct header header = { 0 };
+	uint64_t rows;
 	int code;
 
 	memcpy(&header, bytes, length < HEADER ? length : HEADER);
-	code = header_rows(&header, length, &rows, fail);
-	if (code)
+	if ((code = header_rows(&header, length, &rows, fail)) || (code = make_memfd(t, fail)) ||
+	    (code = write_all(t->fd, bytes, length, fail)) || (code = seal_memfd(t, fail)))
 		return code;
-	t->fd = memfd_create("memconsole-extents", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-	if (t->fd < 0)
-		return mc_fail_errno(fail, "memfd_create");
-	while (done < length) {
-		ssize_t n = pwrite(t->fd, bytes + done, length - done, (off_t)done);
-
-		if (n < 0)
-			return mc_fail_errno(fail, "pwrite");
-		done += (uint64_t)n;
-	}
-	if (fcntl(t->fd, F_ADD_SEALS, SEALS | F_SEAL_SEAL))
-		return mc_fail_errno(fail, "F_ADD_SEALS");
 	return adopt(t, rows, fail);
 }
 
@@ -483,15 +534,21 @@ int mc_table_open(struct mc_table **out, int fd, struct mc_fail *fail)
 	return code;
 }
 
-/* Unmaps and closes everything a table holds; NULL is fine. */
-void mc_table_free(struct mc_table *t)
+/* Unmaps and closes everything a table holds, but not the struct itself. */
+void mc_table_drop(struct mc_table *t)
 {
-	if (!t)
-		return;
+	free_columns(t);
 	if (t->map)
 		munmap(t->map, t->mapped);
 	if (t->fd >= 0)
 		close(t->fd);
 	free(t->by_pfn);
+}
+
+/* Frees a table; NULL is fine. */
+void mc_table_free(struct mc_table *t)
+{
+	if (t)
+		mc_table_drop(t);
 	free(t);
 }

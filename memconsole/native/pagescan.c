@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: MIT
 /* Rows of a table from the kernel: /proc/PID/pagemap, and kpageflags or kpagecount beside it. */
 #define _GNU_SOURCE
-#include <linux/magic.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <sys/vfs.h>
+#include <sys/sysinfo.h>
 #include <unistd.h>
 
 #include "core.h"
 
 #define CHUNK (1 << 17)		/* pagemap entries in a read: 1 MiB */
 #define MAX_PAGES (1ULL << 51)	/* an address space */
+#define MAX_HELPERS 7		/* threads beside the caller's; beyond this memory is the limit */
 #define WINDOW (1ULL << 30)	/* how much of a file is mapped at a time */
 
 /* Entry bits, fs/proc/task_mmu.c */
@@ -161,17 +161,13 @@ static int explain_end(struct scan *s)
 	return mc_fail(s->fail, MC_GONE, 0, "pagemap");
 }
 
-static int scan_pages(struct scan *s, uint64_t page, uint64_t end, uint64_t *entries)
+/* Reads the entries of pages page..end, of which there are at most CHUNK, and appends their rows. */
+static int scan_chunk(struct scan *s, uint64_t page, uint64_t end, uint64_t *entries)
 {
 	while (page < end) {
-		/* reads end on multiples of a chunk, so that no huge page is seen in two halves */
-		uint64_t n = CHUNK - page % CHUNK;
-		ssize_t got;
+		ssize_t got = pread(s->pagemap, entries, (end - page) * 8, (off_t)(page * 8));
 		int code;
 
-		if (n > end - page)
-			n = end - page;
-		got = pread(s->pagemap, entries, n * 8, (off_t)(page * 8));
 		if (got < 0)
 			return errno == ESRCH ? mc_fail(s->fail, MC_GONE, 0, "pagemap") : mc_fail_errno(s->fail, "pagemap");
 		if (got == 0)
@@ -184,16 +180,90 @@ static int scan_pages(struct scan *s, uint64_t page, uint64_t end, uint64_t *ent
 	return MC_OK;
 }
 
+/* A range that several threads scan a chunk at a time; each chunk's rows are taken over when its turn comes. */
+struct shared {
+	struct scan scan;
+	uint64_t page, end;	/* chunks end on multiples of CHUNK: no huge page is seen in two halves */
+	uint64_t chunks;
+	_Atomic uint64_t next;
+	pthread_mutex_t lock;
+	pthread_cond_t turned;
+	uint64_t turn;		/* under lock, as are the table and: */
+	int code;
+	struct mc_fail fail;
+};
+
+static void take_turn(struct shared *shared, uint64_t chunk, struct scan *s, int code)
+{
+	pthread_mutex_lock(&shared->lock);
+	while (!code && !shared->code && shared->turn != chunk)
+		pthread_cond_wait(&shared->turned, &shared->lock);
+	if (!code && !shared->code)
+		code = mc_table_take(shared->scan.table, s->table, s->fail);
+	if (code && !shared->code) {
+		shared->code = code;
+		shared->fail = *s->fail;
+	}
+	shared->turn++;
+	pthread_cond_broadcast(&shared->turned);
+	pthread_mutex_unlock(&shared->lock);
+}
+
+static void *scan_chunks(void *argument)
+{
+	struct shared *shared = argument;
+	struct mc_fail fail = { 0 };
+	struct mc_table rows = { .fd = -1 };
+	struct scan s = shared->scan;
+	uint64_t *entries = malloc(CHUNK * 8), chunk;
+	bool failed = false;
+
+	s.table = &rows;
+	s.fail = &fail;
+	while (!failed && (chunk = atomic_fetch_add(&shared->next, 1)) < shared->chunks) {
+		uint64_t from = (shared->page / CHUNK + chunk) * CHUNK, to = from + CHUNK;
+		int code;
+
+		if (from < shared->page)
+			from = shared->page;
+		if (to > shared->end)
+			to = shared->end;
+		code = entries ? scan_chunk(&s, from, to, entries) : mc_fail(&fail, MC_MEMORY, ENOMEM, "malloc");
+		take_turn(shared, chunk, &s, code);
+		pthread_mutex_lock(&shared->lock);
+		failed = shared->code;
+		pthread_mutex_unlock(&shared->lock);
+	}
+	mc_table_drop(&rows);
+	free(entries);
+	return NULL;
+}
+
+/* Appends the rows of pages page..page+pages, by as many threads as there are CPUs and work for them. */
 static int scan_range(struct scan *s, uint64_t page, uint64_t pages)
 {
-	uint64_t *entries = malloc((pages < CHUNK ? pages : CHUNK) * 8 + 8);
-	int code;
+	struct shared shared = {
+		.scan = *s, .page = page, .end = page + pages,
+		.lock = PTHREAD_MUTEX_INITIALIZER, .turned = PTHREAD_COND_INITIALIZER,
+	};
+	uint64_t helpers = (uint64_t)get_nprocs() - 1, started = 0;
+	pthread_t threads[MAX_HELPERS];
 
-	if (!entries)
-		return mc_fail(s->fail, MC_MEMORY, ENOMEM, "malloc");
-	code = scan_pages(s, page, page + pages, entries);
-	free(entries);
-	return code;
+	if (!pages)
+		return MC_OK;
+	shared.chunks = (shared.end - 1) / CHUNK - page / CHUNK + 1;
+	if (helpers > MAX_HELPERS)
+		helpers = MAX_HELPERS;
+	if (helpers > shared.chunks - 1)
+		helpers = shared.chunks - 1;
+	while (started < helpers && !pthread_create(&threads[started], NULL, scan_chunks, &shared))
+		started++;	/* one that cannot start leaves its share to the others */
+	scan_chunks(&shared);
+	while (started)
+		pthread_join(threads[--started], NULL);
+	if (shared.code)
+		*s->fail = shared.fail;
+	return shared.code;
 }
 
 /*

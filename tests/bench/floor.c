@@ -2,12 +2,11 @@
 /*
  * The floors that scans and digests are held against, and the process they scan.
  *
- *   floor hold BYTES              maps a memfd of 4 KiB pages, touches every one, prints its address, waits for EOF
- *   floor pagemap PID START BYTES reads that pagemap in 1 MiB preads and drops it; prints ns
- *   floor read BYTES THREADS      reads a populated memfd's mapping in 8-byte words; prints ns
+ * As a program: floor hold BYTES STRIDE maps a memfd of 4 KiB pages, touches every STRIDEth, then the ones behind
+ * them and so on (1: in order; more scatters the frames), prints its address and waits to be killed. As a library:
+ * floor_pagemap and floor_read, timed in the process that also times what is held against them.
  */
 #define _GNU_SOURCE
-#include <fcntl.h>
 #include <inttypes.h>
 #include <pthread.h>
 #include <stdint.h>
@@ -32,32 +31,29 @@ static uint64_t now(void)
 	return (uint64_t)ts.tv_sec * 1000000000 + (uint64_t)ts.tv_nsec;
 }
 
-static uint8_t *populated(uint64_t bytes)
+static uint8_t *populated(uint64_t bytes, uint64_t stride)
 {
 	int fd = memfd_create("floor", MFD_CLOEXEC);
 	uint8_t *map;
 
 	if (fd < 0 || ftruncate(fd, (off_t)bytes))
 		die("memfd");
-	map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
+	map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	if (map == MAP_FAILED)
 		die("mmap");
-	for (uint64_t at = 0; at < bytes; at += 4096)
-		map[at] = 1;
+	for (uint64_t first = 0; first < stride; first++)
+		for (uint64_t page = first; page < bytes / 4096; page += stride)
+			map[page * 4096] = 1;
 	return map;
 }
 
-static uint64_t pagemap(const char *pid, uint64_t start, uint64_t bytes)
+/* Nanoseconds to read the pagemap of bytes from start on in 1 MiB preads and drop it. */
+uint64_t floor_pagemap(int fd, uint64_t start, uint64_t bytes)
 {
-	char path[64];
 	uint64_t *entries = malloc(1 << 20), page = start / 4096, end = (start + bytes) / 4096, begin;
-	int fd;
 
-	snprintf(path, sizeof(path), "/proc/%s/pagemap", pid);
-	fd = open(path, O_RDONLY);
-	if (fd < 0 || !entries)
-		die(path);
-	memset(entries, 1, 1 << 20);
+	if (!entries)
+		die("malloc");
 	begin = now();
 	while (page < end) {
 		uint64_t n = end - page < 1 << 17 ? end - page : 1 << 17;
@@ -67,6 +63,7 @@ static uint64_t pagemap(const char *pid, uint64_t start, uint64_t bytes)
 			die("pread");
 		page += (uint64_t)got / 8;
 	}
+	free(entries);
 	return now() - begin;
 }
 
@@ -88,9 +85,10 @@ static void *read_share(void *argument)
 	return NULL;
 }
 
-static uint64_t read_memory(uint64_t bytes, unsigned int threads)
+/* Nanoseconds to read so much populated memory in 8-byte words with so many threads (at most 256), best of three. */
+uint64_t floor_read(uint64_t bytes, unsigned int threads)
 {
-	const uint64_t *words = (const uint64_t *)populated(bytes);
+	const uint64_t *words = (const uint64_t *)populated(bytes, 1);
 	struct share shares[256] = { { 0 } };
 	pthread_t ids[256];
 	uint64_t best = UINT64_MAX;
@@ -109,22 +107,18 @@ static uint64_t read_memory(uint64_t bytes, unsigned int threads)
 		if (took < best)
 			best = took;
 	}
+	munmap((void *)words, bytes);
 	return best + (shares[0].sum == 1);	/* the sum must be used, or it is never made */
 }
 
 int main(int argc, char **argv)
 {
-	if (argc == 3 && !strcmp(argv[1], "hold")) {
-		printf("%" PRIuPTR "\n", (uintptr_t)populated(strtoull(argv[2], NULL, 0)));
-		fflush(stdout);
-		while (getchar() != EOF)
-			;
-		return 0;
+	if (argc != 4 || strcmp(argv[1], "hold") || !strtoull(argv[3], NULL, 0)) {
+		fprintf(stderr, "usage: floor hold BYTES STRIDE\n");
+		return 2;
 	}
-	if (argc == 5 && !strcmp(argv[1], "pagemap"))
-		return printf("%" PRIu64 "\n", pagemap(argv[2], strtoull(argv[3], NULL, 0), strtoull(argv[4], NULL, 0))) < 0;
-	if (argc == 4 && !strcmp(argv[1], "read") && atoi(argv[3]) > 0 && atoi(argv[3]) <= 256)
-		return printf("%" PRIu64 "\n", read_memory(strtoull(argv[2], NULL, 0), (unsigned int)atoi(argv[3]))) < 0;
-	fprintf(stderr, "usage: floor hold BYTES | pagemap PID START BYTES | read BYTES THREADS\n");
-	return 2;
+	printf("%" PRIuPTR "\n", (uintptr_t)populated(strtoull(argv[2], NULL, 0), strtoull(argv[3], NULL, 0)));
+	fflush(stdout);
+	for (;;)
+		pause();
 }

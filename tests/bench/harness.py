@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import subprocess
 import time
@@ -60,21 +61,31 @@ def best(function: Callable[[], object], rounds: int = 5) -> int:
     return min(timed(function) for _ in range(rounds))
 
 
-def floor_program() -> str:
-    """The path of floor.c compiled."""
-    program = BUILD / "floor"
+def _compiled(name: str, *flags: str) -> str:
     BUILD.mkdir(exist_ok=True)
+    strict = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread"]
     source = Path(__file__).parent / "floor.c"
-    flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread"]
-    subprocess.run(["cc", *flags, "-o", program, source], check=True)
-    return str(program)
+    subprocess.run(["cc", *strict, *flags, "-o", BUILD / name, source], check=True)
+    return str(BUILD / name)
+
+
+def floors() -> ctypes.CDLL:
+    """floor.c as a library: ``floor_pagemap(fd, start, bytes)`` and ``floor_read(bytes, threads)`` in ns."""
+    library = ctypes.CDLL(_compiled("floor.so", "-shared", "-fPIC"))
+    library.floor_pagemap.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64]
+    library.floor_read.argtypes = [ctypes.c_uint64, ctypes.c_uint]
+    library.floor_pagemap.restype = library.floor_read.restype = ctypes.c_uint64
+    return library
 
 
 @contextlib.contextmanager
-def holder(size: int) -> Iterator[tuple[int, int]]:
-    """A process that has ``size`` bytes of a memfd in 4 KiB pages mapped and touched: its pid, and the address."""
-    command = [floor_program(), "hold", str(size)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+def holder(size: int, stride: int = 1) -> Iterator[tuple[int, int]]:
+    """A process that has ``size`` bytes of a memfd in 4 KiB pages mapped and touched: its pid, and the address.
+
+    A ``stride`` above 1 scatters the frames: pages that follow each other were not touched one after the other.
+    """
+    command = [_compiled("floor"), "hold", str(size), str(stride)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             yield process.pid, int(process.stdout.readline())

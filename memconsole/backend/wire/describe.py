@@ -21,6 +21,9 @@ from memconsole.backend.wire import delta, protocol
 
 TYPES = "# --- types, from memconsole/model.py ---"
 ROOTS = (model.Snapshot, delta.Delta, model.Plan, model.Outcome, model.Event, model.Capability)
+NAMES = {"Plan": "ActionPlan"}
+"""Types of another name than their class: a member of an interface has a name of its own, and Plan is a method."""
+
 _WORD = re.compile(r"[A-Za-z](_?[A-Za-z0-9])*")
 _SIMPLE = {int: "int", str: "string", bool: "bool", float: "float"}
 
@@ -52,20 +55,20 @@ class _Types:
             return _SIMPLE[hint]
         if hint is Any:
             return "object"
-        self._name(hint)
-        return str(hint.__name__)
+        name = NAMES.get(hint.__name__, hint.__name__)
+        if name not in self._texts:
+            self._declare(name, hint)
+        return name
 
-    def _name(self, cls: type) -> None:
-        if cls.__name__ in self._texts:
-            return
-        self._texts[cls.__name__] = ""  # holds its place while the types it names are written
+    def _declare(self, name: str, cls: type) -> None:
+        self._texts[name] = ""  # holds its place while the types it names are written
         document = _comment(inspect.getdoc(cls) or "")
         if issubclass(cls, enum.StrEnum):
-            self._texts[cls.__name__] = f"{document}type {cls.__name__} {_words([word.value for word in cls])}\n"
+            self._texts[name] = f"{document}type {name} {_words([word.value for word in cls])}\n"
             return
         hints = get_type_hints(cls, include_extras=True)
-        members = [f"  {name}: {self.write(hints[name])}" for name in cls.__struct_fields__]  # type: ignore[attr-defined]
-        self._texts[cls.__name__] = f"{document}type {cls.__name__} (\n" + ",\n".join(members) + "\n)\n"
+        members = [f"  {member}: {self.write(hints[member])}" for member in cls.__struct_fields__]  # type: ignore[attr-defined]
+        self._texts[name] = f"{document}type {name} (\n" + ",\n".join(members) + "\n)\n"
 
 
 def _words(words: typing.Sequence[Any]) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
+
+log = logging.getLogger("memconsole.wire")
 
 
 class Pool:
@@ -20,7 +23,7 @@ class Pool:
         self._lock = threading.Lock()
 
     def submit(self, job: Callable[[], None]) -> bool:
-        """Have ``job``, which must not raise, run by a thread; false if too many wait already."""
+        """Have ``job`` run by a thread; false if too many wait already. What it raises is only logged."""
         with self._lock:
             if self._unfinished >= self._most_jobs:
                 return False
@@ -41,6 +44,9 @@ class Pool:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job()
+            try:
+                job()
+            except Exception:
+                log.exception("a job failed")
             with self._lock:
                 self._unfinished -= 1

@@ -64,15 +64,15 @@ def _tree(cls: type[MemconsoleError]) -> list[type[MemconsoleError]]:
 
 
 ERRORS: dict[str, type[MemconsoleError]] = {
-    cls.default_code: cls for cls in _tree(MemconsoleError) if cls.__module__ == errors.__name__
+    cls.__name__: cls for cls in _tree(MemconsoleError) if cls.__module__ == errors.__name__
 }
-"""The errors of ``io.memconsole`` by their member name: each is the class of ``memconsole.errors`` of that code."""
+"""The errors of ``io.memconsole`` by name: each is the class of ``memconsole.errors`` of that name."""
 
 
 def fault_of(error: MemconsoleError) -> tuple[str, Fault]:
     """The name and parameters under which an exception travels; a class from elsewhere goes as its nearest ancestor."""
     known: type[MemconsoleError] = next(cls for cls in type(error).__mro__ if cls in ERRORS.values())
-    name = f"{INTERFACE}.{known.default_code}"
+    name = f"{INTERFACE}.{known.__name__}"
     if isinstance(error, KernelRefused):
         return name, Fault(error.code, error.what, error.why, error.remedy, error.errno, error.source)
     return name, Fault(error.code, error.what, error.why, error.remedy)

@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import msgspec
 
@@ -22,12 +22,12 @@ import memconsole
 from memconsole import actions
 from memconsole.actions import Action
 from memconsole.backend.wire import protocol
-from memconsole.backend.wire.loop import Connection, Loop
+from memconsole.backend.wire.loop import Connection, Loop, Peer
 from memconsole.backend.wire.pool import Pool
 from memconsole.backend.wire.protocol import INTERFACE, SERVICE, Request
 from memconsole.backend.wire.roles import Role, Roles
+from memconsole.backend.wire.shared import SharedSurvey, Taken
 from memconsole.backend.wire.streams import Streams
-from memconsole.backend.wire.survey import Survey, Taken
 from memconsole.errors import Denied, MemconsoleError, Refused
 from memconsole.model import Outcome
 from memconsole.source import Source
@@ -138,7 +138,7 @@ class Method:
 
     parameters: type[msgspec.Struct]
     role: Role
-    serve: Callable[[Call, Any], None]
+    serve: Callable[[Service, Call, Any], None]
 
 
 @dataclass
@@ -162,21 +162,9 @@ class Service:
     def __post_init__(self) -> None:
         self._read = Pool("memconsole-read", 4, 256)
         self._act = Pool("memconsole-act", 4, 64)
-        self.survey = Survey(self.loop, self._read, self.source.snapshot)
+        self.survey = SharedSurvey(self.loop, self._read, self.source.snapshot)
         self._streams = Streams(self.loop, self._read, self.survey, self.source)
         self._decode = msgspec.json.Decoder(Request).decode
-        self._methods = {
-            f"{SERVICE}.GetInfo": Method(_Nothing, Role.NOBODY, self._get_info),
-            f"{SERVICE}.GetInterfaceDescription": Method(_Interface, Role.NOBODY, self._describe),
-            f"{INTERFACE}.Hello": Method(_Hello, Role.VIEWER, self._hello),
-            f"{INTERFACE}.GetSnapshot": Method(_Known, Role.VIEWER, self._get_snapshot),
-            f"{INTERFACE}.GetExtents": Method(_Key, Role.VIEWER, self._get_extents),
-            f"{INTERFACE}.Plan": Method(_Action, Role.VIEWER, self._plan),
-            f"{INTERFACE}.Apply": Method(_Action, Role.OPERATOR, self._apply),
-            f"{INTERFACE}.Events": Method(_After, Role.VIEWER, self._events),
-            f"{INTERFACE}.Watch": Method(_Every, Role.VIEWER, self._watch),
-            f"{INTERFACE}.Doctor": Method(_Nothing, Role.VIEWER, self._doctor),
-        }
 
     def farewell(self) -> None:
         """Tell subscribers that the service ends."""
@@ -213,7 +201,7 @@ class Service:
             connection.finish()
             return
         call = Call(connection, request.method, bool(request.more and not request.oneway), bool(request.oneway))
-        method = self._methods.get(request.method)
+        method = self.METHODS.get(request.method)
         try:
             if method is None:
                 self._unknown(call)
@@ -221,7 +209,7 @@ class Service:
                 self._deny(call, role)
             else:
                 parameters = msgspec.json.decode(request.parameters, type=method.parameters)
-                method.serve(call, parameters)
+                method.serve(self, call, parameters)
         except msgspec.ValidationError as error:
             call.reject(f"{SERVICE}.InvalidParameter", {"parameter": _parameter(str(error))})
         except Exception as error:  # noqa: BLE001 - one call's fault must not end the service; fail() logs it
@@ -237,13 +225,21 @@ class Service:
     def _deny(self, call: Call, role: Role) -> None:
         peer = call.connection.peer
         what = call.method.rpartition(".")[2]
+        self.record_denial(peer, what)
+        role_name = "a viewer" if role is Role.VIEWER else "neither operator nor viewer"
+        raise Denied(f"{what} is denied", f"user {peer.uid} is {role_name}", "ask an operator, or be made one")
+
+    def record_denial(self, peer: Peer, what: str) -> None:
+        """Have a denial recorded; of one user once a minute, so that nobody can flood the ledger."""
         now = time.monotonic()
         if now - self._denials.get(peer.uid, -DENIALS_EVERY_S) >= DENIALS_EVERY_S:
             self._denials[peer.uid] = now
             log.warning("denied %s to %s", what, peer)
-            self._read.submit(lambda: self.source.denied(str(peer), what))
-        role_name = "a viewer" if role is Role.VIEWER else "neither operator nor viewer"
-        raise Denied(f"{what} is denied", f"user {peer.uid} is {role_name}", "ask an operator, or be made one")
+            self.read(lambda: self.source.denied(str(peer), what))
+
+    def read(self, job: Callable[[], None]) -> bool:
+        """Run a job among the reading calls; false if too many wait."""
+        return self._read.submit(job)
 
     # --- methods --------------------------------------------------------------------------------------------------
 
@@ -389,6 +385,19 @@ class Service:
             call.answer(answer.parameters, answer.fds)
         else:
             call.fail(answer)
+
+    METHODS: ClassVar[dict[str, Method]] = {
+        f"{SERVICE}.GetInfo": Method(_Nothing, Role.NOBODY, _get_info),
+        f"{SERVICE}.GetInterfaceDescription": Method(_Interface, Role.NOBODY, _describe),
+        f"{INTERFACE}.Hello": Method(_Hello, Role.VIEWER, _hello),
+        f"{INTERFACE}.GetSnapshot": Method(_Known, Role.VIEWER, _get_snapshot),
+        f"{INTERFACE}.GetExtents": Method(_Key, Role.VIEWER, _get_extents),
+        f"{INTERFACE}.Plan": Method(_Action, Role.VIEWER, _plan),
+        f"{INTERFACE}.Apply": Method(_Action, Role.OPERATOR, _apply),
+        f"{INTERFACE}.Events": Method(_After, Role.VIEWER, _events),
+        f"{INTERFACE}.Watch": Method(_Every, Role.VIEWER, _watch),
+        f"{INTERFACE}.Doctor": Method(_Nothing, Role.VIEWER, _doctor),
+    }
 
 
 def _parameter(message: str) -> str:

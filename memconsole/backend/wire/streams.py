@@ -15,7 +15,7 @@ import msgspec
 from memconsole.backend.wire import delta
 from memconsole.backend.wire.loop import Connection, Loop
 from memconsole.backend.wire.pool import Pool
-from memconsole.backend.wire.survey import Survey, Taken
+from memconsole.backend.wire.shared import SharedSurvey, Taken
 from memconsole.errors import Refused
 from memconsole.model import Event
 from memconsole.source import Source
@@ -47,7 +47,7 @@ class WatchStream:
 class Streams:
     """The subscribers, and the tick that looks for news while there are any; lives on the loop's thread."""
 
-    def __init__(self, loop: Loop, pool: Pool, survey: Survey, source: Source) -> None:
+    def __init__(self, loop: Loop, pool: Pool, survey: SharedSurvey, source: Source) -> None:
         self._loop = loop
         self._pool = pool
         self._survey = survey

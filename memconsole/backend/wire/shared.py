@@ -35,7 +35,7 @@ class Taken:
 Then = Callable[[Taken | Exception], None]
 
 
-class Survey:
+class SharedSurvey:
     """Snapshots of a source, at most one being taken at a time; every method is called on the loop's thread."""
 
     def __init__(self, loop: Loop, pool: Pool, take: Callable[[], Snapshot]) -> None:

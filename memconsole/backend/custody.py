@@ -362,7 +362,9 @@ def _receive(connection: socket.socket, op: int, name: str) -> _Reply:
         OSError: there is none.
         WireError: it is not a reply to this request.
     """
-    raw, fds, _, _ = socket.recv_fds(connection, _LARGEST_REPLY, 1, socket.MSG_CMSG_CLOEXEC)
+    # socket.recv_fds of Python 3.11 does not pass its flags on, and would leave the fd inheritable
+    raw, controls, _, _ = connection.recvmsg(_LARGEST_REPLY, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+    fds = [struct.unpack_from("i", data)[0] for _, _, data in controls if len(data) >= 4]
     if not raw:
         raise ConnectionResetError("it closed the connection")
     version, answered, code, more, length, _ = _REQUEST.unpack_from(raw.ljust(_REQUEST.size, b"\0"))

@@ -1,0 +1,291 @@
+"""A process's own end of the agents socket: it takes grants, maps them, and gives them back when asked.
+
+For any program that wants memory from memconsole; standard library only::
+
+    with Agent("/run/memconsole/agents") as agent:
+        grant = agent.wait("web-1", within=10)
+        grant.memory[:5] = b"hello"
+
+The process must have been attached as a guest (``memconsole guest attach NAME --pid PID``); until it is, the agent
+keeps knocking. It knocks again after the control process is gone, and what it has mapped stays mapped meanwhile.
+Messages: the grammar stands at the top of ``memconsole/backend/exports/fd.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import mmap
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple, Self
+
+MAGIC = 0x4741434D
+VERSION = 1
+MAX_MESSAGE = 8192
+MAX_GRANTS = 64
+MAX_NAME = 63
+NO_GPA = (1 << 64) - 1
+RETRY = 0.15
+
+HEAD = struct.Struct("<IHHII")
+HELLO = struct.Struct("<II")
+DONE = struct.Struct("<iI120s")
+REPORTED = struct.Struct("<IIQQQQQ120s")
+GRANT = struct.Struct("<64sQQQII")
+NAME = struct.Struct("<64s")
+
+
+class Type(enum.IntEnum):
+    """What a message is."""
+
+    HELLO = 1
+    DONE = 2
+    REPORTED = 3
+    GRANT = 16
+    UNMAP = 17
+    PAUSE = 18
+    RESUME = 19
+    REPORT = 20
+    STOP = 21
+
+
+class Message(NamedTuple):
+    """One packet, its head taken apart."""
+
+    type: Type
+    id: int
+    body: bytes
+
+
+class BadMessage(Exception):
+    """A packet that breaks the grammar."""
+
+
+def pack(type: Type, id: int, body: bytes = b"") -> bytes:
+    """A packet from its parts."""
+    return HEAD.pack(MAGIC, VERSION, type, id, HEAD.size + len(body)) + body
+
+
+def unpack(packet: bytes) -> Message:
+    """A packet's parts.
+
+    Raises:
+        BadMessage: too short or long, foreign, of another version, or of a type nobody knows.
+    """
+    if not HEAD.size <= len(packet) <= MAX_MESSAGE:
+        raise BadMessage(f"a packet of {len(packet)} bytes")
+    magic, version, type, id, length = HEAD.unpack_from(packet)
+    if magic != MAGIC or version != VERSION or length != len(packet):
+        raise BadMessage("a packet of another protocol")
+    try:
+        return Message(Type(type), id, packet[HEAD.size :])
+    except ValueError:
+        raise BadMessage(f"a packet of type {type}") from None
+
+
+def pack_name(name: str) -> bytes:
+    """A name as 64 bytes, the last one NUL.
+
+    Raises:
+        ValueError: it is empty, too long, or holds a NUL.
+    """
+    raw = name.encode()
+    if not 0 < len(raw) <= MAX_NAME or b"\0" in raw:
+        raise ValueError(f"{name!r} is not a name of 1 to {MAX_NAME} bytes")
+    return NAME.pack(raw)
+
+
+def unpack_name(raw: bytes) -> str:
+    """A name from its 64 bytes.
+
+    Raises:
+        BadMessage: no NUL at its end, empty, or not UTF-8.
+    """
+    text, _, rest = raw.partition(b"\0")
+    if not text or len(text) == len(raw) or rest.strip(b"\0"):
+        raise BadMessage("a name that is none")
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        raise BadMessage("a name that is no text") from None
+
+
+@dataclass
+class Grant:
+    """A granted range as this process has mapped it; ``memory`` is its bytes, read-only for an ``ro`` grant."""
+
+    id: str
+    memory: memoryview
+    offset: int
+    gpa: int | None
+    writable: bool
+    _map: mmap.mmap = field(repr=False)
+
+    def release(self) -> bool:
+        """Unmap; false, and nothing changes, while something in this process still uses the memory."""
+        try:
+            self.memory.release()
+            self._map.close()
+        except BufferError:
+            # Views of the view keep the mapping in use although the view itself could go.
+            with contextlib.suppress(ValueError):
+                self.memory.release()
+            self.memory = memoryview(self._map)
+            return False
+        return True
+
+
+class Agent:
+    """The agent of this process: a thread that holds its grants and answers the control process.
+
+    ``on_unmap`` is called in that thread before a grant is unmapped, so that the process can let go of its views; if
+    it raises, or views remain, the agent answers that it cannot.
+    """
+
+    def __init__(self, socket_path: str | os.PathLike[str], *, on_unmap: Callable[[Grant], None] | None = None) -> None:
+        self._path = os.fspath(socket_path)
+        self._on_unmap = on_unmap
+        self._changed = threading.Condition()
+        self._grants: dict[str, Grant] = {}
+        self._socket: socket.socket | None = None
+        self._woken, self._wake = os.pipe()
+        self._thread = threading.Thread(target=self._run, name="memconsole-agent", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def grants(self) -> dict[str, Grant]:
+        """The grants mapped now, by id."""
+        with self._changed:
+            return dict(self._grants)
+
+    def wait(self, grant: str, within: float) -> Grant:
+        """A grant by its id, once it is mapped.
+
+        Raises:
+            TimeoutError: it did not come within so many seconds.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: grant in self._grants, within):
+                raise TimeoutError(f"no grant {grant} within {within:g} s")
+            return self._grants[grant]
+
+    def close(self) -> None:
+        """End the thread and unmap everything.
+
+        Raises:
+            BufferError: a grant is still in use; the others are unmapped.
+        """
+        if self._thread.is_alive():
+            os.write(self._wake, b"x")
+            self._thread.join()
+            os.close(self._woken)
+            os.close(self._wake)
+        held = [grant.id for grant in self.grants.values() if not self._drop(grant)]
+        if held:
+            raise BufferError(f"still in use: {', '.join(held)}")
+
+    def _drop(self, grant: Grant) -> bool:
+        with self._changed:
+            if grant.release():
+                del self._grants[grant.id]
+                self._changed.notify_all()
+                return True
+        return False
+
+    def _run(self) -> None:
+        while True:
+            if self._socket is None:
+                self._connect()
+            watched = [self._woken] if self._socket is None else [self._woken, self._socket.fileno()]
+            ready, _, _ = select.select(watched, [], [], RETRY if self._socket is None else None)
+            if self._woken in ready:
+                self._disconnect()
+                return
+            if ready:
+                try:
+                    self._serve()
+                except (OSError, BadMessage):
+                    self._disconnect()
+                    time.sleep(RETRY)
+
+    def _connect(self) -> None:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            connection.connect(self._path)
+            held = list(self.grants)
+            connection.send(
+                pack(Type.HELLO, 0, HELLO.pack(0, len(held)) + b"".join(pack_name(grant) for grant in held))
+            )
+        except OSError:
+            connection.close()
+            return
+        self._socket = connection
+
+    def _disconnect(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _serve(self) -> None:
+        assert self._socket is not None  # noqa: S101 - _run's own invariant
+        packet, fds, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE + 1, 1)
+        try:
+            if not packet:
+                raise ConnectionResetError
+            message = unpack(packet)
+            status, text = self._do(message, fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        self._socket.send(pack(Type.DONE, message.id, DONE.pack(status, 0, text.encode()[:119])))
+
+    def _do(self, message: Message, fds: list[int]) -> tuple[int, str]:
+        if message.type is Type.GRANT and len(message.body) == GRANT.size and len(fds) == 1:
+            return self._map(message.body, fds[0])
+        if message.type is Type.UNMAP and len(message.body) == NAME.size:
+            return self._unmap(unpack_name(message.body))
+        if message.type in {Type.PAUSE, Type.RESUME, Type.REPORT, Type.STOP} and not message.body:
+            return errno.EOPNOTSUPP, "a process has no such thing"
+        raise BadMessage(f"a malformed {message.type.name}")
+
+    def _map(self, body: bytes, fd: int) -> tuple[int, str]:
+        raw, offset, length, gpa, access, _ = GRANT.unpack(body)
+        id = unpack_name(raw)
+        if id in self.grants:
+            return 0, ""
+        if len(self.grants) >= MAX_GRANTS:
+            return errno.ENOSPC, f"it holds {MAX_GRANTS} grants"
+        writable = access == 2
+        try:
+            mapping = mmap.mmap(fd, length, offset=offset, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
+        except (OSError, ValueError, OverflowError) as error:
+            return getattr(error, "errno", None) or errno.EINVAL, str(error)
+        with self._changed:
+            self._grants[id] = Grant(id, memoryview(mapping), offset, None if gpa == NO_GPA else gpa, writable, mapping)
+            self._changed.notify_all()
+        return 0, ""
+
+    def _unmap(self, id: str) -> tuple[int, str]:
+        grant = self.grants.get(id)
+        if grant is None:
+            return 0, ""
+        if self._on_unmap is not None:
+            try:
+                self._on_unmap(grant)
+            except Exception as error:  # noqa: BLE001 - the process's own code says no; the control process is told
+                return errno.EBUSY, f"it will not: {error}"
+        return (0, "") if self._drop(grant) else (errno.EBUSY, "its memory is in use")

@@ -1,0 +1,135 @@
+"""The built-in guest: a tiny VM (``native/canary.c``) that counts, and checks its own memory while it runs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from memconsole.agent import Type
+from memconsole.backend.exports.fd import Answer, Hub
+from memconsole.backend.guests.base import Offer
+from memconsole.backend.guests.handle import Handle, last_words, spawn
+from memconsole.errors import GuestError
+from memconsole.model import GuestKind, GuestState, Progress
+from memconsole.native import program
+
+ANSWERS = 2.0
+"""Seconds a canary has for what it answers between two beats."""
+
+
+class CanaryGuest:
+    """A canary: its RAM is what it is offered, its vCPU runs from the first grant it may write to."""
+
+    kind = GuestKind.CANARY
+
+    def __init__(self, name: str, handle: Handle, hub: Hub) -> None:
+        self.name = name
+        self.pid = handle.pid
+        self.start_ticks = handle.start_ticks
+        self._handle = handle
+        self._hub = hub
+
+    @classmethod
+    def start(
+        cls, name: str, hub: Hub, directory: Path, *, args: Sequence[str] = (), within: float = 10.0
+    ) -> CanaryGuest:
+        """Start a canary, its log in ``directory``; ``args`` go to the program (``--as process``).
+
+        Raises:
+            GuestError: it cannot start, or its agent did not connect within so many seconds; nothing is left of it.
+        """
+        log = directory / "log"
+        argv = [program("memconsole-canary"), "--socket", str(hub.path), "--name", name, *args]
+        handle = spawn(argv, log)
+        try:
+            hub.register(name, handle.pid, handle.start_ticks)
+        except BaseException:
+            handle.kill(ANSWERS)
+            handle.close()
+            raise
+        deadline = time.monotonic() + within
+        while time.monotonic() < deadline and handle.alive():
+            if hub.connected(name, 0.1):
+                return cls(name, handle, hub)
+        why = f"its agent did not connect within {within:g} s" if handle.alive() else last_words(log)
+        handle.kill(ANSWERS)
+        hub.unregister(name)
+        handle.close()
+        raise GuestError(f"canary {name} did not start", why, f"look into {log}")
+
+    @classmethod
+    def adopt(cls, name: str, pid: int, start_ticks: int, hub: Hub, offers: Iterable[Offer] = ()) -> CanaryGuest:
+        """Take a canary over from an earlier control process, with the grants it has.
+
+        Raises:
+            Gone: it ended, or its PID belongs to another process now.
+        """
+        handle = Handle(pid, start_ticks)
+        try:
+            hub.register(name, pid, start_ticks, offers)
+        except BaseException:
+            handle.close()
+            raise
+        return cls(name, handle, hub)
+
+    def state(self) -> GuestState:
+        """Running, paused (also while it has no RAM), stopped when its vCPU cannot go on, or gone."""
+        if not self._handle.alive():
+            return GuestState.GONE
+        states = {"running": GuestState.RUNNING, "paused": GuestState.PAUSED, "failed": GuestState.STOPPED}
+        return states[self._ask(Type.REPORT).state]
+
+    def agent(self) -> bool:
+        """Whether it is connected."""
+        return self._hub.connected(self.name)
+
+    def offer(self, offer: Offer, within: float) -> bool:
+        """Map a grant into it; with no ``gpa`` it finds a place itself."""
+        self._handle.check()
+        return self._hub.offer(self.name, offer, within)
+
+    def ask_unmap(self, grant: str, within: float) -> bool:
+        """Ask it to unmap a grant; its vCPU stands still while it has no RAM to run in."""
+        self._handle.check()
+        return self._hub.ask_unmap(self.name, grant, within)
+
+    def pause(self) -> None:
+        """Stop its vCPU at the end of a beat."""
+        self._ask(Type.PAUSE)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self._ask(Type.RESUME)
+
+    def stop(self, within: float) -> None:
+        """End it, by force after ``within`` seconds."""
+        if self._handle.alive():
+            self._handle.end(within)
+        self._hub.unregister(self.name)
+
+    def kill(self, within: float) -> None:
+        """SIGKILL and wait until it is gone."""
+        self._handle.kill(within)
+        self._hub.unregister(self.name)
+
+    def progress(self) -> Progress | None:
+        """Its counters: beats, stamps checked, wrong bytes, and the longest pause that nobody commanded."""
+        return self._ask(Type.REPORT).progress
+
+    def why_failed(self) -> str:
+        """Why its vCPU cannot go on (``the vCPU reached gpa 0x..., where no RAM is``); empty while it can."""
+        return self._ask(Type.REPORT).text
+
+    def close(self) -> None:
+        """Let go of what this object holds; the guest goes on."""
+        self._hub.unregister(self.name)
+        self._handle.close()
+
+    def _ask(self, type: Type) -> Answer:
+        self._handle.check()
+        answer = self._hub.ask(self.name, type, ANSWERS)
+        if answer.status:
+            raise GuestError(f"canary {self.name} refused {type.name}", answer.text or os.strerror(answer.status))
+        return answer

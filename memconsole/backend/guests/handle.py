@@ -1,0 +1,169 @@
+"""A process held by pidfd and start time, so that nothing is ever done to another process of the same PID."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import time
+from pathlib import Path
+
+from memconsole.errors import Gone, GuestError, KernelRefused
+
+
+def stat(pid: int) -> tuple[str, int]:
+    """State letter and start time in clock ticks since boot (/proc/PID/stat, fields 3 and 22).
+
+    Raises:
+        Gone: there is no such process.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 - on the path of every snapshot
+            words = file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        raise Gone(f"process {pid} is gone", "it ended", "list the processes again") from None
+    return words[0].decode(), int(words[19])
+
+
+class Handle:
+    """One process: ``pid``, ``start_ticks`` and a pidfd; ``child`` when it is ours to reap."""
+
+    def __init__(self, pid: int, start_ticks: int | None = None, *, child: bool = False) -> None:
+        """Take hold of a process.
+
+        Raises:
+            Gone: it does not exist, has ended, or its PID now belongs to another process.
+        """
+        if pid <= 0:
+            raise Gone(f"process {pid} is gone", "no process has such a PID", "list the processes again")
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            raise Gone(f"process {pid} is gone", error.strerror or "", "list the processes again") from None
+        self.pid = pid
+        self._child = child
+        why = "it ended"
+        self.start_ticks = 0
+        with contextlib.suppress(Gone):
+            letter, self.start_ticks = stat(pid)
+            if start_ticks not in {None, self.start_ticks}:
+                why = "its PID belongs to another process now"
+            elif child or letter not in "ZX":
+                return
+        os.close(self._pidfd)
+        raise Gone(f"process {pid} is gone", why, "list the processes again")
+
+    def alive(self) -> bool:
+        """Whether it runs; a process that ended and was not waited for by its parent does not."""
+        return not self.wait(0)
+
+    def stopped(self) -> bool:
+        """Whether it was stopped by a signal or a tracer.
+
+        Raises:
+            Gone: it ended.
+        """
+        self.check()
+        return stat(self.pid)[0] in "Tt"
+
+    def check(self) -> None:
+        """Nothing, while it runs.
+
+        Raises:
+            Gone: it ended.
+        """
+        if not self.alive():
+            raise Gone(f"process {self.pid} is gone", "it ended", "detach it, or start the guest again")
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal.
+
+        Raises:
+            Gone: it ended.
+            KernelRefused: we may not.
+        """
+        try:
+            signal.pidfd_send_signal(self._pidfd, number)
+        except ProcessLookupError:
+            raise Gone(f"process {self.pid} is gone", "it ended", "list the processes again") from None
+        except OSError as error:
+            raise KernelRefused("pidfd_send_signal", error.errno or 0, what=f"cannot signal {self.pid}") from None
+
+    def wait(self, within: float) -> bool:
+        """Whether it has ended, at most ``within`` seconds from now."""
+        poller = select.poll()
+        poller.register(self._pidfd, select.POLLIN)
+        if not poller.poll(max(0, int(within * 1000))):
+            return False
+        if self._child:
+            self._child = False
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self.pid, 0)
+        return True
+
+    def kill(self, within: float) -> None:
+        """SIGKILL it and wait until it is gone; one that is gone already is no error.
+
+        Raises:
+            GuestError: it is still there after ``within`` seconds.
+        """
+        with contextlib.suppress(Gone):
+            self.signal(signal.SIGKILL)
+        if not self.wait(within):
+            raise GuestError(
+                f"process {self.pid} does not die",
+                f"it is still there {within:g} s after SIGKILL, held in the kernel",
+                "look at /proc/PID/stack; abort the FUSE connection it waits for",
+            )
+
+    def end(self, within: float) -> None:
+        """SIGTERM, and SIGKILL when that did not help within ``within`` seconds."""
+        deadline = time.monotonic() + within
+        with contextlib.suppress(Gone):
+            self.signal(signal.SIGTERM)
+        if not self.wait(within):
+            self.kill(max(2.0, deadline - time.monotonic()))
+
+    def close(self) -> None:
+        """Let go of the pidfd; the process goes on."""
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+
+GIVEN_FD = 3
+"""The number under which a started program finds the one fd it is given."""
+
+
+def spawn(argv: list[str], log: Path, fd: int | None = None) -> Handle:
+    """Start a program that outlives us: its own session, no terminal, output into ``log``, ``fd`` as GIVEN_FD.
+
+    Raises:
+        GuestError: it cannot be started.
+    """
+    actions: list[tuple[object, ...]] = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, os.fspath(log), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
+        (os.POSIX_SPAWN_DUP2, 1, 2),
+    ]
+    if fd is not None:
+        actions.append((os.POSIX_SPAWN_DUP2, fd, GIVEN_FD))
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        pid = os.posix_spawnp(
+            argv[0], argv, os.environ, file_actions=actions, setsid=True, setsigmask=[], setsigdef=[signal.SIGPIPE]
+        )
+    except OSError as error:
+        remedy = f"install {argv[0]}" if isinstance(error, FileNotFoundError) else ""
+        raise GuestError(f"{argv[0]} cannot be started", error.strerror or "", remedy) from None
+    return Handle(pid, child=True)
+
+
+def last_words(log: Path, lines: int = 5) -> str:
+    """The last lines of a program's log, for an error."""
+    try:
+        text = log.read_text(errors="replace").strip().splitlines()
+    except OSError as error:
+        return f"its log cannot be read: {error.strerror}"
+    return "; ".join(text[-lines:]) or "it said nothing"

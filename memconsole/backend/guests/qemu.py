@@ -1,0 +1,179 @@
+"""QEMU started by us, its RAM in a region: ``memory-backend-file`` on the region's own memfd."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memconsole.backend.guests.base import Offer
+from memconsole.backend.guests.handle import GIVEN_FD, Handle, last_words, spawn
+from memconsole.errors import Gone, GuestError
+from memconsole.model import Access, GuestKind, GuestState, Progress
+from memconsole.native import program
+
+if TYPE_CHECKING:
+    from memconsole.backend.guests.qmp import Qmp
+
+BINARY = "qemu-system-x86_64"
+ANSWERS = 5.0
+"""Seconds QEMU has for a monitor command."""
+KVM_FAST = 1_000_000
+"""Pages a second a canary checks under a KVM that runs guest code; one that emulates it manages some ten thousand."""
+
+_STATES = {
+    "running": GuestState.RUNNING,
+    "shutdown": GuestState.STOPPED,
+    "guest-panicked": GuestState.STOPPED,
+    "internal-error": GuestState.STOPPED,
+    "io-error": GuestState.STOPPED,
+}
+
+
+@cache
+def accelerator() -> str:
+    """``kvm`` where a guest of our own ran at a processor's speed, else ``tcg``; measured once, in about 0.1 s."""
+    probe = subprocess.run(
+        [program("memconsole-canary"), "--probe"], capture_output=True, text=True, timeout=30, check=True
+    )
+    verdict, _, figure = probe.stdout.strip().partition(" ")
+    return "kvm" if verdict == "kvm" and int(figure) >= KVM_FAST else "tcg"
+
+
+class QemuGuest:
+    """A QEMU: boot RAM cannot be unplugged, so it has no agent that would give a grant back."""
+
+    kind = GuestKind.QEMU
+
+    def __init__(self, name: str, handle: Handle, directory: Path, ram: str) -> None:
+        self.name = name
+        self.pid = handle.pid
+        self.start_ticks = handle.start_ticks
+        self.ram = ram
+        self._handle = handle
+        self._directory = directory
+        self._monitor: Qmp | None = None
+
+    @classmethod
+    def start(
+        cls, name: str, ram: Offer, directory: Path, *, args: Sequence[str] = (), within: float = 30.0
+    ) -> QemuGuest:
+        """Start QEMU with ``ram`` as its memory from GPA 0; ``args`` are appended, so that they override.
+
+        The QMP socket and the log are ``qmp`` and ``log`` in ``directory``.
+
+        Raises:
+            GuestError: it cannot start (its last words are in the error) or its monitor does not answer.
+        """
+        if ram.offset or ram.access is not Access.RW:
+            raise GuestError(f"guest {name} cannot start", "QEMU takes a whole region, read-write", "map it so")
+        log = directory / "log"
+        socket = directory / "qmp"
+        # QEMU opens the path itself: through its own copy of the fd it reaches the memfd, which has no other name.
+        backend = f"memory-backend-file,id=ram,size={ram.length},mem-path=/proc/self/fd/{GIVEN_FD},share=on"
+        argv = [
+            BINARY,
+            *("-name", name, "-nodefaults", "-no-user-config", "-display", "none"),
+            *("-machine", "q35,memory-backend=ram", "-accel", accelerator()),
+            *("-m", f"size={ram.length}B", "-object", backend),
+            *("-qmp", f"unix:{socket},server=on,wait=off", *args),
+        ]
+        socket.unlink(missing_ok=True)
+        handle = spawn(argv, log, ram.fd)
+        guest = cls(name, handle, directory, ram.grant)
+        try:
+            guest._await_monitor(socket, log, within)
+        except BaseException:
+            handle.kill(ANSWERS)
+            guest.close()
+            raise
+        return guest
+
+    @classmethod
+    def adopt(cls, name: str, pid: int, start_ticks: int, directory: Path, ram: str) -> QemuGuest:
+        """Take a QEMU over from an earlier control process; ``ram`` is the grant that is its memory.
+
+        Raises:
+            Gone: it ended, or its PID belongs to another process now.
+        """
+        return cls(name, Handle(pid, start_ticks), directory, ram)
+
+    def state(self) -> GuestState:
+        """Running, paused, stopped when it cannot go on, or gone."""
+        if not self._handle.alive():
+            return GuestState.GONE
+        return _STATES.get(self._execute("query-status")["status"], GuestState.PAUSED)
+
+    def agent(self) -> bool:
+        """False: nothing in it answers a request to unmap."""
+        return False
+
+    def offer(self, offer: Offer, within: float) -> bool:  # noqa: ARG002 - there is no waiting
+        """True for the grant it was started with; it can take no other."""
+        self._handle.check()
+        return offer.grant == self.ram
+
+    def ask_unmap(self, grant: str, within: float) -> bool:  # noqa: ARG002 - there is no asking
+        """False: boot RAM cannot be unplugged."""
+        self._handle.check()
+        return False
+
+    def pause(self) -> None:
+        """Stop its vCPUs (QMP ``stop``)."""
+        self._execute("stop")
+
+    def resume(self) -> None:
+        """Let it go on (QMP ``cont``)."""
+        self._execute("cont")
+
+    def stop(self, within: float) -> None:
+        """QMP ``quit``, and SIGKILL when it is still there after ``within`` seconds."""
+        deadline = time.monotonic() + within
+        if self._handle.alive():
+            try:
+                self._execute("quit", within)
+            except (GuestError, Gone):
+                self._handle.end(max(0.0, deadline - time.monotonic()))
+            if not self._handle.wait(max(0.0, deadline - time.monotonic())):
+                self._handle.kill(ANSWERS)
+
+    def kill(self, within: float) -> None:
+        """SIGKILL and wait until it is gone."""
+        self._handle.kill(within)
+
+    def progress(self) -> Progress | None:
+        """None: QEMU does not say."""
+        return None
+
+    def close(self) -> None:
+        """Let go of what this object holds; the guest goes on."""
+        if self._monitor is not None:
+            self._monitor.close()
+            self._monitor = None
+        self._handle.close()
+
+    def _await_monitor(self, socket: Path, log: Path, within: float) -> None:
+        deadline = time.monotonic() + within
+        while not socket.exists():
+            if self._handle.wait(0.02):
+                raise GuestError(f"guest {self.name} did not start", last_words(log), f"look into {log}")
+            if time.monotonic() > deadline:
+                raise GuestError(f"guest {self.name} did not start", f"no monitor within {within:g} s", str(log))
+        try:
+            self._execute("query-status", max(1.0, deadline - time.monotonic()))
+        except (GuestError, Gone):
+            # QEMU makes the socket before it has looked at all of its options.
+            if self._handle.wait(1.0):
+                raise GuestError(f"guest {self.name} did not start", last_words(log), f"look into {log}") from None
+            raise
+
+    def _execute(self, command: str, within: float = ANSWERS) -> Any:
+        from memconsole.backend.guests.qmp import Qmp
+
+        self._handle.check()
+        if self._monitor is None:
+            self._monitor = Qmp(self.name, self._directory / "qmp")
+        return self._monitor.execute(command, within=within)

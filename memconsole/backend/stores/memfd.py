@@ -1,0 +1,249 @@
+"""The store whose frames live in memfds: they survive a kexec where the kernel has live update (LUO).
+
+A region is one or more segments, each a memfd under 1 TiB (the kernel's array of preserved folios has no room for
+more), of a fixed size (F_SEAL_GROW). Truncating a segment takes its frames from everybody for good: so before a
+segment is first given out, F_SEAL_SEAL keeps its holders from forbidding that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from memconsole.backend.kernel.memfds import seal_names
+from memconsole.backend.kernel.memory import memory as read_memory
+from memconsole.backend.kernel.tree import Root
+from memconsole.errors import KernelRefused, Refused
+from memconsole.model import Access, HugePool, Memory, Refusal, Segment
+from memconsole.units import MAX_SIZE, PAGE, format_size
+
+NAME = "memfd"
+PAGE_SIZES = (PAGE, 2 << 20, 1 << 30)
+SEGMENT = 512 << 30
+PREFIX = "memconsole:"
+"""A segment's name in /proc/PID/maps and fd: ``/memfd:memconsole:REGION:0``."""
+
+_HUGE = {2 << 20: os.MFD_HUGETLB | os.MFD_HUGE_2MB, 1 << 30: os.MFD_HUGETLB | os.MFD_HUGE_1GB}
+_MADV_POPULATE_WRITE = 23
+_MPOL_BIND = 2
+_SYS_MBIND = {"x86_64": 237, "aarch64": 235, "riscv64": 235}
+_POPULATE = 256 << 20
+
+
+def check(
+    size: int, page_size: int = PAGE, node: int | None = None, *, promised: int = 0, root: Root = "/"
+) -> tuple[Refusal, ...]:
+    """Why a region of this size cannot be reserved, all reasons; nothing is done.
+
+    ``promised`` is what other regions may still take: bytes reserved and not yet resident. Sources:
+    /proc/meminfo:MemAvailable, /sys/devices/system/node/nodeN/meminfo, /sys/kernel/mm/hugepages.
+    """
+    if page_size not in PAGE_SIZES:
+        sizes = ", ".join(format_size(each) for each in PAGE_SIZES)
+        what = f"a page size of {format_size(page_size)}"
+        return (Refusal("BadPageSize", what, f"the memfd store has {sizes}", "choose one of these"),)
+    memory = read_memory(root)
+    found = []
+    if size <= 0 or size > MAX_SIZE:
+        found.append(Refusal("BadSize", f"a size of {size} bytes", "no region has such a size", "write 64M or 2G"))
+    elif size % page_size:
+        rounded = format_size(size + page_size - size % page_size)
+        why = f"it is not a multiple of the page size {format_size(page_size)}"
+        found.append(Refusal("BadSize", f"a size of {size} bytes", why, f"make it {rounded}"))
+    if node is not None and all(each.number != node for each in memory.nodes):
+        numbers = ", ".join(str(each.number) for each in memory.nodes) or "none"
+        found.append(Refusal("NoNode", f"NUMA node {node}", f"this host's nodes: {numbers}", "leave --node out"))
+    if not found:
+        found += _too_large(size, promised, memory, node) if page_size == PAGE else _no_pages(size, page_size, memory)
+    return tuple(found)
+
+
+def reserve(
+    name: str, size: int, page_size: int = PAGE, node: int | None = None, *, prefault: bool = False, promised: int = 0
+) -> tuple[int, ...]:
+    """The segments' fds of a new region, in order, all zeroes; all or nothing.
+
+    Huge pages are set aside in their pool at once, so that no access can fail later. With ``node``, frames come from
+    that NUMA node only. ``prefault`` puts every page in place now, in 2 MiB folios where the kernel has them.
+
+    Raises:
+        Refused: the first refusal of :func:`check`.
+        KernelRefused: the kernel gave less than it has said.
+    """
+    for refusal in check(size, page_size, node, promised=promised):
+        raise Refused(refusal.what, refusal.why, refusal.remedy, code=refusal.code)
+    fds: list[int] = []
+    try:
+        for index, start in enumerate(range(0, size, SEGMENT)):
+            fds.append(_create(f"{PREFIX}{name}:{index}", page_size))
+            _fill(fds[-1], min(SEGMENT, size - start), page_size, node, prefault=prefault)
+    except OSError as error:
+        _discard(fds)
+        raise KernelRefused("memfd_create", error.errno or 0, what=f"region {name} cannot be reserved") from None
+    except BaseException:
+        _discard(fds)
+        raise
+    return tuple(fds)
+
+
+def give(fd: int, access: Access) -> int:
+    """A new fd of a segment for handing out, which the caller closes: its own file description, read-only for ``ro``.
+
+    The segment's seals become final, so that no holder can forbid us to truncate it.
+
+    Raises:
+        KernelRefused: the segment cannot be sealed or opened.
+    """
+    try:
+        if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SEAL:
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL)
+        flags = os.O_RDWR if access is Access.RW else os.O_RDONLY
+        return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
+    except OSError as error:
+        raise KernelRefused("F_ADD_SEALS", error.errno or 0, what="a segment cannot be given out") from None
+
+
+def free(fds: Sequence[int]) -> None:
+    """Free a region's frames, whoever still maps them (SIGBUS is what is left to them), and close its fds.
+
+    The kernel zeroes frames before anybody else gets them.
+
+    Raises:
+        KernelRefused: a segment is preserved for a kexec and cannot be freed (EPERM); no fd is closed.
+    """
+    for fd in fds:
+        try:
+            os.ftruncate(fd, 0)
+        except OSError as error:
+            raise KernelRefused(
+                "ftruncate", error.errno or 0, what="a segment cannot be freed", remedy="close the session it is in"
+            ) from None
+    for fd in fds:
+        os.close(fd)
+
+
+def resident(fds: Sequence[int]) -> int:
+    """Bytes that have frames (fstat:st_blocks)."""
+    return sum(os.fstat(fd).st_blocks * 512 for fd in fds)
+
+
+def seals(fd: int) -> tuple[str, ...]:
+    """The names of a segment's seals (F_GET_SEALS)."""
+    return seal_names(fcntl.fcntl(fd, fcntl.F_GET_SEALS))
+
+
+def segments(fds: Sequence[int]) -> tuple[Segment, ...]:
+    """The segments by the inode and device their mappings show in /proc/PID/maps."""
+    found = [os.fstat(fd) for fd in fds]
+    return tuple(Segment(stat.st_ino, stat.st_dev, stat.st_size) for stat in found)
+
+
+def _too_large(size: int, promised: int, memory: Memory, node: int | None) -> list[Refusal]:
+    left = memory.available - promised
+    for each in memory.nodes:
+        if each.number == node:
+            # What the page cache would give back may lie on this node, or may not.
+            left = min(left, each.total, each.free + max(0, memory.available - memory.free))
+    if size <= left:
+        return []
+    why = f"{format_size(max(0, left))} can be had"
+    if promised:
+        why += f"; {format_size(promised)} more are promised to other regions"
+    return [Refusal("NoMemory", f"{format_size(size)} of memory", why, "make it smaller, or release a region")]
+
+
+def _no_pages(size: int, page_size: int, memory: Memory) -> list[Refusal]:
+    pool = next((pool for pool in memory.pools if pool.page_size == page_size), HugePool(page_size, 0, 0))
+    wanted, free = size // page_size, pool.free - pool.reserved
+    if wanted <= free:
+        return []
+    file = f"/sys/kernel/mm/hugepages/hugepages-{page_size >> 10}kB/nr_hugepages"
+    remedy = f"echo {pool.total + wanted - free} > {file}"
+    what = f"{wanted} pages of {format_size(page_size)}"
+    return [Refusal("NoHugePages", what, f"{free} are free in their pool", remedy)]
+
+
+def _create(name: str, page_size: int) -> int:
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | _HUGE.get(page_size, 0))
+    os.fchmod(fd, 0o600)
+    return fd
+
+
+def _fill(fd: int, size: int, page_size: int, node: int | None, *, prefault: bool) -> None:
+    os.ftruncate(fd, size)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+    if page_size == PAGE and node is None and not prefault:
+        return
+    # Mapping hugetlb pages reserves them for the inode; a shmem inode keeps the policy of its mappings. A hugetlb
+    # inode does not: what must come from one node has to come now.
+    with _mapped(fd, size) as address:
+        if node is not None:
+            _bind(address, size, node)
+        if page_size == PAGE:
+            _libc().madvise(address, size, mmap.MADV_HUGEPAGE)  # advice: kernels without it go on in 4 KiB
+        if prefault or (node is not None and page_size != PAGE):
+            _populate(address, size)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    size, pointer, number = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int
+    libc.mmap.argtypes = [pointer, size, number, number, number, ctypes.c_int64]
+    libc.mmap.restype = pointer
+    libc.munmap.argtypes = [pointer, size]
+    libc.madvise.argtypes = [pointer, size, number]
+    libc.syscall.argtypes = [ctypes.c_long, pointer, size, number, pointer, ctypes.c_ulong, ctypes.c_uint]
+    libc.syscall.restype = ctypes.c_long
+    return libc
+
+
+def _failed(what: str) -> OSError:
+    errno = ctypes.get_errno()
+    return OSError(errno, f"{what}: {os.strerror(errno)}")
+
+
+@contextmanager
+def _mapped(fd: int, size: int) -> Iterator[int]:
+    libc = _libc()
+    address = libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+    if address == ctypes.c_void_p(-1).value:
+        raise _failed("mmap")
+    try:
+        yield address
+    finally:
+        libc.munmap(address, size)
+
+
+def _bind(address: int, size: int, node: int) -> None:
+    words = node // 64 + 1
+    mask = (ctypes.c_uint64 * words)()
+    mask[node // 64] = 1 << (node % 64)
+    number = _SYS_MBIND.get(os.uname().machine)
+    if number is None:
+        raise KernelRefused("mbind", 38, what="memory cannot be bound to a node on this processor")
+    if _libc().syscall(number, address, size, _MPOL_BIND, ctypes.addressof(mask), words * 64 + 1, 0):
+        raise _failed("mbind")
+
+
+def _populate(address: int, size: int) -> None:
+    libc = _libc()
+
+    def part(offset: int) -> None:
+        if libc.madvise(address + offset, min(_POPULATE, size - offset), _MADV_POPULATE_WRITE):
+            raise _failed("MADV_POPULATE_WRITE")
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(part, range(0, size, _POPULATE)):
+            pass
+
+
+def _discard(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -10,21 +10,19 @@
 #include <string.h>
 #include <unistd.h>
 
-#define XXH_INLINE_ALL
-#include "third_party/xxhash.h"
-
 #include "core.h"
+#include "xxh.h"
 
 #define BLOCK (2ULL << 20)
-#define PIECE (128 << 10)	/* read and hashed while still in the second level cache */
 #define MAX_THREADS 256
 
 struct job {
 	int fd;
 	uint64_t offset, length, blocks;
-	XXH128_canonical_t *hashes;
+	uint8_t (*hashes)[16];
+	uint8_t hole[16];	/* what a whole block of zeros hashes to */
 	_Atomic uint64_t next;
-	_Atomic int code;	/* the first failure, and its detail once */
+	_Atomic int code;	/* the first failure; its detail in *fail */
 	struct mc_fail *fail;
 };
 
@@ -36,44 +34,66 @@ static void give_up(struct job *job, int code, int err, const char *source)
 		mc_fail(job->fail, code, err, source);
 }
 
-static void hash_block(struct job *job, uint64_t block, XXH3_state_t *state, uint8_t *piece)
+static void hash(const void *bytes, uint64_t length, uint8_t *out)
 {
-	uint64_t at = job->offset + block * BLOCK, end = at + BLOCK;
+#if defined(__x86_64__)
+	if (__builtin_cpu_supports("avx2"))
+		return mc_hash_avx2(bytes, length, out);
+#endif
+	mc_hash_base(bytes, length, out);
+}
 
-	if (end > job->offset + job->length)
-		end = job->offset + job->length;
-	XXH3_128bits_reset(state);
-	while (at < end) {
-		ssize_t n = pread(job->fd, piece, end - at < PIECE ? end - at : PIECE, (off_t)at);
+/*
+ * Hashes bytes at..end of the file. They are read, not mapped: a map would fill the holes of a memfd, and kill us if
+ * whoever holds the fd shrank the file meanwhile.
+ */
+static void hash_block(struct job *job, uint64_t at, uint64_t end, uint8_t *bytes, uint8_t *out)
+{
+	uint64_t length = end - at, done = 0;
+	off_t data = lseek(job->fd, (off_t)at, SEEK_DATA);
+
+	if (data >= (off_t)end && length == BLOCK) {
+		memcpy(out, job->hole, sizeof(job->hole));
+		return;
+	}
+	while (done < length) {
+		ssize_t n = pread(job->fd, bytes + done, length - done, (off_t)(at + done));
 
 		if (n < 0)
 			return give_up(job, MC_KERNEL, errno, "pread");
 		if (!n)
 			return give_up(job, MC_RANGE, 0, "the range ends beyond the file");
-		XXH3_128bits_update(state, piece, (size_t)n);
-		at += (uint64_t)n;
+		done += (uint64_t)n;
 	}
-	XXH128_canonicalFromHash(&job->hashes[block], XXH3_128bits_digest(state));
+	hash(bytes, length, out);
 }
 
 static void *work(void *argument)
 {
 	struct job *job = argument;
-	uint8_t *piece = malloc(PIECE);
-	XXH3_state_t *state = XXH3_createState();
+	uint64_t last = job->offset + job->length, block;
+	uint8_t *bytes = malloc(BLOCK);
 
-	if (!piece || !state)
+	if (!bytes)
 		give_up(job, MC_MEMORY, ENOMEM, "malloc");
-	while (!atomic_load(&job->code)) {
-		uint64_t block = atomic_fetch_add(&job->next, 1);
+	while (!atomic_load(&job->code) && (block = atomic_fetch_add(&job->next, 1)) < job->blocks) {
+		uint64_t at = job->offset + block * BLOCK;
 
-		if (block >= job->blocks)
-			break;
-		hash_block(job, block, state, piece);
+		hash_block(job, at, last - at < BLOCK ? last : at + BLOCK, bytes, job->hashes[block]);
 	}
-	XXH3_freeState(state);
-	free(piece);
+	free(bytes);
 	return NULL;
+}
+
+static int hash_hole(struct job *job)
+{
+	uint8_t *zeros = calloc(1, BLOCK);
+
+	if (!zeros)
+		return mc_fail(job->fail, MC_MEMORY, ENOMEM, "calloc");
+	hash(zeros, BLOCK, job->hole);
+	free(zeros);
+	return MC_OK;
 }
 
 /*
@@ -84,25 +104,24 @@ int mc_digest(int fd, uint64_t offset, uint64_t length, unsigned int threads, ui
 {
 	struct job job = { .fd = fd, .offset = offset, .length = length, .fail = fail };
 	pthread_t helpers[MAX_THREADS];
-	XXH128_canonical_t canonical;
 	unsigned int started = 0;
 
 	if (!threads || threads > MAX_THREADS || offset > INT64_MAX || length > INT64_MAX - offset)
 		return mc_fail(fail, MC_RANGE, 0, "no threads, too many, or beyond any file");
+	if (hash_hole(&job))
+		return MC_MEMORY;
 	job.blocks = length / BLOCK + !!(length % BLOCK);
-	job.hashes = malloc((job.blocks ? job.blocks : 1) * sizeof(*job.hashes));
+	job.hashes = calloc(job.blocks + 1, sizeof(*job.hashes));
 	if (!job.hashes)
-		return mc_fail(fail, MC_MEMORY, ENOMEM, "malloc");
+		return mc_fail(fail, MC_MEMORY, ENOMEM, "calloc");
 	/* a thread that cannot start leaves its share to the others */
 	while (started + 1 < threads && started + 1 < job.blocks && !pthread_create(&helpers[started], NULL, work, &job))
 		started++;
 	work(&job);
 	while (started)
 		pthread_join(helpers[--started], NULL);
-	if (!job.code) {
-		XXH128_canonicalFromHash(&canonical, XXH3_128bits(job.hashes, job.blocks * sizeof(*job.hashes)));
-		memcpy(digest, canonical.digest, sizeof(canonical.digest));
-	}
+	if (!job.code)
+		hash(job.hashes, job.blocks * sizeof(*job.hashes), digest);
 	free(job.hashes);
 	return job.code;
 }

@@ -1,12 +1,17 @@
 // SPDX-License-Identifier: MIT
 /* Rows of a table from the kernel: /proc/PID/pagemap, and kpageflags or kpagecount beside it. */
 #define _GNU_SOURCE
+#include <fcntl.h>
+#include <linux/magic.h>
+#include <linux/userfaultfd.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/sysinfo.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include "core.h"
@@ -294,16 +299,75 @@ int mc_scan_pagemap(struct mc_table *table, int pagemap, uint64_t start, uint64_
 	return scan_range(&s, start, length);
 }
 
-/* Maps bytes from..to of the file at `at`, makes its pages present without adding any, and scans them. */
-static int scan_window(struct scan *s, int fd, uint64_t from, uint64_t to, uint8_t *at)
+/* A file that is being scanned through a window at `at`. */
+struct file {
+	int fd;
+	uint8_t *at;
+	uint64_t block;		/* hugetlb: bytes a page, 0 otherwise */
+	int uffd;		/* hugetlb: maps what is there; -1 otherwise */
+};
+
+/*
+ * Prepares a file for scanning. hugetlbfs has no SEEK_DATA, and reading its holes would fill them, but
+ * UFFDIO_CONTINUE maps a page only if it is there.
+ */
+static int open_file(struct file *file, int fd, struct mc_fail *fail)
+{
+	struct uffdio_api api = { .api = UFFD_API, .features = UFFD_FEATURE_MINOR_HUGETLBFS };
+	struct statfs fs;
+
+	*file = (struct file){ .fd = fd, .uffd = -1 };
+	if (fstatfs(fd, &fs))
+		return mc_fail_errno(fail, "fstatfs");
+	if (fs.f_type != HUGETLBFS_MAGIC)
+		return MC_OK;
+	file->block = (uint64_t)fs.f_bsize;
+	file->uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
+	if (file->uffd < 0)
+		return mc_fail_errno(fail, "userfaultfd");
+	if (ioctl(file->uffd, UFFDIO_API, &api)) {
+		int code = mc_fail_errno(fail, "UFFDIO_API");
+
+		close(file->uffd);
+		return code;
+	}
+	return MC_OK;
+}
+
+static int populate_hugetlb(const struct file *file, uint8_t *at, uint64_t length, struct mc_fail *fail)
+{
+	struct uffdio_register whole = {
+		.range = { (uintptr_t)at, length }, .mode = UFFDIO_REGISTER_MODE_MINOR,
+	};
+
+	if (ioctl(file->uffd, UFFDIO_REGISTER, &whole))
+		return mc_fail_errno(fail, "UFFDIO_REGISTER");
+	for (uint64_t done = 0; done < length; done += file->block) {
+		struct uffdio_continue page = {
+			.range = { (uintptr_t)at + done, file->block }, .mode = UFFDIO_CONTINUE_MODE_DONTWAKE,
+		};
+
+		if (ioctl(file->uffd, UFFDIO_CONTINUE, &page) && errno != EFAULT)	/* EFAULT: a hole */
+			return mc_fail_errno(fail, "UFFDIO_CONTINUE");
+	}
+	return MC_OK;
+}
+
+/* Maps bytes from..to of the file, makes its pages present without adding any, and scans them. */
+static int scan_window(struct scan *s, const struct file *file, uint64_t from, uint64_t to)
 {
 	uint64_t length = to - from, pages = (length + s->page_size - 1) / s->page_size;
-	int code;
+	uint8_t *at = file->at + from % WINDOW;	/* as aligned as in the file, so that huge pages can be mapped huge */
+	int code = MC_OK;
 
-	if (mmap(at, length, PROT_READ, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, fd, (off_t)from) == MAP_FAILED)
+	if (mmap(at, length, PROT_READ, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, file->fd, (off_t)from) == MAP_FAILED)
 		return mc_fail_errno(s->fail, "mmap");
-	if (madvise(at, length, MADV_POPULATE_READ))
-		return mc_fail_errno(s->fail, "MADV_POPULATE_READ");
+	if (file->block)
+		code = populate_hugetlb(file, at, length, s->fail);
+	else if (madvise(at, length, MADV_POPULATE_READ))
+		code = mc_fail_errno(s->fail, "MADV_POPULATE_READ");
+	if (code)
+		return code;
 	s->shift = from / s->page_size - (uintptr_t)at / s->page_size;
 	code = scan_range(s, (uintptr_t)at / s->page_size, pages);
 	if (munmap(at, length) && !code)
@@ -311,30 +375,28 @@ static int scan_window(struct scan *s, int fd, uint64_t from, uint64_t to, uint8
 	return code;
 }
 
-/* Scans the data (not the holes) of the first size bytes of fd through the window at `at`. */
-static int scan_data(struct scan *s, int fd, uint64_t size, uint8_t *at)
+/* Scans the data (not the holes) of the first size bytes of a file. */
+static int scan_data(struct scan *s, const struct file *file, uint64_t size)
 {
 	uint64_t from = 0;
 
 	while (from < size) {
-		off_t data = lseek(fd, (off_t)from, SEEK_DATA), hole;
-		int code;
+		off_t data = lseek(file->fd, (off_t)from, SEEK_DATA), hole;
 
 		if (data < 0)
 			return errno == ENXIO ? MC_OK : mc_fail_errno(s->fail, "SEEK_DATA");
-		hole = lseek(fd, data, SEEK_HOLE);
+		hole = lseek(file->fd, data, SEEK_HOLE);
 		if (hole < 0)
 			return errno == ENXIO ? MC_OK : mc_fail_errno(s->fail, "SEEK_HOLE");
-		from = (uint64_t)data;
 		if ((uint64_t)hole > size)
 			hole = (off_t)size;
-		while (from < (uint64_t)hole) {
+		for (from = (uint64_t)data; from < (uint64_t)hole;) {
 			uint64_t to = (from / WINDOW + 1) * WINDOW;
+			int code;
 
 			if (to > (uint64_t)hole)
 				to = (uint64_t)hole;
-			/* the same place in the window as in the file, so that huge pages can be mapped huge */
-			code = scan_window(s, fd, from, to, at + from % WINDOW);
+			code = scan_window(s, file, from, to);
 			if (code)
 				return code;
 			from = to;
@@ -355,7 +417,8 @@ int mc_scan_fd(struct mc_table *table, int pagemap, int fd, uint64_t size, struc
 		.table = table, .pagemap = pagemap, .probes = true, .mask = PM_FRAME | PM_FILE | PM_SWAP | PM_PRESENT,
 		.page_size = table->page_size, .huge = table->page_size / 8, .fail = fail,
 	};
-	uint8_t *room, *at;
+	struct file file;
+	uint8_t *room;
 	int code;
 
 	if (size % s.page_size)
@@ -363,12 +426,19 @@ int mc_scan_fd(struct mc_table *table, int pagemap, int fd, uint64_t size, struc
 	code = mc_table_cover(table, 0, size / s.page_size, fail);
 	if (code)
 		return code;
+	code = open_file(&file, fd, fail);
+	if (code)
+		return code;
 	room = mmap(NULL, 2 * WINDOW, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	if (room == MAP_FAILED)
-		return mc_fail_errno(fail, "mmap");
-	at = (uint8_t *)(((uintptr_t)room + WINDOW - 1) / WINDOW * WINDOW);
-	code = scan_data(&s, fd, size, at);
-	munmap(room, 2 * WINDOW);
+	if (room == MAP_FAILED) {
+		code = mc_fail_errno(fail, "mmap");
+	} else {
+		file.at = (uint8_t *)(((uintptr_t)room + WINDOW - 1) / WINDOW * WINDOW);
+		code = scan_data(&s, &file, size);
+		munmap(room, 2 * WINDOW);
+	}
+	if (file.uffd >= 0)
+		close(file.uffd);
 	return code;
 }
 

@@ -66,6 +66,11 @@ def look(field_id: str, value: Any) -> Look:
     return Look("", "dim") if value is None or value == () else PLAIN
 
 
+def glyphs(field_id: str) -> int:
+    """How many cells a glyph before a field's words takes."""
+    return 2 if field_id in _WORDS else 0
+
+
 EIGHTHS = " ▏▎▍▌▋▊▉"
 
 

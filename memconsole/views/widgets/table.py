@@ -23,13 +23,15 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
 from memconsole.fields import Field, Table
-from memconsole.views.looks import look
+from memconsole.views.looks import glyphs, look
 from memconsole.views.widgets.rowset import RowSet
 
 GUTTER = 2
 GAP = 2
 LEAST = 6
 KEPT_STRIPS = 1024
+CURSORS = (" ", "▹", "▸")
+"""No cursor, a cursor where keys do not go, and one where they do."""
 TRENDS = {0: " ", 1: "↑", -1: "↓", 2: "•"}
 TONES = ("good", "warn", "bad", "dim", "calm")
 
@@ -74,7 +76,6 @@ class VirtualTable(ScrollView, can_focus=True):
     VirtualTable > .table--sorted { color: $accent; text-style: bold; }
     VirtualTable > .table--key { text-style: bold; }
     VirtualTable > .table--cursor { background: $block-cursor-background; text-style: bold; }
-    VirtualTable > .table--blurred { text-style: underline; }
     VirtualTable > .table--mark { color: $accent; text-style: bold; }
     VirtualTable > .table--changed { color: $accent; text-style: bold; }
     VirtualTable > .table--good { color: $success; }
@@ -90,7 +91,6 @@ class VirtualTable(ScrollView, can_focus=True):
         "table--sorted",
         "table--key",
         "table--cursor",
-        "table--blurred",
         "table--mark",
         "table--changed",
         *(f"table--{tone}" for tone in TONES),
@@ -169,6 +169,11 @@ class VirtualTable(ScrollView, can_focus=True):
         if self.rows.load(items):
             self._follow()
             self._repaint(everything=length != len(self.rows))
+
+    def forget(self) -> None:
+        """Begin anew: the next entities are those of another subject, none of them new or changed."""
+        self.rows = RowSet(self.table, self.rows.fields)
+        self.cursor, self._key = 0, None
 
     def find(self, key: str) -> bool:
         """Put the cursor on an entity; says whether it is shown."""
@@ -262,7 +267,7 @@ class VirtualTable(ScrollView, can_focus=True):
         if not self._style_table:
             self._style_table = {
                 name: self.get_component_rich_style(f"table--{name}", partial=True)
-                for name in ("header", "sorted", "key", "cursor", "blurred", "mark", "changed", *TONES)
+                for name in ("header", "sorted", "key", "cursor", "mark", "changed", *TONES)
             }
             self._style_table["base"] = self.rich_style
         return self._style_table
@@ -279,7 +284,7 @@ class VirtualTable(ScrollView, can_focus=True):
         room = width - GUTTER
         widths: list[int] = []
         for field in chosen:
-            wanted = max(field.width, len(field.title) + 2 * (field is self.rows.sort_field))
+            wanted = max(field.width + glyphs(field.id), len(field.title) + 2 * (field is self.rows.sort_field))
             if widths and room < min(LEAST, wanted):
                 break
             widths.append(min(wanted, max(room, LEAST)))
@@ -354,13 +359,11 @@ class VirtualTable(ScrollView, can_focus=True):
 
     def _row(self, key: str, line: Line, styles: dict[str, Style], width: int) -> Strip:
         item, before, cursor, _ = line
-        base = styles["base"]
-        if cursor:
-            base += styles["cursor"] if cursor == 2 else styles["blurred"]
+        base = styles["base"] + styles["cursor"] if cursor == 2 else styles["base"]
         new = before is None
         touched = before is not None and before is not self
         mark = "+" if new else "•" if touched else " "
-        segments = [Segment("▸" if cursor else " ", base + styles["calm"]), Segment(mark, base + styles["mark"])]
+        segments = [Segment(CURSORS[cursor], base + styles["calm"]), Segment(mark, base + styles["mark"])]
         for index, (field, _, cells) in enumerate(self._columns_now()):
             value = field.get(item)
             glyph, tone = look(field.id, value)

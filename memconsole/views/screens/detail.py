@@ -1,0 +1,252 @@
+"""One entity with everything that belongs to it; live, and still there to be read when the entity is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.content import Content
+from textual.widget import Widget
+
+from memconsole.fields import TABLES, Table
+from memconsole.model import Snapshot
+from memconsole.views import tables
+from memconsole.views.screens.listing import PFN_KEY, action_bindings, make_table, prefill
+from memconsole.views.view import View
+from memconsole.views.widgets.facts import Lines, facts_of, laid_out
+from memconsole.views.widgets.table import VirtualTable
+
+Parts = Callable[[Snapshot, Any], Sequence[Any]]
+MOST_ROWS = 10
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table of what belongs to an entity."""
+
+    table: Table
+    parts: Parts
+    columns: str | None = None
+    title: str = ""
+
+
+def _about(table_id: str) -> Parts:
+    """Findings or events about an entity, by its name."""
+
+    def parts(snapshot: Snapshot, item: Any) -> Sequence[Any]:
+        names = {str(getattr(item, name)) for name in ("name", "id", "bdf") if hasattr(item, name)}
+        return [each for each in TABLES[table_id].rows(snapshot) if each.subject in names]
+
+    return parts
+
+
+FINDINGS = Section(TABLES["findings"], _about("findings"), "severity,id,what,remedy")
+EVENTS = Section(TABLES["events"], _about("events"), "at,kind,text,peer")
+
+
+class Detail(View):
+    """The base of details: facts above, then a table for each kind of part that there is."""
+
+    DEFAULT_CSS = """
+    Detail > VerticalScroll { padding: 0 1; }
+    Detail Lines { margin: 0 0 1 0; }
+    Detail VirtualTable { border-top: solid $border; border-title-color: $secondary; height: auto; }
+    Detail VirtualTable:focus { border-top: solid $primary; border-title-color: $primary; }
+    """
+    TABLE: ClassVar[Table]
+    SECTIONS: ClassVar[Sequence[Section]] = ()
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.item: Any | None = None
+        self._gone = False
+
+    def compose(self) -> ComposeResult:
+        """Facts and sections."""
+        with VerticalScroll():
+            yield Lines()
+            for section in self.SECTIONS:
+                yield make_table(section.table, columns=section.columns)
+
+    def about(self, subject: str) -> None:
+        """Be about another entity: nothing of the one before counts as a change."""
+        if subject != self.subject:
+            self.item = None
+            for widget in self.query(VirtualTable):
+                widget.forget()
+        super().about(subject)
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Show the entity as it is in this Snapshot, or say that it is gone."""
+        key = self.subject.partition(":")[2]
+        item = next((each for each in self.TABLE.rows(snapshot) if self.TABLE.key(each) == key), None)
+        self._gone = item is None
+        before, self.item = self.item, item or self.item
+        lines = self.query_one(Lines)
+        if self.item is None:
+            lines.say([Content.styled(f"there is no {self.subject} in this snapshot", "$warning")])
+        else:
+            facts = facts_of(self.TABLE.fields, self.item, before if before is not self.item else None)
+            lines.say(self._head() + laid_out(facts, max(self.size.width - 2, 20)))
+        for widget, section in zip(self.query(VirtualTable), self.SECTIONS, strict=True):
+            rows = section.parts(snapshot, self.item) if self.item is not None else ()
+            widget.load(rows)
+            widget.display = bool(rows)
+            widget.styles.height = min(len(rows), MOST_ROWS) + 2
+            widget.border_title = f"{section.title or section.table.title} {len(rows):,}"
+
+    def _head(self) -> list[Content]:
+        if not self._gone:
+            return []
+        return [Content.styled(f"✖ {self.subject} is gone; this is what it was", "bold $error")]
+
+    def on_resize(self) -> None:
+        """Lay the facts out anew."""
+        if self.console.snapshot is not None and self.subject:
+            self.show(self.console.snapshot)
+
+    @property
+    def status(self) -> str:
+        """What it is."""
+        return "gone" if self._gone else ""
+
+    @property
+    def first_focus(self) -> Widget | None:
+        """The first table that has rows, or the page itself."""
+        shown = (widget for widget in self.query(VirtualTable) if widget.display)
+        return next(shown, self.query_one(VerticalScroll))
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Grey out what cannot be done to this entity."""
+        if action == "act":
+            return True if self.why_not(str(parameters[0])) == "" else None
+        if action in {"pfn", "subject"}:
+            return True if self.item is not None and not self._gone else None
+        return super().check_action(action, parameters)
+
+    def why_not(self, action_id: str) -> str:
+        """Why an action cannot be begun from here, or an empty string."""
+        return self.console.why_not(action_id, self.TABLE.id, None if self._gone else self.item)
+
+    def action_act(self, action_id: str) -> None:
+        """Begin an action on this entity."""
+        self.console.begin(action_id, prefill(action_id, self.TABLE.id, self.item))
+
+    def action_pfn(self) -> None:
+        """Open this entity's PFN map."""
+        if self.item is not None:
+            self.console.open_pfn(self.TABLE.id, self.item)
+
+
+class RegionDetail(Detail):
+    """A region: its grants, who maps it, its segments."""
+
+    TABLE = TABLES["regions"]
+    BINDINGS: ClassVar[list[BindingType]] = [*action_bindings("regions", on_subject=True), PFN_KEY]
+    SECTIONS = (
+        Section(TABLES["grants"], lambda snapshot, region: [g for g in snapshot.grants if g.region == region.name]),
+        Section(
+            tables.MAPPINGS,
+            lambda snapshot, region: [m for g in snapshot.grants if g.region == region.name for m in g.seen],
+        ),
+        Section(tables.SEGMENTS, lambda _, region: region.segments),
+        FINDINGS,
+        EVENTS,
+    )
+
+
+class GuestDetail(Detail):
+    """A guest: its RAM joined with the regions behind it, its grants, windows and vCPUs."""
+
+    TABLE = TABLES["guests"]
+    BINDINGS: ClassVar[list[BindingType]] = [*action_bindings("guests", on_subject=True), PFN_KEY]
+    SECTIONS = (
+        Section(tables.RAM, lambda _, guest: guest.seen.ram if guest.seen else ()),
+        Section(TABLES["grants"], lambda snapshot, guest: [g for g in snapshot.grants if g.guest == guest.name]),
+        Section(TABLES["windows"], lambda snapshot, guest: [w for w in snapshot.windows if w.guest == guest.name]),
+        Section(tables.VCPUS, lambda _, guest: guest.seen.vcpus if guest.seen else ()),
+        FINDINGS,
+        EVENTS,
+    )
+
+
+class GrantDetail(Detail):
+    """A grant: the mappings the kernel shows."""
+
+    TABLE = TABLES["grants"]
+    BINDINGS: ClassVar[list[BindingType]] = [*action_bindings("grants", on_subject=True), PFN_KEY]
+    SECTIONS = (Section(tables.MAPPINGS, lambda _, grant: grant.seen), FINDINGS, EVENTS)
+
+
+class WindowDetail(Detail):
+    """An MMIO window and its device."""
+
+    TABLE = TABLES["windows"]
+    BINDINGS: ClassVar[list[BindingType]] = [*action_bindings("windows", on_subject=True)]
+    SECTIONS = (
+        Section(TABLES["devices"], lambda snapshot, window: [d for d in snapshot.devices if d.bdf == window.bdf]),
+        FINDINGS,
+        EVENTS,
+    )
+
+
+class DeviceDetail(Detail):
+    """A PCI function: its windows and its IOMMU group."""
+
+    TABLE = TABLES["devices"]
+    SECTIONS = (
+        Section(TABLES["windows"], lambda snapshot, device: [w for w in snapshot.windows if w.bdf == device.bdf]),
+        Section(TABLES["domains"], lambda snapshot, device: [d for d in snapshot.domains if d.group == device.group]),
+        FINDINGS,
+    )
+
+
+class DomainDetail(Detail):
+    """An IOMMU domain: the devices attached to it and what it must not use."""
+
+    TABLE = TABLES["domains"]
+    SECTIONS = (
+        Section(TABLES["devices"], lambda snapshot, domain: [d for d in snapshot.devices if d.bdf in domain.devices]),
+        Section(tables.RESERVED, lambda _, domain: [(domain.group, item) for item in domain.reserved]),
+    )
+
+
+class Note(Detail):
+    """Something that was noticed: all of its words, and the way to what it is about."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("o", "subject", "Open subject", id="open-subject")]
+
+    def action_subject(self) -> None:
+        """Open what it is about."""
+        if self.item is not None:
+            self.console.open_named(self.item.subject)
+
+
+class FindingDetail(Note):
+    """A finding."""
+
+    TABLE = TABLES["findings"]
+    SECTIONS = (Section(TABLES["events"], lambda snapshot, f: [e for e in snapshot.events if e.subject == f.subject]),)
+
+
+class EventDetail(Note):
+    """An event."""
+
+    TABLE = TABLES["events"]
+
+
+DETAILS: dict[str, type[Detail]] = {
+    "region": RegionDetail,
+    "guest": GuestDetail,
+    "grant": GrantDetail,
+    "window": WindowDetail,
+    "device": DeviceDetail,
+    "domain": DomainDetail,
+    "finding": FindingDetail,
+    "event": EventDetail,
+}
+"""The detail of each kind of subject."""

@@ -45,7 +45,7 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Census:
-    """All processes of one moment; ``hidden`` are those whose files this user may not see."""
+    """All processes of one moment; ``hidden`` are those whose files or maps this user may not see."""
 
     root: Root
     processes: dict[int, Process]
@@ -59,8 +59,8 @@ class Census:
         return (
             Gap(
                 "/proc/PID/{fd,maps}",
-                f"{len(self.hidden)} of {total} processes are another user's",
-                "run as root (CAP_SYS_PTRACE)",
+                f"{len(self.hidden)} of {total} processes do not show their files or their maps",
+                "run as root (CAP_SYS_PTRACE); what is hidden from root too, a security policy hides",
             ),
         )
 
@@ -94,9 +94,8 @@ def take(root: Root = "/") -> Census:
         try:
             process = _process(root, pid, page)
             if not process.kernel and process.state not in "ZX":
-                try:
-                    process = _with_files(root, process)
-                except Denied:
+                process, whole = _with_files(root, process)
+                if not whole:
                     hidden.append(pid)
             processes[pid] = process
         except Gone:
@@ -177,9 +176,23 @@ def _process(root: Root, pid: int, page: int) -> Process:
         raise tree.malformed(source, raw) from error
 
 
-def _with_files(root: Root, process: Process) -> Process:
-    """The same process with its fd links and maps (rebuilt by hand: dataclasses.replace costs as much as a read)."""
-    return Process(
+def _with_files(root: Root, process: Process) -> tuple[Process, bool]:
+    """The same process with its fd links and maps, and whether both were shown.
+
+    It is rebuilt by hand: dataclasses.replace costs as much as a read.
+    """
+    fds: dict[int, str] = {}
+    maps = b""
+    whole = True
+    try:
+        fds = _links(root, process.pid)
+    except Denied:
+        whole = False
+    try:
+        maps = procmaps.raw(root, process.pid)
+    except Denied:
+        whole = False
+    seen = Process(
         process.pid,
         process.comm,
         process.state,
@@ -187,9 +200,10 @@ def _with_files(root: Root, process: Process) -> Process:
         process.start_ticks,
         process.rss,
         process.kernel,
-        _links(root, process.pid),
-        procmaps.raw(root, process.pid),
+        fds,
+        maps,
     )
+    return seen, whole
 
 
 def _links(root: Root, pid: int) -> dict[int, str]:

@@ -1,0 +1,135 @@
+"""Whatever a file holds, a reader returns values or raises an error that has a name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from support.trees import FakeProcess, Tree, intel_dump, maps_line
+
+from memconsole.backend.kernel import census, dax, host, iomem, iommu, kho, memory, pci, procmaps, tree, vtd
+from memconsole.errors import BadFile
+
+BDF = "0000:41:00.0"
+ALIKE = st.text("0123456789abcdefx-:|.,()[] \t\nkBrwsp\x00", max_size=200).map(str.encode)
+ANYTHING = st.one_of(ALIKE, st.binary(max_size=200))
+
+
+@given(ANYTHING)
+@example(b"0-0 r 0 fffffffff:0 0")
+def test_maps(raw: bytes) -> None:
+    with suppress(BadFile):
+        for vma in procmaps.parse(raw):
+            msgspec.json.encode(vma.path)
+
+
+@given(ANYTHING)
+def test_iomem(raw: bytes) -> None:
+    with suppress(BadFile):
+        msgspec.json.encode(iomem.parse("/proc/iomem", raw))
+
+
+HEAD = intel_dump(BDF, []).rstrip("\n") + "\n"
+
+
+@given(st.lists(ANYTHING, max_size=5))
+@example([HEAD.encode(), b"0x1 |\t0x0\t0x0\t0x0\t0x0\t0xffffffffffffffffffff\n"])
+@example([b"0x1 | 0x1 0x1 0x1 0x1 0x1\n"])
+def test_page_tables(chunks: list[bytes]) -> None:
+    with suppress(BadFile):
+        for run in vtd.parse([HEAD.encode(), *chunks]):
+            assert run.pages > 0
+            assert 0 <= run.pfn < 1 << 40
+
+
+LEAF = st.tuples(st.integers(0, (1 << 44) - 1), st.integers(0, (1 << 40) - 1), st.integers(1, 3), st.integers(1, 3))
+
+
+@given(st.lists(LEAF, max_size=30))
+def test_runs_hold_exactly_the_leaves(leaves: list[tuple[int, int, int, int]]) -> None:
+    aligned = [(iova, pfn & -(1 << 9 * (level - 1)), level, access) for iova, pfn, level, access in leaves]
+    found = list(vtd.parse([intel_dump(BDF, aligned).encode()]))
+    left = list(aligned)
+    for run in found:
+        at = 0
+        while at < run.pages:
+            iova, pfn, level, access = left.pop(0)
+            assert (run.iova + at, run.pfn + at, run.access) == (iova, pfn, ("", "r", "w", "rw")[access])
+            assert run.huge == (level > 1)
+            at += 1 << 9 * (level - 1)
+        assert at == run.pages
+    assert left == []
+
+
+SOURCES: dict[str, Callable[[Path], object]] = {
+    "/proc/meminfo": memory.memory,
+    "/sys/devices/system/node/node0/meminfo": memory.nodes,
+    "/sys/kernel/mm/transparent_hugepage/shmem_enabled": memory.shmem_thp,
+    "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages": memory.pools,
+    "/proc/uptime": host.host,
+    "/proc/self/auxv": host.host,
+    "/sys/devices/system/cpu/online": host.host,
+    "/proc/config.gz": host.config,
+    "/proc/iomem": iomem.iomem,
+    "/sys/firmware/memmap/0/start": iomem.firmware,
+    "/sys/bus/dax/devices/dax0.0/size": dax.dax,
+    "/proc/4000/stat": census.take,
+    "/proc/4000/status": lambda root: census.uid(root, 4000),
+    "/proc/4000/smaps": lambda root: procmaps.smaps(root, 4000),
+    f"/sys/bus/pci/devices/{BDF}/uevent": pci.functions,
+    f"/sys/bus/pci/devices/{BDF}/resource": pci.functions,
+    f"/sys/bus/pci/devices/{BDF}/numa_node": pci.functions,
+    "/sys/kernel/iommu_groups/12/reserved_regions": iommu.domains,
+    "/sys/kernel/debug/kho/out/scratch_phys": kho.survival,
+    "/sys/kernel/debug/kho/in/sub_fdts/kexec-metadata": kho.survival,
+    "/proc/cmdline": kho.survival,
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    found = Tree(tmp_path_factory.mktemp("host"))
+    found.host()
+    found.meminfo()
+    found.node(0, 1 << 30, 1 << 29, "0-7")
+    found.pool(2 << 20, 1, 1)
+    found.iomem([(0, 0, 0xFFF, "Reserved"), (0, 0x1000, 0x9FFFF, "System RAM")])
+    found.firmware([(0, 0x9FFFF, "System RAM")])
+    found.dax("dax0.0", size=1 << 30, align=2 << 20, node=0, start=1 << 32)
+    found.process(FakeProcess(4000, maps=maps_line(0x1000, 0x2000, "rw-p"), smaps=maps_line(0x1000, 0x2000, "rw-p")))
+    found.pci(BDF, ids=(1, 2), class_code=0x30000, group=12, bars=[(0xFE000000, 0xFE000FFF, 0x200)])
+    found.group(12, "DMA")
+    found.kho(incoming=("kexec-metadata",), scratch=[(0x1000, 0x1000)])
+    return found
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(ANYTHING)
+@example(b"")
+@example(b"18446744073709551616\n")
+@example(b"-1 -1 -1\n")
+def test_any_content_of_any_source(made: Tree, source: str, raw: bytes) -> None:
+    place = made.root / source.lstrip("/")
+    kept = place.read_bytes() if place.exists() else None
+    try:
+        made.write(source, raw)
+        with suppress(*tree.UNREADABLE):
+            found = SOURCES[source](made.root)
+            if source != "/proc/4000/stat":
+                msgspec.json.encode(found)
+    finally:
+        if kept is None:
+            place.unlink()
+        else:
+            place.write_bytes(kept)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_sources_are_read_at_all(made: Tree, source: str) -> None:
+    assert SOURCES[source](made.root) is not None or source == "/proc/config.gz"

@@ -156,7 +156,9 @@ def test_more_leaves_than_wanted_are_not_counted(made: Tree) -> None:
     made.intel_tables(GPU, intel_dump(GPU, [(page, page, 1, 3) for page in range(12)]))
     (capped,) = (domain for domain in iommu.domains(made.root, leaves_max=11) if domain.group == 12)
     assert capped.mapped is None
-    assert "more than 11" in capped.why_not
+    (unopened,) = (domain for domain in iommu.domains(made.root, leaves_max=0) if domain.group == 12)
+    assert unopened.why_not == capped.why_not
+    assert "too many" in capped.why_not
 
 
 @pytest.mark.parametrize(
@@ -177,6 +179,13 @@ def test_where_page_tables_are_not_shown_the_reason_is(
     (domain,) = (domain for domain in iommu.domains(made.root) if domain.group == 12)
     assert (domain.mapped, domain.extents) == (None, None)
     assert says in domain.why_not
+
+
+def test_large_pages_cost_one_leaf_each_of_the_budget(made: Tree) -> None:
+    made.iommu("dmar0", [GPU], "intel-iommu", {"cap": "0"})
+    made.intel_tables(GPU, intel_dump(GPU, [(page << 9, page << 9, 2, 3) for page in range(5)]))
+    (domain,) = (domain for domain in iommu.domains(made.root, leaves_max=5) if domain.group == 12)
+    assert (domain.mapped, domain.extents) == (5 * 2 << 20, 1)
 
 
 def test_amd_debugfs_is_named_where_it_is(made: Tree) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from memconsole.backend.kernel import tree
@@ -25,6 +26,8 @@ from memconsole.errors import NotFound
 DEBUGFS = "/sys/kernel/debug/iommu/intel"
 _FILE = "domain_translation_struct"
 _TABLE = re.compile(rb"Device ([0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7])(?: with pasid ([0-9a-f]+))? @0x([0-9a-f]+)")
+_LEAF = re.compile(rb"0x([0-9a-f]{13}) \|" + rb"\t0x(?:[0-9a-f]{16})" * 2 + rb"\t0x([0-9a-f]{16})" * 3)
+_ZERO = b"0" * 16
 _CHUNK = 1 << 20
 _PFN_MASK = (1 << 40) - 1
 _PAGES_MAX = (1 << 32) - 1
@@ -46,11 +49,18 @@ class TooMany(Exception):
     """A dump has more leaves than its reader wanted to look at."""
 
 
-def iovas(root: Root, bdf: str, *, leaves_max: int | None = None) -> Iterator[Iova]:
+@dataclass(slots=True)
+class Budget:
+    """How many page table leaves a reader is still willing to look at, over all the dumps it reads."""
+
+    leaves: int
+
+
+def iovas(root: Root, bdf: str, budget: Budget | None = None) -> Iterator[Iova]:
     """The IOVA runs of one device's address space, in order, in constant memory.
 
     Raises:
-        TooMany: after ``leaves_max`` page table leaves, if that is given.
+        TooMany: the budget, if one is given, does not last.
         NotFound: no debugfs, no such device, or the IOMMU does not translate for it.
         Denied, KernelRefused: it cannot be read.
         BadFile: it is not as the kernel writes it.
@@ -60,72 +70,62 @@ def iovas(root: Root, bdf: str, *, leaves_max: int | None = None) -> Iterator[Io
     except NotFound:
         fd = _open(root, f"{DEBUGFS}/{_FILE}")
     with os.fdopen(fd, "rb", buffering=0) as file:
-        for run in parse(iter(lambda: file.read(_CHUNK), b""), leaves_max=leaves_max):
+        for run in parse(iter(lambda: file.read(_CHUNK), b""), budget):
             if run.device == bdf:
                 yield run
 
 
-def parse(chunks: Iterable[bytes], *, leaves_max: int | None = None) -> Iterator[Iova]:
+def parse(chunks: Iterable[bytes], budget: Budget | None = None) -> Iterator[Iova]:
     """The runs in a dump given piece by piece: leaves that follow each other in IOVA, PFN and access become one.
 
     Raises:
-        TooMany: after ``leaves_max`` leaves, if that is given.
+        TooMany: the budget, if one is given, does not last.
         BadFile: a line is none of the grammar's, or the last one is cut off.
     """
     device = ""
-    run: Iova | None = None
-    leaves = 0
+    iova = pfn = pages = 0
+    access, huge = "", False
     for row in _rows(chunks):
-        if row.startswith(b"0x"):
-            leaves += 1
-            if leaves_max is not None and leaves > leaves_max:
-                raise TooMany
-            leaf = _leaf(device, row)
-            if run is not None and _follows(run, leaf):
-                run = run._replace(pages=run.pages + leaf.pages)
+        if match := _LEAF.fullmatch(row):
+            if budget is not None:
+                budget.leaves -= 1
+                if budget.leaves < 0:
+                    raise TooMany
+            where, pdpe, pde, pte = match.groups()
+            last, count = (pte, 1) if pte != _ZERO else (pde, 1 << 9) if pde != _ZERO else (pdpe, 1 << 18)
+            if last == _ZERO or not device:
+                raise tree.malformed(_FILE, row)
+            entry = int(last, 16)
+            start, target = int(where, 16), entry >> 12 & _PFN_MASK & -count
+            allowed, large = _ACCESS[entry & 3], count > 1
+            if (
+                start == iova + pages
+                and target == pfn + pages
+                and allowed == access
+                and large == huge
+                and pages + count <= _PAGES_MAX
+            ):
+                pages += count
                 continue
-            if run is not None:
-                yield run
-            run = leaf
-        elif match := _TABLE.fullmatch(row):
-            device = match[1].decode("ascii")
-        elif row and not row.startswith((b"IOVA_PFN", b"DMA Remapping is not enabled on ")):
-            raise tree.malformed(_FILE, row)
-    if run is not None:
-        yield run
+            if pages:
+                yield Iova(device, iova, pfn, pages, access, huge)
+            iova, pfn, pages, access, huge = start, target, count, allowed, large
+        else:
+            if pages:
+                yield Iova(device, iova, pfn, pages, access, huge)
+                pages = 0
+            device = _title(row, device)
+    if pages:
+        yield Iova(device, iova, pfn, pages, access, huge)
 
 
-def _follows(run: Iova, leaf: Iova) -> bool:
-    return (
-        run.iova + run.pages == leaf.iova
-        and run.pfn + run.pages == leaf.pfn
-        and run.access == leaf.access
-        and run.huge == leaf.huge
-        and run.device == leaf.device
-        and run.pages + leaf.pages <= _PAGES_MAX
-    )
-
-
-def _leaf(device: str, row: bytes) -> Iova:
-    words = row.split()
-    try:
-        if len(words) != 7 or words[1] != b"|" or not device:
-            raise tree.malformed(_FILE, row)
-        entries = [int(word, 16) for word in words[:1:-1]]
-        level = next(level for level, entry in enumerate(entries) if entry)
-        if level > 2:
-            raise tree.malformed(_FILE, row)
-        entry, count = entries[level], 1 << (9 * level)
-        return Iova(
-            device,
-            int(words[0], 16),
-            entry >> 12 & _PFN_MASK & -count,
-            count,
-            _ACCESS[entry & 3],
-            level > 0,
-        )
-    except (ValueError, StopIteration) as error:
-        raise tree.malformed(_FILE, row) from error
+def _title(row: bytes, device: str) -> str:
+    """The device whose table the next leaves belong to."""
+    if match := _TABLE.fullmatch(row):
+        return match[1].decode("ascii")
+    if row and not row.startswith((b"IOVA_PFN", b"DMA Remapping is not enabled on ")):
+        raise tree.malformed(_FILE, row)
+    return device
 
 
 def _rows(chunks: Iterable[bytes]) -> Iterator[bytes]:

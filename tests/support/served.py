@@ -19,13 +19,14 @@ from memconsole.model import Event, Outcome, Snapshot
 class ServedSource(SyntheticSource):
     """A synthetic Source as a service wants it: ``peers`` are those who applied; a denial becomes an event.
 
-    ``surveys`` counts Snapshots taken; ``hold``, if set, is waited for in every apply.
+    ``surveys`` counts Snapshots taken; ``hold``, if set, is waited for in every apply (``holding``).
     """
 
     def __init__(self, shown: Snapshot | None = None, *, read_only: str = "") -> None:
         super().__init__(shown, read_only=read_only)
         self.peers: list[str] = []
         self.hold: threading.Event | None = None
+        self.holding = False
         self.on_snapshot: Callable[[], None] = lambda: None
 
     @property
@@ -38,6 +39,7 @@ class ServedSource(SyntheticSource):
 
     def apply(self, action: Action, *, peer: str = "") -> Outcome:
         if self.hold is not None:
+            self.holding = True
             assert self.hold.wait(30)
         self.peers.append(peer)
         return super().apply(action)

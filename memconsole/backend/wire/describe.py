@@ -55,7 +55,7 @@ class _Types:
             return _SIMPLE[hint]
         if hint is Any:
             return "object"
-        name = NAMES.get(hint.__name__, hint.__name__)
+        name: str = NAMES.get(hint.__name__, hint.__name__)
         if name not in self._texts:
             self._declare(name, hint)
         return name

@@ -1,0 +1,456 @@
+"""Client and service face to face: what a Source gives here is what it gives there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import varlink
+from support.served import Raw, ServedSource
+from support.synthetic import snapshot
+
+from memconsole import actions
+from memconsole.backend.wire import protocol
+from memconsole.backend.wire.client import Client
+from memconsole.backend.wire.embedded import Serving, serve_in_thread
+from memconsole.errors import NoControl, NotFound, Refused, UsageError, WireError
+from memconsole.model import Refusal
+
+RESERVE = actions.Reserve("fresh", 64 << 20)
+
+
+@pytest.fixture
+def source() -> ServedSource:
+    return ServedSource(snapshot(20, 5))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "control"
+
+
+@pytest.fixture
+def serving(source: ServedSource, path: Path) -> Iterator[Serving]:
+    handle = serve_in_thread(source, path)
+    yield handle
+    handle.close()
+
+
+@pytest.fixture
+def client(serving: Serving, path: Path) -> Iterator[Client]:
+    made = Client(path)
+    yield made
+    made.close()
+
+
+def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.005)
+
+
+def open_fds() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+# --- a Source over the wire ----------------------------------------------------------------------------------------
+
+
+def test_a_snapshot_arrives_as_it_was_taken(client: Client, source: ServedSource) -> None:
+    assert client.snapshot() == source.snapshot()
+
+
+def test_extents_arrive_by_fd_and_cannot_be_written(client: Client, source: ServedSource, path: Path) -> None:
+    key = f"region:{source.snapshot().regions[0].name}"
+    with client.extents(key) as table, source.extents(key) as local:
+        assert table.to_bytes() == local.to_bytes()
+    with Raw(path) as raw:
+        raw.call("io.memconsole.GetExtents", key=key)
+        data, fds, _, _ = socket.recv_fds(raw.sock, 4096, 4)
+        try:
+            reply = msgspec.json.decode(data.rstrip(b"\0"))["parameters"]
+            assert len(fds) == 1
+            assert reply["fd"] == 0
+            assert reply["rows"] > 0
+            with pytest.raises(OSError, match=r"Bad file descriptor|not permitted"):
+                os.pwrite(fds[0], b"x", 0)
+        finally:
+            os.close(fds[0])
+
+
+def test_no_descriptor_is_left_on_either_side(client: Client, source: ServedSource) -> None:
+    key = f"region:{source.snapshot().regions[0].name}"
+    client.extents(key).close()
+    before = open_fds()
+    for _ in range(50):
+        client.extents(key).close()
+        with pytest.raises(NotFound):
+            client.extents("region:nowhere")
+    assert open_fds() == before
+
+
+def test_plan_apply_and_events(client: Client, source: ServedSource) -> None:
+    assert client.plan(RESERVE) == source.plan(RESERVE)
+    last = source.events(0)[-1].seq
+    outcome = client.apply(RESERVE)
+    assert (outcome.action, outcome.subject) == ("reserve", "fresh")
+    assert source.applied == [RESERVE]
+    assert source.peers == [f"uid {os.getuid()} pid {os.getpid()}"]
+    assert [event.subject for event in client.events(last)] == ["fresh"]
+
+
+def test_every_action_travels(client: Client, source: ServedSource) -> None:
+    todo = [
+        actions.Map("web", "db1", gpa=1 << 20, access=actions.Access.RO),
+        actions.Revoke("g1", within=0.5, at_most=actions.Rung.ASK),
+        actions.GuestStart("vm", vmm="qemu", args=("-device", "edu,addr=4")),
+    ]
+    for action in todo:
+        client.apply(action)
+    assert source.applied == todo
+
+
+def test_a_refusal_is_the_one_that_was_raised(client: Client, source: ServedSource) -> None:
+    source.refuse = (Refusal("NameTaken", "no", "it is there", "take another"),)
+    with pytest.raises(Refused) as caught:
+        client.apply(RESERVE)
+    assert (caught.value.code, str(caught.value)) == ("NameTaken", "no: it is there (take another)")
+    source.fail["extents"] = NotFound("gone")
+    with pytest.raises(NotFound):
+        client.extents("region:x")
+
+
+def test_a_fault_of_ours_is_said_and_logged(
+    client: Client, source: ServedSource, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError("oops")
+
+    source.on_snapshot = broken
+    with pytest.raises(Exception, match="ZeroDivisionError: oops") as caught:
+        client.snapshot()
+    assert getattr(caught.value, "code", "") == "Internal"
+    assert "ZeroDivisionError" in caplog.text
+    source.on_snapshot = lambda: None
+    assert client.snapshot() == source.snapshot()
+
+
+def test_read_only_source_says_so(tmp_path: Path) -> None:
+    serving = serve_in_thread(ServedSource(read_only="--read-only was given"), tmp_path / "control")
+    client = Client(tmp_path / "control")
+    assert client.read_only == "--read-only was given"
+    client.close()
+    serving.close()
+
+
+# --- one survey for everybody --------------------------------------------------------------------------------------
+
+
+def test_many_polls_share_a_survey_and_what_is_known_is_not_sent(client: Client, source: ServedSource) -> None:
+    first = client.snapshot()
+    end = time.monotonic() + 0.1
+    calls = 0
+    while time.monotonic() < end:
+        assert client.snapshot() is first or source.surveys > 1
+        calls += 1
+    assert calls > 10
+    assert source.surveys <= 2
+
+
+def test_after_an_action_nobody_sees_the_time_before_it(client: Client, source: ServedSource, path: Path) -> None:
+    other = Client(path)
+    for number in range(20):
+        client.snapshot()
+        client.apply(actions.Reserve(f"r{number}", 4096))
+        assert other.snapshot().events[-1].subject == f"r{number}"
+    other.close()
+
+
+def test_a_slow_survey_serves_all_who_wait(client: Client, source: ServedSource, path: Path) -> None:
+    gate = threading.Event()
+    source.on_snapshot = lambda: gate.wait(10) or None
+    others = [Client(path) for _ in range(8)]
+    found: list[object] = []
+    threads = [threading.Thread(target=lambda other=other: found.append(other.snapshot())) for other in others]
+    for thread in threads:
+        thread.start()
+    assert client.plan(RESERVE).action == "reserve"  # others are served meanwhile
+    time.sleep(0.05)
+    gate.set()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert source.surveys == 1
+    for other in others:
+        other.close()
+
+
+# --- streams --------------------------------------------------------------------------------------------------------
+
+
+def test_consoles_see_each_others_events(client: Client, source: ServedSource, path: Path) -> None:
+    last = source.events(0)[-1].seq
+    others = [Client(path) for _ in range(5)]
+    streams = [other.follow(last) for other in others]
+    client.apply(actions.Reserve("one", 4096))
+    assert [next(stream).subject for stream in streams] == ["one"] * 5
+    others[0].apply(actions.Reserve("two", 4096))
+    assert [next(stream).subject for stream in streams] == ["two"] * 5
+    for stream in streams:
+        stream.close()
+    for other in others:
+        other.close()
+
+
+def test_a_watch_shows_each_change_whole(client: Client, source: ServedSource) -> None:
+    watch = client.watch(0.25)
+    assert next(watch) == source.snapshot()
+    for beats in (5, 6):
+        source.show(snapshot(20, 5, beats=beats))
+        assert next(watch) == source.snapshot()
+    source.show(snapshot(3, 1))
+    assert next(watch) == source.snapshot()
+    watch.close()
+
+
+def test_a_stream_ends_with_the_service_by_name(client: Client, serving: Serving) -> None:
+    stream = client.watch(0.25)
+    next(stream)
+    serving.close()
+    with pytest.raises(Refused) as caught:
+        list(stream)
+    assert caught.value.code == "Ending"
+
+
+def test_who_leaves_a_stream_is_forgotten(client: Client, serving: Serving) -> None:
+    before = len(serving.loop)
+    stream = client.watch(0.25)
+    next(stream)
+    assert len(serving.loop) == before + 1
+    stream.close()
+    until(lambda: len(serving.loop) == before)
+
+
+# --- the end --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_under_way_is_answered_before_the_end(source: ServedSource, serving: Serving, path: Path) -> None:
+    source.hold = threading.Event()
+    client = Client(path)
+    results: list[object] = []
+    thread = threading.Thread(target=lambda: results.append(client.apply(RESERVE)))
+    thread.start()
+    until(lambda: source.holding)
+    threading.Timer(0.1, source.hold.set).start()
+    serving.close()
+    thread.join()
+    assert len(results) == 1
+    with pytest.raises(NoControl) as caught:
+        client.snapshot()
+    assert caught.value.code == "NoSocket"
+    client.close()
+
+
+def test_a_client_finds_a_service_that_came_back(source: ServedSource, path: Path) -> None:
+    serving = serve_in_thread(source, path)
+    client = Client(path)
+    first = client.snapshot()
+    serving.close()
+    serving = serve_in_thread(source, path)
+    assert client.snapshot() == first
+    client.close()
+    serving.close()
+
+
+# --- nobody there ---------------------------------------------------------------------------------------------------
+
+
+def test_no_socket_a_stale_one_and_one_that_does_not_answer(tmp_path: Path) -> None:
+    path = tmp_path / "control"
+    with pytest.raises(NoControl) as caught:
+        Client(path)
+    assert (caught.value.code, caught.value.exit_code) == ("NoSocket", 5)
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+        with pytest.raises(NoControl) as caught:
+            Client(path)
+        assert caught.value.code == "StaleSocket"
+
+
+def test_an_answer_that_does_not_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memconsole.backend.wire.client.CONNECT_S", 0.05)
+    with socket.socket(socket.AF_UNIX) as mute:
+        mute.bind(str(tmp_path / "control"))
+        mute.listen()
+        with pytest.raises(NoControl) as caught:
+            Client(tmp_path / "control")
+        assert caught.value.code == "NoAnswer"
+
+
+def test_versions_that_do_not_match(serving: Serving, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "PROTOCOL", 99)
+    with Raw(path) as raw:
+        raw.call("io.memconsole.Hello", protocol=1)
+        reply = raw.receive()
+    assert reply["error"] == "io.memconsole.WireError"
+    assert reply["parameters"]["code"] == "ProtocolVersion"
+    assert "1 and 99" in reply["parameters"]["what"]
+
+
+def test_a_varlink_service_that_is_not_ours(tmp_path: Path) -> None:
+    class Foreign(varlink.Service):  # type: ignore[misc]
+        pass
+
+    service = Foreign(vendor="v", product="p", version="1", url="u")
+
+    class Handler(varlink.RequestHandler):  # type: ignore[misc]
+        pass
+
+    Handler.service = service
+    server = varlink.ThreadingServer(f"unix:{tmp_path}/control", Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    with pytest.raises(WireError) as caught:
+        Client(tmp_path / "control")
+    assert caught.value.code == "ProtocolVersion"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+# --- other people's clients -----------------------------------------------------------------------------------------
+
+
+def test_the_varlink_package_introspects_and_calls_everything(
+    serving: Serving, path: Path, source: ServedSource
+) -> None:
+    with varlink.Client(f"unix:{path}") as client:
+        assert client.get_interfaces() == ["org.varlink.service", "io.memconsole"]
+        with client.open("org.varlink.service") as service:
+            assert service.GetInfo()["product"] == "memconsole"
+        with client.open("io.memconsole") as console:
+            assert console.Hello(1)["role"] == "operator"
+            shown = console.GetSnapshot()
+            assert shown["snapshot"]["regions"][0]["name"] == source.snapshot().regions[0].name
+            assert "snapshot" not in console.GetSnapshot(known=shown["generation"])
+            assert console.GetExtents(f"region:{source.snapshot().regions[0].name}")["rows"] > 0
+            action = {"do": "reserve", "name": "theirs", "size": 4096}
+            assert console.Plan(action)["plan"]["effects"]
+            assert console.Apply(action)["outcome"]["subject"] == "theirs"
+            events = console.Events(0)["events"]
+            assert events[-1]["subject"] == "theirs"
+            assert console.Watch()["snapshot"]["host"]["name"] == source.snapshot().host.name
+            assert {found["level"] for found in console.Doctor()["capabilities"]} <= {"yes", "partly", "no"}
+            with pytest.raises(varlink.VarlinkError) as caught:
+                console.GetExtents("region:nowhere")
+            assert caught.value.error() == "io.memconsole.NotFound"
+            assert caught.value.parameters()["code"] == "NotFound"
+        with client.open("io.memconsole") as console:
+            pieces = console.Watch(250, _more=True)
+            assert next(pieces)["snapshot"]
+            source.show(snapshot(20, 5, beats=9))
+            assert next(pieces)["changes"]["changed"]["guests"]
+        with client.open("io.memconsole") as console:
+            news = console.Events(source.events(0)[-1].seq, _more=True)
+            with contextlib.closing(Client(path)) as ours:
+                ours.apply(RESERVE)
+            assert next(news)["events"][0]["subject"] == "fresh"
+
+
+def test_the_errors_of_varlink(serving: Serving, path: Path) -> None:
+    def error(method: str, **parameters: object) -> tuple[str, object]:
+        raw.call(method, **parameters)
+        reply = raw.receive()
+        return reply["error"].removeprefix("org.varlink.service."), next(iter(reply["parameters"].values()))
+
+    with Raw(path) as raw:
+        assert error("io.memconsole.Fly") == ("MethodNotFound", "io.memconsole.Fly")
+        assert error("org.varlink.service.Fly") == ("MethodNotFound", "org.varlink.service.Fly")
+        assert error("org.example.Fly") == ("InterfaceNotFound", "org.example")
+        assert error("nothing") == ("InterfaceNotFound", "nothing")
+        assert error("org.varlink.service.GetInterfaceDescription", interface="x.y") == ("InterfaceNotFound", "x.y")
+        assert error("io.memconsole.GetExtents") == ("InvalidParameter", "key")
+        assert error("io.memconsole.GetExtents", key=7) == ("InvalidParameter", "key")
+        assert error("io.memconsole.GetExtents", key="region:a", colour=1) == ("InvalidParameter", "colour")
+        assert error("io.memconsole.Plan", action={"do": "fly"})[0] == "io.memconsole.UsageError"
+        raw.call("org.varlink.service.GetInfo")
+        assert raw.receive()["parameters"]["vendor"] == "memconsole"
+
+
+def test_calls_on_a_connection_are_answered_in_order_and_oneway_ones_not(
+    serving: Serving, path: Path, source: ServedSource
+) -> None:
+    with Raw(path) as raw:
+        raw.call("io.memconsole.Apply", oneway=True, action={"do": "reserve", "name": "a", "size": 4096})
+        raw.call("io.memconsole.Plan", action={"do": "release", "region": "a"})
+        raw.call("org.varlink.service.GetInfo")
+        raw.call("io.memconsole.Events", after=0)
+        assert raw.receive()["parameters"]["plan"]["action"] == "release"
+        assert "vendor" in raw.receive()["parameters"]
+        assert raw.receive()["parameters"]["events"][-1]["subject"] == "a"
+
+
+def test_oneway_calls_of_a_client_that_left_are_done(serving: Serving, path: Path, source: ServedSource) -> None:
+    with Raw(path) as raw:
+        for name in "abc":
+            raw.call("io.memconsole.Apply", oneway=True, action={"do": "reserve", "name": name, "size": 4096})
+    until(lambda: len(source.applied) == 3)
+
+
+def test_a_client_that_half_closes_is_still_answered(serving: Serving, path: Path) -> None:
+    with Raw(path) as raw:
+        raw.call("io.memconsole.Plan", action={"do": "release", "region": "a"})
+        raw.sock.shutdown(socket.SHUT_WR)
+        assert "plan" in raw.receive()["parameters"]
+        assert raw.at_end()
+
+
+# --- the socket in the file system ----------------------------------------------------------------------------------
+
+
+def test_the_socket_and_its_directory_have_their_modes_whatever_the_umask(source: ServedSource, path: Path) -> None:
+    old = os.umask(0o077)
+    try:
+        serving = serve_in_thread(source, path)
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o755
+    serving.close()
+    assert not path.exists()
+
+
+def test_a_stale_socket_is_replaced_a_live_one_and_a_file_are_not(source: ServedSource, path: Path) -> None:
+    path.parent.mkdir()
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    serving = serve_in_thread(source, path)
+    with pytest.raises(Refused) as caught:
+        serve_in_thread(source, path)
+    assert caught.value.code == "SocketInUse"
+    serving.close()
+    path.write_text("precious")
+    with pytest.raises(Refused) as caught:
+        serve_in_thread(source, path)
+    assert caught.value.code == "NotASocket"
+    assert path.read_text() == "precious"
+
+
+def test_a_path_that_is_too_long_or_a_directory_others_write_to(source: ServedSource, tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        serve_in_thread(source, tmp_path / ("x" * 120))
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    with pytest.raises(Refused) as caught:
+        serve_in_thread(source, shared / "control")
+    assert caught.value.code == "NotPrivate"

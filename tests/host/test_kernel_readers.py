@@ -19,11 +19,26 @@ import psutil
 import pytest
 
 from memconsole.backend.doctor import doctor
-from memconsole.backend.kernel import census, host, iomem, kvm, memfds, memory, pci, probes, procmaps
-from memconsole.errors import Gone, NotFound
+from memconsole.backend.kernel import (
+    census,
+    dax,
+    host,
+    iomem,
+    iommu,
+    kho,
+    kvm,
+    memfds,
+    memory,
+    pci,
+    probes,
+    procmaps,
+)
+from memconsole.backend.kernel.record import record
+from memconsole.errors import Gone, NotFound, UsageError
 
 MIB = 1 << 20
 SECONDS = 20
+FROM_FILES = {"shmem-thp", "hugetlb", "dax", "kho", "kexec", "iommu", "debugfs"}
 
 
 def tool(name: str) -> str:
@@ -199,16 +214,19 @@ def qemu() -> Iterator[int]:
             child.kill()
 
 
-def test_a_real_vm_is_found_with_its_vcpus_and_ram(qemu: int) -> None:
+def settled(pid: int) -> kvm.Machine:
+    """The machine of a QEMU that has started both of its vCPUs."""
     deadline = time.monotonic() + SECONDS
-    found = None
     while time.monotonic() < deadline:
-        machines = {machine.pid: machine for machine in kvm.machines(census.take())}
-        found = machines.get(qemu)
+        found = {machine.pid: machine for machine in kvm.machines(census.take())}.get(pid)
         if found and len(found.seen.vcpus) == 2 and all(vcpu.tid for vcpu in found.seen.vcpus):
-            break
+            return found
         time.sleep(0.1)
-    assert found is not None
+    pytest.fail("QEMU did not start its vCPUs")
+
+
+def test_a_real_vm_is_found_with_its_vcpus_and_ram(qemu: int) -> None:
+    found = settled(qemu)
     assert found.name == "witness"
     assert found.seen.comm.startswith("qemu-system")
     names = {int(path.parent.name): path.read_text() for path in Path(f"/proc/{qemu}/task").glob("*/comm")}
@@ -217,6 +235,46 @@ def test_a_real_vm_is_found_with_its_vcpus_and_ram(qemu: int) -> None:
     assert block.size == 64 * MIB
     (backing,) = [item for item in memfds.memfds(census.take()) if qemu in item.mappers]
     assert (backing.size, backing.resident) == (64 * MIB, block.resident)
+
+
+def test_a_recording_reads_like_the_host_it_was_taken_on(qemu: int, tmp_path: Path) -> None:
+    settled(qemu)
+    place = tmp_path / "recorded"
+    assert record(place) > 10_000
+    live, recorded = (
+        {
+            "boot": host.host(root).boot_id,
+            "page size": host.page_size(root),
+            "config": host.config(root),
+            "nodes": [node.number for node in memory.nodes(root)],
+            "pools": memory.pools(root),
+            "iomem": iomem.iomem(root),
+            "ports": iomem.ioports(root),
+            "firmware": iomem.firmware(root),
+            "dax": dax.dax(root),
+            "survival": kho.survival(root),
+            "pci": pci.functions(root),
+            "units": iommu.units(root),
+            "domains": iommu.domains(root),
+            "doctor": {found.id: found.level for found in doctor(root) if found.id in FROM_FILES},
+            "vms": [
+                (machine.name, machine.command, machine.seen.vcpus, machine.vmas)
+                for machine in kvm.machines(census.take(root))
+                if machine.pid == qemu
+            ],
+            "memfds": {
+                (item.device, item.inode, item.name)
+                for item in memfds.memfds(census.take(root))
+                if qemu in item.mappers or any(pid == qemu for pid, _ in item.holders)
+            },
+        }
+        for root in (Path("/"), place)
+    )
+    for key, value in live.items():
+        assert recorded[key] == value, key
+    assert recorded["vms"]
+    with pytest.raises(UsageError, match="not empty"):
+        record(place)
 
 
 # --- what an ordinary user is told ------------------------------------------------------------------------------

@@ -60,17 +60,22 @@ def malformed(source: str, line: object) -> BadFile:
     return BadFile(f"{source} is not as the kernel writes it", f"cannot read {shown}")
 
 
-def read(root: Root, path: str) -> bytes:
+def read(root: Root, path: str, *, limit: int | None = None) -> bytes:
     """The whole of one file.
 
     Raises:
         NotFound, Denied, Gone, KernelRefused: as :func:`failure` says.
+        BadFile: it is larger than ``limit`` bytes.
     """
     try:
         fd = os.open(below(root, path), os.O_RDONLY | os.O_CLOEXEC)
         try:
             chunks = [os.read(fd, _CHUNK)]
+            total = 0
             while chunks[-1]:
+                total += len(chunks[-1])
+                if limit is not None and total > limit:
+                    raise BadFile(f"{path} is too large", f"more than {limit} bytes")
                 chunks.append(os.read(fd, _CHUNK))
         finally:
             os.close(fd)

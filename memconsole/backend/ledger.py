@@ -193,7 +193,7 @@ def _at(area: bytes, at: int, seq: int, generation: int) -> Record | _Damage | N
     """What stands at ``at``: a record, damage, or None where the log ends."""
     rest = len(area) - at
     if rest < _FRAME.size or area[at : at + 4] == bytes(4):
-        return _Damage(True, "an append did not end") if area[at:] != bytes(rest) else None
+        return _Damage(True, "an append did not end") if area[at:].strip(b"\0") else None
     length, kind, zero, found = _FRAME.unpack_from(area, at)
     if not _FRAMING <= length <= min(rest, MAX_PAYLOAD + _FRAMING):
         return _Damage(False, f"a record of {length} bytes cannot be")

@@ -47,7 +47,7 @@ def bench_append() -> list[Result]:
             os.fdatasync(file.fileno())
 
         floor, _ = median(durable, 500)
-    log = Ledger.create("bench", capacity=64 << 20)
+    log = Ledger.create("bench")
     p50, p99 = median(lambda: log.append(Kind.INTENT, RECORD), 50_000)
     begin = time.perf_counter_ns()
     again = Ledger.open(os.dup(log.fd))

@@ -397,7 +397,7 @@ static int validate(struct mc_table *t, struct mc_fail *fail)
 {
 	const struct header *header = (const void *)t->map;
 	uint8_t sum[16];
-	uint64_t end;
+	uint64_t end, held = 0;
 
 	t->page_size = header->page_size;
 	t->first = header->first;
@@ -417,7 +417,10 @@ static int validate(struct mc_table *t, struct mc_fail *fail)
 		if (fault)
 			return mc_fail(fail, MC_FORMAT, 0, fault);
 		end = t->offset[i] + t->count[i];
+		held += t->count[i];
 	}
+	if (held > t->pages)
+		return mc_fail(fail, MC_FORMAT, 0, "its rows hold more pages than it covers");
 	return MC_OK;
 }
 

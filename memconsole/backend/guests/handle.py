@@ -8,6 +8,7 @@ import select
 import signal
 import time
 from pathlib import Path
+from typing import Self
 
 from memconsole.errors import Gone, GuestError, KernelRefused
 
@@ -54,6 +55,12 @@ class Handle:
         os.close(self._pidfd)
         raise Gone(f"process {pid} is gone", why, "list the processes again")
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def alive(self) -> bool:
         """Whether it runs; a process that ended and was not waited for by its parent does not."""
         return not self.wait(0)
@@ -83,6 +90,7 @@ class Handle:
             Gone: it ended.
             KernelRefused: we may not.
         """
+        self.check()  # a zombie takes signals without a word
         try:
             signal.pidfd_send_signal(self._pidfd, number)
         except ProcessLookupError:

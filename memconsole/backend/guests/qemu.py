@@ -170,10 +170,10 @@ class QemuGuest:
                 raise GuestError(f"guest {self.name} did not start", last_words(log), f"look into {log}") from None
             raise
 
-    def _execute(self, command: str, within: float = ANSWERS) -> Any:
+    def _execute(self, command: str, within: float | None = None) -> Any:
         from memconsole.backend.guests.qmp import Qmp
 
         self._handle.check()
         if self._monitor is None:
             self._monitor = Qmp(self.name, self._directory / "qmp")
-        return self._monitor.execute(command, within=within)
+        return self._monitor.execute(command, within=ANSWERS if within is None else within)

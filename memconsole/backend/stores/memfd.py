@@ -7,14 +7,9 @@ segment is first given out, F_SEAL_SEAL keeps its holders from forbidding that.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
-import functools
-import mmap
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from memconsole.backend.kernel.memfds import seal_names
 from memconsole.backend.kernel.memory import memory as read_memory
@@ -30,10 +25,6 @@ PREFIX = "memconsole:"
 """A segment's name in /proc/PID/maps and fd: ``/memfd:memconsole:REGION:0``."""
 
 _HUGE = {2 << 20: os.MFD_HUGETLB | os.MFD_HUGE_2MB, 1 << 30: os.MFD_HUGETLB | os.MFD_HUGE_1GB}
-_MADV_POPULATE_WRITE = 23
-_MPOL_BIND = 2
-_SYS_MBIND = {"x86_64": 237, "aarch64": 235, "riscv64": 235}
-_POPULATE = 256 << 20
 
 
 def check(
@@ -180,68 +171,9 @@ def _fill(fd: int, size: int, page_size: int, node: int | None, *, prefault: boo
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
     if page_size == PAGE and node is None and not prefault:
         return
-    # Mapping hugetlb pages reserves them for the inode; a shmem inode keeps the policy of its mappings. A hugetlb
-    # inode does not: what must come from one node has to come now.
-    with _mapped(fd, size) as address:
-        if node is not None:
-            _bind(address, size, node)
-        if page_size == PAGE:
-            _libc().madvise(address, size, mmap.MADV_HUGEPAGE)  # advice: kernels without it go on in 4 KiB
-        if prefault or (node is not None and page_size != PAGE):
-            _populate(address, size)
+    from memconsole.backend.stores import placement
 
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    libc = ctypes.CDLL(None, use_errno=True)
-    size, pointer, number = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int
-    libc.mmap.argtypes = [pointer, size, number, number, number, ctypes.c_int64]
-    libc.mmap.restype = pointer
-    libc.munmap.argtypes = [pointer, size]
-    libc.madvise.argtypes = [pointer, size, number]
-    libc.syscall.argtypes = [ctypes.c_long, pointer, size, number, pointer, ctypes.c_ulong, ctypes.c_uint]
-    libc.syscall.restype = ctypes.c_long
-    return libc
-
-
-def _failed(what: str) -> OSError:
-    errno = ctypes.get_errno()
-    return OSError(errno, f"{what}: {os.strerror(errno)}")
-
-
-@contextmanager
-def _mapped(fd: int, size: int) -> Iterator[int]:
-    libc = _libc()
-    address = libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
-    if address == ctypes.c_void_p(-1).value:
-        raise _failed("mmap")
-    try:
-        yield address
-    finally:
-        libc.munmap(address, size)
-
-
-def _bind(address: int, size: int, node: int) -> None:
-    words = node // 64 + 1
-    mask = (ctypes.c_uint64 * words)()
-    mask[node // 64] = 1 << (node % 64)
-    number = _SYS_MBIND.get(os.uname().machine)
-    if number is None:
-        raise KernelRefused("mbind", 38, what="memory cannot be bound to a node on this processor")
-    if _libc().syscall(number, address, size, _MPOL_BIND, ctypes.addressof(mask), words * 64 + 1, 0):
-        raise _failed("mbind")
-
-
-def _populate(address: int, size: int) -> None:
-    libc = _libc()
-
-    def part(offset: int) -> None:
-        if libc.madvise(address + offset, min(_POPULATE, size - offset), _MADV_POPULATE_WRITE):
-            raise _failed("MADV_POPULATE_WRITE")
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(part, range(0, size, _POPULATE)):
-            pass
+    placement.place(fd, size, huge=page_size != PAGE, node=node, populate=prefault)
 
 
 def _discard(fds: Sequence[int]) -> None:

@@ -1,0 +1,339 @@
+"""Processes as guests: grants through memconsole.agent, hostile peers, and processes that are gone."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from support.guests import AgentProcess, given, greet, hubs, hung_up, knock, open_fds, region, until
+
+from memconsole import agent as wire
+from memconsole.backend.exports.fd import Hub
+from memconsole.backend.guests.handle import stat
+from memconsole.backend.guests.process import ProcessGuest
+from memconsole.errors import Gone, GuestError, NotFound, Refused
+from memconsole.model import Access, GuestState
+
+M = 1 << 20
+
+
+@pytest.fixture
+def make_hub() -> Iterator[Callable[[], Hub]]:
+    with hubs() as make:
+        yield make
+
+
+@pytest.fixture
+def hub(make_hub: Callable[[], Hub]) -> Hub:
+    return make_hub()
+
+
+@pytest.fixture
+def database(hub: Hub) -> Iterator[tuple[ProcessGuest, AgentProcess]]:
+    with AgentProcess(hub.path) as process:
+        guest = ProcessGuest.attach("db", process.pid, hub)
+        assert hub.connected("db", 30)
+        yield guest, process
+        guest.close()
+
+
+@pytest.fixture
+def me(hub: Hub) -> Iterator[str]:
+    """This process as a guest, its agent whatever the test sends."""
+    hub.register("me", os.getpid(), stat(os.getpid())[1])
+    yield "me"
+    hub.unregister("me")
+
+
+def test_a_process_maps_a_grant_and_shares_its_bytes(database: tuple[ProcessGuest, AgentProcess]) -> None:
+    guest, process = database
+    with region(M) as fd, given(fd, "db-1", M) as offer:
+        os.pwrite(fd, b"hello", 0)
+        assert guest.agent()
+        assert guest.offer(offer, 30)
+        assert process.say("read db-1 5") == "hello"
+        assert process.say("write db-1 world") == "done"
+        assert os.pread(fd, 5, 0) == b"world"
+        assert guest.ask_unmap("db-1", 30)
+        assert process.say("grants") == "none"
+        assert os.pread(fd, 5, 0) == b"world"
+
+
+def test_a_read_only_grant_is_read_only(database: tuple[ProcessGuest, AgentProcess]) -> None:
+    guest, process = database
+    with region(M) as fd, given(fd, "db-1", M, access=Access.RO) as offer:
+        assert guest.offer(offer, 30)
+        assert process.say("write db-1 world").startswith("refused")
+        assert guest.ask_unmap("db-1", 30)
+
+
+def test_a_process_that_uses_the_memory_says_that_it_cannot(database: tuple[ProcessGuest, AgentProcess]) -> None:
+    guest, process = database
+    with region(M) as fd, given(fd, "db-1", M) as offer:
+        assert guest.offer(offer, 30)
+        assert process.say("hold db-1") == "done"
+        assert not guest.ask_unmap("db-1", 30)
+        assert process.say("write db-1 still") == "done"
+        assert process.say("let-go") == "done"
+        assert guest.ask_unmap("db-1", 30)
+
+
+def test_a_grant_too_long_for_its_file_is_refused(database: tuple[ProcessGuest, AgentProcess]) -> None:
+    guest, process = database
+    with region(M) as fd, given(fd, "db-1", 2 * M) as offer, pytest.raises(GuestError, match="db-1"):
+        guest.offer(offer, 30)
+    assert process.say("grants") == "none"
+
+
+def test_a_grant_waits_for_an_agent_that_comes_later(hub: Hub) -> None:
+    mine = ProcessGuest.attach("db", os.getpid(), hub)
+    with region(M) as fd, given(fd, "db-1", M) as offer, given(fd, "db-2", M) as never:
+        assert not mine.agent()
+        assert not mine.offer(offer, 1)
+        assert not mine.offer(never, 1)
+        # Never sent, so there is nothing to unmap.
+        assert mine.ask_unmap("db-2", 1)
+        with wire.Agent(hub.path) as agent:
+            assert agent.wait("db-1", 30).writable
+            until(lambda: hub.mapped("db") == {"db-1"}, "the answer")
+            assert set(agent.grants) == {"db-1"}
+    mine.close()
+
+
+def test_an_agent_comes_back_to_a_new_control_process_with_what_it_has(make_hub: Callable[[], Hub]) -> None:
+    first = make_hub()
+    with AgentProcess(first.path) as process, region(M) as fd, given(fd, "db-1", M) as offer:
+        guest = ProcessGuest.attach("db", process.pid, first)
+        assert first.connected("db", 30)
+        assert guest.offer(offer, 30)
+        guest.close()
+        second = make_hub()
+        assert process.say("write db-1 alone") == "done"
+        adopted = ProcessGuest.adopt("db", process.pid, guest.start_ticks, second, [offer])
+        assert second.connected("db", 30)
+        until(lambda: second.mapped("db") == {"db-1"}, "HELLO")
+        assert adopted.ask_unmap("db-1", 30)
+        adopted.close()
+        assert process.finish() == 0
+
+
+def test_the_agent_lets_its_process_refuse() -> None:
+    with hubs() as make:
+        hub = make()
+        guest = ProcessGuest.attach("db", os.getpid(), hub)
+        asked = []
+
+        def refuse(grant: wire.Grant) -> None:
+            asked.append(grant.id)
+            if len(asked) == 1:
+                raise RuntimeError("not now")
+
+        with wire.Agent(hub.path, on_unmap=refuse) as agent, region(M) as fd, given(fd, "db-1", M, gpa=None) as offer:
+            assert hub.connected("db", 30)
+            assert guest.offer(offer, 30)
+            assert agent.grants["db-1"].gpa is None
+            assert not guest.ask_unmap("db-1", 30)
+            assert guest.ask_unmap("db-1", 30)
+            assert asked == ["db-1", "db-1"]
+        guest.close()
+
+
+def test_pause_resume_kill_and_gone(hub: Hub) -> None:
+    with AgentProcess(hub.path) as process:
+        guest = ProcessGuest.attach("db", process.pid, hub)
+        guest.pause()
+        until(lambda: guest.state() is GuestState.PAUSED, "a stop")
+        guest.resume()
+        until(lambda: guest.state() is GuestState.RUNNING, "going on")
+        assert guest.progress() is None
+        guest.stop(1)
+        assert guest.state() is GuestState.RUNNING
+        guest.kill(10)
+        assert guest.state() is GuestState.GONE
+        with pytest.raises(Gone):
+            guest.pause()
+        guest.close()
+        assert process.end() == -9
+        with pytest.raises(Gone):
+            ProcessGuest.attach("db", process.pid, hub)
+    for pid in (0, -1, 1 << 30):
+        with pytest.raises(Gone):
+            ProcessGuest.attach("db", pid, hub)
+
+
+def test_a_name_and_a_process_are_one_guest_each(hub: Hub, me: str) -> None:
+    with pytest.raises(Refused) as caught:
+        ProcessGuest.attach("other", os.getpid(), hub)
+    assert caught.value.code == "NameTaken"
+    with AgentProcess(hub.path) as process, pytest.raises(Refused):
+        ProcessGuest.attach(me, process.pid, hub)
+    with pytest.raises(NotFound):
+        hub.ask_unmap("nobody", "g", 1)
+
+
+def test_a_process_that_is_no_guest_is_turned_away(hub: Hub) -> None:
+    with knock(hub.path) as connection:
+        assert hung_up(connection)
+
+
+def test_another_start_time_is_another_process(hub: Hub) -> None:
+    hub.register("me", os.getpid(), stat(os.getpid())[1] + 1)
+    with knock(hub.path) as connection:
+        assert hung_up(connection)
+    hub.unregister("me")
+
+
+def test_a_guests_child_is_not_the_guest(hub: Hub, me: str) -> None:
+    script = "import sys, socket; s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); s.connect(sys.argv[1]); "
+    script += "print(len(s.recv(100)))"
+    said = subprocess.run([sys.executable, "-c", script, str(hub.path)], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "0"
+    assert not hub.connected(me)
+
+
+HELLO = wire.pack(wire.Type.HELLO, 0, wire.HELLO.pack(0, 0))
+GARBAGE = {
+    "nothing": b"",
+    "short": b"MC",
+    "noise": os.urandom(200),
+    "another version": wire.HEAD.pack(wire.MAGIC, 2, 1, 0, 16),
+    "an unknown type": wire.HEAD.pack(wire.MAGIC, 1, 99, 0, 16),
+    "a false length": wire.HEAD.pack(wire.MAGIC, 1, 1, 0, 17),
+    "too long": wire.HEAD.pack(wire.MAGIC, 1, 1, 0, 9000) + bytes(8984),
+    "an answer before HELLO": wire.pack(wire.Type.DONE, 1, bytes(wire.DONE.size)),
+    "a HELLO that lies": wire.pack(wire.Type.HELLO, 0, wire.HELLO.pack(0, 60)),
+    "a HELLO of nameless grants": wire.pack(wire.Type.HELLO, 0, wire.HELLO.pack(0, 1) + bytes(64)),
+    "a HELLO of endless names": wire.pack(wire.Type.HELLO, 0, wire.HELLO.pack(0, 1) + b"x" * 64),
+    "a HELLO of no text": wire.pack(wire.Type.HELLO, 0, wire.HELLO.pack(0, 1) + b"\xff".ljust(64, b"\0")),
+    "a request": wire.pack(wire.Type.STOP, 1),
+}
+
+
+@pytest.mark.parametrize("packet", GARBAGE.values(), ids=GARBAGE.keys())
+def test_garbage_ends_that_connection_only(hub: Hub, me: str, database, packet: bytes) -> None:
+    guest, process = database
+    connection = knock(hub.path)
+    if packet:
+        connection.send(packet)
+    else:
+        connection.shutdown(socket.SHUT_WR)
+    assert hung_up(connection)
+    connection.close()
+    with region(M) as fd, given(fd, "db-1", M) as offer:
+        assert guest.offer(offer, 30)
+        assert process.say("grants") == "db-1"
+        assert guest.ask_unmap("db-1", 30)
+    with knock(hub.path) as again:
+        greet(again)
+        assert hub.connected(me, 30)
+
+
+def _take_request(connection: socket.socket) -> wire.Message:
+    packet, fds, _, _ = socket.recv_fds(connection, wire.MAX_MESSAGE, 1)
+    for each in fds:
+        os.close(each)
+    return wire.unpack(packet)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        wire.pack(wire.Type.DONE, 77, bytes(wire.DONE.size)),
+        wire.pack(wire.Type.DONE, 1, bytes(wire.DONE.size - 1)),
+        wire.pack(wire.Type.REPORTED, 1, b"\x09" * wire.REPORTED.size),
+        HELLO,
+    ],
+    ids=["to nothing asked", "too short", "of nothing known", "HELLO again"],
+)
+def test_a_wrong_answer_ends_the_connection_and_the_wait(hub: Hub, me: str, answer: bytes) -> None:
+    with knock(hub.path) as connection, region(M) as fd, given(fd, "me-1", M) as offer:
+        greet(connection)
+        assert hub.connected(me, 30)
+        with ThreadPoolExecutor(1) as pool:
+            asking = pool.submit(hub.offer, me, offer, 30)
+            _take_request(connection)
+            connection.send(answer)
+            assert isinstance(asking.exception(), GuestError)
+        assert hung_up(connection)
+    assert not hub.connected(me)
+
+
+def test_fds_a_guest_sends_are_not_received(hub: Hub, me: str) -> None:
+    connection = knock(hub.path)
+    here = len(open_fds())
+    with Path(os.devnull).open() as null:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", null.fileno()))]
+        connection.sendmsg([HELLO], rights)
+        assert hung_up(connection)
+    assert len(open_fds()) < here + 1
+    connection.close()
+
+
+def test_a_guest_that_says_nothing_costs_no_more_than_it_was_given(hub: Hub, me: str) -> None:
+    with knock(hub.path) as connection, region(M) as fd, given(fd, "me-1", M) as offer:
+        greet(connection)
+        assert hub.connected(me, 30)
+        with pytest.raises(GuestError, match="said nothing"):
+            hub.offer(me, offer, 0.2)
+        assert hub.mapped(me) == set()
+        # A late answer: it mapped what is not offered any more, and is asked to unmap it.
+        late = _take_request(connection)
+        connection.send(wire.pack(wire.Type.DONE, late.id, bytes(wire.DONE.size)))
+        answer = wire.unpack(connection.recv(wire.MAX_MESSAGE))
+        assert answer.type is wire.Type.UNMAP
+        assert wire.unpack_name(answer.body) == "me-1"
+
+
+def test_a_guest_that_does_not_read_cannot_make_us_queue_without_end(hub: Hub, me: str) -> None:
+    with knock(hub.path) as connection:
+        greet(connection)
+        assert hub.connected(me, 30)
+        for _ in range(300):
+            with pytest.raises(GuestError, match="said nothing"):
+                hub.ask(me, wire.Type.REPORT, 0)
+        peer = hub._peers[me]
+        assert len(peer.asked) <= 256
+
+
+def test_a_guest_gets_its_own_grants_only(hub: Hub, me: str, database) -> None:
+    guest, process = database
+    with (
+        knock(hub.path) as connection,
+        region(M) as fd,
+        given(fd, "db-1", M) as offer,
+        given(fd, "me-1", M) as mine,
+    ):
+        assert not hub.offer(me, mine, 1)
+        greet(connection)
+        assert wire.unpack_name(_take_request(connection).body[:64]) == "me-1"
+        assert guest.offer(offer, 30)
+        assert process.say("grants") == "db-1"
+        connection.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            connection.recv(wire.MAX_MESSAGE)
+        assert guest.ask_unmap("db-1", 30)
+
+
+def test_nothing_is_left_open(make_hub: Callable[[], Hub]) -> None:
+    def once() -> None:
+        hub = make_hub()
+        guest = ProcessGuest.attach("db", os.getpid(), hub)
+        with region(M) as fd, given(fd, "db-1", M) as offer, wire.Agent(hub.path):
+            assert hub.connected("db", 30)
+            assert guest.offer(offer, 30)
+        guest.close()
+        hub.close()
+        hub.close()
+
+    once()
+    before = open_fds()
+    for _ in range(5):
+        once()
+    assert open_fds() == before

@@ -1,0 +1,137 @@
+"""QEMU with its RAM in a region: the same frames, its monitor, its end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.guests import frames, given, mapping_of, open_fds, own_frames, region, until
+
+from memconsole.backend.guests import qemu
+from memconsole.backend.guests.base import Offer
+from memconsole.backend.guests.handle import Handle
+from memconsole.backend.guests.qemu import QemuGuest
+from memconsole.errors import Gone, GuestError
+from memconsole.model import Access, GuestState
+
+RAM = 32 << 20
+
+
+@pytest.fixture(autouse=True)
+def _qemu() -> None:
+    if shutil.which(qemu.BINARY) is None:
+        pytest.skip(f"{qemu.BINARY} is not installed")
+
+
+@pytest.fixture
+def ram() -> Iterator[Offer]:
+    with region(RAM) as fd, given(fd, "vm-1", RAM) as offer:
+        yield offer
+
+
+@pytest.fixture
+def guest(ram: Offer, tmp_path: Path) -> Iterator[QemuGuest]:
+    guest = QemuGuest.start("vm", ram, tmp_path)
+    with Handle(guest.pid, guest.start_ticks, child=True) as process:
+        yield guest
+        process.kill(10)
+    guest.close()
+
+
+def test_its_ram_is_the_region_frame_by_frame(guest: QemuGuest, ram: Offer) -> None:
+    start, length = mapping_of(guest.pid, os.fstat(ram.fd).st_ino)
+    assert length == RAM
+    until(lambda: any(frames(guest.pid, start, RAM // 4096)), "the firmware's first touch")
+    guest.pause()
+    theirs, ours = frames(guest.pid, start, RAM // 4096), own_frames(ram.fd, RAM)
+    touched = [page for page, pfn in enumerate(theirs) if pfn]
+    assert touched
+    assert [theirs[page] for page in touched] == [ours[page] for page in touched]
+    assert len(set(ours)) == len(ours)
+
+
+def test_it_pauses_resumes_and_answers_for_its_state(guest: QemuGuest, ram: Offer) -> None:
+    assert guest.state() is GuestState.RUNNING
+    guest.pause()
+    assert guest.state() is GuestState.PAUSED
+    guest.resume()
+    assert guest.state() is GuestState.RUNNING
+    assert not guest.agent()
+    assert guest.offer(ram, 1)
+    assert not guest.offer(Offer("other", ram.fd, 0, RAM, Access.RW, None), 1)
+    assert not guest.ask_unmap("vm-1", 1)
+    assert guest.progress() is None
+
+
+def test_it_outlives_the_object_and_is_adopted(guest: QemuGuest, tmp_path: Path) -> None:
+    assert guest.state() is GuestState.RUNNING
+    guest.close()
+    adopted = QemuGuest.adopt("vm", guest.pid, guest.start_ticks, tmp_path, "vm-1")
+    assert adopted.state() is GuestState.RUNNING
+    with pytest.raises(Gone):
+        QemuGuest.adopt("vm", guest.pid, guest.start_ticks + 1, tmp_path, "vm-1")
+    adopted.stop(30)
+    assert adopted.state() is GuestState.GONE
+    with pytest.raises(Gone):
+        adopted.pause()
+    adopted.close()
+
+
+def test_stop_ends_it_in_order_and_by_force_when_it_does_not_answer(guest: QemuGuest) -> None:
+    with Handle(guest.pid) as process:
+        process.signal(signal.SIGSTOP)
+        until(process.stopped, "a stop")
+        guest.stop(0.5)
+        assert guest.state() is GuestState.GONE
+        assert not process.alive()
+
+
+def test_a_held_monitor_is_an_error_with_a_remedy(
+    guest: QemuGuest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest.close()
+    monkeypatch.setattr(qemu, "ANSWERS", 0.5)
+    adopted = QemuGuest.adopt("vm", guest.pid, guest.start_ticks, tmp_path, "vm-1")
+    with socket.socket(socket.AF_UNIX) as other:
+        other.connect(str(tmp_path / "qmp"))
+        assert b"QMP" in other.recv(4096)
+        with pytest.raises(GuestError) as caught:
+            adopted.pause()
+        assert "monitor" in caught.value.remedy
+    assert adopted.state() is GuestState.RUNNING
+    adopted.close()
+
+
+def test_a_qemu_that_exits_at_once_says_its_last_words(ram: Offer, tmp_path: Path) -> None:
+    before = open_fds()
+    with pytest.raises(GuestError, match="no-such-device"):
+        QemuGuest.start("vm", ram, tmp_path, args=["-device", "no-such-device"])
+    assert open_fds() == before
+
+
+def test_a_part_of_a_region_or_a_read_only_one_is_no_ram(ram: Offer, tmp_path: Path) -> None:
+    for offer in (Offer("vm-1", ram.fd, 4096, RAM, Access.RW, 0), Offer("vm-1", ram.fd, 0, RAM, Access.RO, 0)):
+        with pytest.raises(GuestError, match="whole region"):
+            QemuGuest.start("vm", offer, tmp_path)
+
+
+def test_the_user_may_override_what_we_chose(ram: Offer, tmp_path: Path) -> None:
+    guest = QemuGuest.start("vm", ram, tmp_path, args=["-S", "-machine", "pc"])
+    try:
+        assert guest.state() is GuestState.PAUSED
+        assert b"pc" in Path(f"/proc/{guest.pid}/cmdline").read_bytes().split(b"\0")
+    finally:
+        guest.stop(30)
+        guest.close()
+
+
+def test_a_missing_qemu_is_an_error_with_a_remedy(ram: Offer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qemu, "BINARY", "qemu-system-nowhere")
+    with pytest.raises(GuestError) as caught:
+        QemuGuest.start("vm", ram, tmp_path)
+    assert "install qemu-system-nowhere" in caught.value.remedy

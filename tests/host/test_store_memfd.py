@@ -1,0 +1,163 @@
+"""The memfd store on this kernel: what it gives, what it refuses, and that nothing is left when it does."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+from support.guests import open_fds
+
+from memconsole.backend.stores import memfd
+from memconsole.errors import KernelRefused, Refused
+from memconsole.model import Access
+
+M = 1 << 20
+
+
+def _codes(*arguments: int | None, **options: int) -> list[str]:
+    return [refusal.code for refusal in memfd.check(*arguments, **options)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "codes"),
+    [
+        ((0,), ["BadSize"]),
+        ((-4096,), ["BadSize"]),
+        ((4097,), ["BadSize"]),
+        ((1 << 63,), ["BadSize"]),
+        ((1 << 50,), ["NoMemory"]),
+        ((4096, 8192), ["BadPageSize"]),
+        ((3 * M, 2 * M), ["BadSize"]),
+        ((4096, 4096, 777), ["NoNode"]),
+        ((0, 4096, 777), ["BadSize", "NoNode"]),
+        ((1 << 50, 1 << 30), ["NoHugePages"]),
+        ((64 * M,), []),
+    ],
+)
+def test_check_names_every_reason_and_changes_nothing(arguments: tuple[int, ...], codes: list[str]) -> None:
+    before = open_fds()
+    assert _codes(*arguments) == codes
+    for refusal in memfd.check(*arguments):
+        assert refusal.what
+        assert refusal.why
+        assert refusal.remedy
+    assert open_fds() == before
+
+
+def test_what_is_promised_to_other_regions_is_not_promised_again() -> None:
+    assert _codes(64 * M, promised=1 << 50) == ["NoMemory"]
+
+
+def test_reserve_refuses_as_check_does() -> None:
+    before = open_fds()
+    with pytest.raises(Refused) as caught:
+        memfd.reserve("web", 4097)
+    assert caught.value.code == "BadSize"
+    assert "8K" in caught.value.remedy
+    assert open_fds() == before
+
+
+def test_a_region_has_its_size_its_seals_and_no_frames_yet() -> None:
+    (fd,) = fds = memfd.reserve("web", 8 * M)
+    assert os.fstat(fd).st_size == 8 * M
+    assert os.fstat(fd).st_mode & 0o777 == 0o600
+    assert str(Path(f"/proc/self/fd/{fd}").readlink()) == "/memfd:memconsole:web:0 (deleted)"
+    assert memfd.seals(fd) == ("grow",)
+    assert memfd.resident(fds) == 0
+    assert memfd.segments(fds)[0].inode == os.fstat(fd).st_ino
+    with pytest.raises(PermissionError):
+        os.ftruncate(fd, 16 * M)
+    memfd.free(fds)
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(fd)
+
+
+def test_prefault_puts_every_page_in_place() -> None:
+    fds = memfd.reserve("web", 8 * M, prefault=True)
+    assert memfd.resident(fds) == 8 * M
+    memfd.free(fds)
+
+
+def test_a_large_region_is_made_of_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memfd, "SEGMENT", 4 * M)
+    fds = memfd.reserve("web", 10 * M, prefault=True)
+    assert [segment.size for segment in memfd.segments(fds)] == [4 * M, 4 * M, 2 * M]
+    assert memfd.resident(fds) == 10 * M
+    memfd.free(fds)
+
+
+def test_a_region_comes_from_the_node_that_was_asked_for() -> None:
+    if not Path("/sys/devices/system/node/node0").is_dir():
+        pytest.skip("this kernel knows no NUMA nodes")
+    fds = memfd.reserve("web", 2 * M, 4096, 0, prefault=True)
+    with mmap.mmap(fds[0], 2 * M) as mapping:
+        assert mapping[0] == 0
+        rows = Path("/proc/self/numa_maps").read_text().splitlines()
+        (row,) = (row for row in rows if "memconsole:web:0" in row)
+    assert "bind:0" in row
+    memfd.free(fds)
+
+
+def test_who_holds_a_given_fd_cannot_forbid_us_to_take_the_memory() -> None:
+    (fd,) = memfd.reserve("web", M)
+    given = memfd.give(fd, Access.RW)
+    assert memfd.seals(fd) == ("seal", "grow")
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(given, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    memfd.free([fd])
+    assert os.fstat(given).st_size == 0
+    with pytest.raises(PermissionError):
+        os.ftruncate(given, M)
+    os.close(given)
+
+
+def test_a_read_only_fd_cannot_be_mapped_for_writing() -> None:
+    (fd,) = memfd.reserve("web", M)
+    given = memfd.give(fd, Access.RO)
+    with pytest.raises(PermissionError):
+        mmap.mmap(given, M)
+    with mmap.mmap(given, M, access=mmap.ACCESS_READ) as mapping:
+        assert mapping[0] == 0
+    os.close(given)
+    memfd.free([fd])
+
+
+def test_a_given_fd_has_a_position_of_its_own() -> None:
+    (fd,) = memfd.reserve("web", M)
+    given = memfd.give(fd, Access.RW)
+    os.lseek(given, 4096, os.SEEK_SET)
+    assert os.lseek(fd, 0, os.SEEK_CUR) == 0
+    os.close(given)
+    memfd.free([fd])
+
+
+def test_a_segment_that_cannot_be_truncated_is_not_closed() -> None:
+    (fd,) = memfd.reserve("web", M)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    with pytest.raises(KernelRefused, match="cannot be freed"):
+        memfd.free([fd])
+    os.close(fd)
+
+
+def test_two_mebibyte_pages_come_from_their_pool() -> None:
+    pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+    if not os.access(pool, os.W_OK) or os.geteuid():
+        pytest.skip("the pool of 2 MiB pages cannot be grown here")
+    before = int(pool.read_text())
+    pool.write_text(str(before + 2))
+    try:
+        if int(pool.read_text()) < before + 2:
+            pytest.skip("the kernel has no two free 2 MiB blocks for its pool")
+        fds = memfd.reserve("web", 4 * M, 2 * M)
+        # Set aside at once: a second region cannot take the same pages.
+        assert _codes(4 * M, 2 * M) == ["NoHugePages"]
+        with mmap.mmap(fds[0], 4 * M) as mapping:
+            mapping[2 * M] = 1
+        assert memfd.resident(fds) == 2 * M
+        memfd.free(fds)
+        assert _codes(4 * M, 2 * M) == []
+    finally:
+        pool.write_text(str(before))

@@ -1,0 +1,195 @@
+"""What the tests of guests share: a hub in a short directory, agents in processes of their own, a reader of pagemap."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from shutil import rmtree
+from typing import Self
+
+from memconsole import agent as wire
+from memconsole.backend.exports.fd import Hub
+from memconsole.backend.guests.base import Offer
+from memconsole.backend.stores import memfd
+from memconsole.model import Access
+
+
+@contextlib.contextmanager
+def hubs() -> Iterator[Callable[[], Hub]]:
+    """Make hubs, one after the other on the same socket; a path of a unix socket has 107 bytes at most."""
+    directory = Path(tempfile.mkdtemp(prefix="mc-"))
+    made: list[Hub] = []
+
+    def make() -> Hub:
+        if made:
+            made[-1].close()
+        made.append(Hub(directory / "agents"))
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        for hub in made:
+            hub.close()
+        rmtree(directory)
+
+
+@contextlib.contextmanager
+def region(size: int, **options: bool) -> Iterator[int]:
+    """A region of one segment."""
+    (fd,) = memfd.reserve("test", size, **options)
+    try:
+        yield fd
+    finally:
+        memfd.free([fd])
+
+
+@contextlib.contextmanager
+def given(fd: int, grant: str, length: int, *, access: Access = Access.RW, gpa: int | None = 0) -> Iterator[Offer]:
+    """A grant of a region's first bytes."""
+    mine = memfd.give(fd, access)
+    try:
+        yield Offer(grant, mine, 0, length, access, gpa)
+    finally:
+        os.close(mine)
+
+
+def until(condition: Callable[[], bool], what: str, within: float = 30.0) -> None:
+    """Wait for something that will happen; the limit is only there to end a test that hangs."""
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain: {what}"
+        time.sleep(0.02)
+
+
+AGENT = """
+import sys
+from memconsole.agent import Agent
+agent = Agent(sys.argv[1])
+view = None
+for line in sys.stdin:
+    words = line.split()
+    if words[0] == "read":
+        said = bytes(agent.grants[words[1]].memory[: int(words[2])]).decode()
+    elif words[0] == "write":
+        try:
+            agent.grants[words[1]].memory[: len(words[2])] = words[2].encode()
+            said = "done"
+        except TypeError as error:
+            said = f"refused {error}"
+    elif words[0] == "wait":
+        said = agent.wait(words[1], 30).id
+    elif words[0] == "hold":
+        view = agent.grants[words[1]].memory[:10]
+        said = "done"
+    elif words[0] == "let-go":
+        view.release()
+        said = "done"
+    elif words[0] == "grants":
+        said = " ".join(sorted(agent.grants)) or "none"
+    print(said, flush=True)
+agent.close()
+"""
+
+
+class AgentProcess:
+    """A process with an agent that does what a line on its stdin says."""
+
+    def __init__(self, path: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", AGENT, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.pid = self._process.pid
+
+    def say(self, line: str) -> str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline().strip()
+
+    def end(self) -> int:
+        self._process.kill()
+        self._process.communicate()
+        return self._process.returncode
+
+    def finish(self) -> int:
+        self._process.communicate()
+        return self._process.returncode
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
+def knock(path: Path) -> socket.socket:
+    """A bare connection to an agents socket, from this process."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.settimeout(30)
+    connection.connect(str(path))
+    return connection
+
+
+def greet(connection: socket.socket, *held: str) -> None:
+    """Say HELLO."""
+    body = wire.HELLO.pack(0, len(held)) + b"".join(wire.pack_name(name) for name in held)
+    connection.send(wire.pack(wire.Type.HELLO, 0, body))
+
+
+def hung_up(connection: socket.socket) -> bool:
+    """Whether the other side closes the connection, what it still sent aside."""
+    try:
+        while connection.recv(wire.MAX_MESSAGE):
+            pass
+    except ConnectionResetError:
+        return True
+    return True
+
+
+def open_fds() -> list[str]:
+    """The numbers of this process's open fds."""
+    return sorted(path.name for path in Path("/proc/self/fd").iterdir())
+
+
+def frames(pid: int | str, address: int, pages: int) -> list[int]:
+    """PFNs of pages of a process, 0 where none is present: /proc/PID/pagemap, bits 0-54 and 63."""
+    with Path(f"/proc/{pid}/pagemap").open("rb") as file:
+        file.seek(address // 4096 * 8)
+        words = struct.unpack(f"{pages}Q", file.read(pages * 8))
+    return [word & ((1 << 55) - 1) if word >> 63 else 0 for word in words]
+
+
+def own_frames(fd: int, size: int) -> list[int]:
+    """PFNs of a memfd, through a mapping of our own that touches every page."""
+    import ctypes
+
+    with mmap.mmap(fd, size) as mapping:
+        for at in range(0, size, 4096):
+            mapping[at]
+        anchor = ctypes.c_char.from_buffer(mapping)
+        found = frames("self", ctypes.addressof(anchor), size // 4096)
+        del anchor
+    return found
+
+
+def mapping_of(pid: int, inode: int) -> tuple[int, int]:
+    """Address and length of the largest mapping of an inode in a process (/proc/PID/maps)."""
+    found = []
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        words = line.split()
+        if int(words[4]) == inode:
+            start, end = (int(word, 16) for word in words[0].split("-"))
+            found.append((end - start, start))
+    length, start = max(found)
+    return start, length

@@ -1,9 +1,8 @@
 """What we meant: the fold of the ledger's records; no I/O, and no word about what the kernel says.
 
     INTENT  an action was planned and begins; ``aims`` is what it will make, as far as that is known
-    NOTE    a fact of an action under way that its undoing needs (the process it started)
     DONE    it ended; ``change`` is what it made and what it took away
-    FAILED  it ended, and nothing of it is left
+    FAILED  it ended, and nothing of it is left but what ``change`` says
     EVENT   something happened that no action did
     STATE   all that the records before it amounted to (compaction)
 
@@ -20,7 +19,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from memconsole.actions import AnyAction
-from memconsole.backend.ledger import Kind, Record
+from memconsole.backend import ledger
+from memconsole.backend.ledger import Kind
 from memconsole.errors import BadFile
 from memconsole.model import Event, Grant, Guest, Region, Value
 
@@ -59,13 +59,6 @@ class Intent(Value, frozen=True):
     aims: Change = Change()
 
 
-class Note(Value, frozen=True):
-    """A fact of the action ``intent`` that is under way."""
-
-    intent: int
-    change: Change
-
-
 class Done(Value, frozen=True):
     """The action ``intent`` ended and changed this."""
 
@@ -76,12 +69,13 @@ class Done(Value, frozen=True):
 
 
 class Failed(Value, frozen=True):
-    """The action ``intent`` ended and changed nothing."""
+    """The action ``intent`` ended in an error; ``change`` is what could not be undone."""
 
     intent: int
     at_ns: int
     code: str
     text: str
+    change: Change = Change()
 
 
 class Happened(Value, frozen=True):
@@ -92,6 +86,7 @@ class Happened(Value, frozen=True):
     subject: str
     text: str
     peer: str = ""
+    change: Change = Change()
 
 
 class Whole(Value, frozen=True):
@@ -101,9 +96,10 @@ class Whole(Value, frozen=True):
     next_grant: int
 
 
-RECORDS: dict[Kind, type[Value]] = {
+Record = Intent | Done | Failed | Happened | Whole
+
+RECORDS: dict[Kind, type[Record]] = {
     Kind.INTENT: Intent,
-    Kind.NOTE: Note,
     Kind.DONE: Done,
     Kind.FAILED: Failed,
     Kind.EVENT: Happened,
@@ -112,27 +108,19 @@ RECORDS: dict[Kind, type[Value]] = {
 KINDS = {payload: kind for kind, payload in RECORDS.items()}
 
 
-@dataclass(frozen=True)
-class Unfinished:
-    """An action whose end the ledger does not know; ``noted`` are its facts, oldest first."""
-
-    intent: Intent
-    noted: tuple[Change, ...] = ()
-
-
 @dataclass
 class State:
-    """What the ledger means, by name; ``unfinished`` by the number of the intent."""
+    """What the ledger means, by name; ``unfinished`` are actions whose end it does not know, by number."""
 
     regions: dict[str, Region] = field(default_factory=dict)
     guests: dict[str, Guest] = field(default_factory=dict)
     grants: dict[str, Grant] = field(default_factory=dict)
     windows: dict[str, WindowGrant] = field(default_factory=dict)
-    unfinished: dict[int, Unfinished] = field(default_factory=dict)
+    unfinished: dict[int, Intent] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     next_grant: int = 1
 
-    def after(self, seq: int, record: Value) -> State:
+    def after(self, seq: int, record: Record) -> State:
         """The state after one more record; this one stays as it is."""
         following = copy.copy(self)
         for name in ("regions", "guests", "grants", "windows", "unfinished"):
@@ -141,23 +129,20 @@ class State:
         following.take(seq, record)
         return following
 
-    def take(self, seq: int, record: Value) -> None:
+    def take(self, seq: int, record: Record) -> None:
         """Fold one record in, in place."""
         match record:
             case Intent():
-                self.unfinished[seq] = Unfinished(record)
+                self.unfinished[seq] = record
                 self._count(record.aims)
-            case Note():
-                under_way = self.unfinished.get(record.intent)
-                if under_way is not None:
-                    noted = (*under_way.noted, record.change)
-                    self.unfinished[record.intent] = Unfinished(under_way.intent, noted)
             case Done():
                 self._change(record.change)
                 self._ended(seq, record.intent, record.at_ns, record.text)
             case Failed():
+                self._change(record.change)
                 self._ended(seq, record.intent, record.at_ns, f"failed: {record.text}")
             case Happened():
+                self._change(record.change)
                 self._event(Event(seq, record.at_ns, record.kind, record.subject, record.text, record.peer))
             case Whole():
                 self._change(record.everything)
@@ -206,9 +191,8 @@ class State:
         self.next_grant = max([self.next_grant, *(int(id[1:]) + 1 for id in ids)])
 
     def _ended(self, seq: int, intent: int, at_ns: int, text: str) -> None:
-        under_way = self.unfinished.pop(intent, None)
-        if under_way is not None:
-            begun = under_way.intent
+        begun = self.unfinished.pop(intent, None)
+        if begun is not None:
             self._event(Event(seq, at_ns, begun.action.spec.id, begun.subject, text, begun.peer))
 
     def _event(self, event: Event) -> None:
@@ -216,7 +200,7 @@ class State:
         del self.events[:-EVENTS_KEPT]
 
 
-def decode(record: Record) -> Value:
+def decode(record: ledger.Record) -> Record:
     """A ledger record as a value.
 
     Raises:
@@ -230,7 +214,7 @@ def decode(record: Record) -> Value:
         ) from error
 
 
-def fold(records: Iterable[Record]) -> State:
+def fold(records: Iterable[ledger.Record]) -> State:
     """What all the records of a ledger amount to.
 
     Raises:

@@ -1,0 +1,200 @@
+"""Taking over what an earlier control process left: fds from custody, guests by PID, actions it did not end.
+
+region in ledger and custody      taken over, when the memfd is the one the ledger means
+region in ledger only             stays lost; the Snapshot says so
+region in custody only            taken over by its payload, with a finding: the ledger lost it
+guest whose process lives         taken over with its grants; one whose process ended is a finding
+unfinished release, revoke,       carried through: what they take away must not come back
+  stop, pause, resume
+unfinished reserve, map, start,   taken back: nobody was told that they were done
+  attach
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+from memconsole import actions
+from memconsole.backend import steps, verbs
+from memconsole.backend.desk import STOP_S, Desk
+from memconsole.backend.state import Change, Done, Failed, Happened, Intent, Record
+from memconsole.backend.stores import memfd
+from memconsole.backend.verbs.grants import OFFER_S
+from memconsole.backend.verbs.guests import forget, orphans
+from memconsole.backend.verbs.regions import custody_name, drop_custody
+from memconsole.errors import Gone, MemconsoleError, NotFound
+from memconsole.model import Finding, Grant, GrantState, GuestKind, Region, RegionState, Severity
+
+RECONNECT_S = 2.0
+"""Seconds a guest's agent has to find the new control process (it tries every 100 to 200 ms)."""
+
+FORWARD = (
+    actions.Release,
+    actions.Revoke,
+    actions.GuestStop,
+    actions.GuestPause,
+    actions.GuestResume,
+    actions.WindowRevoke,
+)
+
+Write = Callable[[Record], int]
+
+
+def mapped(grant: Grant) -> Grant:
+    """The grant once its guest has mapped it."""
+    return msgspec.structs.replace(grant, state=GrantState.MAPPED)
+
+
+def adopt(desk: Desk, write: Write) -> list[Finding]:
+    """Take over everything; what does not match is a finding."""
+    found = list(_regions(desk))
+    for guest in desk.state.guests.values():
+        with contextlib.suppress(Gone):
+            desk.adopt_guest(guest)
+    for number, intent in list(desk.state.unfinished.items()):
+        found += _finish(desk, write, number, intent)
+    found += _unknown(desk, write)
+    return found
+
+
+# --- regions ----------------------------------------------------------------------------------------------------
+
+
+def _regions(desk: Desk) -> Iterator[Finding]:
+    held = set(desk.custody.names())
+    for region in desk.state.regions.values():
+        names = [custody_name(region.name, index) for index in range(len(region.segments))]
+        if not held.issuperset(names):
+            continue
+        fds = tuple(desk.custody.get(name)[0] for name in names)
+        found = [(segment.inode, segment.device) for segment in memfd.segments(fds)]
+        if found == [(segment.inode, segment.device) for segment in region.segments]:
+            desk.hold(region.name, fds)
+            continue
+        for fd in fds:
+            os.close(fd)
+        yield Finding(
+            "custody-other",
+            Severity.ERROR,
+            region.name,
+            f"what custody holds as region {region.name} is other memory than the ledger means",
+            f"inodes {found}",
+            f"memconsole release {region.name} forgets it",
+        )
+
+
+def _unknown(desk: Desk, write: Write) -> Iterator[Finding]:
+    """Regions that custody holds and the ledger does not know: memory is never thrown away because a record is."""
+    counts: dict[str, int] = {}
+    for held in desk.custody.names():
+        kind, _, rest = held.partition(":")
+        if kind == "region":
+            name = rest.rpartition(":")[0]
+            counts[name] = counts.get(name, 0) + 1
+    for name, count in counts.items():
+        if name not in desk.state.regions:
+            yield _found(desk, write, name, count)
+
+
+def _found(desk: Desk, write: Write, name: str, count: int) -> Finding:
+    held = [desk.custody.get(custody_name(name, index)) for index in range(count)]
+    fds = tuple(fd for fd, _ in held)
+    try:
+        region = msgspec.json.decode(held[0][1], type=Region)
+        known = region.segments == memfd.segments(fds)
+    except msgspec.DecodeError:
+        known = False
+    if not known:
+        for fd in fds:
+            os.close(fd)
+        what, remedy = f"custody holds {name}, which nobody knows", "restart whoever has custody to free it"
+        return Finding("custody-unknown", Severity.WARNING, name, what, "custody", remedy)
+    desk.hold(name, fds)
+    region = msgspec.structs.replace(region, state=RegionState.RESERVED)
+    text = f"region {name} was in custody and not in the ledger; it is taken over"
+    write(Happened(time.time_ns(), "adopted", name, text, change=Change(regions=(region,))))
+    remedy = f"look into it, then map it or release {name}"
+    return Finding("region-found", Severity.WARNING, name, text, "custody", remedy)
+
+
+# --- what was under way -----------------------------------------------------------------------------------------
+
+
+def _finish(desk: Desk, write: Write, number: int, intent: Intent) -> Iterator[Finding]:
+    """Carry an unfinished action through, or take it back."""
+    action = intent.action
+    try:
+        if isinstance(action, FORWARD):
+            write(_forward(desk, number, action))
+        else:
+            write(_back(desk, number, intent))
+    except MemconsoleError as error:
+        write(Failed(number, time.time_ns(), error.code, str(error)))
+        yield Finding(
+            "action-unfinished",
+            Severity.WARNING,
+            intent.subject,
+            f"{action.spec.title} of {intent.subject} was cut short, and could not be ended: {error}",
+            f"ledger record {number}",
+            error.remedy or f"try again: {actions.cli_form(action)}",
+        )
+
+
+def _forward(desk: Desk, number: int, action: actions.Action) -> Record:
+    _reconnected(desk, action)
+    work = verbs.work(desk, action)
+    now = time.time_ns()
+    if work.refusals:
+        return Failed(number, now, work.refusals[0].code, work.refusals[0].what)
+    steps.run(action.spec.id, work.steps)
+    return Done(number, now, f"{work.text} (carried through after a restart)", work.change)
+
+
+def _reconnected(desk: Desk, action: actions.Action) -> None:
+    """Wait for the agent of the guest that an action will ask, so that it is not killed for being late."""
+    state = desk.state
+    name = getattr(action, "name", "")
+    if isinstance(action, actions.Revoke) and action.grant in state.grants:
+        name = state.grants[action.grant].guest
+    elif isinstance(action, actions.WindowRevoke) and (grant := state.window_of(action.window)):
+        name = grant.guest
+    live = desk.live(name)
+    if live is not None and live.kind is not GuestKind.QEMU:
+        desk.hub.connected(name, RECONNECT_S)
+
+
+def _back(desk: Desk, number: int, intent: Intent) -> Record:
+    action = intent.action
+    if isinstance(action, actions.GuestStart):
+        for handle in orphans(desk, action.name):
+            with contextlib.closing(handle):
+                handle.kill(STOP_S)
+        forget(desk, action.name)
+    if isinstance(action, (actions.Reserve, actions.GuestStart)):
+        drop_custody(desk, action.name)
+    if isinstance(action, actions.Map):
+        for grant in intent.aims.grants:
+            if _still_mapped(desk, grant):
+                text = f"{grant.guest} maps {grant.region} as {grant.id} (found after a restart)"
+                return Done(number, time.time_ns(), text, Change(grants=(mapped(grant),)))
+    return Failed(number, time.time_ns(), "CutShort", "the control process died; what was done of it is undone")
+
+
+def _still_mapped(desk: Desk, grant: Grant) -> bool:
+    """Whether a guest keeps a grant nobody was told of; its agent is asked for it as soon as it connects."""
+    live, region = desk.live(grant.guest), desk.state.regions.get(grant.region)
+    if live is None or region is None:
+        return False
+    with contextlib.suppress(NotFound):
+        desk.hub.connected(grant.guest, RECONNECT_S)
+    deadline = time.monotonic() + OFFER_S
+    while desk.reach(region, grant.offset, grant.length, without=grant.id).pids:
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(0.02)
+    return False

@@ -1,0 +1,251 @@
+"""The control process: the only writer. It plans and applies Actions, and takes Snapshots meanwhile.
+
+    apply   intent record → steps (steps.py, made by a verb) → done or failed record → event
+    start   ledger and fds out of custody → state → regions and guests taken over → what was unfinished is ended
+
+An embedded control process has custody itself and ends with its guests and regions; one whose custody survives it
+leaves everything as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from memconsole import actions
+from memconsole.actions import Action, AnyAction
+from memconsole.backend import adoption, steps, survey, verbs
+from memconsole.backend.custody import Custody, OwnCustody
+from memconsole.backend.desk import STOP_S, Desk
+from memconsole.backend.kernel import tree
+from memconsole.backend.ledger import Ledger
+from memconsole.backend.state import KINDS, Change, Done, Failed, Happened, Intent, Record, fold
+from memconsole.backend.survey import Meant
+from memconsole.backend.tables import Tables
+from memconsole.backend.verbs.common import is_vm
+from memconsole.errors import MemconsoleError, Refused
+from memconsole.model import Danger, Event, Finding, GrantState, Outcome, Plan, Refusal, Snapshot
+
+if TYPE_CHECKING:
+    from memconsole.extents import ExtentTable
+
+LEDGER = "ledger"
+"""What the ledger is called in custody."""
+
+
+class Control:
+    """A Source over this host; every method may be called from any thread."""
+
+    def __init__(
+        self, runtime_dir: Path, custody: Custody, *, label: str = "", read_only: str = "", root: Path = Path("/")
+    ) -> None:
+        """Take over what custody holds, or begin with nothing; ``custody`` is closed with this.
+
+        Sockets and files of guests lie in ``runtime_dir``, which is made when the first is needed.
+
+        Raises:
+            BadFile: the ledger in custody cannot be believed, or is of a newer version.
+            KernelRefused: there is no memory for a ledger.
+        """
+        self._label = label or f"control process {os.getpid()}"
+        self._read_only = read_only
+        self._root = root
+        self._custody = custody
+        self._acting = threading.RLock()
+        self._recording = threading.Lock()
+        self._closed = False
+        self._ledger = _ledger(custody, root)
+        self._state = fold(self._ledger.records())
+        self._desk = Desk(runtime_dir, custody, lambda: self._state, self._guest_changed, root)
+        self._tables = Tables(self._desk)
+        self._standing: list[Finding] = [self._ledger.dropped.finding()] if self._ledger.dropped else []
+        with self._acting:
+            self._standing += adoption.adopt(self._desk, self._record)
+
+    # --- looking --------------------------------------------------------------------------------------------------
+
+    @property
+    def label(self) -> str:
+        """Where this comes from."""
+        return self._label
+
+    @property
+    def read_only(self) -> str:
+        """Why no Action can be applied, or an empty string."""
+        return self._read_only
+
+    def snapshot(self) -> Snapshot:
+        """The present Snapshot; an action under way does not hold it up.
+
+        Raises:
+            NotFound, Denied, KernelRefused, BadFile: this host cannot be read at all.
+        """
+        meant = Meant(
+            self._state,
+            self._desk.backings(),
+            self._desk.answers(),
+            dict(self._tables.scanned),
+            self._desk.exempt,
+            tuple(self._standing),
+        )
+        return survey.survey(meant, self._root)
+
+    def extents(self, key: str) -> ExtentTable:
+        """The PFN map of ``region:NAME`` or ``guest:NAME``, which the caller closes; see :class:`tables.Tables`.
+
+        Raises:
+            NotFound, Denied, Gone, KernelRefused: there is none, or it cannot be read.
+        """
+        return self._tables.get(key)
+
+    def events(self, after: int) -> Sequence[Event]:
+        """The last events (1000 at most) above ``after``, oldest first."""
+        return [event for event in self._state.events if event.seq > after]
+
+    # --- doing ----------------------------------------------------------------------------------------------------
+
+    def plan(self, action: Action) -> Plan:
+        """What the Action would do now, or by what name it is refused; nothing is changed."""
+        work = verbs.work(self._desk, action)
+        refusals = [self._not_here(action)] if self._read_only else []
+        spec = action.spec
+        return Plan(
+            spec.id,
+            actions.cli_form(action),
+            spec.danger,
+            tuple(step.effect for step in work.steps),
+            (*refusals, *work.refusals),
+            work.subject if spec.danger is Danger.DESTROYS else None,
+        )
+
+    def apply(self, action: Action, *, peer: str = "") -> Outcome:
+        """Plan once more and do it; ``peer`` is who asked, for the ledger.
+
+        Raises:
+            Refused: the first refusal of the plan; nothing was done.
+            MemconsoleError: a step failed; those before it were undone.
+        """
+        with self._acting:
+            began = time.monotonic_ns()
+            refusals = [self._not_here(action)] if self._read_only or self._closed else []
+            work = verbs.work(self._desk, action) if not refusals else None
+            if work is None or work.refusals:
+                first = (refusals or work.refusals)[0] if work else refusals[0]
+                raise Refused(first.what, first.why, first.remedy, code=first.code)
+            number = self._record(Intent(time.time_ns(), cast("AnyAction", action), work.subject, peer, work.aims))
+            try:
+                steps.run(action.spec.id, work.steps)
+            except BaseException as error:
+                code = error.code if isinstance(error, MemconsoleError) else type(error).__name__
+                self._record(Failed(number, time.time_ns(), code, str(error), work.lasting))
+                raise
+            self._record(Done(number, time.time_ns(), work.text, work.change))
+            self._settle(work.change)
+        return Outcome(
+            action.spec.id,
+            work.subject,
+            work.text,
+            tuple(step.effect for step in work.steps),
+            time.monotonic_ns() - began,
+            work.revoke,
+        )
+
+    def denied(self, peer: str, what: str) -> None:
+        """Record as an event that a peer was denied something."""
+        self._record(Happened(time.time_ns(), "denied", peer, f"{what} was denied", peer))
+
+    def close(self) -> None:
+        """Let go of everything; with custody of its own, guests it started end and its regions are freed."""
+        with self._acting:
+            if self._closed:
+                return
+            self._closed = True
+            if not self._custody.survives:
+                self._end_guests()
+            self._tables.close()
+            self._desk.close()
+            self._custody.close()
+            self._ledger.close()
+            if not self._custody.survives:
+                shutil.rmtree(self._desk.runtime_dir / "guests", ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    self._desk.runtime_dir.rmdir()
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _not_here(self, action: Action) -> Refusal:
+        why = self._read_only or "it is closed"
+        return Refusal("ReadOnly", f"{action.spec.title} is not done here", why, "open it without --read-only")
+
+    def _record(self, record: Record) -> int:
+        """Append a record and fold it in; its number."""
+        with self._recording:
+            return self._append(record)
+
+    def _append(self, record: Record) -> int:
+        seq = self._ledger.append(KINDS[type(record)], record)
+        self._state = self._state.after(seq, record)
+        return seq
+
+    def _settle(self, change: Change) -> None:
+        """What is due after an action: tables of what is gone, grants mapped meanwhile, a ledger grown long."""
+        self._tables.forget()
+        for guest in {grant.guest for grant in change.grants if grant.state is GrantState.OFFERED}:
+            self._guest_changed(guest)
+        with self._recording:
+            if self._ledger.worth_compacting and not self._state.unfinished:
+                whole = self._state.whole()
+                self._ledger.compact([(KINDS[type(whole)], whole)])
+
+    def _guest_changed(self, name: str) -> None:
+        """A guest's agent came, went, mapped or unmapped: what was only offered may be mapped now."""
+        mapped = self._desk.mapped(name)
+        with self._recording:
+            now = tuple(
+                grant
+                for grant in self._state.grants_of(guest=name)
+                if grant.state is GrantState.OFFERED and grant.id in mapped
+            )
+            if now:
+                ids = ", ".join(grant.id for grant in now)
+                change = Change(grants=tuple(adoption.mapped(grant) for grant in now))
+                self._append(Happened(time.time_ns(), "mapped", name, f"{name} maps {ids}", change=change))
+
+    def _end_guests(self) -> None:
+        for guest in list(self._state.guests.values()):
+            live = self._desk.live(guest.name)
+            if live is not None and is_vm(guest):
+                with contextlib.suppress(MemconsoleError):
+                    live.stop(STOP_S)
+
+
+def _ledger(custody: Custody, root: Path) -> Ledger:
+    """The ledger in custody, or a new one put there."""
+    if LEDGER in custody.names():
+        fd, _ = custody.get(LEDGER)
+        try:
+            return Ledger.open(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+    ledger = Ledger.create(tree.line(root, "/proc/sys/kernel/random/boot_id"))
+    try:
+        custody.put(LEDGER, ledger.fd)
+    except BaseException:
+        ledger.close()
+        raise
+    return ledger
+
+
+def embedded(runtime_dir: Path | None = None, *, read_only: str = "", root: Path = Path("/")) -> Control:
+    """A control process inside this one, which has custody itself; its directory is private unless one is given."""
+    if runtime_dir is None:
+        base = Path("/run") if os.access("/run", os.W_OK) else Path(os.environ.get("XDG_RUNTIME_DIR", "/tmp"))  # noqa: S108
+        runtime_dir = base / f"memconsole-{os.getpid()}-{os.urandom(3).hex()}"
+    return Control(runtime_dir, OwnCustody(), label="embedded", read_only=read_only, root=root)

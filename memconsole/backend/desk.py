@@ -1,0 +1,293 @@
+"""What verbs work with: custody, the regions' fds, live guests, the agents socket, and what the ledger means.
+
+One thread at a time changes a Desk (the control process's lock of actions); any number look at it meanwhile, so what
+lookers use (fds, guests) is only taken away under ``_looking``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from memconsole.backend import survey
+from memconsole.backend.custody import Custody
+from memconsole.backend.exports.fd import Hub
+from memconsole.backend.guests.base import Guest as LiveGuest
+from memconsole.backend.guests.base import Offer
+from memconsole.backend.guests.canary import CanaryGuest
+from memconsole.backend.guests.process import ProcessGuest
+from memconsole.backend.guests.qemu import QemuGuest
+from memconsole.backend.kernel import census, pci
+from memconsole.backend.reach import Reach, find
+from memconsole.backend.state import State, WindowGrant
+from memconsole.backend.stores import memfd
+from memconsole.backend.survey import Answer, Backing, Readers
+from memconsole.errors import GuestError, MemconsoleError, NotFound, UsageError
+from memconsole.model import Grant, Guest, GuestKind, GuestState, Region, Window
+
+STOP_S = 5.0
+"""Seconds a guest has to end in order."""
+
+
+@dataclass
+class _Held:
+    """A live guest; ``asking`` is held while it is asked or let go, so that nobody asks one that was let go."""
+
+    live: LiveGuest
+    asking: threading.Lock = field(default_factory=threading.Lock)
+    open: bool = True
+
+
+class Desk:
+    """The things of one control process; ``root`` is where its host's tree stands."""
+
+    def __init__(
+        self,
+        runtime_dir: Path,
+        custody: Custody,
+        state: Callable[[], State],
+        on_guest: Callable[[str], None],
+        root: Path = Path("/"),
+    ) -> None:
+        self.root = root
+        self.runtime_dir = runtime_dir
+        self.custody = custody
+        self._state = state
+        self._on_guest = on_guest
+        self._hub: Hub | None = None
+        self._looking = threading.RLock()
+        self._fds: dict[str, tuple[int, ...]] = {}
+        self._guests: dict[str, _Held] = {}
+
+    @property
+    def state(self) -> State:
+        """What the ledger means now."""
+        return self._state()
+
+    @property
+    def exempt(self) -> frozenset[int]:
+        """Processes that hold regions for us: this one, and whoever has custody."""
+        return frozenset({os.getpid(), getattr(self.custody, "pid", 0)} - {0})
+
+    @property
+    def hub(self) -> Hub:
+        """The agents socket, opened with the first guest.
+
+        Raises:
+            KernelRefused: it cannot be made.
+        """
+        if self._hub is None:
+            self.runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+            self._hub = Hub(self.runtime_dir / "agents", on_change=self._on_guest)
+        return self._hub
+
+    # --- regions --------------------------------------------------------------------------------------------------
+
+    def fds(self, region: str) -> tuple[int, ...]:
+        """The segments' fds of a region.
+
+        Raises:
+            NotFound: nobody holds its memory any more.
+        """
+        fds = self._fds.get(region)
+        if fds is None:
+            raise NotFound(f"the memory of region {region} is lost", "nobody holds it", f"release {region}")
+        return fds
+
+    @contextlib.contextmanager
+    def borrowed(self, region: str) -> Iterator[tuple[int, ...]]:
+        """Copies of a region's fds, for long looks that must not hold up anybody.
+
+        Raises:
+            NotFound: nobody holds its memory any more.
+        """
+        with contextlib.ExitStack() as stack:
+            with self._looking:
+                copies = tuple(os.dup(fd) for fd in self.fds(region))
+            for fd in copies:
+                stack.callback(os.close, fd)
+            yield copies
+
+    def hold(self, region: str, fds: tuple[int, ...]) -> None:
+        """Keep a region's fds."""
+        with self._looking:
+            self._fds[region] = fds
+
+    def let_go(self, region: str) -> None:
+        """Close a region's fds; custody is another matter."""
+        with self._looking:
+            for fd in self._fds.pop(region, ()):
+                os.close(fd)
+
+    def has(self, region: str) -> bool:
+        """Whether a region's memory is held."""
+        return region in self._fds
+
+    def free(self, region: str) -> None:
+        """Take a region's frames from everybody and close its fds; one whose memory is lost has nothing to free.
+
+        Raises:
+            KernelRefused: it is preserved for a kexec.
+        """
+        with self._looking:
+            if region in self._fds:
+                memfd.free(self._fds[region])
+                del self._fds[region]
+
+    def backings(self) -> dict[str, tuple[Backing, ...]]:
+        """Every region's segments as their fds show them."""
+        found = {}
+        with self._looking:
+            for name, fds in self._fds.items():
+                stats = [os.fstat(fd) for fd in fds]
+                found[name] = tuple(
+                    Backing(stat.st_dev, stat.st_ino, stat.st_size, stat.st_blocks * 512, memfd.seals(fd))
+                    for fd, stat in zip(fds, stats, strict=True)
+                )
+        return found
+
+    def promised(self) -> int:
+        """Bytes of reserved base pages that have no frame yet: memory that is spoken for."""
+        backings = self.backings()
+        return sum(
+            max(0, region.size - sum(backing.resident for backing in backings.get(region.name, ())))
+            for region in self.state.regions.values()
+            if region.page_size == memfd.PAGE_SIZES[0]
+        )
+
+    def reach(self, region: Region, offset: int, length: int, *, without: str = "") -> Reach:
+        """Who reaches a range by kernel truth; processes of guests with a grant other than ``without`` may hold it."""
+        state = self.state
+        may_hold = {
+            guest.pid
+            for grant in state.grants_of(region=region.name)
+            if grant.id != without and (guest := state.guests.get(grant.guest)) is not None and guest.pid is not None
+        }
+        with self.borrowed(region.name) if self.has(region.name) else contextlib.nullcontext(()) as fds:
+            return find(region, fds, offset, length, exempt=self.exempt, may_hold=may_hold)
+
+    # --- windows --------------------------------------------------------------------------------------------------
+
+    def windows(self) -> tuple[Window, ...]:
+        """The MMIO windows of this host, with who has them."""
+        return survey.windows(self.state, census.take(self.root), Readers())
+
+    def reaches_window(self, guest: Guest, window: Window) -> bool:
+        """Whether a guest's process maps a window, or holds its resource file."""
+        seen = census.take(self.root)
+        process = seen.processes.get(guest.pid or 0)
+        if process is None or process.start_ticks != guest.start_ticks:
+            return False
+        holders = pci.holders(seen, pci.functions(self.root))
+        name = f"{window.bdf}/resource{window.bar}"
+        return process.pid in holders.get(window.id, ()) or any(link.endswith(name) for link in process.fds.values())
+
+    # --- guests ---------------------------------------------------------------------------------------------------
+
+    def directory(self, guest: str) -> Path:
+        """Where a guest's sockets and log lie."""
+        return self.runtime_dir / "guests" / guest
+
+    def live(self, guest: str) -> LiveGuest | None:
+        """A guest as something that answers; None when its process is gone."""
+        held = self._guests.get(guest)
+        return held.live if held else None
+
+    def meet(self, live: LiveGuest) -> None:
+        """Keep a live guest."""
+        self._guests[live.name] = _Held(live)
+
+    def part(self, guest: str) -> None:
+        """Let go of a guest, whose process may go on."""
+        held = self._guests.pop(guest, None)
+        if held is not None:
+            with held.asking:
+                held.open = False
+                held.live.close()
+
+    def mapped(self, guest: str) -> frozenset[str]:
+        """The grants a guest's agent said it has mapped."""
+        with contextlib.suppress(NotFound):
+            if self._hub is not None:
+                return self._hub.mapped(guest)
+        return frozenset()
+
+    def withdraw(self, grant: Grant | WindowGrant) -> None:
+        """Offer a grant no more to a guest's agent, should it connect again."""
+        if self._hub is not None:
+            with contextlib.suppress(NotFound):
+                self._hub.withdraw(grant.guest, grant.id)
+
+    def foreign(self) -> tuple[Guest, ...]:
+        """The VMs that run here without us."""
+        return survey.foreign(census.take(self.root), self.state)
+
+    def adopt_guest(self, guest: Guest) -> LiveGuest:
+        """Take hold of a guest's process again, with the grants it has.
+
+        Raises:
+            Gone: it ended, or its PID belongs to another process.
+        """
+        if guest.pid is None or guest.start_ticks is None:
+            raise UsageError(f"guest {guest.name} has no process", "", "")
+        grants = self.state.grants_of(guest=guest.name)
+        live: LiveGuest
+        if guest.kind is GuestKind.QEMU:
+            ram = grants[0].id if grants else ""
+            live = QemuGuest.adopt(guest.name, guest.pid, guest.start_ticks, self.directory(guest.name), ram)
+        else:
+            kind = CanaryGuest if guest.kind is GuestKind.CANARY else ProcessGuest
+            with contextlib.ExitStack() as stack:
+                offers = [stack.enter_context(self.offered(grant)) for grant in grants if grant.region in self._fds]
+                live = kind.adopt(guest.name, guest.pid, guest.start_ticks, self.hub, offers)
+        self.meet(live)
+        return live
+
+    @contextlib.contextmanager
+    def offered(self, grant: Grant) -> Iterator[Offer]:
+        """A grant as its guest receives it; the fd in it is closed when it was handed over.
+
+        Raises:
+            Refused: it reaches over the border of two segments.
+            NotFound: the region's memory is lost.
+        """
+        fds = self.fds(grant.region)
+        index, offset = divmod(grant.offset, memfd.SEGMENT)
+        fd = memfd.give(fds[index], grant.access)
+        try:
+            yield Offer(grant.id, fd, offset, grant.length, grant.access, grant.gpa)
+        finally:
+            os.close(fd)
+
+    def answers(self) -> dict[str, Answer]:
+        """What every live guest says of itself; one that does not answer in time is left out."""
+        found = {}
+        for name, held in list(self._guests.items()):
+            with held.asking, contextlib.suppress(MemconsoleError):
+                if held.open:
+                    found[name] = _answer(held.live)
+        return found
+
+    def close(self) -> None:
+        """Let go of everything; guests go on, and custody keeps what it holds."""
+        for name in list(self._guests):
+            self.part(name)
+        if self._hub is not None:
+            self._hub.close()
+            self._hub = None
+        for name in list(self._fds):
+            self.let_go(name)
+
+
+def _answer(live: LiveGuest) -> Answer:
+    state = live.state()
+    if state is GuestState.GONE:
+        return Answer(state)
+    try:
+        return Answer(state, live.agent(), live.progress())
+    except GuestError:
+        return Answer(state, agent=False)

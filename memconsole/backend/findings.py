@@ -1,0 +1,137 @@
+"""Differences between what should be and what is, as findings of a Snapshot.
+
+    error    memory is lost, wrong, or reachable by somebody it was not granted to
+    warning  memory will be lost, or something we hold has ended
+    info     worth knowing
+
+What a host as such cannot do is no finding: that is what gaps and ``doctor`` are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from memconsole.model import Finding, GrantState, Guest, GuestKind, GuestState, Region, Severity, Snapshot
+from memconsole.units import format_size
+
+if TYPE_CHECKING:
+    from memconsole.backend.survey import Over
+
+RUNS_SLOW = 8192
+"""Runs of frames from which on the next kernel's boot takes seconds longer (its scans are quadratic in them)."""
+
+
+def find(snapshot: Snapshot, strays: Iterable[Over]) -> tuple[Finding, ...]:
+    """Every difference in this Snapshot; ``strays`` are mappings of regions that no grant accounts for."""
+    return (
+        *(finding for region in snapshot.regions for finding in _region(region, snapshot)),
+        *(finding for guest in snapshot.guests for finding in _guest(guest)),
+        *_grants(snapshot),
+        *_strays(strays),
+        *_windows(snapshot),
+    )
+
+
+def _region(region: Region, snapshot: Snapshot) -> Iterator[Finding]:
+    if region.seen is None:
+        yield Finding(
+            "region-lost",
+            Severity.ERROR,
+            region.name,
+            f"nobody holds the memory of region {region.name} any more",
+            "custody",
+            f"its contents are gone: memconsole release {region.name}",
+        )
+        return
+    if region.seen.runs is not None and region.seen.runs > RUNS_SLOW:
+        yield Finding(
+            "region-fragmented",
+            Severity.WARNING if snapshot.survival.luo else Severity.INFO,
+            region.name,
+            f"region {region.name} lies in {region.seen.runs:,} runs of frames: a kexec with it boots slowly",
+            "/proc/self/pagemap",
+            "reserve it anew where transparent huge pages are allowed (shmem_enabled=advise) or with --page-size 2M",
+        )
+    if region.page_size > snapshot.host.page_size and snapshot.survival.luo:
+        yield Finding(
+            "region-not-preserved",
+            Severity.INFO,
+            region.name,
+            f"region {region.name} would not survive a kexec: its pages come from the hugetlb pool",
+            "live update preserves no hugetlb memory",
+            "reserve it with 4K pages; transparent huge pages bring the same speed",
+        )
+
+
+def _guest(guest: Guest) -> Iterator[Finding]:
+    if guest.kind is not GuestKind.FOREIGN and guest.state is GuestState.GONE:
+        yield Finding(
+            "guest-gone",
+            Severity.WARNING,
+            guest.name,
+            f"guest {guest.name} is gone: its process {guest.pid} ended without being stopped",
+            f"/proc/{guest.pid}",
+            f"memconsole guest stop {guest.name} ends its grants; its regions keep their contents",
+        )
+    if guest.kind is not GuestKind.FOREIGN and guest.state is GuestState.STOPPED:
+        yield Finding(
+            "guest-stopped",
+            Severity.WARNING,
+            guest.name,
+            f"guest {guest.name} cannot go on: its process runs, its vCPUs do not",
+            "its own answer",
+            f"memconsole guest stop {guest.name}, and look into its log",
+        )
+    if guest.progress is not None and guest.progress.wrong:
+        yield Finding(
+            "guest-corrupt",
+            Severity.ERROR,
+            guest.name,
+            f"guest {guest.name} found {guest.progress.wrong:,} wrong bytes in its memory",
+            "its own check of its RAM",
+            "look who else maps its regions; keep it paused while you look",
+        )
+
+
+def _grants(snapshot: Snapshot) -> Iterator[Finding]:
+    guests = {guest.name: guest for guest in snapshot.guests}
+    for grant in snapshot.grants:
+        guest = guests.get(grant.guest)
+        if grant.state is GrantState.MAPPED and guest is not None and guest.seen is not None and not grant.seen:
+            yield Finding(
+                "grant-unmapped",
+                Severity.WARNING,
+                grant.id,
+                f"guest {guest.name} said it mapped {grant.region} ({grant.id}), and does not map it",
+                f"/proc/{guest.pid}/maps",
+                f"memconsole revoke {grant.id}, or restart the guest",
+            )
+
+
+def _strays(strays: Iterable[Over]) -> Iterator[Finding]:
+    found: dict[tuple[str, int], int] = {}
+    for over in strays:
+        found[over.region, over.pid] = found.get((over.region, over.pid), 0) + over.vma.size
+    for (region, pid), size in found.items():
+        yield Finding(
+            "mapping-unknown",
+            Severity.ERROR,
+            region,
+            f"process {pid} maps {format_size(size)} of region {region} without a grant",
+            f"/proc/{pid}/maps",
+            f"end process {pid}, or revoke the grant of whoever gave it the region",
+        )
+
+
+def _windows(snapshot: Snapshot) -> Iterator[Finding]:
+    for window in snapshot.windows:
+        if window.grant is not None and window.claimed is not None:
+            yield Finding(
+                "window-claimed",
+                Severity.ERROR,
+                window.id,
+                f"window {window.id} is granted to {window.guest}, and the kernel's {window.claimed} has it too",
+                "/proc/iomem",
+                f"memconsole window revoke {window.id}, or unbind the driver",
+            )

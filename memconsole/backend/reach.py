@@ -1,0 +1,103 @@
+"""Who can still reach a range of a region: the kernel's answer, never the ledger's or a guest's.
+
+    a VMA over the range          reaches it now
+    an fd of the region's memfd   can map it any time; it is fair only in a guest that has a grant on that region
+    a process not shown to us     may do either: then the frames themselves are asked (/proc/kpagecount)
+
+What no file of the kernel shows is not found here: an fd in flight in a socket's queue, an io_uring's fixed buffer, a
+page in a pipe. Taking those frames away from everybody is what ``release`` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from memconsole.backend import survey
+from memconsole.backend.kernel import census as census_of
+from memconsole.backend.kernel import memfds
+from memconsole.backend.survey import Over
+from memconsole.errors import Denied, MemconsoleError
+from memconsole.model import Region
+
+
+@dataclass(frozen=True)
+class Reach:
+    """``mapped``: VMAs over the range; ``held``: (PID, fd) of its memfd; ``unseen``: why this may not be all."""
+
+    mapped: tuple[Over, ...]
+    held: tuple[tuple[int, int], ...]
+    unseen: str = ""
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The processes that reach it."""
+        return tuple(sorted({over.pid for over in self.mapped} | {pid for pid, _ in self.held}))
+
+    def __str__(self) -> str:
+        words = []
+        if self.mapped:
+            words.append("mapped by " + ", ".join(str(pid) for pid in sorted({over.pid for over in self.mapped})))
+        if self.held:
+            words.append("its memfd is held by " + ", ".join(str(pid) for pid in sorted({pid for pid, _ in self.held})))
+        return "; ".join([*words, self.unseen] if self.unseen else words) or "nobody"
+
+
+def find(
+    region: Region,
+    fds: Sequence[int],
+    offset: int,
+    length: int,
+    *,
+    exempt: Collection[int],
+    may_hold: Collection[int] = (),
+) -> Reach:
+    """Who reaches ``length`` bytes from ``offset`` of a region, apart from ``exempt`` processes (us and our custody).
+
+    ``may_hold`` are processes with a right to the region's memfd (another grant on it).
+
+    Raises:
+        Denied, KernelRefused, BadFile: the processes of this host cannot be read.
+    """
+    census = census_of.take()
+    mapped = tuple(
+        over
+        for over in survey.mappings(census, [region])
+        if over.pid not in exempt and over.offset < offset + length and offset < over.offset + over.vma.size
+    )
+    objects = {(segment.device, segment.inode) for segment in region.segments}
+    held = tuple(
+        (pid, fd)
+        for memfd in memfds.memfds(census)
+        if (memfd.device, memfd.inode) in objects
+        for pid, fd in memfd.holders
+        if pid not in exempt and pid not in may_hold
+    )
+    unseen = ""
+    if census.hidden and not mapped and not held:
+        unseen = _ask_frames(region, fds, offset, length, len(census.hidden))
+    return Reach(mapped, held, unseen)
+
+
+def _ask_frames(region: Region, fds: Sequence[int], offset: int, length: int, hidden: int) -> str:
+    """Why it cannot be said that no hidden process maps the range; empty when its frames are mapped nowhere."""
+    from memconsole.extents import ExtentTable
+
+    who = f"{hidden} processes are not shown to this user"
+    base = 0
+    for fd, segment in zip(fds, region.segments, strict=True):
+        start, end = max(offset - base, 0), min(offset + length - base, segment.size)
+        base += segment.size
+        if start >= end:
+            continue
+        try:
+            with ExtentTable.scan_fd(fd, segment.size) as table:
+                for row, count in zip(table, table.join_page_counts(), strict=True):
+                    first = row.offset * table.page_size
+                    if count.most and first < end and start < first + row.count * table.page_size:
+                        return f"{who}, and one of them maps it"
+        except Denied:
+            return f"{who}, and its frames cannot be asked (/proc/kpagecount)"
+        except MemconsoleError as error:
+            return f"{who}, and its frames cannot be asked ({error})"
+    return ""

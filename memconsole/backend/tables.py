@@ -1,0 +1,185 @@
+"""PFN maps of regions and guests, scanned when asked for and kept for as long as nothing seems to have changed.
+
+region:NAME             by offset in the region, whoever maps it
+guest:NAME, ours        by gpa, as its own page tables see its grants; by hva where no grant has a gpa
+guest:NAME, foreign     by hva, over the mappings that look like its RAM
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from memconsole.backend import survey
+from memconsole.backend.desk import Desk
+from memconsole.backend.kernel import census as census_of
+from memconsole.backend.kernel import host, kvm
+from memconsole.backend.survey import Scanned
+from memconsole.errors import Gone, NotFound
+from memconsole.model import Guest, GuestKind
+
+if TYPE_CHECKING:
+    from memconsole.extents import ExtentTable
+
+FRESH_S = 2.0
+"""Seconds a table is believed while its memory's resident size stays the same."""
+
+
+class Part(NamedTuple):
+    """A range of a process's memory: ``length`` bytes at ``start``; its first page is page ``base`` of the table."""
+
+    start: int
+    length: int
+    base: int
+
+
+@dataclass
+class _Kept:
+    table: ExtentTable
+    token: Hashable
+    at: float
+
+
+class Tables:
+    """The PFN maps of one control process; every method may be called from any thread."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._lock = threading.Lock()
+        self._kept: dict[str, _Kept] = {}
+        self.scanned: dict[str, Scanned] = {}
+
+    def get(self, key: str) -> ExtentTable:
+        """The table of a key, which the caller closes.
+
+        Raises:
+            NotFound: no such region or guest, or it has no memory mapped. Denied: PFNs are not shown to this user.
+            Gone: the process ended.
+        """
+        from memconsole.extents import ExtentTable
+
+        kind, _, name = key.partition(":")
+        if kind not in {"region", "guest"} or not name:
+            raise NotFound(f"there is no PFN map {key!r}", "a key is region:NAME or guest:NAME", "memconsole regions")
+        token = self._token(kind, name)
+        with self._lock:
+            kept = self._kept.get(key)
+            if kept is None or kept.token != token or time.monotonic() - kept.at > FRESH_S:
+                table = self._region(name) if kind == "region" else self._guest(name)
+                if kept is not None:
+                    kept.table.close()
+                kept = self._kept[key] = _Kept(table, token, time.monotonic())
+            return ExtentTable.from_fd(kept.table.fd)
+
+    def forget(self) -> None:
+        """Drop what is kept of regions and guests that are no more."""
+        state = self._desk.state
+        with self._lock:
+            for key in list(self._kept):
+                kind, _, name = key.partition(":")
+                if name not in (state.regions if kind == "region" else state.guests):
+                    self._kept.pop(key).table.close()
+            self.scanned = {name: found for name, found in self.scanned.items() if name in state.regions}
+
+    def close(self) -> None:
+        """Close every table kept; those handed out stay open."""
+        with self._lock:
+            for kept in self._kept.values():
+                kept.table.close()
+            self._kept.clear()
+
+    def _token(self, kind: str, name: str) -> Hashable:
+        """What differs when the memory behind a table certainly changed."""
+        if kind == "guest":
+            guest = self._known_guest(name)
+            return guest.pid, guest.start_ticks, tuple(self._desk.state.grants_of(guest=name))
+        if name not in self._desk.state.regions:
+            raise NotFound(f"there is no region {name}", "", "memconsole regions")
+        return self._desk.backings().get(name)
+
+    def _region(self, name: str) -> ExtentTable:
+        from memconsole.extents import ExtentTable
+
+        tables: list[ExtentTable] = []
+        page = host.page_size(self._desk.root)
+        try:
+            with self._desk.borrowed(name) as fds:
+                base = 0
+                for fd, segment in zip(fds, self._desk.state.regions[name].segments, strict=True):
+                    found = ExtentTable.scan_fd(fd, segment.size)
+                    tables.append(_moved(found, base) if base else found)
+                    base += segment.size // page
+            table = ExtentTable.concat(tables) if len(tables) > 1 else tables.pop()
+        finally:
+            for each in tables:
+                each.close()
+        stats = table.stats()
+        self.scanned[name] = Scanned(stats.runs, stats.huge * table.page_size, time.time_ns())
+        return table
+
+    def _known_guest(self, name: str) -> Guest:
+        guest = self._desk.state.guests.get(name)
+        if guest is None:
+            guest = next((each for each in self._desk.foreign() if each.name == name), None)
+        if guest is None or guest.pid is None:
+            raise NotFound(f"there is no guest {name}", "", "memconsole guests")
+        return guest
+
+    def _guest(self, name: str) -> ExtentTable:
+        from memconsole.extents import ExtentTable
+
+        guest = self._known_guest(name)
+        parts = self._parts(guest)
+        if not parts or guest.pid is None:
+            raise NotFound(f"guest {name} has no memory mapped", "", f"memconsole map REGION {name}")
+        tables: list[ExtentTable] = []
+        try:
+            tables += [ExtentTable.scan(guest.pid, part.start, part.length, base=part.base) for part in parts]
+            return ExtentTable.concat(tables)
+        finally:
+            for table in tables:
+                table.close()
+
+    def _parts(self, guest: Guest) -> list[Part]:
+        census = census_of.take(self._desk.root)
+        process = census.processes.get(guest.pid or 0)
+        if process is None or process.start_ticks != guest.start_ticks:
+            raise Gone(f"guest {guest.name} is gone", f"its process {guest.pid} ended", "")
+        page = host.page_size(self._desk.root)
+        if guest.kind is GuestKind.FOREIGN:
+            return [Part(vma.start, vma.size, vma.start // page) for vma in kvm.guest_ram(process)]
+        state = self._desk.state
+        grants = state.grants_of(guest=guest.name)
+        by_gpa = any(grant.gpa is not None for grant in grants)
+        parts = []
+        for over in survey.mappings(census, state.regions.values()):
+            if over.pid != process.pid:
+                continue
+            for grant in filter(over.overlaps, grants):
+                start = max(over.offset, grant.offset)
+                end = min(over.offset + over.vma.size, grant.offset + grant.length)
+                at = over.vma.start + start - over.offset
+                if by_gpa and grant.gpa is not None:
+                    parts.append(Part(at, end - start, (grant.gpa + start - grant.offset) // page))
+                elif not by_gpa:
+                    parts.append(Part(at, end - start, at // page))
+        return _apart(parts, page)
+
+
+def _moved(table: ExtentTable, base: int) -> ExtentTable:
+    """The table of a region's further segment, by offset in the region; the one given is closed."""
+    with table:
+        rows = [row._replace(offset=row.offset + base) for row in table]
+        return type(table).from_rows(rows, first=table.first + base, pages=table.pages, page_size=table.page_size)
+
+
+def _apart(parts: Sequence[Part], page: int) -> list[Part]:
+    """The parts without those that show a page of the table a second time (a process may map a range twice)."""
+    found: list[Part] = []
+    for part in sorted(parts, key=lambda part: part.base):
+        if not found or part.base >= found[-1].base + found[-1].length // page:
+            found.append(part)
+    return found

@@ -1,0 +1,42 @@
+"""What a verb makes of an Action: refusals, or steps and what the ledger will say once they are done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from memconsole.backend.state import Change
+from memconsole.backend.steps import Step
+from memconsole.model import Refusal, RevokeReport
+
+
+@dataclass
+class Work:
+    """An Action on its way: ``aims`` is known before the first step, the other fields are after the last.
+
+    ``lasting`` is what stays changed even if a later step fails. With refusals there are no steps.
+    """
+
+    subject: str
+    text: str
+    refusals: list[Refusal] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    aims: Change = field(default_factory=Change)
+    change: Change = field(default_factory=Change)
+    lasting: Change = field(default_factory=Change)
+    revoke: RevokeReport | None = None
+
+    def refuse(self, code: str, what: str, why: str = "", remedy: str = "") -> None:
+        """Add a reason not to do it."""
+        self.refusals.append(Refusal(code, what, why, remedy))
+
+    def step(
+        self,
+        id: str,
+        text: str,
+        do: Callable[[], None],
+        undo: Callable[[], None] | None = None,
+        undo_text: str = "",
+    ) -> None:
+        """Add a step."""
+        self.steps.append(Step(id, text, do, undo, undo_text))

@@ -7,7 +7,6 @@ The text follows the OpenMetrics 1.0 exposition format: families of samples, eac
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -21,8 +20,6 @@ from memconsole.backend.wire.server import Service
 from memconsole.backend.wire.shared import Taken
 from memconsole.errors import KernelRefused
 from memconsole.model import GuestState, Snapshot
-
-log = logging.getLogger("memconsole.metrics")
 
 CONTENT_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
@@ -190,29 +187,3 @@ def write_textfile(path: Path, snapshot: Snapshot) -> None:
         with contextlib.suppress(OSError):
             whole.unlink()
         raise KernelRefused(f"write {path}", error.errno or 0, remedy="make room, or give another file") from None
-
-
-@dataclass(eq=False)
-class Textfile:
-    """A textfile that is written anew every ``every`` seconds while the service runs."""
-
-    service: Service
-    path: Path
-    every: float = 15.0
-
-    def start(self) -> None:
-        """Write the first and arrange for the next; on the loop's thread."""
-        self.service.survey.get(self._taken)
-        self.service.loop.later(self.every, self.start)
-
-    def _taken(self, taken: Taken | Exception) -> None:
-        if isinstance(taken, Exception):
-            log.warning("no metrics: %s", taken)
-        elif not self.service.read(lambda: self._write(taken.snapshot)):
-            log.warning("no metrics: the service is busy")
-
-    def _write(self, snapshot: Snapshot) -> None:
-        try:
-            write_textfile(self.path, snapshot)
-        except KernelRefused as error:
-            log.warning("no metrics: %s", error)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,7 @@ from memconsole.backend import metrics
 from memconsole.backend.wire import places
 from memconsole.backend.wire.embedded import Serving, serve_in_thread
 from memconsole.errors import KernelRefused
+from memconsole.model import Snapshot
 
 # exposition = *family "# EOF\n"; family = TYPE [UNIT] HELP 1*sample, all of one name, and no name twice.
 HEAD = re.compile(r"# TYPE (?P<name>[a-z_]+) (?P<kind>gauge|counter|info)")
@@ -127,10 +129,32 @@ def test_the_endpoint_refuses_by_status(serving: Serving, tmp_path: Path, reques
 
 def test_a_textfile_is_written_while_the_service_runs(serving: Serving, tmp_path: Path) -> None:
     path = tmp_path / "memconsole.prom"
-    serving.loop.call(metrics.Textfile(serving.service, path, every=0.05).start)
+    serving.service.each(0.05, partial(metrics.write_textfile, path))
     for _ in range(2):
-        end = time.monotonic() + 10
-        while not path.exists() and time.monotonic() < end:
-            time.sleep(0.005)
+        until(path.exists)
         assert parse(path.read_text())
         path.unlink()
+
+
+def test_what_cannot_be_written_is_said_once_and_tried_again(
+    serving: Serving, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "later" / "memconsole.prom"
+    tried: list[int] = []
+
+    def write(shown: Snapshot) -> None:
+        tried.append(1)
+        metrics.write_textfile(path, shown)
+
+    serving.service.each(0.01, write)
+    until(lambda: len(tried) > 3)
+    assert caplog.text.count("No such file") == 1
+    path.parent.mkdir()
+    until(path.exists)
+
+
+def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)

@@ -29,7 +29,7 @@ from memconsole.backend.wire.roles import Role, Roles
 from memconsole.backend.wire.shared import SharedSurvey, Taken
 from memconsole.backend.wire.streams import Streams
 from memconsole.errors import Denied, MemconsoleError, Refused
-from memconsole.model import Outcome
+from memconsole.model import Outcome, Snapshot
 from memconsole.source import Source
 
 log = logging.getLogger("memconsole.wire")
@@ -240,6 +240,33 @@ class Service:
     def read(self, job: Callable[[], None]) -> bool:
         """Run a job among the reading calls; false if too many wait."""
         return self._read.submit(job)
+
+    def each(self, seconds: float, what: Callable[[Snapshot], None]) -> None:
+        """Have ``what`` called with a Snapshot every so many seconds; an error is logged once, not each time."""
+        complaint = ""
+
+        def begin() -> None:
+            self.survey.get(taken)
+
+        def taken(found: Taken | Exception) -> None:
+            if not self.read(lambda: job(found)):
+                self.loop.later(seconds, begin)
+
+        def job(found: Taken | Exception) -> None:
+            nonlocal complaint
+            try:
+                if isinstance(found, Exception):
+                    raise found
+                what(found.snapshot)
+                complaint = ""
+            except MemconsoleError as error:
+                if str(error) != complaint:
+                    complaint = str(error)
+                    log.warning("%s", error)
+            finally:
+                self.loop.call(lambda: self.loop.later(seconds, begin))
+
+        self.loop.call(begin)
 
     # --- methods --------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Where pages are: tables of extents over the native core.
 
-An :class:`ExtentTable` is a sealed memfd of columns (layout: native/extents.c), so it is passed by fd, mapped in place
+An :class:`ExtentTable` is a sealed memfd of columns (layout: native/sealed.c), so it is passed by fd, mapped in place
 and stored byte for byte. Offsets, pfns and counts are in pages, never bytes. Absent pages have no row: ``pages`` says
 how many pages a table covers, and what no row holds is absent. Rows that continue each other are always merged.
 """

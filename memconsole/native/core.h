@@ -11,6 +11,9 @@
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "tables are little-endian and used in place");
 
+#define MC_MAX_PAGE (1ULL << 62)
+#define MC_MAX_ROWS (1ULL << 56)
+
 /* A row to be sorted by key; what `more` holds is its user's affair. */
 struct mc_ref {
 	uint64_t key;
@@ -37,6 +40,9 @@ static inline uint64_t mc_step(uint32_t flags)
 	return flags & MC_SWAP ? 32 : 1;
 }
 
+const char *mc_row_fault(const struct mc_table *table, uint64_t end, uint64_t offset, uint64_t pfn, uint32_t count,
+			 uint32_t flags);
+void mc_columns_free(struct mc_table *table);
 int mc_table_reserve(struct mc_table *table, uint64_t rows, struct mc_fail *fail);
 void mc_table_drop(struct mc_table *table);
 int mc_table_take(struct mc_table *table, struct mc_table *from, struct mc_fail *fail);

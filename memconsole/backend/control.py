@@ -18,21 +18,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import msgspec
+from msgspec.structs import replace
+
 from memconsole import actions
 from memconsole.actions import Action, AnyAction
-from memconsole.backend import adoption, steps, survey, verbs
-from memconsole.backend.custody import Custody, OwnCustody
+from memconsole.backend import ledger, survey
 from memconsole.backend.desk import STOP_S, Desk
 from memconsole.backend.kernel import tree
 from memconsole.backend.ledger import Ledger
 from memconsole.backend.state import KINDS, Change, Done, Failed, Happened, Intent, Record, fold
 from memconsole.backend.survey import Meant
-from memconsole.backend.tables import Tables
-from memconsole.backend.verbs.common import is_vm
 from memconsole.errors import MemconsoleError, Refused
-from memconsole.model import Danger, Event, Finding, GrantState, Outcome, Plan, Refusal, Snapshot
+from memconsole.model import Danger, Event, Finding, GrantState, GuestKind, Outcome, Plan, Refusal, Snapshot
 
+# A survey needs none of these: they are imported by those who act.
 if TYPE_CHECKING:
+    from memconsole.backend.audit import Audit
+    from memconsole.backend.custody import Custody
+    from memconsole.backend.survey import Scanned
+    from memconsole.backend.tables import Tables
+    from memconsole.backend.verbs.work import Work
     from memconsole.extents import ExtentTable
 
 LEDGER = "ledger"
@@ -43,14 +49,22 @@ class Control:
     """A Source over this host; every method may be called from any thread."""
 
     def __init__(
-        self, runtime_dir: Path, custody: Custody, *, label: str = "", read_only: str = "", root: Path = Path("/")
+        self,
+        runtime_dir: Path,
+        custody: Custody,
+        *,
+        state_dir: Path | None = None,
+        label: str = "",
+        read_only: str = "",
+        root: Path = Path("/"),
     ) -> None:
         """Take over what custody holds, or begin with nothing; ``custody`` is closed with this.
 
-        Sockets and files of guests lie in ``runtime_dir``, which is made when the first is needed.
+        Sockets and files of guests lie in ``runtime_dir``, which is made when the first is needed; the audit trail in
+        ``state_dir``, if there is one.
 
         Raises:
-            BadFile: the ledger in custody cannot be believed, or is of a newer version.
+            BadFile: the ledger in custody cannot be believed, or is of a newer version; or the audit trail is.
             KernelRefused: there is no memory for a ledger.
         """
         self._label = label or f"control process {os.getpid()}"
@@ -62,10 +76,13 @@ class Control:
         self._closed = False
         self._ledger = _ledger(custody, root)
         self._state = fold(self._ledger.records())
+        self._audit = _audit(state_dir, self._ledger, root) if state_dir is not None else None
         self._desk = Desk(runtime_dir, custody, lambda: self._state, self._guest_changed, root)
-        self._tables = Tables(self._desk)
+        self._tables: Tables | None = None
         self._standing: list[Finding] = [self._ledger.dropped.finding()] if self._ledger.dropped else []
-        with self._acting:
+        if custody.names() != [LEDGER] or self._state.unfinished or self._state.guests:
+            from memconsole.backend import adoption
+
             self._standing += adoption.adopt(self._desk, self._record)
 
     # --- looking --------------------------------------------------------------------------------------------------
@@ -90,9 +107,9 @@ class Control:
             self._state,
             self._desk.backings(),
             self._desk.answers(),
-            dict(self._tables.scanned),
+            self._scanned(),
             self._desk.exempt,
-            tuple(self._standing),
+            (*self._standing, *(self._audit.findings() if self._audit is not None else ())),
         )
         return survey.survey(meant, self._root)
 
@@ -102,6 +119,10 @@ class Control:
         Raises:
             NotFound, Denied, Gone, KernelRefused: there is none, or it cannot be read.
         """
+        from memconsole.backend.tables import Tables
+
+        with self._recording:
+            self._tables = self._tables or Tables(self._desk)
         return self._tables.get(key)
 
     def events(self, after: int) -> Sequence[Event]:
@@ -112,7 +133,7 @@ class Control:
 
     def plan(self, action: Action) -> Plan:
         """What the Action would do now, or by what name it is refused; nothing is changed."""
-        work = verbs.work(self._desk, action)
+        work = self._work(action)
         refusals = [self._not_here(action)] if self._read_only else []
         spec = action.spec
         return Plan(
@@ -131,13 +152,15 @@ class Control:
             Refused: the first refusal of the plan; nothing was done.
             MemconsoleError: a step failed; those before it were undone.
         """
+        from memconsole.backend import steps
+
         with self._acting:
             began = time.monotonic_ns()
-            refusals = [self._not_here(action)] if self._read_only or self._closed else []
-            work = verbs.work(self._desk, action) if not refusals else None
-            if work is None or work.refusals:
-                first = (refusals or work.refusals)[0] if work else refusals[0]
-                raise Refused(first.what, first.why, first.remedy, code=first.code)
+            if self._read_only or self._closed:
+                raise _refused(self._not_here(action))
+            work = self._work(action)
+            if work.refusals:
+                raise _refused(work.refusals[0])
             number = self._record(Intent(time.time_ns(), cast("AnyAction", action), work.subject, peer, work.aims))
             try:
                 steps.run(action.spec.id, work.steps)
@@ -168,10 +191,13 @@ class Control:
             self._closed = True
             if not self._custody.survives:
                 self._end_guests()
-            self._tables.close()
+            if self._tables is not None:
+                self._tables.close()
             self._desk.close()
             self._custody.close()
             self._ledger.close()
+            if self._audit is not None:
+                self._audit.close()
             if not self._custody.survives:
                 shutil.rmtree(self._desk.runtime_dir / "guests", ignore_errors=True)
                 with contextlib.suppress(OSError):
@@ -183,19 +209,31 @@ class Control:
         why = self._read_only or "it is closed"
         return Refusal("ReadOnly", f"{action.spec.title} is not done here", why, "open it without --read-only")
 
+    def _work(self, action: Action) -> Work:
+        from memconsole.backend import verbs
+
+        return verbs.work(self._desk, action)
+
+    def _scanned(self) -> dict[str, Scanned]:
+        return dict(self._tables.scanned) if self._tables is not None else {}
+
     def _record(self, record: Record) -> int:
         """Append a record and fold it in; its number."""
         with self._recording:
             return self._append(record)
 
     def _append(self, record: Record) -> int:
-        seq = self._ledger.append(KINDS[type(record)], record)
+        kind, payload = KINDS[type(record)], msgspec.json.encode(record)
+        seq = self._ledger.append(kind, payload)
+        if self._audit is not None:
+            self._audit.note(ledger.Record(seq, kind, payload))
         self._state = self._state.after(seq, record)
         return seq
 
     def _settle(self, change: Change) -> None:
         """What is due after an action: tables of what is gone, grants mapped meanwhile, a ledger grown long."""
-        self._tables.forget()
+        if self._tables is not None:
+            self._tables.forget()
         for guest in {grant.guest for grant in change.grants if grant.state is GrantState.OFFERED}:
             self._guest_changed(guest)
         with self._recording:
@@ -214,15 +252,19 @@ class Control:
             )
             if now:
                 ids = ", ".join(grant.id for grant in now)
-                change = Change(grants=tuple(adoption.mapped(grant) for grant in now))
+                change = Change(grants=tuple(replace(grant, state=GrantState.MAPPED) for grant in now))
                 self._append(Happened(time.time_ns(), "mapped", name, f"{name} maps {ids}", change=change))
 
     def _end_guests(self) -> None:
         for guest in list(self._state.guests.values()):
             live = self._desk.live(guest.name)
-            if live is not None and is_vm(guest):
+            if live is not None and guest.kind is not GuestKind.PROCESS:
                 with contextlib.suppress(MemconsoleError):
                     live.stop(STOP_S)
+
+
+def _refused(refusal: Refusal) -> Refused:
+    return Refused(refusal.what, refusal.why, refusal.remedy, code=refusal.code)
 
 
 def _ledger(custody: Custody, root: Path) -> Ledger:
@@ -243,8 +285,24 @@ def _ledger(custody: Custody, root: Path) -> Ledger:
     return ledger
 
 
+def _audit(state_dir: Path, ledger: Ledger, root: Path) -> Audit:
+    """The audit trail, with what it lacks of the ledger."""
+    from memconsole.backend.audit import Audit
+
+    boot_id, survival = tree.line(root, "/proc/sys/kernel/random/boot_id"), kho.survival(root)
+    audit = Audit(state_dir / "audit.sqlite", ledger.chain, boot_id, survival.kexec_count)
+    try:
+        audit.absorb(ledger.records())
+    except BaseException:
+        audit.close()
+        raise
+    return audit
+
+
 def embedded(runtime_dir: Path | None = None, *, read_only: str = "", root: Path = Path("/")) -> Control:
     """A control process inside this one, which has custody itself; its directory is private unless one is given."""
+    from memconsole.backend.custody import OwnCustody
+
     if runtime_dir is None:
         base = Path("/run") if os.access("/run", os.W_OK) else Path(os.environ.get("XDG_RUNTIME_DIR", "/tmp"))  # noqa: S108
         runtime_dir = base / f"memconsole-{os.getpid()}-{os.urandom(3).hex()}"

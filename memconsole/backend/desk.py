@@ -12,22 +12,23 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from memconsole.backend import survey
-from memconsole.backend.custody import Custody
-from memconsole.backend.exports.fd import Hub
-from memconsole.backend.guests.base import Guest as LiveGuest
-from memconsole.backend.guests.base import Offer
-from memconsole.backend.guests.canary import CanaryGuest
-from memconsole.backend.guests.process import ProcessGuest
-from memconsole.backend.guests.qemu import QemuGuest
 from memconsole.backend.kernel import census, pci
-from memconsole.backend.reach import Reach, find
-from memconsole.backend.state import State, WindowGrant
-from memconsole.backend.stores import memfd
 from memconsole.backend.survey import Answer, Backing, Readers
 from memconsole.errors import GuestError, MemconsoleError, NotFound, UsageError
 from memconsole.model import Grant, Guest, GuestKind, GuestState, Region, Window
+from memconsole.units import PAGE
+
+# A survey needs none of these: they are imported by those who act.
+if TYPE_CHECKING:
+    from memconsole.backend.custody import Custody
+    from memconsole.backend.exports.fd import Hub
+    from memconsole.backend.guests.base import Guest as LiveGuest
+    from memconsole.backend.guests.base import Offer
+    from memconsole.backend.reach import Reach
+    from memconsole.backend.state import State, WindowGrant
 
 STOP_S = 5.0
 """Seconds a guest has to end in order."""
@@ -80,6 +81,8 @@ class Desk:
         Raises:
             KernelRefused: it cannot be made.
         """
+        from memconsole.backend.exports.fd import Hub
+
         if self._hub is None:
             self.runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
             self._hub = Hub(self.runtime_dir / "agents", on_change=self._on_guest)
@@ -133,6 +136,8 @@ class Desk:
         Raises:
             KernelRefused: it is preserved for a kexec.
         """
+        from memconsole.backend.stores import memfd
+
         with self._looking:
             if region in self._fds:
                 memfd.free(self._fds[region])
@@ -140,6 +145,10 @@ class Desk:
 
     def backings(self) -> dict[str, tuple[Backing, ...]]:
         """Every region's segments as their fds show them."""
+        if not self._fds:
+            return {}
+        from memconsole.backend.stores import memfd
+
         found = {}
         with self._looking:
             for name, fds in self._fds.items():
@@ -156,11 +165,13 @@ class Desk:
         return sum(
             max(0, region.size - sum(backing.resident for backing in backings.get(region.name, ())))
             for region in self.state.regions.values()
-            if region.page_size == memfd.PAGE_SIZES[0]
+            if region.page_size == PAGE
         )
 
     def reach(self, region: Region, offset: int, length: int, *, without: str = "") -> Reach:
         """Who reaches a range by kernel truth; processes of guests with a grant other than ``without`` may hold it."""
+        from memconsole.backend.reach import find
+
         state = self.state
         may_hold = {
             guest.pid
@@ -232,6 +243,10 @@ class Desk:
         Raises:
             Gone: it ended, or its PID belongs to another process.
         """
+        from memconsole.backend.guests.canary import CanaryGuest
+        from memconsole.backend.guests.process import ProcessGuest
+        from memconsole.backend.guests.qemu import QemuGuest
+
         if guest.pid is None or guest.start_ticks is None:
             raise UsageError(f"guest {guest.name} has no process", "", "")
         grants = self.state.grants_of(guest=guest.name)
@@ -252,9 +267,11 @@ class Desk:
         """A grant as its guest receives it; the fd in it is closed when it was handed over.
 
         Raises:
-            Refused: it reaches over the border of two segments.
             NotFound: the region's memory is lost.
         """
+        from memconsole.backend.guests.base import Offer
+        from memconsole.backend.stores import memfd
+
         fds = self.fds(grant.region)
         index, offset = divmod(grant.offset, memfd.SEGMENT)
         fd = memfd.give(fds[index], grant.access)

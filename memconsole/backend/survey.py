@@ -27,7 +27,6 @@ from memconsole.backend.kernel.census import Census, Process
 from memconsole.backend.kernel.procmaps import Vma
 from memconsole.backend.kernel.tree import Root
 from memconsole.backend.state import State
-from memconsole.backend.stores import memfd
 from memconsole.errors import Gone, NotFound
 from memconsole.model import (
     Finding,
@@ -52,6 +51,8 @@ from memconsole.model import (
 T = TypeVar("T")
 D = TypeVar("D")
 _QEMU = "qemu-system"
+_OURS = "/memfd:memconsole:"
+"""How the memfd store names its segments."""
 Object = tuple[int, int]
 """A file by (st_dev, st_ino), as its mappings show it."""
 
@@ -285,7 +286,7 @@ def foreign(census: Census, state: State, read: Readers | None = None) -> tuple[
     for process in census.processes.values():
         if process.pid in ours or process.kernel or process.state in "ZX":
             continue
-        if starting and process.holds(f"/memfd:{memfd.PREFIX}"):
+        if starting and process.holds(_OURS):
             continue  # it is ours in a moment
         if process.holds("anon_inode:kvm-vm") or (process.maps and process.comm.startswith(_QEMU)):
             machine = read(f"/proc/{process.pid}", partial(kvm.machine, census, process), None, absent=True)

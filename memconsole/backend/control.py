@@ -25,7 +25,7 @@ from memconsole import actions
 from memconsole.actions import Action, AnyAction
 from memconsole.backend import ledger, survey
 from memconsole.backend.desk import STOP_S, Desk
-from memconsole.backend.kernel import tree
+from memconsole.backend.kernel import kho, tree
 from memconsole.backend.ledger import Ledger
 from memconsole.backend.state import KINDS, Change, Done, Failed, Happened, Intent, Record, fold
 from memconsole.backend.survey import Meant

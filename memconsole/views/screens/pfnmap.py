@@ -28,11 +28,13 @@ from memconsole.views.view import View
 from memconsole.views.widgets.facts import STYLES, Fact, Lines
 from memconsole.views.widgets.heatmap import HeatMap
 from memconsole.views.widgets.pagefacts import Space, describe, describe_cell
-from memconsole.views.widgets.pagegrid import LOOKS, RUNS, Marks
+from memconsole.views.widgets.pagegrid import LOOKS, RUNS, Look, Marks
 from memconsole.views.widgets.table import VirtualTable, fit
 
 PANEL = 38
 """Columns the panel needs to stand beside the map; with fewer it goes below."""
+ENOUGH = 64
+"""Cells a row must keep beside the panel."""
 LABEL = 10
 
 
@@ -72,6 +74,10 @@ def _shown_size(value: Any) -> str:
     return "-" if value is None else format_size(value)
 
 
+def _shown_number(value: Any) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
 SUBJECTS = Table(
     "maps",
     "PFN maps",
@@ -81,7 +87,7 @@ SUBJECTS = Table(
         Field("key", "Map of", "a guest, by gpa; a region, by offset", lambda s: s.key, width=30),
         Field("size", "Size", "bytes it spans", lambda s: s.size, _shown_size, "bytes", 8, right=True),
         Field("resident", "Resident", "bytes with a frame", lambda s: s.resident, _shown_size, "bytes", 8, right=True),
-        Field("runs", "Runs", "runs of frames, once scanned", lambda s: s.runs, width=10, right=True),
+        Field("runs", "Runs", "runs of frames, once scanned", lambda s: s.runs, _shown_number, width=10, right=True),
     ),
 )
 
@@ -175,11 +181,6 @@ class PfnMap(View):
         return self.query_one(HeatMap)
 
     @property
-    def status(self) -> str:
-        """How the map on the screen was made."""
-        return "scanning…" if self.scanning else ""
-
-    @property
     def first_focus(self) -> Widget | None:
         """The map, or the list of maps."""
         return self.map if self._shown else self.query_one(VirtualTable)
@@ -227,9 +228,10 @@ class PfnMap(View):
 
     def on_resize(self, event: events.Resize) -> None:
         """Put the panel beside the map where there is room for both."""
-        beside = event.size.width >= HeatMap.width_for(event.size.width - PANEL) + PANEL
+        width = event.size.width
+        beside = HeatMap.cells_for(width - PANEL) >= min(ENOUGH, HeatMap.cells_for(width))
         self.set_class(beside, "-beside")
-        self.map.styles.width = HeatMap.width_for(event.size.width - PANEL) if beside else "1fr"
+        self.map.styles.width = HeatMap.width_for(width - PANEL) if beside else "1fr"
         self.call_after_refresh(self._say_all)
 
     # --- scanning ---------------------------------------------------------------------------------------------------
@@ -276,6 +278,8 @@ class PfnMap(View):
         message.stop()
         self._say_title()
         self._say_facts()
+        if message.legend:
+            self._say_legend()
 
     def _say_all(self) -> None:
         self._say_title()
@@ -289,21 +293,19 @@ class PfnMap(View):
         if not self._shown:
             return Content.styled("Enter opens a map, / filters", "$text-muted")
         parts: list[str | tuple[str, str]] = [(self._shown, "bold $primary")]
-        if self._stats is not None and self.table is not None:
-            stats, size = self._stats, self.table.page_size
-            share = f" {100 * stats.present // stats.pages}%" if stats.pages else ""
-            words = [
-                format_size(stats.pages * size),
-                f"resident {format_size(stats.present * size)}{share}",
-                f"huge {format_size(stats.huge * size)}",
-                f"swap {format_size(stats.swapped * size)}",
-                f"{stats.runs:,} runs",
-                f"cell {format_size(self.map.cell_pages * size)}",
-            ]
-            parts.append("  " + "  ".join(words))
         if self.marks is not None:
             marks = self.marks
             parts.append((f"  moved {marks.moved:,} came {marks.came:,} gone {marks.gone:,}", "$warning"))
+        if self._stats is not None and self.table is not None:
+            stats, size = self._stats, self.table.page_size
+            words = [
+                f"{format_size(stats.pages * size)} in {format_size(self.map.cell_pages * size)}",
+                f"{100 * stats.present // stats.pages if stats.pages else 0}% resident",
+                f"{format_size(stats.huge * size)} huge",
+                f"{format_size(stats.swapped * size)} swap",
+                f"{stats.runs:,} runs",
+            ]
+            parts.append("  " + "  ".join(words))
         if self.scanning:
             parts.append(("  scanning…", "$accent"))
         if self.error is not None:
@@ -331,16 +333,25 @@ class PfnMap(View):
 
     def _say_legend(self) -> None:
         looks = (LOOKS[1], *RUNS) if self.map.by_runs else LOOKS[1:]
-        styled = [
-            Content.assemble((look.glyph, self._colour(look.id)), (f" {look.title}", "$text-muted")) for look in looks
-        ]
-        beside = self.has_class("-beside")
-        lines = styled if beside else [Content("  ").join(styled)] if self._shown else []
+        if self.has_class("-beside"):
+            lines = [Content.assemble(self._sample(look), (f" {look.title}", "$text-muted")) for look in looks]
+        elif self.map.by_runs:
+            lines = [Content.assemble(*map(self._sample, RUNS), ("  a digit D: 2^D runs or more", "$text-muted"))]
+        else:
+            parts: list[tuple[str, str]] = []
+            for look in looks:
+                parts += [self._sample(look), (f" {look.brief}  " if look.brief else "", "$text-muted")]
+            lines = [Content.assemble(*parts)]
         self.query_one("#pfn-legend", Lines).say(lines)
 
-    def _colour(self, look_id: str) -> str:
-        colour = self.map.get_component_styles(f"heatmap--{look_id}").color
-        return colour.hex
+    def _sample(self, look: Look) -> tuple[str, str]:
+        return look.glyph, self.map.get_component_styles(f"heatmap--{look.id}").color.hex
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """The keys of a map do nothing in the list of maps."""
+        if action in {"ask", "rescan", "pick"} and not self._shown:
+            return False
+        return super().check_action(action, parameters)
 
     # --- where to go ------------------------------------------------------------------------------------------------
 

@@ -99,7 +99,11 @@ class HeatMap(Widget, can_focus=True):
     ]
 
     class Moved(Message):
-        """The cursor is on another page, or the cell under it has another size."""
+        """The cursor is on another page, or its cell has another size; ``legend``: glyphs mean other things."""
+
+        def __init__(self, *, legend: bool = False) -> None:
+            super().__init__()
+            self.legend = legend
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
@@ -216,7 +220,7 @@ class HeatMap(Widget, can_focus=True):
         self.by_runs = not self.by_runs
         self._count_overview()
         self._count()
-        self.post_message(self.Moved())
+        self.post_message(self.Moved(legend=True))
 
     def action_marks(self) -> None:
         """Show or hide what changed with the last scan."""

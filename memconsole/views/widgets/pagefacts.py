@@ -205,4 +205,4 @@ def describe_cell(table: ExtentTable, first: int, pages: int) -> list[Fact]:
         if number or word == "present"
     ]
     size = format_size(pages * table.page_size)
-    return [Fact("Cell", f"{size}, {counts.runs:,} runs"), Fact("In it", ", ".join(parts))]
+    return [Fact("Cell", f"{size}, {counts.runs:,} run{'s' * (counts.runs != 1)}"), Fact("In it", ", ".join(parts))]

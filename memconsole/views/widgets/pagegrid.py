@@ -161,28 +161,32 @@ def kind_of(extent: Extent | None) -> Kind:
 
 
 class Look(NamedTuple):
-    """How a cell of a category is drawn: its name (also of its style), its glyph, and what the legend calls it."""
+    """How a cell of a category is drawn: its name (also of its style), its glyph, and what the legend calls it.
+
+    ``brief`` is for a legend of one line, where it stands for this glyph and those before it that have none.
+    """
 
     id: str
     glyph: str
     title: str
+    brief: str = ""
 
 
 LOOKS = (
     Look("outside", " ", ""),
-    Look("absent", "·", "absent"),
-    Look("thin", "░", "under half"),
-    Look("half", "▒", "over half"),
-    Look("full", "▓", "all present"),
-    Look("part-huge", "▄", "mostly huge"),
-    Look("huge", "█", "all huge"),
-    Look("swap", "s", "swapped"),
-    Look("moved", "*", "moved"),
-    Look("came", "+", "came"),
-    Look("gone", "-", "gone"),
+    Look("absent", "·", "absent", "absent"),
+    Look("thin", "░", "4K pages, under half of it"),
+    Look("half", "▒", "4K pages, half of it or more"),
+    Look("full", "▓", "4K pages, all of it", "4K by fill"),
+    Look("part-huge", "▄", "huge pages, a part of it"),
+    Look("huge", "█", "huge pages, all of it", "huge by fill"),
+    Look("swap", "s", "swapped", "swap"),
+    Look("moved", "*", "moved to another frame", "moved"),
+    Look("came", "+", "came since the last scan", "came"),
+    Look("gone", "-", "gone since the last scan", "gone"),
 )
 OUTSIDE, ABSENT, THIN, HALF, FULL, PART_HUGE, HUGE, SWAP, MOVED, CAME, GONE = range(len(LOOKS))
-RUNS = tuple(Look(f"runs{digit}", str(digit), f"{1 << digit}+ runs") for digit in range(10))
+RUNS = tuple(Look(f"runs{digit}", str(digit), f"{1 << digit} or more runs") for digit in range(10))
 FIRST_RUNS = len(LOOKS)
 ALL_LOOKS = LOOKS + RUNS
 

@@ -90,12 +90,23 @@ def test_extents_arrive_by_fd_and_cannot_be_written(client: Client, source: Serv
 def test_no_descriptor_is_left_on_either_side(client: Client, source: ServedSource) -> None:
     key = f"region:{source.snapshot().regions[0].name}"
     client.extents(key).close()
+    client.events(0)  # answered after the service has closed what it sent
     before = open_fds()
     for _ in range(50):
         client.extents(key).close()
         with pytest.raises(NotFound):
             client.extents("region:nowhere")
+    client.events(0)
     assert open_fds() == before
+
+
+def test_events_that_cannot_be_had_end_the_stream_by_name(client: Client, source: ServedSource) -> None:
+    stream = client.follow(10**6)
+    source.fail["events"] = NotFound("no events")
+    with pytest.raises(NotFound, match="no events"):
+        next(stream)
+    del source.fail["events"]
+    assert client.snapshot() == source.snapshot()
 
 
 def test_plan_apply_and_events(client: Client, source: ServedSource) -> None:

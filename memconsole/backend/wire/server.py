@@ -1,7 +1,7 @@
 """The service ``io.memconsole``: Varlink calls to a Source, by role, each answered or refused before its deadline.
 
-epoll loop ── received ─→ role ─→ method ─┬─ fresh Snapshot, Hello, introspection: answered on the spot
-                                          ├─ Pool "read": survey, PFN tables, plans, events
+epoll loop ── received ─→ role ─→ method ─┬─ fresh Snapshot, events, introspection: answered on the spot
+                                          ├─ Pool "read": survey, PFN tables, plans
                                           └─ Pool "act":  applied Actions, with who asked
               streams (more): one tick looks for news, every subscriber takes what it lacks when it has taken the rest
 """
@@ -41,7 +41,7 @@ _BACKTICKED = re.compile(r"`([^`]*)`")
 
 
 class Served(Source, Protocol):
-    """A Source that is told who asks."""
+    """A Source that is told who asks, and whose ``events`` wait for nothing: the loop's own thread calls them."""
 
     def apply(self, action: Action, *, peer: str = "") -> Outcome:
         """See :class:`Source`; ``peer`` goes into the ledger."""
@@ -353,10 +353,8 @@ class Service:
     def _events(self, call: Call, p: _After) -> None:
         if call.more:
             self._streams.listen(call, p.after)
-            return
-        self._work(
-            call, self._read, READ_S, lambda: Answer(msgspec.json.encode({"events": self.source.events(p.after)}))
-        )
+        else:
+            call.answer(msgspec.json.encode({"events": self.source.events(p.after)}))
 
     def _watch(self, call: Call, p: _Every) -> None:
         if call.more:

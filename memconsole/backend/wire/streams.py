@@ -17,7 +17,6 @@ from memconsole.backend.wire.loop import Connection, Loop
 from memconsole.backend.wire.pool import Pool
 from memconsole.backend.wire.shared import SharedSurvey, Taken
 from memconsole.errors import Refused
-from memconsole.model import Event
 from memconsole.source import Source
 
 if TYPE_CHECKING:
@@ -55,7 +54,6 @@ class Streams:
         self._listeners: dict[Connection, EventStream] = {}
         self._watchers: dict[Connection, WatchStream] = {}
         self._ticking = False
-        self._listening = False
         self._comparing = False
 
     def listen(self, call: Call, after: int) -> None:
@@ -94,40 +92,29 @@ class Streams:
 
     def news(self) -> None:
         """Look for news on behalf of every subscriber that has taken the last."""
-        if self._listeners and not self._listening:
-            self._look_for_events()
+        self._tell()
         if self._due():
             self._survey.get(self._show)
 
     # --- events ---------------------------------------------------------------------------------------------------
 
-    def _look_for_events(self) -> None:
-        after = min(stream.after for stream in self._listeners.values())
-
-        def job() -> None:
-            found: Sequence[Event] | Exception
-            try:
-                found = self._source.events(after)
-            except Exception as error:  # noqa: BLE001 - the subscribers are told, and fail() logs what is no refusal
-                found = error
-            self._loop.call(lambda: self._tell(found, after))
-
-        self._listening = self._pool.submit(job)
-
-    def _tell(self, found: Sequence[Event] | Exception, after: int) -> None:
-        self._listening = False
-        if isinstance(found, Exception):
-            self._fail(list(self._listeners.values()), found)
+    def _tell(self) -> None:
+        ready = [stream for connection, stream in self._listeners.items() if not connection.outbox]
+        if not ready:
+            return
+        try:
+            found = self._source.events(min(stream.after for stream in ready))
+        except Exception as error:  # noqa: BLE001 - the subscribers are told, and fail() logs what is no refusal
+            self._fail(ready, error)
             return
         encoded: dict[int, bytes] = {}
-        for connection, stream in list(self._listeners.items()):
-            if connection.outbox or stream.after < after:
+        for stream in ready:
+            if not found or found[-1].seq <= stream.after:
                 continue
             if stream.after not in encoded:
                 encoded[stream.after] = msgspec.json.encode([event for event in found if event.seq > stream.after])
-            if (events := encoded[stream.after]) != b"[]":
-                stream.after = found[-1].seq
-                stream.call.answer(b'{"events":%b}' % events, continues=True)
+            events, stream.after = encoded[stream.after], found[-1].seq
+            stream.call.answer(b'{"events":%b}' % events, continues=True)
 
     # --- Snapshots ------------------------------------------------------------------------------------------------
 

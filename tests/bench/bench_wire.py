@@ -1,0 +1,119 @@
+"""Calls to a service over this host, with consoles attached, against a server that only sends back what it got."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from harness import Result
+
+from memconsole.backend.wire.client import Client
+from memconsole.backend.wire.client import Connection as Raw
+
+SECONDS = 3.0
+CONSOLES = 50
+
+SERVICE = """
+import sys
+from pathlib import Path
+from memconsole.backend.control import Control
+from memconsole.backend.custody import OwnCustody
+from memconsole.backend.wire.embedded import serve_in_thread
+sys.setswitchinterval(0.001)
+control = Control(Path(sys.argv[1]), OwnCustody())
+serving = serve_in_thread(control, sys.argv[1] + "/control")
+print("ready", flush=True)
+sys.stdin.read()
+serving.close()
+control.close()
+"""
+
+ECHO = """
+import socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1] + "/control")
+listener.listen()
+print("ready", flush=True)
+sock, _ = listener.accept()
+while data := sock.recv(65536):
+    sock.sendall(data)
+"""
+
+
+@contextlib.contextmanager
+def running(program: str) -> Iterator[Path]:
+    """A process that runs ``program`` with a directory as its argument; the socket it serves."""
+    with tempfile.TemporaryDirectory() as directory:
+        command = [sys.executable, "-c", program, directory]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                assert process.stdout.readline() == b"ready\n"
+                yield Path(directory) / "control"
+            finally:
+                process.stdin.close()
+                process.wait(30)
+
+
+def latencies(call: Callable[[], object], seconds: float = SECONDS) -> list[float]:
+    """Microseconds of each of as many calls as fit, shortest first."""
+    took = []
+    end = time.perf_counter() + seconds
+    begin = time.perf_counter()
+    while begin < end:
+        call()
+        now = time.perf_counter()
+        took.append((now - begin) * 1e6)
+        begin = now
+    return sorted(took)
+
+
+def p99(took: list[float]) -> float:
+    return took[int(len(took) * 0.99)]
+
+
+def echo() -> list[float]:
+    """The floor: a message there and back between two Python processes."""
+    with running(ECHO) as path, socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(path))
+
+        def call() -> None:
+            sock.sendall(b"x" * 100)
+            sock.recv(65536)
+
+        return latencies(call)
+
+
+def bench_calls() -> list[Result]:
+    floor = echo()
+    results = []
+    with running(SERVICE) as path, contextlib.ExitStack() as stack:
+        client = stack.enter_context(contextlib.closing(Client(path)))
+        last = client.events(0)[-1].seq if client.events(0) else 0
+        for _ in range(CONSOLES):  # attached: each waits for events
+            console = stack.enter_context(contextlib.closing(Raw(path)))
+            console.send("Events", {"after": last}, more=True)
+        whole = stack.enter_context(contextlib.closing(Raw(path)))
+        for name, call in (
+            ("snapshot (sent when it changed)", client.snapshot),
+            ("snapshot, whole JSON each time", lambda: whole.call("GetSnapshot", {}, 10)),
+            ("events", lambda: client.events(last)),
+        ):
+            took = latencies(call)
+            rate = len(took) / SECONDS
+            goal = 3000 if "whole" not in name else None
+            results += [
+                Result(f"calls a second: {name}", rate, "1/s", None, goal, "higher"),
+                Result(f"p99 of a call: {name}", p99(took) / 1000, "ms", None, 2),
+                Result(
+                    f"median of a call, against an echo: {name}", took[len(took) // 2], "us", floor[len(floor) // 2]
+                ),
+            ]
+    return results

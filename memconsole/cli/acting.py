@@ -19,7 +19,7 @@ from memconsole.source import Source
 def act(options: argparse.Namespace) -> int:
     """Plan one Action, ask where it destroys, and apply it; ``--dry-run`` only shows the plan."""
     action = action_of(options, options.rest)
-    with source(options, need="read" if options.dry_run else "act") as found:
+    with source(options, need="plan" if options.dry_run else "act") as found:
         plan = found.plan(action)
         if options.dry_run:
             if options.json:
@@ -82,7 +82,7 @@ def macro_run(options: argparse.Namespace) -> int:
     macro = macros.find(options.macro)
     given = dict(options.settings)
     macros.settings_for(macro, given)
-    with source(options, need="read" if options.dry_run else "act") as found:
+    with source(options, need="plan" if options.dry_run else "act") as found:
         if options.dry_run:
             results = list(_shown(macros.dry_run(macro, found, given), quiet=options.json))
         else:

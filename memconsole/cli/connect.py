@@ -6,11 +6,14 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from memconsole import paths
 from memconsole.errors import NoControl
 from memconsole.source import ReadOnly, Source
+
+if TYPE_CHECKING:
+    from memconsole.backend.control import Control
 
 
 def socket_of(options: argparse.Namespace) -> Path:
@@ -18,7 +21,7 @@ def socket_of(options: argparse.Namespace) -> Path:
     return Path(options.socket) if options.socket else paths.control_socket()
 
 
-def embedded(reason: str = "") -> Source:
+def embedded(reason: str = "") -> Control:
     """A control process inside this one; ``reason`` forbids actions."""
     from memconsole.backend.control import embedded as build
 
@@ -26,10 +29,10 @@ def embedded(reason: str = "") -> Source:
 
 
 @contextmanager
-def source(options: argparse.Namespace, *, need: Literal["read", "act"] = "read") -> Iterator[Source]:
+def source(options: argparse.Namespace, *, need: Literal["read", "plan", "act"] = "read") -> Iterator[Source]:
     """The Source a command works on, closed when the command ends.
 
-    Reading falls back to a survey by this process when no control process answers; acting does not, because what it
+    Reading and planning fall back to this process when no control process answers; acting does not, because what it
     would reserve would vanish with this command.
 
     Raises:
@@ -51,7 +54,7 @@ def source(options: argparse.Namespace, *, need: Literal["read", "act"] = "read"
                     "open the console (memconsole) or start the control process (memconsole serve); what a lone command"
                     " reserves would vanish with it",
                 ) from None
-            found = embedded("no control process answers")
+            found = embedded("" if need == "plan" else "no control process answers")
     try:
         yield ReadOnly(found, "--read-only was given") if options.read_only else found
     finally:

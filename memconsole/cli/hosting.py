@@ -5,39 +5,54 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from memconsole import macros
 from memconsole.cli import output
 from memconsole.cli.connect import embedded, socket_of
 from memconsole.errors import BadFile, ExitCode, MemconsoleError, NoControl, UsageError
 from memconsole.macros import Macro
+from memconsole.model import GuestKind
 from memconsole.source import ReadOnly, Source
+
+if TYPE_CHECKING:
+    from memconsole.backend.control import Control
 
 
 def console(options: argparse.Namespace) -> int:
     """The console: on the control process where it answers, else on one in this process that answers others too."""
+    return _console(options)
+
+
+def _console(options: argparse.Namespace, record_to: Path | None = None) -> int:
     with contextlib.ExitStack() as stack:
-        found = _console_source(options, stack)
-        return _run(found, options)
+        if not options.embedded:
+            from memconsole.backend.wire.client import Client
+
+            try:
+                client = stack.enter_context(contextlib.closing(Client(socket_of(options))))
+            except NoControl:
+                pass
+            else:
+                return _run(client, options, record_to=record_to)
+        control = _embedded(options, stack)
+        return _run(control, options, record_to=record_to, on_quit=lambda: _lost_with(control))
 
 
-def _console_source(options: argparse.Namespace, stack: contextlib.ExitStack) -> Source:
-    if not options.embedded:
-        from memconsole.backend.wire.client import Client
-
-        try:
-            return _guarded(stack.enter_context(contextlib.closing(Client(socket_of(options)))), options)
-        except NoControl:
-            pass
-    return _guarded(_embedded(options, stack), options)
-
-
-def _guarded(found: Source, options: argparse.Namespace) -> Source:
-    return ReadOnly(found, "--read-only was given") if options.read_only else found
+def _lost_with(control: Control) -> str:
+    """What ends with an embedded control process, in a sentence; empty when nothing does."""
+    snapshot = control.snapshot()
+    guests = [guest.name for guest in snapshot.guests if guest.kind in {GuestKind.CANARY, GuestKind.QEMU}]
+    regions = [region.name for region in snapshot.regions]
+    if not guests and not regions:
+        return ""
+    kept = f"{len(guests)} guests and {len(regions)} regions live in this process and end with it"
+    return f"{kept}: {', '.join([*guests, *(name for name in regions if name not in guests)][:8])}"
 
 
-def _embedded(options: argparse.Namespace, stack: contextlib.ExitStack) -> Source:
+def _embedded(options: argparse.Namespace, stack: contextlib.ExitStack) -> Control:
     """A control process in this one, which also answers on the socket so that commands can reach it."""
     found = stack.enter_context(contextlib.closing(embedded()))
     from memconsole.backend.wire.embedded import serve_in_thread
@@ -49,7 +64,13 @@ def _embedded(options: argparse.Namespace, stack: contextlib.ExitStack) -> Sourc
     return found
 
 
-def _run(found: Source, options: argparse.Namespace, record_to: Path | None = None) -> int:
+def _run(
+    found: Source,
+    options: argparse.Namespace,
+    *,
+    record_to: Path | None = None,
+    on_quit: Callable[[], str] | None = None,
+) -> int:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError("the console wants a terminal", "", "memconsole snapshot shows the same without one")
     from memconsole.views.app import run
@@ -57,7 +78,8 @@ def _run(found: Source, options: argparse.Namespace, record_to: Path | None = No
     known, broken = macros.discover()
     for path, error in broken:
         output.note(f"memconsole: {path}: {error}")
-    return run(found, macros=known, interval=options.interval, record_to=record_to)
+    shown = ReadOnly(found, "--read-only was given") if options.read_only else found
+    return run(shown, macros=known, interval=options.interval, record_to=record_to, on_quit_warning=on_quit)
 
 
 def open_file(options: argparse.Namespace) -> int:
@@ -107,7 +129,7 @@ def demo(options: argparse.Namespace) -> int:
             results.append(result)
         if all(result.error or result.skipped for result in results):
             macros.verdict(macro, results)
-        return _run(_guarded(found, options), options)
+        return _run(found, options, on_quit=lambda: _lost_with(found))
 
 
 def macro_record(options: argparse.Namespace) -> int:
@@ -117,8 +139,7 @@ def macro_record(options: argparse.Namespace) -> int:
         raise BadFile(f"{path} is there already", "recording would overwrite it", "give another name")
     if not path.parent.is_dir():
         raise BadFile(f"{path} cannot be written", f"there is no directory {path.parent}", "make it first")
-    with contextlib.ExitStack() as stack:
-        return _run(_console_source(options, stack), options, record_to=path)
+    return _console(options, record_to=path)
 
 
 MARKS = {"yes": "+", "partly": "~", "no": "-"}

@@ -19,8 +19,11 @@ SNAPSHOT_FORMAT: Literal["memconsole.snapshot"] = "memconsole.snapshot"
 SNAPSHOT_VERSION = 1
 
 
-class Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The base of every value: immutable, compared by content, read back strictly."""
+class Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    """The base of every value: immutable, compared by content, read back strictly.
+
+    Values form trees, never cycles; the garbage collector need not walk the tens of thousands of a large Snapshot.
+    """
 
 
 # --- words ----------------------------------------------------------------------------------------------------

@@ -34,14 +34,14 @@ from memconsole.views.doing import Doing
 from memconsole.views.looks import THEME
 from memconsole.views.screens import listing
 from memconsole.views.screens.detail import DETAILS
-from memconsole.views.screens.dialogs import Columns, Confirm, Help, Pick
+from memconsole.views.screens.dialogs import Columns, Confirm, Help, KeyHelp, Pick
 from memconsole.views.screens.overview import Overview
 from memconsole.views.screens.pfnmap import PfnMap
 from memconsole.views.settings import Settings
 from memconsole.views.view import View, subject_of
-from memconsole.views.widgets.bars import Header, Keys, Part, Tabs, Title
+from memconsole.views.widgets.bars import Header, Keys, Part, Tabs, Title, rank
 from memconsole.views.widgets.prompt import Prompt
-from memconsole.views.widgets.table import VirtualTable
+from memconsole.views.widgets.table import VirtualTable, fit
 
 NARROW = 100
 SECOND = 1_000_000_000
@@ -76,7 +76,6 @@ class ConsoleApp(Doing):
     COMMANDS: ClassVar[set[type[Provider] | Callable[[], type[Provider]]]] = {Commands}
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (NARROW, "-wide")]  # noqa: RUF012 - the base has it so
     CSS = """
-    Screen { background: $background; }
     ContentSwitcher { height: 1fr; }
     Toast { padding: 0 1; max-width: 72; }
     """
@@ -132,7 +131,7 @@ class ConsoleApp(Doing):
         self.trail: list[Place] = [Place("overview")]
         self._focus_at: dict[str, Widget] = {}
         self.register_theme(THEME)
-        few = self.console.color_system not in {"256", "truecolor"}
+        few = self.no_color or self.console.color_system not in {"256", "truecolor"}
         self.theme = "ansi-dark" if few else THEME.name
 
     # --- what is on the screen -----------------------------------------------------------------------------------
@@ -194,13 +193,16 @@ class ConsoleApp(Doing):
         return len(getattr(self.snapshot, name)) if name and self.snapshot is not None else None
 
     def _header_parts(self) -> tuple[list[Part], list[Part]]:
-        left: list[Part] = [(" memconsole ", "bold reverse $primary"), ("  ", "")]
-        if self.snapshot is not None:
-            host = self.snapshot.host
-            left += [(host.name, "bold"), (f"  {host.kernel}", "$text-muted"), ("  ", "")]
-        left.append((self.source.label, "$secondary"))
+        left: list[Part] = [(" memconsole ", "bold reverse $primary"), (" ", "")]
         if self.source.read_only:
-            left += [("  ", ""), (" READ-ONLY ", "reverse $warning"), (f" {self.source.read_only}", "$warning")]
+            left += [(" READ-ONLY ", "bold reverse $warning"), (" ", "")]
+        if self.snapshot is not None:
+            left.append((f" {self.snapshot.host.name}", "bold"))
+        left.append((f"  {self.source.label}", "$secondary"))
+        if self.snapshot is not None:
+            left.append((f"  {self.snapshot.host.kernel}", "$text-muted"))
+        if self.source.read_only:
+            left.append((f"  {self.source.read_only}", "$warning"))
         right: list[Part] = []
         if self.recording_from is not None:
             right.append((f" ● REC {len(self.journal) - self.recording_from} ", "bold $error"))
@@ -229,9 +231,9 @@ class ConsoleApp(Doing):
         titles = {view.name: view.title for view in self.VIEWS}
         for index, place in enumerate(self.trail):
             last = index == len(self.trail) - 1
-            text = titles.get(place.view, place.subject)
-            if place.view in titles and place.subject:
-                text += f" {place.subject}"
+            text = titles.get(place.view, "")
+            if place.subject:
+                text = f"{text} {place.subject.replace(':', ' ', 1)}".lstrip()
             parts += [(" ▸ ", "$text-muted")] if index else []
             parts.append((text, "bold $primary" if last else "$text-muted"))
         return parts
@@ -360,7 +362,7 @@ class ConsoleApp(Doing):
                 field = next((field for field in table.table.fields if field.id == id), None)
                 table.set_sort(field, reverse=field is rows.sort_field and not rows.reverse)
 
-        options = [(field.id, f"{field.title:<14} {field.help}") for field in rows.fields]
+        options = [(field.id, f"{field.title:<14} {fit(field.help, 40)}") for field in rows.fields]
         current = rows.sort_field.id if rows.sort_field else ""
         self.push_screen(Pick("Sort by", [*options, ("none", "as the snapshot has them")], current), order)
 
@@ -398,8 +400,8 @@ class ConsoleApp(Doing):
 
     def on_key(self, event: events.Key) -> None:
         """Say why a grey key does nothing."""
-        active = self.screen.active_bindings.get(event.key)
-        if active is None or active.enabled or self.screen is not self.screen_stack[0]:
+        active = self.screen_stack[0].query_one(Keys).grey.get(event.key)
+        if active is None or self.screen is not self.screen_stack[0]:
             return
         why = self._reason(active.node, active.binding.id or "")
         self.notify(why or "there is nothing it could work on", title=active.binding.description, markup=False)
@@ -413,7 +415,8 @@ class ConsoleApp(Doing):
         groups: dict[str, dict[str, tuple[list[str], str, str]]] = {}
         for active in self.screen_stack[0].active_bindings.values():
             binding = active.binding
-            if not binding.description:
+            ours = binding.id or binding.action.startswith("macro(")
+            if not (ours and binding.description):
                 continue
             where = "Everywhere" if active.node in {self, self.screen_stack[0]} else type(active.node).__name__
             where = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", where)
@@ -423,7 +426,13 @@ class ConsoleApp(Doing):
             keys = group.setdefault(binding.id or text, ([], text, why))[0]
             keys.append(self.get_key_display(binding))
         lines = [
-            (where, [(" ".join(keys), text, why) for keys, text, why in group.values()])
+            (
+                where,
+                [
+                    KeyHelp(" ".join(keys), text, why, id)
+                    for id, (keys, text, why) in sorted(group.items(), key=lambda pair: rank(pair[0]))
+                ],
+            )
             for where, group in groups.items()
         ]
         self.push_screen(Help(lines))

@@ -93,8 +93,10 @@ def run_line(app: ConsoleApp, text: str) -> None:
         _macro(app, rest)
     elif app.is_view(first) and not _is_action(words):
         app.open_view(first, " ".join(rest))
-    else:
+    elif any(cls.spec.words[0] == first for cls in actions.REGISTRY.values()) or first == "memconsole":
         app.propose(command.parse(words))
+    else:
+        raise UsageError(f"there is no command {first!r}", "", f"one of: {', '.join(candidates(app, []))}")
 
 
 def _is_action(words: list[str]) -> bool:

@@ -23,6 +23,12 @@ from memconsole.views.screens.dialogs import AskName
 from memconsole.views.screens.running import MacroForm, MacroPlan
 
 LONG = 15
+NEED_A_ROW = {
+    id
+    for id, cls in actions.REGISTRY.items()
+    if all(field.arg.kind is not actions.Kind.NEW_NAME for field in actions.fields(cls))
+}
+"""Actions on something that exists already."""
 
 
 class Applied(Message):
@@ -80,11 +86,8 @@ class Doing(Following):
         """Why an action cannot be begun on a row of a table, or an empty string."""
         if self.source.read_only:
             return f"read-only: {self.source.read_only}"
-        cls = actions.REGISTRY[action_id]
-        kinds = {field.arg.kind for field in actions.fields(cls) if field.required}
-        if cls.spec.on == table_id and item is None and actions.Kind.NEW_NAME not in kinds:
-            return "no row is chosen"
-        return ""
+        needs_row = action_id in NEED_A_ROW and actions.REGISTRY[action_id].spec.on == table_id
+        return "no row is chosen" if needs_row and item is None else ""
 
     def begin(self, action_id: str, given: Mapping[str, str], *, options: bool = False) -> None:
         """Ask for the arguments an action still needs (with ``options`` for all of them), then show its plan."""

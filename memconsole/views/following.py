@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -42,7 +44,8 @@ class Following(App[None]):
     """
 
     def __init__(self, source: Source, *, interval: float, clock: Callable[[], int] = time.time_ns) -> None:
-        super().__init__()
+        # Without this NO_COLOR would still get shades of grey.
+        super().__init__(ansi_color=True if "NO_COLOR" in os.environ else None)
         self.source = source
         self.interval = interval
         self.clock = clock
@@ -83,6 +86,10 @@ class Following(App[None]):
         """Show a Snapshot, unless the picture is to stand still."""
         if self.paused and not self._asked_for:
             return
+        if self.snapshot is None:
+            # What is there by now stays for good; collections that walk it would hold keys up, for 100 ms at a time.
+            gc.freeze()
+            gc.set_threshold(20_000, 20, 20)
         self._asked_for = False
         self.snapshot, self.trouble, self.arrived_ns = event.snapshot, "", self.clock()
         self.show_snapshot()

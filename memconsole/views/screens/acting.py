@@ -12,7 +12,7 @@ from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
 from textual.message import Message
 from textual.suggester import SuggestFromList
-from textual.widgets import Button, Checkbox, Input, Label, Select, Static
+from textual.widgets import Button, Input, Label, Select, Static
 
 from memconsole import actions
 from memconsole.actions import Action, Field, Kind
@@ -51,9 +51,8 @@ class Form(Dialog[Action]):
     Form .-row Input, Form .-row Select { width: 26; }
     Form .-row Select { height: 1; }
     Form .-row Select SelectCurrent { background: $panel; }
-    Form .-row Checkbox { width: 26; border: none; height: 1; padding: 0; background: $surface; }
-    Form .-row Static { width: 1fr; margin: 0 0 0 1; color: $text-muted; }
-    Form .-row.-bad Static { color: $error; }
+    Form .-row .-help { width: 1fr; margin: 0 0 0 1; color: $text-muted; }
+    Form .-row.-bad .-help { color: $error; }
     Form .-cli { margin: 1 0 0 0; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -84,25 +83,22 @@ class Form(Dialog[Action]):
                         mark = "*" if field.required else ""
                         yield Label(field.name.replace("_", " ") + mark)
                         yield self._editor(field)
-                        yield Static(Content(field.arg.help))
+                        yield Static(Content(field.arg.help), classes="-help")
             yield Static(classes="-cli", id="cli")
             with Horizontal(classes="-buttons"):
                 yield Button("Cancel", id="cancel", compact=True)
                 yield Button("Plan", id="plan", variant="primary", compact=True)
 
-    def _editor(self, field: Field) -> Input | Checkbox | Select[str]:
+    def _editor(self, field: Field) -> Input | Select[str]:
         shown = self._given.get(field.name, "")
         if not shown and not field.required and field.default is not None:
             shown = actions.write_value(field, field.default)
         id = f"arg-{field.name}"
-        if field.arg.kind is Kind.FLAG:
-            return Checkbox("", value=shown == "yes", id=id, compact=True)
-        if field.arg.choices:
-            return Select(
-                [(choice, choice) for choice in field.arg.choices], value=shown, allow_blank=False, id=id, compact=True
-            )
+        choices = ("no", "yes") if field.arg.kind is Kind.FLAG else field.arg.choices
+        if choices:
+            return Select([(choice, choice) for choice in choices], value=shown, allow_blank=False, id=id, compact=True)
         names = names_of(field.arg.kind, self.console.snapshot)
-        return Input(shown, id=id, suggester=SuggestFromList(names) if names else None)
+        return Input(shown, id=id, compact=True, suggester=SuggestFromList(names) if names else None)
 
     def on_mount(self) -> None:
         """Begin at the first argument that has no value."""
@@ -115,12 +111,7 @@ class Form(Dialog[Action]):
         texts = {}
         for field in self._fields:
             editor = self.query_one(f"#arg-{field.name}")
-            if isinstance(editor, Checkbox):
-                text = "yes" if editor.value else ""
-            elif isinstance(editor, Select):
-                text = str(editor.value)
-            else:
-                text = cast("Input", editor).value.strip()
+            text = str(editor.value).strip() if isinstance(editor, Input | Select) else ""
             if text:
                 texts[field.name] = text
         return texts
@@ -137,7 +128,7 @@ class Form(Dialog[Action]):
                 except MemconsoleError as error:
                     why = error.remedy or error.what
             row.set_class(bool(why), "-bad")
-            row.query_one(Static).update(Content(f"✖ {why}" if why else field.arg.help))
+            row.query_one(".-help", Static).update(Content(f"✖ {why}" if why else field.arg.help))
         cli = self.query_one("#cli", Static)
         try:
             action = actions.build(self._cls.spec.id, texts)
@@ -149,10 +140,6 @@ class Form(Dialog[Action]):
 
     def on_input_changed(self) -> None:
         """Check as one types."""
-        self._check()
-
-    def on_checkbox_changed(self) -> None:
-        """Likewise."""
         self._check()
 
     def on_select_changed(self) -> None:
@@ -241,7 +228,7 @@ class Confirmation(Dialog[Answer]):
             with VerticalScroll():
                 yield Lines()
             yield Static(id="ask")
-            yield Input(id="name", disabled=True)
+            yield Input(id="name", disabled=True, compact=True)
             with Horizontal(classes="-buttons"):
                 yield Button("Options", id="options", compact=True)
                 yield Button("Cancel", id="cancel", compact=True)

@@ -97,7 +97,7 @@ class Detail(View):
             widget.load(rows)
             widget.display = bool(rows)
             widget.styles.height = min(len(rows), MOST_ROWS) + 2
-            widget.border_title = f"{section.title or section.table.title} {len(rows):,}"
+            widget.border_title = f" {section.title or section.table.title} {len(rows):,} "
 
     def _head(self) -> list[Content]:
         if not self._gone:

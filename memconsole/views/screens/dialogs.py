@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -16,12 +16,15 @@ from textual.widgets.option_list import Option
 from memconsole.fields import Field
 from memconsole.views.widgets.bars import line
 from memconsole.views.widgets.facts import Lines
+from memconsole.views.widgets.table import fit
 
 Result = TypeVar("Result")
 
 
 class Dialog(ModalScreen[Result], Generic[Result]):
     """The base of dialogs: a box in the middle that Escape closes without a result."""
+
+    AUTO_FOCUS = "*"
 
     DEFAULT_CSS = """
     Dialog { align: center middle; background: $background 60%; }
@@ -30,7 +33,8 @@ class Dialog(ModalScreen[Result], Generic[Result]):
         width: 76; max-width: 96%; height: auto; max-height: 94%; padding: 0 1;
         border: round $primary; border-title-style: bold; border-title-color: $primary; background: $surface;
     }
-    Dialog Input { height: 1; border: none; padding: 0 1; background: $panel; }
+    Dialog Input { background: $panel; }
+    Dialog Input:focus { background: $block-cursor-background; }
     Dialog .-buttons { height: 1; margin: 1 0 0 0; align-horizontal: right; }
     Dialog .-buttons Button { margin: 0 0 0 2; min-width: 12; }
     Dialog Button:focus { text-style: bold reverse; }
@@ -47,7 +51,10 @@ class Dialog(ModalScreen[Result], Generic[Result]):
 class Pick(Dialog[str]):
     """One of several."""
 
-    DEFAULT_CSS = "Pick > Vertical { width: 44; } Pick OptionList { border: none; height: auto; background: $surface; }"
+    DEFAULT_CSS = """
+    Pick > Vertical { width: 64; }
+    Pick OptionList, Pick OptionList:focus { border: none; height: auto; background: $surface; }
+    """
 
     def __init__(self, title: str, options: Sequence[tuple[str, str]], current: str = "") -> None:
         super().__init__()
@@ -74,7 +81,11 @@ class Pick(Dialog[str]):
 class Columns(Dialog[list[str]]):
     """Which fields of a table to show."""
 
-    DEFAULT_CSS = "Columns SelectionList { border: none; height: auto; max-height: 18; background: $surface; }"
+    DEFAULT_CSS = """
+    Columns SelectionList, Columns SelectionList:focus {
+        border: none; height: auto; max-height: 18; background: $surface;
+    }
+    """
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "take", "Show these", id="columns-take", priority=True)]
 
     def __init__(self, fields: Sequence[Field], shown: Sequence[Field]) -> None:
@@ -135,12 +146,21 @@ class AskName(Dialog[str]):
         with Vertical() as box:
             box.border_title = self._title
             yield Static(Content(self._help), classes="-cli")
-            yield Input(restrict=r"[A-Za-z0-9._-]*", max_length=54)
+            yield Input(compact=True, restrict=r"[A-Za-z0-9._-]*", max_length=54)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         """Take it, unless it is empty."""
         if event.value.strip("._-"):
             self.dismiss(event.value)
+
+
+class KeyHelp(NamedTuple):
+    """One line of help: the keys, what they do, why not here (if so), and the id by which they are remapped."""
+
+    keys: str
+    text: str
+    why: str
+    id: str
 
 
 class Help(Dialog[None]):
@@ -151,7 +171,7 @@ class Help(Dialog[None]):
         Binding("question_mark,q", "cancel", "Close", show=False, id="help-close"),
     ]
 
-    def __init__(self, groups: Sequence[tuple[str, Sequence[tuple[str, str, str]]]]) -> None:
+    def __init__(self, groups: Sequence[tuple[str, Sequence[KeyHelp]]]) -> None:
         super().__init__()
         self._groups = groups
 
@@ -159,7 +179,7 @@ class Help(Dialog[None]):
         """A heading for each place, a line for each key: keys, what they do, why not."""
         with Vertical() as box:
             box.border_title = "Keys that work here"
-            box.border_subtitle = "Escape closes"
+            box.border_subtitle = "the word at the right remaps a key in console.toml   Escape closes"
             with VerticalScroll():
                 yield Lines()
 
@@ -168,10 +188,16 @@ class Help(Dialog[None]):
         lines: list[Content] = []
         for title, keys in self._groups:
             lines += [Content("")] * bool(lines) + [Content.styled(title, "bold $primary")]
-            for key, text, why in keys:
-                style = "$text-disabled" if why else ""
-                reason = [(f"  ({why})", "$warning")] if why else []
-                lines.append(line([(f"  {key:<14}", "bold $accent"), (text, style), *reason]))
+            for key in keys:
+                style = "$text-disabled" if key.why else ""
+                parts = [
+                    (f"  {key.keys:<12} ", "bold $accent"),
+                    (fit(key.text, 40), style),
+                    (f" {key.id}", "$text-muted"),
+                ]
+                lines.append(line(parts))
+                if key.why:
+                    lines.append(line([(" " * 15 + f"✖ {key.why}", "$warning")]))
         lines += [
             Content(""),
             Content.styled("Marks", "bold $primary"),

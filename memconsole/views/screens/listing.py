@@ -145,7 +145,7 @@ class Listing(View):
             rows = widget.table.rows(snapshot)
             widget.load(rows)
             if len(self.TABLES) > 1:
-                widget.border_title = f"{widget.table.title} {len(rows):,}"
+                widget.border_title = f" {widget.table.title} {len(rows):,} "
 
     def about(self, subject: str) -> None:
         """Filter by this subject's name."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from textual.widget import Widget
 
 LABEL = 9
-NUMBERS = 18
+NUMBERS = 19
 MOST_ROWS = 8
 METER = 36
 """The least width of a meter; two stand side by side where they fit."""
@@ -97,7 +97,7 @@ def held_lines(snapshot: Snapshot) -> list[Content]:
     ]
     if any(guest.progress for guest in snapshot.guests):
         verdict = ("✖ ", "$error") if wrong else ("✔ ", "$success")
-        words = f"{wrong:,} wrong bytes, longest gap {format_duration(gap)}"
+        words = f"{wrong:,} wrong, longest gap {format_duration(gap)}"
         lines.append(line([(fit("canaries", LABEL), "$secondary"), verdict, (words, "")]))
     return [each for each in lines if each.plain]
 
@@ -140,7 +140,7 @@ def survival_lines(survival: Survival) -> list[Content]:
 
 
 def _missing(on_cmdline: bool, word: str) -> str:
-    return "asked for, but not there" if on_cmdline else f"absent, no {word} at boot"
+    return "asked for, but not there" if on_cmdline else f"absent (no {word})"
 
 
 def _yes_no(title: str, there: bool, yes: str, no: str) -> Content:
@@ -157,6 +157,7 @@ class Panel(Lines):
 
     DEFAULT_CSS = """
     Panel { border: round $border; border-title-color: $primary; border-title-style: bold; padding: 0 1; height: auto; }
+    Panel { text-wrap: nowrap; text-overflow: ellipsis; }
     """
 
 

@@ -31,7 +31,7 @@ class MacroForm(Dialog[dict[str, str]]):
     MacroForm .-row { height: 1; }
     MacroForm .-row Label { width: 13; color: $secondary; }
     MacroForm .-row Input { width: 26; }
-    MacroForm .-row Static { width: 1fr; margin: 0 0 0 1; color: $text-muted; }
+    MacroForm .-row .-help { width: 1fr; margin: 0 0 0 1; color: $text-muted; }
     """
 
     def __init__(self, macro: Macro) -> None:
@@ -46,8 +46,8 @@ class MacroForm(Dialog[dict[str, str]]):
             for index, (name, param) in enumerate(self._macro.params.items()):
                 with Horizontal(classes="-row"):
                     yield Label(Content(name + ("*" if param.default is None else "")))
-                    yield Input(param.default or "", id=f"param-{index}")
-                    yield Static(Content(param.help))
+                    yield Input(param.default or "", id=f"param-{index}", compact=True)
+                    yield Static(Content(param.help), classes="-help")
             with Horizontal(classes="-buttons"):
                 yield Button("Cancel", id="cancel", compact=True)
                 yield Button("Plan", id="plan", variant="primary", compact=True)
@@ -114,7 +114,7 @@ class MacroPlan(Dialog[bool]):
             with VerticalScroll():
                 yield Lines()
             yield Static(id="ask")
-            yield Input(id="name", disabled=True)
+            yield Input(id="name", disabled=True, compact=True)
             with Horizontal(classes="-buttons"):
                 yield Button("Cancel", id="cancel", compact=True)
                 yield Button("Run", id="run", variant="success", disabled=True, compact=True)

@@ -84,7 +84,8 @@ class Tabs(Bar):
         self.say(parts)
 
 
-def _rank(id: str) -> int:
+def rank(id: str) -> int:
+    """How far to the front a key of this id stands: opening first, then what is done to the row, then the rest."""
     return 0 if id == "open" else 1 if id in actions.REGISTRY or id == "pfn" else 2
 
 
@@ -93,6 +94,11 @@ class Keys(Bar):
 
     DEFAULT_CSS = "Keys { background: $panel; }"
     ALWAYS = ("command", "help", "quit")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grey: dict[str, ActiveBinding] = {}
+        """The keys that do nothing at present."""
 
     def on_mount(self) -> None:
         """Follow the focus."""
@@ -108,9 +114,11 @@ class Keys(Bar):
 
     def list_keys(self) -> None:
         """Show the keys of the focused widget and its views."""
-        shown = {active.binding.id or key: active for key, active in self.screen.active_bindings.items()}
+        found = self.screen.active_bindings
+        self.grey = {key: active for key, active in found.items() if not active.enabled}
+        shown = {active.binding.id or key: active for key, active in found.items()}
         listed = [active for active in shown.values() if active.binding.show and active.binding.description]
-        listed.sort(key=lambda active: _rank(active.binding.id or ""))
+        listed.sort(key=lambda active: rank(active.binding.id or ""))
         last = [active for active in listed if active.binding.id in self.ALWAYS]
         right = [part for active in last for part in self._key(active)]
         room = self.size.width - sum(len(text) for text, _ in right)

@@ -14,7 +14,7 @@ from memconsole.views.looks import look
 from memconsole.views.widgets.table import fit, printable
 
 LABEL = 11
-CELL = 40
+CELL = 38
 
 
 class Fact(NamedTuple):

@@ -138,7 +138,7 @@ class VirtualTable(ScrollView, can_focus=True):
             self.what = what
 
     class Changed(Message):
-        """Rows, order, filter or cursor changed: what a title says about the table may differ."""
+        """Rows, order or filter changed: what a title says about the table may differ."""
 
     def __init__(self, table: Table, *, columns: str | None = None, empty: str = "nothing here", **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -154,6 +154,7 @@ class VirtualTable(ScrollView, can_focus=True):
         self._strips: LRUCache[tuple[str, int], tuple[Line, Strip]] = LRUCache(KEPT_STRIPS)
         self._painted: dict[int, Line | None] = {}
         self._style_table: dict[str, Style] = {}
+        self._mixed: dict[tuple[bool, tuple[str, ...]], Style] = {}
         self.virtual_size = Size(0, 1)
 
     # --- what is shown ------------------------------------------------------------------------------------------
@@ -225,7 +226,6 @@ class VirtualTable(ScrollView, can_focus=True):
         if old != row:
             self.refresh_row(old)
             self.refresh_row(row)
-        self.post_message(self.Changed())
 
     def refresh_row(self, row: int) -> None:
         """Repaint the line a row is on."""
@@ -240,6 +240,7 @@ class VirtualTable(ScrollView, can_focus=True):
         if everything:
             self.refresh()
         else:
+            self._lay_out()
             for y in range(1, self.size.height):
                 if self._painted.get(y) != self._line(y):
                     self.refresh(Region(0, y, self.size.width, 1))
@@ -250,6 +251,7 @@ class VirtualTable(ScrollView, can_focus=True):
     def notify_style_update(self) -> None:
         """Forget what was made with the old colours."""
         self._style_table.clear()
+        self._mixed.clear()
         self._relayout()
         super().notify_style_update()
 
@@ -272,11 +274,16 @@ class VirtualTable(ScrollView, can_focus=True):
             self._style_table["base"] = self.rich_style
         return self._style_table
 
-    def _columns_now(self) -> tuple[Column, ...]:
-        """The columns that have room, the first one always; what is left over goes to columns of text."""
+    def render_lines(self, crop: Region) -> list[Strip]:
+        """Some lines; the columns are laid out once for all of them."""
+        self._lay_out()
+        return super().render_lines(crop)
+
+    def _lay_out(self) -> None:
+        """Choose the columns that have room, the first one always; what is left over goes to columns of text."""
         width = self.scrollable_content_region.width
         if self._layout_for == (width, self._left):
-            return self._columns
+            return
         self._layout_for = (width, self._left)
         self._layout_number += 1
         fields = self.rows.fields
@@ -302,13 +309,11 @@ class VirtualTable(ScrollView, can_focus=True):
             columns.append(Column(field, x, cells))
             x += cells + GAP
         self._columns = tuple(columns)
-        return self._columns
 
     def _line(self, y: int) -> Line | None:
         row = self.scroll_offset.y + y - 1
         if not 0 <= row < len(self.rows):
             return None
-        self._columns_now()
         key = self.rows.key(row)
         on = 0 if row != self.cursor else 2 if self.has_focus else 1
         before = self.rows.before.get(key, self)
@@ -330,7 +335,7 @@ class VirtualTable(ScrollView, can_focus=True):
         # identity, not equality: an equal line of another object would keep a dead object alive in the cache
         if kept is not None and all(was is now for was, now in zip(kept[0], line, strict=True)):
             return kept[1]
-        strip = self._row(key, line, styles, width)
+        strip = self._row(key, line, width)
         self._strips[(key, line.cursor)] = (line, strip)
         return strip
 
@@ -340,8 +345,7 @@ class VirtualTable(ScrollView, can_focus=True):
         return self.empty
 
     def _header(self, styles: dict[str, Style], width: int) -> Strip:
-        columns = self._columns_now()
-        fields = self.rows.fields
+        columns, fields = self._columns, self.rows.fields
         base = styles["base"] + styles["header"]
         more_left = self._left > 1
         more_right = self._left + len(columns) - 1 < len(fields)
@@ -357,26 +361,38 @@ class VirtualTable(ScrollView, can_focus=True):
             strip = Strip([*strip.crop(0, width - 1), Segment("▸", styles["base"] + styles["sorted"])], width)
         return strip
 
-    def _row(self, key: str, line: Line, styles: dict[str, Style], width: int) -> Strip:
+    def _row(self, key: str, line: Line, width: int) -> Strip:
         item, before, cursor, _ = line
-        base = styles["base"] + styles["cursor"] if cursor == 2 else styles["base"]
-        new = before is None
         touched = before is not None and before is not self
-        mark = "+" if new else "•" if touched else " "
-        segments = [Segment(CURSORS[cursor], base + styles["calm"]), Segment(mark, base + styles["mark"])]
-        for index, (field, _, cells) in enumerate(self._columns_now()):
+        mark = "+" if before is None else "•" if touched else " "
+        parts: list[tuple[str, tuple[str, ...]]] = [(CURSORS[cursor], ("calm",)), (mark, ("mark",))]
+        for index, (field, _, cells) in enumerate(self._columns):
             value = field.get(item)
             glyph, tone = look(field.id, value)
             text = f"{glyph} {field.show(value)}" if glyph else field.show(value)
-            style = base + styles[tone] if tone else base
-            if index == 0:
-                style += styles["key"]
             trend = self.rows.changed(key, field) if touched else 0
-            if trend:
-                style += styles["changed"]
-            segments.append(Segment(fit(text, cells, right=field.right), style))
-            segments.append(Segment(TRENDS[trend] + " " * (GAP - 1), base + styles["mark"] if trend else base))
-        return Strip(segments).adjust_cell_length(width, base)
+            style_names = (tone, "key" if index == 0 else "", "changed" if trend else "")
+            parts.append((fit(text, cells, right=field.right), style_names))
+            parts.append((TRENDS[trend] + " " * (GAP - 1), ("mark",) if trend else ()))
+        segments: list[Segment] = []
+        for text, names in parts:
+            style = self._style(cursor == 2, names)
+            if segments and segments[-1].style is style:
+                segments[-1] = Segment(segments[-1].text + text, style)
+            else:
+                segments.append(Segment(text, style))
+        return Strip(segments).adjust_cell_length(width, self._style(cursor == 2, ()))
+
+    def _style(self, cursor: bool, names: tuple[str, ...]) -> Style:
+        """The style of some component classes, on the cursor's row or off it; equal ones are the same object."""
+        style = self._mixed.get((cursor, names))
+        if style is None:
+            styles = self._styles_now()
+            style = styles["base"] + styles["cursor"] if cursor else styles["base"]
+            for name in filter(None, names):
+                style += styles[name]
+            style = self._mixed[(cursor, names)] = next((each for each in self._mixed.values() if each == style), style)
+        return style
 
     # --- keys and mouse -----------------------------------------------------------------------------------------
 
@@ -400,7 +416,7 @@ class VirtualTable(ScrollView, can_focus=True):
     def action_sideways(self, by: int) -> None:
         """Scroll the columns behind the first one."""
         fields = self.rows.fields
-        if by > 0 and self._left + len(self._columns_now()) - 1 >= len(fields):
+        if by > 0 and self._left + len(self._columns) - 1 >= len(fields):
             return
         left = min(max(self._left + by, 1), len(fields) - 1)
         if left != self._left:
@@ -458,7 +474,7 @@ class VirtualTable(ScrollView, can_focus=True):
     def on_click(self, event: events.Click) -> None:
         """A click chooses a row, a double click opens it, a click on a title sorts by it."""
         if event.y == 0:
-            for column in self._columns_now():
+            for column in self._columns:
                 if column.x <= event.x < column.x + column.width:
                     again = column.field is self.rows.sort_field
                     self.set_sort(column.field, reverse=again and not self.rows.reverse)

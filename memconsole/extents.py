@@ -453,7 +453,7 @@ class ExtentTable:
 def digest_region(fd: int, offset: int, length: int, threads: int = 0) -> str:
     """xxh3-128 over the xxh3-128 of each 2 MiB of ``length`` bytes from ``offset`` on, as hex.
 
-    ``threads`` 0 is one a CPU. A hole counts as the zeros it reads as and is not filled.
+    ``threads`` 0 is one a CPU this process may use. A hole counts as the zeros it reads as and is not filled.
 
     Raises:
         UsageError: beyond the end of the file. KernelRefused: it cannot be read.
@@ -461,7 +461,7 @@ def digest_region(fd: int, offset: int, length: int, threads: int = 0) -> str:
     what = "a digest cannot be made"
     digest = ffi.new("uint8_t[16]")
     offset, length = _whole("offset", offset, what), _whole("length", length, what)
-    threads = threads or min(os.cpu_count() or 1, 256)
+    threads = threads or min(len(os.sched_getaffinity(0)), 256)
     if not 0 < threads <= 256:
         raise UsageError(what, f"{threads} threads")
     native.call(what, lib.mc_digest, fd, offset, length, threads, digest)

@@ -5,12 +5,12 @@
 #include <linux/magic.h>
 #include <linux/userfaultfd.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
-#include <sys/sysinfo.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
@@ -244,6 +244,14 @@ static void *scan_chunks(void *argument)
 	return NULL;
 }
 
+/* How many CPUs this process may use. */
+static uint64_t usable_cpus(void)
+{
+	cpu_set_t set;
+
+	return sched_getaffinity(0, sizeof(set), &set) ? 1 : (uint64_t)CPU_COUNT(&set);
+}
+
 /* Appends the rows of pages page..page+pages, by as many threads as there are CPUs and work for them. */
 static int scan_range(struct scan *s, uint64_t page, uint64_t pages)
 {
@@ -251,7 +259,7 @@ static int scan_range(struct scan *s, uint64_t page, uint64_t pages)
 		.scan = *s, .page = page, .end = page + pages,
 		.lock = PTHREAD_MUTEX_INITIALIZER, .turned = PTHREAD_COND_INITIALIZER,
 	};
-	uint64_t helpers = (uint64_t)get_nprocs() - 1, started = 0;
+	uint64_t helpers = usable_cpus() - 1, started = 0;
 	pthread_t threads[MAX_HELPERS];
 
 	if (!pages)

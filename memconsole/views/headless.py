@@ -92,7 +92,8 @@ async def _render(source: Still, view: str, format: Format, size: tuple[int, int
         await pilot.pause()
         front = app.view
         if isinstance(front, PfnMap):
-            await app.workers.wait_for_complete([worker for worker in app.workers if worker.node is front])
+            for scan in [worker for worker in app.workers if worker.node is front]:
+                await scan.wait()
             await pilot.pause()
             if front.error is not None:
                 raise front.error

@@ -116,11 +116,11 @@ def _userfaultfd(_: Root) -> Verdict:
     has = [name for name, bit in probes.UFFD_FEATURES.items() if features & bit]
     if not whole:
         return "partly", f"faults of user mode only, a KVM guest's are the kernel's; {', '.join(has)}", _AS_ROOT
-    wanted = [name for name in ("minor shmem", "wp shmem") if name not in has]
+    wanted = [name for name in ("minor-fault shmem", "write-protect shmem") if name not in has]
     if wanted:
         return "partly", f"this kernel lacks {', '.join(wanted)}", "Linux 5.19 or later"
     if "rwp" not in has:
-        return "partly", f"{', '.join(has)}; no rwp: a revoke cannot protect pages in place", "Linux 7.3 or later"
+        return "partly", f"has {', '.join(has)}; no rwp: a revoke cannot protect pages in place", "Linux 7.3 or later"
     return "yes", ", ".join(has), ""
 
 

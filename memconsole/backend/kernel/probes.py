@@ -28,10 +28,10 @@ _UFFD_USER_MODE_ONLY = 1
 _SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282, "riscv64": 282}
 
 UFFD_FEATURES = {
-    "missing shmem": 1 << 5,
-    "minor shmem": 1 << 10,
-    "minor hugetlb": 1 << 9,
-    "wp shmem": 1 << 12,
+    "missing-fault shmem": 1 << 5,
+    "minor-fault shmem": 1 << 10,
+    "minor-fault hugetlb": 1 << 9,
+    "write-protect shmem": 1 << 12,
     "poison": 1 << 14,
     "move": 1 << 16,
     "rwp": 1 << 17,

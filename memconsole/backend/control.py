@@ -97,6 +97,11 @@ class Control:
         """Why no Action can be applied, or an empty string."""
         return self._read_only
 
+    @property
+    def runtime_dir(self) -> Path:
+        """Where the agents socket and the guests' files are."""
+        return self._desk.runtime_dir
+
     def snapshot(self) -> Snapshot:
         """The present Snapshot; an action under way does not hold it up.
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from memconsole import __version__
+from memconsole.cli.serving import add_options
 from memconsole.command import Parser, add_actions, reader, split_rest
 from memconsole.fields import TABLES
 from memconsole.units import parse_address
@@ -109,6 +110,9 @@ def _hosting(commands: Any) -> None:
     opened = commands.add_parser("open", help="the console on a recorded snapshot")
     opened.add_argument("file", metavar="FILE")
     opened.set_defaults(run=_lazily("hosting", "open_file"))
+    serving = commands.add_parser("serve", help="the control process: a service that consoles and commands talk to")
+    add_options(serving)
+    serving.set_defaults(run=_lazily("serving", "serve"))
 
 
 def build() -> Parser:

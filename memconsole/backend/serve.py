@@ -1,0 +1,230 @@
+"""``memconsole serve``: the control process.
+
+    lock the state ─ take custody ─ Control (adopts what ledger and custody hold) ─ serve ─ READY=1 ─ wait ─ stop
+
+It may die at any of these, and be killed at any later moment: guests run on, memory and ledger are in custody, and the
+next one adopts them. A stop in order (SIGTERM, SIGINT, SIGHUP) leaves them too; only what serves them ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from memconsole.backend import metrics
+from memconsole.backend.control import Control
+from memconsole.backend.custody import Custody, KeeperCustody
+from memconsole.backend.fdstore import SystemdCustody, inherited
+from memconsole.backend.wire import places
+from memconsole.backend.wire.embedded import Serving, serve_in_thread
+from memconsole.backend.wire.roles import Roles
+from memconsole.errors import ExitCode, MemconsoleError
+
+log = logging.getLogger("memconsole.serve")
+
+SWITCH_S = 0.001
+"""How long one thread may hold the interpreter while another waits to answer: a fifth of Python's default."""
+
+METRICS_S = 15.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``memconsole serve`` was asked for; ``record_s`` 0: no history; groups None: the default ones."""
+
+    socket: Path
+    state_dir: Path
+    foreground: bool = False
+    custody: Literal["auto", "keeper", "systemd"] = "auto"
+    operators: str | None = None
+    viewers: str | None = None
+    record_s: float = 1.0
+    metrics_textfile: Path | None = None
+
+
+def serve(settings: Settings) -> int:
+    """Run the control process until it is asked to stop; without ``foreground`` in the background, once it is ready.
+
+    Raises:
+        Refused: another serves this state or socket (``AlreadyServing``, ``SocketInUse``).
+        UsageError: a group does not exist.
+        MemconsoleError: custody or ledger cannot be read.
+    """
+    if settings.foreground or "NOTIFY_SOCKET" in os.environ:
+        return _serve(settings, lambda: None)
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        os.close(reading)
+        os.setsid()
+        return _serve(settings, partial(_detach, settings.state_dir / "serve.log", writing))
+    os.close(writing)
+    with os.fdopen(reading, "rb") as ready:
+        if ready.read(1):
+            return ExitCode.DONE
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _detach(log_file: Path, ready: int) -> None:
+    """Let go of the terminal, log to a file, and tell the waiting parent."""
+    log_fd = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for fd, source in ((0, null), (1, null), (2, log_fd)):
+        os.dup2(source, fd)
+    os.close(null)
+    os.close(log_fd)
+    os.write(ready, b"R")
+    os.close(ready)
+
+
+def _serve(settings: Settings, ready: Callable[[], None]) -> int:
+    _log_to_stderr()
+    sys.setswitchinterval(SWITCH_S)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    passed = inherited()
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(_stop_signals())
+        serving = _start(settings, passed, stack)
+        ready()
+        _notify("READY=1")
+        log.info("serving on %s", settings.socket)
+        try:
+            _wait(serving, stop)
+        finally:
+            _notify("STOPPING=1")
+            log.info("stopping; guests and memory stay")
+    return ExitCode.DONE
+
+
+def _start(settings: Settings, passed: list[tuple[str, int]], stack: contextlib.ExitStack) -> Serving:
+    """Everything between the lock and the first call; what was begun is ended by ``stack``, in reverse."""
+    runtime = settings.socket.parent
+    roles = Roles(settings.operators, settings.viewers)
+    places.make_directory(runtime, 0o755)
+    places.make_directory(settings.state_dir, 0o700)
+    for directory in {runtime, settings.state_dir}:
+        stack.callback(places.Lock(directory / "serve.lock").close)
+    sockets = {name: socket.socket(fileno=fd) for name, fd in passed if name in {"control", "metrics"}}
+    control = _control(settings, [(name, fd) for name, fd in passed if name not in sockets], stack)
+    recorder = None
+    if settings.record_s:
+        from memconsole.backend.history import Recorder
+
+        recorder = Recorder(settings.state_dir / "history")
+        stack.callback(recorder.close)
+        for finding in recorder.findings:
+            log.warning("%s: %s", finding.subject, finding.what)
+    metrics_socket = sockets.get("metrics")
+    if metrics_socket is None:
+        metrics_socket = places.bind(runtime / "metrics")
+        stack.callback((runtime / "metrics").unlink, missing_ok=True)
+    serving = serve_in_thread(control, settings.socket, sock=sockets.get("control"), roles=roles)
+    stack.callback(serving.close)
+    serving.listen(metrics_socket, metrics.Endpoint(serving.service))
+    if settings.metrics_textfile is not None:
+        serving.service.each(METRICS_S, partial(metrics.write_textfile, settings.metrics_textfile))
+    if recorder is not None:
+        serving.service.each(settings.record_s, recorder.record)
+    return serving
+
+
+def _control(settings: Settings, stored: list[tuple[str, int]], stack: contextlib.ExitStack) -> Control:
+    custody = _custody(settings, stored)
+    try:
+        control = Control(settings.socket.parent, custody)
+    except BaseException:
+        custody.close()
+        raise
+    stack.callback(control.close)
+    log.info("memory is in custody of %s", custody.label)
+    return control
+
+
+def _custody(settings: Settings, stored: list[tuple[str, int]]) -> Custody:
+    """The service manager's fd store where it offers one, else the keeper; or the one that was asked for."""
+    if settings.custody == "systemd" or (settings.custody == "auto" and "FDSTORE" in os.environ):
+        store = SystemdCustody(stored)
+        for lost in store.lost:
+            log.error("the service manager lost %s", lost)
+        return store
+    return KeeperCustody.start(settings.socket.parent)
+
+
+# --- the service manager's side -----------------------------------------------------------------------------------
+
+
+def _notify(text: str) -> None:
+    """Tell the service manager, if there is one (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "").replace("@", "\0", 1)
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+            channel.sendto(text.encode(), address)
+
+
+def _wait(serving: Serving, stop: int) -> None:
+    """Until ``stop`` is readable; meanwhile keep the service manager's watchdog content while the loop answers.
+
+    Raises:
+        MemconsoleError: the loop ended by itself.
+    """
+    watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6
+    answered = threading.Event()
+    poll = select.poll()
+    poll.register(stop, select.POLLIN)
+    while not poll.poll((watchdog / 3 or 5.0) * 1000):
+        if not serving.alive:
+            raise MemconsoleError("the service's loop ended", "", "see the log above; start it again")
+        if answered.is_set() and watchdog:
+            _notify("WATCHDOG=1")
+        answered.clear()
+        serving.loop.call(answered.set)
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[int]:
+    """An eventfd that is readable once a signal asked this process to stop.
+
+    Handlers, not a blocked mask: a mask would be inherited by guests, which then could not be asked to end.
+    """
+    fd = os.eventfd(0, os.EFD_CLOEXEC)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.signal(number, lambda *_: os.eventfd_write(fd, 1)) for number in numbers]
+    try:
+        yield fd
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+        os.close(fd)
+
+
+class _Priority(logging.Formatter):
+    """Lines with the priority journald reads (sd-daemon(3)) where stderr is the journal, else with the level's name."""
+
+    LEVELS = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record; each of its lines is one in the journal."""
+        text = super().format(record)
+        if "JOURNAL_STREAM" not in os.environ:
+            return f"memconsole: {record.levelname.lower()}: {text}"
+        level = next(number for least, number in self.LEVELS if record.levelno >= least)
+        return "\n".join(f"<{level}>{line}" for line in text.splitlines())
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Priority("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

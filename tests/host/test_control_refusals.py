@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 from support.controls import M, controls, ours
-from support.guests import AgentProcess, open_fds
+from support.guests import AgentProcess, open_fds, until
 
 from memconsole import actions as do
 from memconsole.backend.control import Control, embedded
 from memconsole.errors import ExitCode, Gone, Refused
-from memconsole.model import Snapshot
+from memconsole.model import GrantState, Snapshot
 
 GONE = 2**22 + 1
 """A PID no Linux gives (PID_MAX_LIMIT is 2**22)."""
@@ -30,6 +30,7 @@ def host() -> Iterator[Control]:
         control.apply(do.Reserve("ram", 4 * M))
         control.apply(do.GuestAttach("db", process.pid))
         control.apply(do.Map("web", "db", length=M, gpa=0))
+        until(lambda: control.snapshot().grants[0].state is GrantState.MAPPED, "it is mapped")
         yield control
 
 
@@ -193,13 +194,14 @@ NOBODY = """
 import ctypes, os, tempfile
 from pathlib import Path
 from memconsole import actions as do
-from memconsole.backend import adoption, tables, verbs  # imported as root: the interpreter may not be anybody's to read
 from memconsole.backend.control import embedded
-from memconsole.backend.custody import OwnCustody
-from memconsole.backend.reach import find
 from memconsole.errors import MemconsoleError
-from memconsole.extents import ExtentTable
 
+control = embedded()  # what is imported is imported as root: the interpreter may not be anybody's to read
+control.apply(do.Reserve("mine", 1 << 20, prefault=True))
+control.extents("region:mine").close()
+control.apply(do.Release("mine"))
+control.close()
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE, as in any process that was started by its user
 with tempfile.TemporaryDirectory() as directory:

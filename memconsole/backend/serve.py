@@ -144,7 +144,7 @@ def _start(settings: Settings, passed: list[tuple[str, int]], stack: contextlib.
 def _control(settings: Settings, stored: list[tuple[str, int]], stack: contextlib.ExitStack) -> Control:
     custody = _custody(settings, stored)
     try:
-        control = Control(settings.socket.parent, custody)
+        control = Control(settings.socket.parent, custody, state_dir=settings.state_dir)
     except BaseException:
         custody.close()
         raise

@@ -151,6 +151,7 @@ class VirtualTable(ScrollView, can_focus=True):
         self._layout_number = 0
         self._columns: tuple[Column, ...] = ()
         self._layout_for: tuple[int, int] = (-1, -1)
+        self._width = 0
         self._strips: LRUCache[tuple[str, int], tuple[Line, Strip]] = LRUCache(KEPT_STRIPS)
         self._painted: dict[int, Line | None] = {}
         self._style_table: dict[str, Style] = {}
@@ -249,9 +250,7 @@ class VirtualTable(ScrollView, can_focus=True):
     # --- lines --------------------------------------------------------------------------------------------------
 
     def notify_style_update(self) -> None:
-        """Forget what was made with the old colours."""
-        self._style_table.clear()
-        self._mixed.clear()
+        """Look at the colours again; what was made with the old ones is kept if they are the same."""
         self._relayout()
         super().notify_style_update()
 
@@ -265,27 +264,28 @@ class VirtualTable(ScrollView, can_focus=True):
         super().watch_has_focus(has_focus)
         self.refresh()
 
-    def _styles_now(self) -> dict[str, Style]:
-        if not self._style_table:
-            self._style_table = {
-                name: self.get_component_rich_style(f"table--{name}", partial=True)
-                for name in ("header", "sorted", "key", "cursor", "mark", "changed", *TONES)
-            }
-            self._style_table["base"] = self.rich_style
-        return self._style_table
-
     def render_lines(self, crop: Region) -> list[Strip]:
         """Some lines; the columns are laid out once for all of them."""
         self._lay_out()
         return super().render_lines(crop)
 
     def _lay_out(self) -> None:
-        """Choose the columns that have room, the first one always; what is left over goes to columns of text."""
+        """Look at the room and the colours there are, if they may have changed."""
         width = self.scrollable_content_region.width
         if self._layout_for == (width, self._left):
             return
         self._layout_for = (width, self._left)
-        self._layout_number += 1
+        names = ("header", "sorted", "key", "cursor", "mark", "changed", *TONES)
+        styles = {name: self.get_component_rich_style(f"table--{name}", partial=True) for name in names}
+        styles["base"] = self.rich_style
+        columns = self._columns_for(width)
+        if (columns, styles, self.size.width) != (self._columns, self._style_table, self._width):
+            self._columns, self._style_table, self._width = columns, styles, self.size.width
+            self._mixed.clear()
+            self._layout_number += 1
+
+    def _columns_for(self, width: int) -> tuple[Column, ...]:
+        """The columns that have room, the first one always; what is left over goes to columns of text."""
         fields = self.rows.fields
         chosen = [fields[0], *fields[self._left :]]
         room = width - GUTTER
@@ -308,7 +308,7 @@ class VirtualTable(ScrollView, can_focus=True):
         for field, cells in zip(shown, widths, strict=True):
             columns.append(Column(field, x, cells))
             x += cells + GAP
-        self._columns = tuple(columns)
+        return tuple(columns)
 
     def _line(self, y: int) -> Line | None:
         row = self.scroll_offset.y + y - 1
@@ -321,8 +321,7 @@ class VirtualTable(ScrollView, can_focus=True):
 
     def render_line(self, y: int) -> Strip:
         """One line of the table: the header, a row, or an empty one."""
-        styles = self._styles_now()
-        width = self.size.width
+        styles, width = self._style_table, self.size.width
         if y == 0:
             return self._header(styles, width)
         line = self._line(y)
@@ -387,7 +386,7 @@ class VirtualTable(ScrollView, can_focus=True):
         """The style of some component classes, on the cursor's row or off it; equal ones are the same object."""
         style = self._mixed.get((cursor, names))
         if style is None:
-            styles = self._styles_now()
+            styles = self._style_table
             style = styles["base"] + styles["cursor"] if cursor else styles["base"]
             for name in filter(None, names):
                 style += styles[name]

@@ -1,0 +1,108 @@
+"""Order, filter and change marks of a table's rows."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memconsole.fields import REGIONS
+from memconsole.views.refresh import settle
+from memconsole.views.widgets.rowset import RowSet
+from support import synthetic
+
+SNAPSHOT = synthetic.snapshot()
+
+
+def rows(snapshot=SNAPSHOT):
+    made = RowSet(REGIONS, REGIONS.pick(None))
+    made.load(snapshot.regions)
+    return made
+
+
+def names(made):
+    return [made.key(row) for row in range(len(made))]
+
+
+def field(name):
+    return next(field for field in REGIONS.fields if field.id == name)
+
+
+def test_a_filter_finds_text_fields_and_their_absence():
+    made = rows()
+    made.filter("web")
+    assert names(made) == ["web0-ram0", "web0-ram1", "web0-ram3"]
+    made.filter("web size:64M")
+    assert names(made) == ["web0-ram0"]
+    made.filter("state:RESERVED")
+    assert names(made) == ["spare6"]
+    made.filter("!mapped !cache")
+    assert names(made) == ["spare6"]
+    made.filter("")
+    assert len(made) == made.total == 10
+
+
+def test_a_filter_looks_only_into_what_is_shown():
+    made = rows()
+    made.filter("grow")
+    assert names(made) == []
+    made.show([field("name"), field("seals")])
+    assert len(made) == 10
+
+
+def test_sorting_goes_by_value_and_leaves_the_unknown_last():
+    made = rows()
+    made.sort(field("size"))
+    sizes = [made[row].size for row in range(len(made))]
+    assert sizes == sorted(sizes)
+    made.sort(field("runs"), reverse=True)
+    assert made[0].seen.runs == max(r.seen.runs for r in SNAPSHOT.regions if r.seen.runs is not None)
+    assert made[len(made) - 1].seen.runs is None
+
+
+@given(st.lists(st.sampled_from("web0 db1 cache ram spare 64M ! size: : mapped".split()), max_size=4))
+def test_typing_a_filter_letter_by_letter_finds_what_the_whole_finds(words):
+    text = " ".join(words)
+    typed = rows()
+    for end in range(len(text) + 1):
+        typed.filter(text[:end])
+    whole = rows()
+    whole.filter(text)
+    assert names(typed) == names(whole)
+
+
+def test_equal_entities_stay_the_same_objects():
+    again = msgspec.json.decode(msgspec.json.encode(SNAPSHOT), type=type(SNAPSHOT))
+    assert again.regions[0] is not SNAPSHOT.regions[0]
+    settled = settle(SNAPSHOT, again)
+    assert settled == again
+    assert settled.regions is SNAPSHOT.regions
+    grown = msgspec.structs.replace(again, regions=again.regions[1:])
+    assert [new is old for new, old in zip(settle(SNAPSHOT, grown).regions, SNAPSHOT.regions[1:], strict=True)] == [
+        True
+    ] * 9
+
+
+def test_what_changed_and_what_is_new_is_marked_until_the_next_load():
+    made = rows()
+    assert made.before == {}
+    first = SNAPSHOT.regions[0]
+    bigger = msgspec.structs.replace(first, size=first.size * 2, store="dax")
+    new = msgspec.structs.replace(first, name="fresh")
+    made.load((bigger, *SNAPSHOT.regions[1:], new))
+    assert made.before == {"web0-ram0": first, "fresh": None}
+    assert made.changed("web0-ram0", field("size")) == 1
+    assert made.changed("web0-ram0", field("store")) == 2
+    assert made.changed("web0-ram0", field("name")) == 0
+    made.load(made.items)
+    assert made.before == {}
+
+
+@pytest.mark.parametrize("budget", [1, 3, 100])
+def test_text_can_be_made_a_little_at_a_time(budget):
+    made = rows()
+    rounds = 0
+    while made.warm(budget):
+        rounds += 1
+    assert rounds == (made.total - 1) // budget if budget < made.total else rounds == 0
+    made.filter("spare6")
+    assert names(made) == ["spare6"]

@@ -27,11 +27,8 @@ from memconsole.backend.stores import memfd
 from memconsole.backend.verbs.grants import OFFER_S
 from memconsole.backend.verbs.guests import forget, orphans
 from memconsole.backend.verbs.regions import custody_name, drop_custody
-from memconsole.errors import Gone, MemconsoleError, NotFound
-from memconsole.model import Finding, Grant, GrantState, GuestKind, Region, RegionState, Severity
-
-RECONNECT_S = 2.0
-"""Seconds a guest's agent has to find the new control process (it tries every 100 to 200 ms)."""
+from memconsole.errors import Gone, MemconsoleError
+from memconsole.model import Finding, Grant, GrantState, Region, RegionState, Severity
 
 FORWARD = (
     actions.Release,
@@ -43,11 +40,6 @@ FORWARD = (
 )
 
 Write = Callable[[Record], int]
-
-
-def mapped(grant: Grant) -> Grant:
-    """The grant once its guest has mapped it."""
-    return msgspec.structs.replace(grant, state=GrantState.MAPPED)
 
 
 def adopt(desk: Desk, write: Write) -> list[Finding]:
@@ -146,26 +138,12 @@ def _finish(desk: Desk, write: Write, number: int, intent: Intent) -> Iterator[F
 
 
 def _forward(desk: Desk, number: int, action: actions.Action) -> Record:
-    _reconnected(desk, action)
     work = verbs.work(desk, action)
     now = time.time_ns()
     if work.refusals:
         return Failed(number, now, work.refusals[0].code, work.refusals[0].what)
     steps.run(action.spec.id, work.steps)
     return Done(number, now, f"{work.text} (carried through after a restart)", work.change)
-
-
-def _reconnected(desk: Desk, action: actions.Action) -> None:
-    """Wait for the agent of the guest that an action will ask, so that it is not killed for being late."""
-    state = desk.state
-    name = getattr(action, "name", "")
-    if isinstance(action, actions.Revoke) and action.grant in state.grants:
-        name = state.grants[action.grant].guest
-    elif isinstance(action, actions.WindowRevoke) and (grant := state.window_of(action.window)):
-        name = grant.guest
-    live = desk.live(name)
-    if live is not None and live.kind is not GuestKind.QEMU:
-        desk.hub.connected(name, RECONNECT_S)
 
 
 def _back(desk: Desk, number: int, intent: Intent) -> Record:
@@ -181,7 +159,12 @@ def _back(desk: Desk, number: int, intent: Intent) -> Record:
         for grant in intent.aims.grants:
             if _still_mapped(desk, grant):
                 text = f"{grant.guest} maps {grant.region} as {grant.id} (found after a restart)"
-                return Done(number, time.time_ns(), text, Change(grants=(mapped(grant),)))
+                return Done(
+                    number,
+                    time.time_ns(),
+                    text,
+                    Change(grants=(msgspec.structs.replace(grant, state=GrantState.MAPPED),)),
+                )
     return Failed(number, time.time_ns(), "CutShort", "the control process died; what was done of it is undone")
 
 
@@ -190,8 +173,7 @@ def _still_mapped(desk: Desk, grant: Grant) -> bool:
     live, region = desk.live(grant.guest), desk.state.regions.get(grant.region)
     if live is None or region is None:
         return False
-    with contextlib.suppress(NotFound):
-        desk.hub.connected(grant.guest, RECONNECT_S)
+    desk.connected(grant.guest)
     deadline = time.monotonic() + OFFER_S
     while desk.reach(region, grant.offset, grant.length, without=grant.id).pids:
         if time.monotonic() > deadline:

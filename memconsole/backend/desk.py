@@ -34,6 +34,10 @@ STOP_S = 5.0
 """Seconds a guest has to end in order."""
 
 
+RECONNECT_S = 1.0
+"""Seconds an agent has to find a new control process (it tries every 100 to 200 ms)."""
+
+
 @dataclass
 class _Held:
     """A live guest; ``asking`` is held while it is asked or let go, so that nobody asks one that was let go."""
@@ -219,6 +223,13 @@ class Desk:
             with held.asking:
                 held.open = False
                 held.live.close()
+
+    def connected(self, guest: str) -> bool:
+        """Whether a guest's agent is connected; one that has lost us is given the time to find us again."""
+        live = self.live(guest)
+        if live is None or live.kind is GuestKind.QEMU:
+            return False
+        return live.agent() or self.hub.connected(guest, RECONNECT_S)
 
     def mapped(self, guest: str) -> frozenset[str]:
         """The grants a guest's agent said it has mapped."""

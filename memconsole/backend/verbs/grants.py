@@ -294,6 +294,7 @@ class Ladder:
             self._refused = "its guest is gone"
             return self._look(0)
         try:
+            self._desk.connected(live.name)
             agreed = live.ask_unmap(self._grant.id, self._within)
             if not agreed:
                 self._refused = f"guest {self._grant.guest} has no agent that would unmap it"

@@ -209,9 +209,7 @@ def _switch(desk: Desk, name: str, old: GuestState, new: GuestState) -> Work:
     if guest is None:
         return work
     live = desk.live(name)
-    state = GuestState.GONE
-    with contextlib.suppress(GuestError):
-        state = live.state() if live is not None else state
+    state = _state(desk, live) if live is not None else GuestState.GONE
     if live is None or state is GuestState.GONE:
         work.refuse("GuestGone", f"guest {name} is gone", "its process ended", f"memconsole guest stop {name}")
         return work
@@ -226,3 +224,12 @@ def _switch(desk: Desk, name: str, old: GuestState, new: GuestState) -> Work:
     work.step("pause" if pausing else "resume", text, do, undo, "resume it" if pausing else "pause it")
     work.change = Change(guests=(replace(guest, state=new),))
     return work
+
+
+def _state(desk: Desk, live: LiveGuest) -> GuestState:
+    try:
+        return live.state()
+    except GuestError:
+        if not desk.connected(live.name):
+            raise
+        return live.state()

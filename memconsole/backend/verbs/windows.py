@@ -91,6 +91,7 @@ def revoke(desk: Desk, action: WindowRevoke) -> Work:
         if live is not None:
             with contextlib.suppress(Gone):
                 try:
+                    desk.connected(live.name)
                     if not live.ask_unmap(grant.id, OFFER_S):
                         refused = "it has no agent that would unmap it"
                 except GuestError as error:

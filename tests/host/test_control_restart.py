@@ -1,0 +1,256 @@
+"""The control process dies at every step boundary of every action, and the next one finds all of it or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from support import keepers
+from support.controls import M, goes_on, grant, guest, ours, region, runtime_dir
+from support.guests import AgentProcess, until
+
+from memconsole import actions as do
+from memconsole import native
+from memconsole.backend.control import LEDGER, Control
+from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.kernel import census
+from memconsole.backend.steps import FAULT_VARIABLE, fault_points
+from memconsole.errors import MemconsoleError
+from memconsole.model import GrantState, GuestState
+
+CHILD = f"""
+import json, os, sys
+from pathlib import Path
+from memconsole import actions
+from memconsole.backend.control import Control
+from memconsole.backend.custody import KeeperCustody
+control = Control(Path(sys.argv[1]), KeeperCustody(Path(sys.argv[2])))
+os.environ["{FAULT_VARIABLE}"] = sys.argv[4]
+control.apply(actions.decode(json.loads(sys.argv[3])))
+print("survived")
+control.close()
+"""
+
+
+class World(NamedTuple):
+    """A keeper and a runtime directory; control processes come and go."""
+
+    runtime: Path
+    keeper: Path
+
+    @contextlib.contextmanager
+    def control(self) -> Iterator[Control]:
+        with contextlib.closing(Control(self.runtime, KeeperCustody(self.keeper))) as control:
+            yield control
+
+    def dies(self, action: do.Action, at: str) -> None:
+        """Apply an action in a process of its own that kills itself at a fault point."""
+        words = [sys.executable, "-c", CHILD, self.runtime, self.keeper, json.dumps(do.encode(action)), at]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == -signal.SIGKILL, (at, done.stdout, done.stderr)
+
+    def processes(self) -> list[int]:
+        """The guests' processes, whoever knows of them."""
+        found = []
+        for pid in census.take().processes:
+            with contextlib.suppress(MemconsoleError):
+                if any(str(self.runtime) in word for word in census.command("/", pid)):
+                    found.append(pid)
+        return [pid for pid in found if pid not in {os.getpid(), *_keepers(self.keeper)}]
+
+    def essence(self, control: Control) -> tuple[object, ...]:
+        """What there is, by name, in the Snapshot, in custody and among processes."""
+        snapshot = control.snapshot()
+        return (
+            [(found.name, found.state) for found in snapshot.regions],
+            [(found.name, found.state) for found in snapshot.guests if found.name in ours(snapshot)],
+            [(found.id, found.region, found.guest, len(found.seen)) for found in snapshot.grants],
+            [name for name in control._desk.custody.names() if name != LEDGER],
+            len(self.processes()),
+        )
+
+
+def _keepers(path: Path) -> set[int]:
+    return {pid for pid in census.take().processes if str(path) in _words(pid)}
+
+
+def _words(pid: int) -> str:
+    with contextlib.suppress(MemconsoleError):
+        return " ".join(census.command("/", pid))
+    return ""
+
+
+@contextlib.contextmanager
+def worlds() -> Iterator[World]:
+    with runtime_dir() as directory, keepers.running(native.program("memconsole-keeper")) as keeper:
+        world = World(directory / "run", keeper.path)
+        try:
+            yield world
+        finally:
+            for pid in world.processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with worlds() as made:
+        yield made
+
+
+MORE = [do.Reserve("more", 2 * M), do.Map("more", "watch", gpa=1 << 30)]
+SCENARIOS: dict[str, tuple[list[do.Action], do.Action]] = {
+    "reserve": ([], do.Reserve("new", 2 * M, prefault=True)),
+    "release": ([do.Reserve("old", 2 * M)], do.Release("old")),
+    "map": (MORE[:1], MORE[1]),
+    "revoke": (MORE, do.Revoke("g2")),
+    "guest-start": ([], do.GuestStart("second", memory=2 * M)),
+    "guest-stop": ([do.GuestStart("second", memory=2 * M)], do.GuestStop("second")),
+    "guest-pause": ([do.GuestStart("second", memory=2 * M)], do.GuestPause("second")),
+    "guest-resume": ([do.GuestStart("second", memory=2 * M), do.GuestPause("second")], do.GuestResume("second")),
+}
+if shutil.which("qemu-system-x86_64"):
+    SCENARIOS["guest-start-qemu"] = ([], do.GuestStart("vm", vmm="qemu", memory=16 * M))
+
+
+def set_up(world: World, actions: list[do.Action]) -> tuple[object, ...]:
+    with world.control() as control:
+        for action in (do.GuestStart("watch", memory=4 * M), *actions):
+            control.apply(action)
+        goes_on(control, "watch")
+        return world.essence(control)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_an_action_cut_anywhere_is_wholly_there_or_wholly_not(name: str) -> None:
+    before_it, action = SCENARIOS[name]
+    with worlds() as world:
+        before = set_up(world, before_it)
+        with world.control() as control:
+            points = fault_points(control.plan(action))
+            control.apply(action)
+            after = world.essence(control)
+    assert points
+    assert before != after
+    for point in points:
+        with worlds() as world:
+            assert set_up(world, before_it) == before
+            world.dies(action, point)
+            with world.control() as control:
+                until(lambda: control._desk.live("watch").agent(), "the canary came back")  # type: ignore[union-attr]
+                assert control._state.unfinished == {}, point
+                assert world.essence(control) in (before, after), point
+                assert [found for found in control.snapshot().findings if found.subject != "watch"] == [], point
+                goes_on(control, "watch")
+                progress = guest(control.snapshot(), "watch").progress
+                assert progress is not None
+                assert progress.gaps == 0 or progress.gap_ns < 10**9, point
+
+
+def test_everything_is_taken_over_and_goes_on(world: World) -> None:
+    with world.control() as control:
+        control.apply(do.GuestStart("watch", memory=4 * M))
+        control.apply(do.Reserve("web", 2 * M, prefault=True))
+        first = control.snapshot()
+        events = control.events(0)
+    with world.control() as control:
+        until(lambda: guest(control.snapshot(), "watch").agent, "the canary came back")
+        second = control.snapshot()
+        assert [found.segments for found in second.regions] == [found.segments for found in first.regions]
+        assert second.grants == first.grants
+        assert guest(second, "watch").pid == guest(first, "watch").pid
+        assert second.findings == ()
+        assert control.events(0) == events
+        goes_on(control, "watch")
+        control.apply(do.Reserve("next", M))
+        control.apply(do.Map("next", "watch", gpa=1 << 30))
+        assert grant(control.snapshot(), "g2").state is GrantState.MAPPED
+        control.apply(do.GuestStop("watch"))
+        assert world.processes() == []
+
+
+def test_a_process_keeps_its_grants_over_a_restart(world: World) -> None:
+    with AgentProcess(world.runtime / "agents") as process:
+        with world.control() as control:
+            control.apply(do.Reserve("cache", M))
+            control.apply(do.GuestAttach("db", process.pid))
+            control.apply(do.Map("cache", "db"))
+            assert process.say("wait g1") == "g1"
+            process.say("write g1 hello")
+        assert process.say("read g1 5") == "hello"
+        with world.control() as control:
+            until(lambda: guest(control.snapshot(), "db").agent, "the agent came back")
+            assert process.say("read g1 5") == "hello"
+            control.apply(do.Revoke("g1", at_most=do.Rung.ASK))
+            assert process.say("grants") == "none"
+
+
+def test_a_guest_that_died_meanwhile_is_a_finding(world: World) -> None:
+    with world.control() as control:
+        control.apply(do.GuestStart("watch", memory=4 * M))
+        pid = guest(control.snapshot(), "watch").pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with world.control() as control:
+        assert guest(control.snapshot(), "watch").state is GuestState.GONE
+        assert [found.id for found in control.snapshot().findings] == ["guest-gone"]
+        control.apply(do.GuestStop("watch"))
+        control.apply(do.Release("watch"))
+
+
+def test_a_region_the_ledger_lost_is_taken_over_with_a_finding(world: World) -> None:
+    with world.control() as control:
+        control.apply(do.Reserve("web", 2 * M, prefault=True))
+        inode = region(control.snapshot(), "web").segments[0].inode
+        control._desk.custody.drop(LEDGER)
+    with world.control() as control:
+        snapshot = control.snapshot()
+        assert region(snapshot, "web").segments[0].inode == inode
+        assert [(found.id, found.subject) for found in snapshot.findings] == [("region-found", "web")]
+        control.apply(do.Release("web"))
+
+
+def test_a_region_custody_lost_is_a_finding_and_can_be_forgotten(world: World) -> None:
+    with world.control() as control:
+        control.apply(do.Reserve("web", 2 * M))
+        control._desk.custody.drop("region:web:0")
+    with world.control() as control:
+        assert [(found.id, found.subject) for found in control.snapshot().findings] == [("region-lost", "web")]
+        control.apply(do.Release("web"))
+        assert control.snapshot().findings == ()
+        assert control.snapshot().regions == ()
+
+
+def test_an_fd_nobody_knows_is_a_finding(world: World) -> None:
+    with world.control() as control:
+        fd = os.memfd_create("stranger")
+        control._desk.custody.put("region:who:0", fd, b"?")
+        os.close(fd)
+    with world.control() as control:
+        assert [(found.id, found.subject) for found in control.snapshot().findings] == [("custody-unknown", "who")]
+        assert control.snapshot().regions == ()
+
+
+def test_a_long_ledger_is_compacted_and_means_the_same(world: World) -> None:
+    with world.control() as control:
+        control.apply(do.Reserve("stays", M))
+        for n in range(600):
+            control.apply(do.Reserve("web", 4096))
+            control.apply(do.Release("web"))
+            if n == 590:
+                assert control._ledger.generation > 1
+        seq = control.events(0)[-1].seq
+    with world.control() as control:
+        assert [found.name for found in control.snapshot().regions] == ["stays"]
+        control.apply(do.Reserve("web", 4096))
+        assert control.events(0)[-1].seq > seq

@@ -29,8 +29,8 @@ from memconsole.backend.kernel import kho, tree
 from memconsole.backend.ledger import Ledger
 from memconsole.backend.state import KINDS, Change, Done, Failed, Happened, Intent, Record, fold
 from memconsole.backend.survey import Meant
-from memconsole.errors import MemconsoleError, Refused
-from memconsole.model import Danger, Event, Finding, GrantState, GuestKind, Outcome, Plan, Refusal, Snapshot
+from memconsole.errors import MemconsoleError, NotFound, Refused
+from memconsole.model import Access, Danger, Event, Finding, GrantState, GuestKind, Outcome, Plan, Refusal, Snapshot
 
 # A survey needs none of these: they are imported by those who act.
 if TYPE_CHECKING:
@@ -183,6 +183,25 @@ class Control:
             time.monotonic_ns() - began,
             work.revoke,
         )
+
+    def lend(self, region: str, *, peer: str = "") -> tuple[int, ...]:
+        """Read-only fds of a region's segments, in order, which the caller closes; that ``peer`` got them is an event.
+
+        Raises:
+            NotFound: there is no such region, or nobody holds its memory any more.
+        """
+        from memconsole.backend.stores import memfd
+
+        if region not in self._state.regions:
+            raise NotFound(f"there is no region {region}", "", "see memconsole regions")
+        lent: list[int] = []
+        with self._desk.borrowed(region) as fds, contextlib.ExitStack() as undo:
+            for fd in fds:
+                lent.append(memfd.give(fd, Access.RO))
+                undo.callback(os.close, lent[-1])
+            self._record(Happened(time.time_ns(), "lent", region, f"{region} can be read by {peer}", peer))
+            undo.pop_all()
+        return tuple(lent)
 
     def denied(self, peer: str, what: str) -> None:
         """Record as an event that a peer was denied something."""

@@ -97,11 +97,12 @@ def test_operators_act_and_the_ledger_says_who_it_was(serving: tuple[Serving, Pa
 
 
 def test_viewers_look_and_do_not_act(serving: tuple[Serving, Path]) -> None:
-    hello, shown, apply = ask_as([VIEWERS], serving[1], HELLO, ("Plan", APPLY[1]), APPLY)
+    lend = ("OpenRegion", {"region": "any"})
+    hello, shown, apply, lent = ask_as([VIEWERS], serving[1], HELLO, ("Plan", APPLY[1]), APPLY, lend)
     assert hello["parameters"]["role"] == "viewer"
     assert hello["parameters"]["read_only"]
     assert shown["parameters"]["plan"]["effects"]
-    assert apply["error"] == "io.memconsole.Denied"
+    assert apply["error"] == lent["error"] == "io.memconsole.Denied"
     with contextlib.closing(Client(serving[1])) as root:
         assert [region.name for region in root.snapshot().regions] == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from support.services import Service, services
 
 from memconsole import actions
 from memconsole.backend.history import History
+from memconsole.errors import NotFound
 from memconsole.model import GuestState, Snapshot
 
 M = 1 << 20
@@ -173,6 +175,29 @@ def test_sockets_of_the_service_manager_are_served_and_stay(service: Service) ->
                 assert http.recv(15) == b"HTTP/1.1 200 OK"
             assert service.end()[0] == 0
             assert service.path.exists()
+
+
+def test_a_region_can_be_read_by_fd_and_not_written(service: Service) -> None:
+    service.start()
+    with contextlib.closing(service.client()) as client:
+        client.apply(actions.Reserve("web", 2 * M))
+        (fd,) = client.open_region("web")
+        try:
+            with mmap.mmap(fd, 2 * M, prot=mmap.PROT_READ) as memory:
+                assert memory[:8] == bytes(8)
+                seen = next(region.seen for region in client.snapshot().regions if region.name == "web")
+                assert seen is not None
+                assert seen.mappers == (os.getpid(),)
+            for write in (lambda: os.pwrite(fd, b"x", 0), lambda: os.ftruncate(fd, 0), lambda: mmap.mmap(fd, 4096)):
+                with pytest.raises(OSError, match=r"denied|Bad file|Invalid"):
+                    write()
+        finally:
+            os.close(fd)
+        lent = [event for event in client.events(0) if event.kind == "lent"]
+        assert [(event.subject, event.peer) for event in lent] == [("web", f"uid 0 pid {os.getpid()}")]
+        with pytest.raises(NotFound):
+            client.open_region("nowhere")
+        client.apply(actions.Release("web"))
 
 
 def test_no_descriptor_is_left_after_many_actions(service: Service) -> None:

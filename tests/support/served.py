@@ -13,6 +13,7 @@ import msgspec
 from support.synthetic import NOW_NS, SyntheticSource
 
 from memconsole.actions import Action
+from memconsole.errors import NotFound
 from memconsole.model import Event, Outcome, Snapshot
 
 
@@ -43,6 +44,10 @@ class ServedSource(SyntheticSource):
             assert self.hold.wait(30)
         self.peers.append(peer)
         return super().apply(action)
+
+    def lend(self, region: str, *, peer: str = "") -> tuple[int, ...]:
+        self.peers.append(peer)
+        raise NotFound(f"{region} is synthetic")
 
     def denied(self, peer: str, what: str) -> None:
         events = self._snapshot.events

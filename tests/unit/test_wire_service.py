@@ -364,6 +364,8 @@ def test_the_varlink_package_introspects_and_calls_everything(
             with pytest.raises(varlink.VarlinkError) as caught:
                 console.GetExtents("region:nowhere")
             assert caught.value.error() == "io.memconsole.NotFound"
+            with pytest.raises(varlink.VarlinkError):
+                console.OpenRegion("synthetic")
             assert caught.value.parameters()["code"] == "NotFound"
         with client.open("io.memconsole") as console:
             pieces = console.Watch(250, _more=True)

@@ -6,7 +6,7 @@ A message is JSON and a NUL, on a unix stream socket (https://varlink.org/Method
     reply  {"parameters": {...}, "continues": bool}    or    {"error": NAME, "parameters": {...}}
 
 File descriptors travel by SCM_RIGHTS beside the first byte of the reply that names them: a parameter ``fd`` is the
-index of one among those of its own message.
+index of one among those of its own message, ``fds`` those of several.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ SERVICE = "org.varlink.service"
 PROTOCOL = 1
 """Raised when a client of the version before could not work with a server of this one, or the other way round."""
 
-MAX_FDS = 16
-"""The most file descriptors beside one message (the kernel's own limit is 253)."""
+MAX_FDS = 253
+"""The most file descriptors beside one message (SCM_MAX_FD)."""
 
 EMPTY = msgspec.Raw(b"{}")
 

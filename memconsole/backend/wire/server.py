@@ -46,6 +46,9 @@ class Served(Source, Protocol):
     def apply(self, action: Action, *, peer: str = "") -> Outcome:
         """See :class:`Source`; ``peer`` goes into the ledger."""
 
+    def lend(self, region: str, *, peer: str = "") -> tuple[int, ...]:
+        """Read-only fds of a region's segments, in order, which the caller closes; it becomes an event."""
+
     def denied(self, peer: str, what: str) -> None:
         """Record as an event that a peer was denied something."""
 
@@ -72,6 +75,10 @@ class _Known(_Strict, frozen=True):
 
 class _Key(_Strict, frozen=True):
     key: str
+
+
+class _Region(_Strict, frozen=True):
+    region: str
 
 
 class _Action(_Strict, frozen=True):
@@ -330,6 +337,16 @@ class Service:
 
         self._work(call, self._read, READ_S, work)
 
+    def _open_region(self, call: Call, p: _Region) -> None:
+        peer = str(call.connection.peer)
+
+        def work() -> Answer:
+            fds = self.source.lend(p.region, peer=peer)
+            about = {"fds": list(range(len(fds))), "sizes": [os.fstat(fd).st_size for fd in fds]}
+            return Answer(msgspec.json.encode(about), fds)
+
+        self._work(call, self._read, READ_S, work)
+
     def _plan(self, call: Call, p: _Action) -> None:
         action = actions.decode(p.action)
         self._work(call, self._read, READ_S, lambda: Answer(msgspec.json.encode({"plan": self.source.plan(action)})))
@@ -417,6 +434,7 @@ class Service:
         f"{INTERFACE}.Hello": Method(_Hello, Role.VIEWER, _hello),
         f"{INTERFACE}.GetSnapshot": Method(_Known, Role.VIEWER, _get_snapshot),
         f"{INTERFACE}.GetExtents": Method(_Key, Role.VIEWER, _get_extents),
+        f"{INTERFACE}.OpenRegion": Method(_Region, Role.OPERATOR, _open_region),
         f"{INTERFACE}.Plan": Method(_Action, Role.VIEWER, _plan),
         f"{INTERFACE}.Apply": Method(_Action, Role.OPERATOR, _apply),
         f"{INTERFACE}.Events": Method(_After, Role.VIEWER, _events),

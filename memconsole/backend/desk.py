@@ -75,8 +75,9 @@ class Desk:
 
     @property
     def exempt(self) -> frozenset[int]:
-        """Processes that hold regions for us: this one, and whoever has custody."""
-        return frozenset({os.getpid(), getattr(self.custody, "pid", 0)} - {0})
+        """Processes that hold regions for us: this one, and whoever has custody (without a PID: the service manager)."""
+        manager = 1 if self.custody.survives else os.getpid()
+        return frozenset({os.getpid(), getattr(self.custody, "pid", manager)})
 
     @property
     def hub(self) -> Hub:
@@ -165,9 +166,10 @@ class Desk:
 
     def promised(self) -> int:
         """Bytes of reserved base pages that have no frame yet: memory that is spoken for."""
-        backings = self.backings()
+        with self._looking:
+            resident = {name: sum(os.fstat(fd).st_blocks * 512 for fd in fds) for name, fds in self._fds.items()}
         return sum(
-            max(0, region.size - sum(backing.resident for backing in backings.get(region.name, ())))
+            max(0, region.size - resident.get(region.name, 0))
             for region in self.state.regions.values()
             if region.page_size == PAGE
         )
@@ -189,11 +191,11 @@ class Desk:
 
     def windows(self) -> tuple[Window, ...]:
         """The MMIO windows of this host, with who has them."""
-        return survey.windows(self.state, census.take(self.root), Readers())
+        return survey.windows(self.state, census.take(self.root, closed=self.exempt), Readers())
 
     def reaches_window(self, guest: Guest, window: Window) -> bool:
         """Whether a guest's process maps a window, or holds its resource file."""
-        seen = census.take(self.root)
+        seen = census.take(self.root, closed=self.exempt)
         process = seen.processes.get(guest.pid or 0)
         if process is None or process.start_ticks != guest.start_ticks:
             return False
@@ -246,7 +248,7 @@ class Desk:
 
     def foreign(self) -> tuple[Guest, ...]:
         """The VMs that run here without us."""
-        return survey.foreign(census.take(self.root), self.state)
+        return survey.foreign(census.take(self.root, closed=self.exempt), self.state)
 
     def adopt_guest(self, guest: Guest) -> LiveGuest:
         """Take hold of a guest's process again, with the grants it has.

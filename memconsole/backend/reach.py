@@ -59,20 +59,14 @@ def find(
     Raises:
         Denied, KernelRefused, BadFile: the processes of this host cannot be read.
     """
-    census = census_of.take()
+    census = census_of.take(closed=exempt)
     mapped = tuple(
         over
         for over in survey.mappings(census, [region])
-        if over.pid not in exempt and over.offset < offset + length and offset < over.offset + over.vma.size
+        if over.offset < offset + length and offset < over.offset + over.vma.size
     )
     objects = {(segment.device, segment.inode) for segment in region.segments}
-    held = tuple(
-        (pid, fd)
-        for memfd in memfds.memfds(census)
-        if (memfd.device, memfd.inode) in objects
-        for pid, fd in memfd.holders
-        if pid not in exempt and pid not in may_hold
-    )
+    held = tuple((pid, fd) for pid, fd in memfds.holders(census, objects) if pid not in may_hold)
     unseen = ""
     if census.hidden and not mapped and not held:
         unseen = _ask_frames(region, fds, offset, length, len(census.hidden))

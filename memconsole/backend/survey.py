@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -135,12 +135,16 @@ def survey(meant: Meant, root: Root = "/") -> Snapshot:
         NotFound, Denied, KernelRefused, BadFile: this is no host (no /proc/meminfo, no uname).
     """
     read = Readers()
-    census = read("/proc", lambda: census_of.take(root), Census(root, {}, ()))
+    census = read("/proc", lambda: census_of.take(root, closed=meant.exempt), Census(root, {}, ()))
     read.gaps.extend(census.gaps())
     state = meant.state
-    overs = tuple(over for over in mappings(census, state.regions.values()) if over.pid not in meant.exempt)
+    overs = mappings(census, state.regions.values())
     seen = _by_grant(state, overs)
-    ours = tuple(_guest(guest, meant, census, read) for guest in state.guests.values())
+    mappers: dict[str, set[int]] = defaultdict(set)
+    for over in overs:
+        mappers[over.region].add(over.pid)
+    of_region, of_guest = _index(state)
+    ours = tuple(_guest(guest, of_guest[guest.name], meant, census, read) for guest in state.guests.values())
     functions = read("/sys/bus/pci/devices", lambda: pci.functions(root), (), absent=True)
     addresses = read("/proc/iomem", lambda: iomem.iomem(root), ())
     snapshot = Snapshot(
@@ -148,7 +152,9 @@ def survey(meant: Meant, root: Root = "/") -> Snapshot:
         host=host.host(root),
         memory=memory.memory(root),
         survival=read("/sys/kernel/debug/kho", lambda: kho.survival(root), Survival()),
-        regions=tuple(_region(region, meant, overs) for region in state.regions.values()),
+        regions=tuple(
+            _region(region, of_region[region.name], meant, mappers[region.name]) for region in state.regions.values()
+        ),
         guests=(*ours, *foreign(census, state, read)),
         grants=tuple(replace(grant, seen=seen.get(grant.id, ())) for grant in state.grants.values()),
         devices=tuple(function.device for function in functions),
@@ -215,8 +221,17 @@ def _by_grant(state: State, overs: Iterable[Over]) -> dict[str, tuple[GrantMappi
 # --- entities ---------------------------------------------------------------------------------------------------
 
 
-def _region(region: Region, meant: Meant, overs: Iterable[Over]) -> Region:
-    grants = meant.state.grants_of(region=region.name)
+def _index(state: State) -> tuple[Mapping[str, list[Grant]], Mapping[str, list[Grant]]]:
+    """The grants of each region and of each guest."""
+    of_region: dict[str, list[Grant]] = defaultdict(list)
+    of_guest: dict[str, list[Grant]] = defaultdict(list)
+    for grant in state.grants.values():
+        of_region[grant.region].append(grant)
+        of_guest[grant.guest].append(grant)
+    return of_region, of_guest
+
+
+def _region(region: Region, grants: Sequence[Grant], meant: Meant, mappers: Collection[int]) -> Region:
     backings = meant.backings.get(region.name)
     seen = None
     if backings is not None:
@@ -224,7 +239,7 @@ def _region(region: Region, meant: Meant, overs: Iterable[Over]) -> Region:
         seen = RegionSeen(
             resident=sum(backing.resident for backing in backings),
             seals=backings[0].seals if backings else (),
-            mappers=tuple(sorted({over.pid for over in overs if over.region == region.name})),
+            mappers=tuple(sorted(mappers)),
             runs=scanned.runs if scanned else None,
             huge=scanned.huge if scanned else None,
             scanned_ns=scanned.at_ns if scanned else None,
@@ -238,7 +253,7 @@ def _region(region: Region, meant: Meant, overs: Iterable[Over]) -> Region:
     )
 
 
-def _guest(guest: Guest, meant: Meant, census: Census, read: Readers) -> Guest:
+def _guest(guest: Guest, grants: Sequence[Grant], meant: Meant, census: Census, read: Readers) -> Guest:
     answer = meant.answers.get(guest.name, Answer(guest.state))
     process = census.processes.get(guest.pid) if guest.pid is not None else None
     if process is None or process.start_ticks != guest.start_ticks or process.state in "ZX":
@@ -248,31 +263,38 @@ def _guest(guest: Guest, meant: Meant, census: Census, read: Readers) -> Guest:
     return replace(
         guest,
         state=answer.state,
-        grants=tuple(grant.id for grant in state.grants_of(guest=guest.name)),
+        grants=tuple(grant.id for grant in grants),
         windows=tuple(grant.window for grant in state.windows.values() if grant.guest == guest.name),
         agent=answer.agent,
         progress=answer.progress,
-        seen=_guest_seen(guest, state, census, process, read) if process else None,
+        seen=_guest_seen(grants, state, census, process, read) if process else None,
     )
 
 
-def _guest_seen(guest: Guest, state: State, census: Census, process: Process, read: Readers) -> GuestSeen | None:
+def _guest_seen(
+    grants: Sequence[Grant], state: State, census: Census, process: Process, read: Readers
+) -> GuestSeen | None:
     """The guest's process, with those of its mappings that are regions of ours, each with the gpa it was granted."""
     machine = read(f"/proc/{process.pid}", lambda: kvm.machine(census, process), None)
     if machine is None:
         return None
-    of = {(segment.device, segment.inode): region for region in state.regions.values() for segment in region.segments}
+    of = {
+        (segment.device, segment.inode): region
+        for name in {grant.region for grant in grants}
+        if (region := state.regions.get(name)) is not None
+        for segment in region.segments
+    }
     blocks = []
     for vma, block in zip(machine.vmas, machine.seen.ram, strict=True):
         region = of.get((vma.device, vma.inode))
         if region is not None:
-            blocks.append(replace(block, region=region.name, gpa=_gpa(state, guest, region.name, vma.offset)))
+            blocks.append(replace(block, region=region.name, gpa=_gpa(grants, region.name, vma.offset)))
     return replace(machine.seen, ram=tuple(blocks))
 
 
-def _gpa(state: State, guest: Guest, region: str, offset: int) -> int | None:
-    for grant in state.grants_of(region=region, guest=guest.name):
-        if grant.gpa is not None and grant.offset <= offset < grant.offset + grant.length:
+def _gpa(grants: Sequence[Grant], region: str, offset: int) -> int | None:
+    for grant in grants:
+        if grant.region == region and grant.gpa is not None and grant.offset <= offset < grant.offset + grant.length:
             return grant.gpa + offset - grant.offset
     return None
 

@@ -144,7 +144,7 @@ class Tables:
                 table.close()
 
     def _parts(self, guest: Guest) -> list[Part]:
-        census = census_of.take(self._desk.root)
+        census = census_of.take(self._desk.root, closed=self._desk.exempt)
         process = census.processes.get(guest.pid or 0)
         if process is None or process.start_ticks != guest.start_ticks:
             raise Gone(f"guest {guest.name} is gone", f"its process {guest.pid} ended", "")

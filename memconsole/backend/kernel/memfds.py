@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from memconsole.backend.kernel import procmaps, tree
@@ -59,6 +59,26 @@ def memfds(census: Census) -> tuple[Memfd, ...]:
             if process.pid not in memfd.mappers:
                 memfd.mappers.append(process.pid)
     return tuple(found[key] for key in sorted(found))
+
+
+def holders(census: Census, objects: Collection[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Who holds an fd of these memfds, given as (st_dev, st_ino) of this host: (PID, fd).
+
+    Raises:
+        Denied, KernelRefused: an fd cannot be looked at.
+    """
+    found = []
+    for pid, fd, _ in _held(census):
+        path = f"/proc/{pid}/fd/{fd}"
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            if error.errno in {errno.ENOENT, errno.ESRCH}:
+                continue
+            raise tree.failure(path, error) from error
+        if (status.st_dev, status.st_ino) in objects:
+            found.append((pid, fd))
+    return found
 
 
 def seal_names(bits: int) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from harness import Result
 
 from memconsole.backend.wire.client import Client
 from memconsole.backend.wire.client import Connection as Raw
+from memconsole.extents import ExtentTable
 
 SECONDS = 3.0
 CONSOLES = 50
@@ -34,6 +35,25 @@ serving.close()
 control.close()
 """
 
+TABLES = """
+import os, sys
+from memconsole.backend.wire.embedded import serve_in_thread
+from memconsole.extents import Extent, ExtentTable
+sys.path.insert(0, sys.argv[2])
+from support.served import ServedSource
+class Tables(ServedSource):
+    table = ExtentTable.from_rows(Extent(16 * i, (i * 7919) << 5, 16, 1) for i in range(1 << 20))
+    def extents(self, key):
+        return self
+    fd, page_size, close = table.fd, table.page_size, lambda self: None
+    def __len__(self):
+        return len(self.table)
+serving = serve_in_thread(Tables(), sys.argv[1] + "/control")
+print("ready", flush=True)
+sys.stdin.read()
+serving.close()
+"""
+
 ECHO = """
 import socket, sys
 listener = socket.socket(socket.AF_UNIX)
@@ -50,7 +70,7 @@ while data := sock.recv(65536):
 def running(program: str) -> Iterator[Path]:
     """A process that runs ``program`` with a directory as its argument; the socket it serves."""
     with tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, "-c", program, directory]
+        command = [sys.executable, "-c", program, directory, str(Path(__file__).parents[1])]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
             assert process.stdin is not None
             assert process.stdout is not None
@@ -117,3 +137,13 @@ def bench_calls() -> list[Result]:
                 ),
             ]
     return results
+
+
+def bench_table() -> list[Result]:
+    """The PFN map of a guest of 64 GiB in 1,048,576 extents (24 MiB), from the service to a mapping in the client."""
+    with running(TABLES) as path, contextlib.closing(Client(path)) as client:
+        took = latencies(lambda: client.extents("guest:large").close(), 1.0)
+        with client.extents("guest:large") as table:
+            here = latencies(lambda: ExtentTable.from_fd(table.fd).close(), 1.0)
+    name = "1,048,576 extents from the service, against opening them here"
+    return [Result(name, took[len(took) // 2], "us", here[len(here) // 2], 1.2)]

@@ -22,6 +22,7 @@ from memconsole.backend.wire import protocol
 from memconsole.backend.wire.client import Client
 from memconsole.backend.wire.embedded import Serving, serve_in_thread
 from memconsole.errors import NoControl, NotFound, Refused, UsageError, WireError
+from memconsole.extents import ExtentTable
 from memconsole.model import Refusal
 
 RESERVE = actions.Reserve("fresh", 64 << 20)
@@ -85,6 +86,20 @@ def test_extents_arrive_by_fd_and_cannot_be_written(client: Client, source: Serv
                 os.pwrite(fds[0], b"x", 0)
         finally:
             os.close(fds[0])
+
+
+def test_a_table_is_passed_and_never_copied(client: Client, source: ServedSource) -> None:
+    made: list[tuple[int, int]] = []
+    original = source.extents
+
+    def extents(key: str) -> ExtentTable:
+        table = original(key)
+        made.append((os.fstat(table.fd).st_ino, os.fstat(table.fd).st_dev))
+        return table
+
+    source.extents = extents  # type: ignore[method-assign]
+    with client.extents(f"region:{source.snapshot().regions[0].name}") as table:
+        assert [(os.fstat(table.fd).st_ino, os.fstat(table.fd).st_dev)] == made
 
 
 def test_no_descriptor_is_left_on_either_side(client: Client, source: ServedSource) -> None:

@@ -117,9 +117,13 @@ def run(
     memory: str = "2G",
     append: str = "",
     devices: Sequence[str] = (),
+    options: Sequence[str] = (),
     arguments: Sequence[str] = (),
 ) -> Verdicts:
-    """Boot the lab, run a scenario through its stages, return what it said; never later than ``timeout`` seconds."""
+    """Boot the lab, run a scenario through its stages, return what it said; never later than ``timeout`` seconds.
+
+    ``devices`` and ``options`` are QEMU's, ``arguments`` the scenario's.
+    """
     if not BUSYBOX.is_file() or shutil.which("qemu-system-x86_64") is None:
         pytest.skip(
             "the lab wants qemu-system-x86_64 and a static /bin/busybox (Debian: qemu-system-x86, busybox-static)"
@@ -152,6 +156,7 @@ def run(
         *("-nographic", "-nodefaults", "-no-reboot", "-serial", "stdio"),
         *("-device", "intel-iommu,intremap=on", "-device", "edu,addr=4,dma_mask=0xffffffffffff"),
         *(word for device in devices for word in ("-device", device)),
+        *options,
         *("-kernel", str(share / "bzImage"), "-initrd", str(share / "initrd"), "-append", line),
         *("-virtfs", "local,path=/,mount_tag=host0,security_model=none,readonly=on,multidevs=remap"),
         *("-virtfs", f"local,path={share},mount_tag=lab,security_model=none,multidevs=remap"),

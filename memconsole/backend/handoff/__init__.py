@@ -1,0 +1,1 @@
+"""The handoff: what carries guests over a kexec."""

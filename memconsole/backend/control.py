@@ -74,16 +74,22 @@ class Control:
         self._acting = threading.RLock()
         self._recording = threading.Lock()
         self._closed = False
-        self._ledger = _ledger(custody, root)
-        self._state = fold(self._ledger.records())
-        self._audit = _audit(state_dir, self._ledger, root) if state_dir is not None else None
-        self._desk = Desk(runtime_dir, custody, lambda: self._state, self._guest_changed, root)
         self._tables: Tables | None = None
-        self._standing: list[Finding] = [self._ledger.dropped.finding()] if self._ledger.dropped else []
-        if custody.names() != [LEDGER] or self._state.unfinished or self._state.guests:
-            from memconsole.backend import adoption
+        with contextlib.ExitStack() as undo:
+            self._ledger = _ledger(custody, root)
+            undo.callback(self._ledger.close)
+            self._state = fold(self._ledger.records())
+            self._audit = _audit(state_dir, self._ledger, root) if state_dir is not None else None
+            if self._audit is not None:
+                undo.callback(self._audit.close)
+            self._desk = Desk(runtime_dir, custody, lambda: self._state, self._guest_changed, root)
+            undo.callback(self._desk.close)
+            self._standing: list[Finding] = [self._ledger.dropped.finding()] if self._ledger.dropped else []
+            if custody.names() != [LEDGER] or self._state.unfinished or self._state.guests:
+                from memconsole.backend import adoption
 
-            self._standing += adoption.adopt(self._desk, self._record)
+                self._standing += adoption.adopt(self._desk, self._record)
+            undo.pop_all()
 
     # --- looking --------------------------------------------------------------------------------------------------
 
@@ -258,6 +264,8 @@ class Control:
         """What is due after an action: tables of what is gone, grants mapped meanwhile, a ledger grown long."""
         if self._tables is not None:
             self._tables.forget()
+        gone = set(change.without_regions)
+        self._standing = [finding for finding in self._standing if finding.subject not in gone]
         for guest in {grant.guest for grant in change.grants if grant.state is GrantState.OFFERED}:
             self._guest_changed(guest)
         with self._recording:

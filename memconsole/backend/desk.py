@@ -75,7 +75,7 @@ class Desk:
 
     @property
     def exempt(self) -> frozenset[int]:
-        """Processes that hold regions for us: this one, and whoever has custody (without a PID: the service manager)."""
+        """Processes that hold regions for us: this one, and whoever has custody (PID 1 where it does not say)."""
         manager = 1 if self.custody.survives else os.getpid()
         return frozenset({os.getpid(), getattr(self.custody, "pid", manager)})
 

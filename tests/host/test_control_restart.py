@@ -24,7 +24,7 @@ from memconsole.backend.control import LEDGER, Control
 from memconsole.backend.custody import KeeperCustody
 from memconsole.backend.kernel import census
 from memconsole.backend.steps import FAULT_VARIABLE, fault_points
-from memconsole.errors import MemconsoleError
+from memconsole.errors import BadFile, MemconsoleError
 from memconsole.model import GrantState, GuestState
 
 CHILD = f"""
@@ -218,6 +218,7 @@ def test_a_region_the_ledger_lost_is_taken_over_with_a_finding(world: World) -> 
         assert region(snapshot, "web").segments[0].inode == inode
         assert [(found.id, found.subject) for found in snapshot.findings] == [("region-found", "web")]
         control.apply(do.Release("web"))
+        assert control.snapshot().findings == ()
 
 
 def test_a_region_custody_lost_is_a_finding_and_can_be_forgotten(world: World) -> None:
@@ -254,3 +255,38 @@ def test_a_long_ledger_is_compacted_and_means_the_same(world: World) -> None:
         assert [found.name for found in control.snapshot().regions] == ["stays"]
         control.apply(do.Reserve("web", 4096))
         assert control.events(0)[-1].seq > seq
+
+
+def test_a_ledger_that_cannot_be_believed_stops_the_start_and_keeps_the_memory(world: World) -> None:
+    with world.control() as control:
+        control.apply(do.Reserve("web", M, prefault=True))
+        os.pwrite(control._ledger.fd, bytes(8192), 0)
+    with contextlib.closing(KeeperCustody(world.keeper)) as custody:
+        with pytest.raises(BadFile, match="ledger"):
+            Control(world.runtime, custody)
+        assert "region:web:0" in custody.names()
+        custody.drop(LEDGER)
+    with world.control() as control:
+        assert [found.name for found in control.snapshot().regions] == ["web"]
+
+
+def test_a_ledger_cut_in_the_middle_of_a_record_is_a_finding(world: World) -> None:
+    with world.control() as control:
+        control.apply(do.Reserve("web", M))
+        end = control._ledger._end
+        os.pwrite(control._ledger.fd, b"torn", end + 4)
+    with world.control() as control:
+        assert [found.id for found in control.snapshot().findings] == ["ledger-torn"]
+        assert [found.name for found in control.snapshot().regions] == ["web"]
+
+
+def test_the_audit_trail_has_what_was_done_and_who_asked(world: World, tmp_path: Path) -> None:
+    custody = KeeperCustody(world.keeper)
+    with contextlib.closing(Control(world.runtime, custody, state_dir=tmp_path)) as control:
+        control.apply(do.Reserve("web", M), peer="uid 7")
+        control.denied("uid 9", "Apply")
+        control._audit.flush()
+        kinds = [entry.kind for entry in control._audit.entries()]
+        assert kinds == ["intent", "done", "event"]
+        assert b"uid 7" in control._audit.entries()[0].payload
+        assert [event.kind for event in control.events(0)] == ["reserve", "denied"]

@@ -23,6 +23,7 @@ import msgspec
 from memconsole.actions import Map, Revoke
 from memconsole.backend.desk import Desk
 from memconsole.backend.guests.handle import Handle
+from memconsole.backend.kernel import tree
 from memconsole.backend.reach import Reach
 from memconsole.backend.state import Change
 from memconsole.backend.stores import memfd
@@ -192,17 +193,17 @@ def _meet(a: int, a_length: int, b: int, b_length: int) -> bool:
 
 def _no_dma(work: Work, desk: Desk, bdf: str) -> None:
     """Mapping for a device needs the device, an IOMMU that confines it, and iommufd; then it is still to be built."""
-    sys = desk.root / "sys"
-    if not (sys / "bus/pci/devices" / bdf).exists():
+    device = f"/sys/bus/pci/devices/{bdf}"
+    if not tree.exists(desk.root, device):
         work.refuse("NoSuchDevice", f"there is no device {bdf}", "", "memconsole windows lists the devices")
-    elif not (sys / "bus/pci/devices" / bdf / "iommu_group").exists():
+    elif not tree.exists(desk.root, f"{device}/iommu_group"):
         work.refuse(
             "NoIommu",
             f"device {bdf} cannot be given memory",
             "no IOMMU confines it: it would reach all of the host's memory",
             "boot with intel_iommu=on or amd_iommu=on, with VT-d or AMD-Vi enabled in the firmware",
         )
-    elif not (desk.root / "dev/iommu").exists():
+    elif not tree.exists(desk.root, "/dev/iommu"):
         why = "this kernel offers no /dev/iommu (CONFIG_IOMMUFD)"
         work.refuse("NoIommu", f"device {bdf} cannot be given memory", why, "modprobe iommufd")
     else:

@@ -1,0 +1,93 @@
+"""Differences become findings, each named, with a remedy; a host where all is as meant has none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from msgspec.structs import replace
+from support.synthetic import snapshot
+
+from memconsole.backend import findings
+from memconsole.backend.findings import RUNS_SLOW
+from memconsole.backend.kernel.procmaps import Vma
+from memconsole.backend.survey import Over
+from memconsole.model import GuestKind, GuestState, Severity, Snapshot, Survival
+
+HOST = snapshot(8, 3, findings=0)
+LUO = Survival(kho=True, luo=True)
+
+
+def changed(table: str, **fields: object) -> Snapshot:
+    """The host with the first entity of a table changed; ``seen__x`` changes what is seen of it."""
+    first, *rest = getattr(HOST, table)
+    seen = {name.removeprefix("seen__"): value for name, value in fields.items() if name.startswith("seen__")}
+    plain = {name: value for name, value in fields.items() if not name.startswith("seen__")}
+    if seen:
+        plain["seen"] = replace(first.seen, **seen)
+    return replace(HOST, **{table: (replace(first, **plain), *rest)})
+
+
+def found(host: Snapshot) -> list[tuple[str, Severity, str]]:
+    made = findings.find(host, [])
+    assert all(finding.what and finding.evidence and finding.remedy for finding in made)
+    return [(finding.id, finding.severity, finding.subject) for finding in made]
+
+
+def test_where_all_is_as_meant_nothing_is_found() -> None:
+    assert found(replace(HOST, survival=Survival())) == []
+
+
+REGION, GUEST, GRANT, WINDOW = HOST.regions[0].name, HOST.guests[0].name, HOST.grants[0].id, HOST.windows[0].id
+
+
+@pytest.mark.parametrize(
+    ("host", "id", "severity", "subject"),
+    [
+        (lambda: changed("regions", seen=None), "region-lost", Severity.ERROR, REGION),
+        (lambda: changed("regions", seen__runs=RUNS_SLOW + 1), "region-fragmented", Severity.INFO, REGION),
+        (
+            lambda: replace(changed("regions", seen__runs=RUNS_SLOW + 1), survival=LUO),
+            "region-fragmented",
+            Severity.WARNING,
+            REGION,
+        ),
+        (
+            lambda: replace(changed("regions", page_size=2 << 20), survival=LUO),
+            "region-not-preserved",
+            Severity.INFO,
+            REGION,
+        ),
+        (lambda: changed("guests", state=GuestState.GONE), "guest-gone", Severity.WARNING, GUEST),
+        (lambda: changed("guests", state=GuestState.STOPPED), "guest-stopped", Severity.WARNING, GUEST),
+        (lambda: changed("grants", seen=()), "grant-unmapped", Severity.WARNING, GRANT),
+        (
+            lambda: changed("windows", grant="g99", guest=GUEST, claimed="e1000"),
+            "window-claimed",
+            Severity.ERROR,
+            WINDOW,
+        ),
+    ],
+)
+def test_a_difference_has_a_name(host: Callable[[], Snapshot], id: str, severity: Severity, subject: str) -> None:
+    assert (id, severity, subject) in found(host())
+
+
+def test_wrong_bytes_are_an_error() -> None:
+    guest = next(guest for guest in HOST.guests if guest.progress is not None)
+    assert guest.progress is not None
+    wrong = replace(guest, progress=replace(guest.progress, wrong=3))
+    host = replace(HOST, guests=tuple(wrong if each.name == guest.name else each for each in HOST.guests))
+    assert ("guest-corrupt", Severity.ERROR, guest.name) in found(host)
+
+
+def test_a_vm_of_somebody_else_is_never_missed() -> None:
+    host = changed("guests", kind=GuestKind.FOREIGN, state=GuestState.GONE)
+    assert "guest-gone" not in [id for id, _, _ in found(host)]
+
+
+def test_a_stranger_s_mappings_of_a_region_are_one_error() -> None:
+    vmas = [Vma(start, start + 4096, "rw-s", 0, 1, 5, "/memfd:x", deleted=True) for start in (0x1000, 0x8000)]
+    made = findings.find(replace(HOST, survival=Survival()), [Over("web", 77, vma, 0) for vma in vmas])
+    assert [(finding.id, finding.subject) for finding in made] == [("mapping-unknown", "web")]
+    assert "77 maps 8K" in made[0].what

@@ -94,8 +94,9 @@ def pfn(options: argparse.Namespace) -> int:
         key = pfn_key(found.snapshot(), options.target)
         with contextlib.closing(found.extents(key)) as table:
             rows = list(_extents(table, options.range))
+            page_size = table.page_size
     if options.json:
-        output.json({"key": key, "page_size": table.page_size, "extents": rows})
+        output.json({"key": key, "page_size": page_size, "extents": rows})
     elif options.csv:
         output.table_csv(EXTENT_FIELDS, rows)
     else:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from support.controls import M, controls, goes_on, grant, guest, is_gone, ours, pages_of, region
-from support.guests import AgentProcess, frames, mapping_of, until
+from support.guests import AgentProcess, frames, mapping_of, open_fds, until
 
 from memconsole import actions as do
 from memconsole.backend.control import Control, embedded
@@ -407,3 +407,23 @@ def test_what_fails_in_the_middle_is_undone(control: Control, database: AgentPro
         control.apply(do.Map("cache", "db"))
     assert control.snapshot().grants == ()
     assert control.snapshot().regions[0].state is RegionState.RESERVED
+
+
+def test_actions_leave_no_fds_and_no_threads_behind(control: Control) -> None:
+    control.apply(do.GuestStart("c1", memory=4 * M))
+
+    def cycle(n: int) -> None:
+        control.apply(do.Reserve("web", M))
+        # Elsewhere each time: a canary holds memory to what stood at its gpa before.
+        id = control.apply(do.Map("web", "c1", gpa=(1 << 30) + n * M)).subject
+        with control.extents("region:web"), control.extents("guest:c1"):
+            control.snapshot()
+        control.apply(do.Revoke(id, at_most=Rung.ASK))
+        control.apply(do.Release("web"))
+
+    cycle(0)
+    fds, threads = len(open_fds()), threading.active_count()
+    for n in range(1, 20):
+        cycle(n)
+    assert (len(open_fds()), threading.active_count()) == (fds, threads)
+    goes_on(control, "c1")

@@ -107,6 +107,9 @@ def world() -> Iterator[World]:
         yield made
 
 
+STALLED_NS = 5 * 10**9
+"""A pause no scheduler makes: a canary that waited for somebody who had died."""
+
 MORE = [do.Reserve("more", 2 * M), do.Map("more", "watch", gpa=1 << 30)]
 SCENARIOS: dict[str, tuple[list[do.Action], do.Action]] = {
     "reserve": ([], do.Reserve("new", 2 * M, prefault=True)),
@@ -153,7 +156,7 @@ def test_an_action_cut_anywhere_is_wholly_there_or_wholly_not(name: str) -> None
                 goes_on(control, "watch")
                 progress = guest(control.snapshot(), "watch").progress
                 assert progress is not None
-                assert progress.gaps == 0 or progress.gap_ns < 10**9, point
+                assert progress.gap_ns < STALLED_NS, point
 
 
 def test_everything_is_taken_over_and_goes_on(world: World) -> None:

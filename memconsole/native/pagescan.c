@@ -14,150 +14,19 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
-#include "core.h"
+#include "pagescan.h"
 
 #define CHUNK (1 << 17)		/* pagemap entries in a read: 1 MiB */
 #define MAX_PAGES (1ULL << 51)	/* an address space */
 #define MAX_HELPERS 7		/* threads beside the caller's; beyond this memory is the limit */
 #define WINDOW (1ULL << 30)	/* how much of a file is mapped at a time */
+#define MARGIN 8		/* entries in front of those of a chunk, for alignment: mc_scan_entries reads one */
 
-/* Entry bits, fs/proc/task_mmu.c */
-#define PM_FRAME ((1ULL << 55) - 1)
-#define PM_SOFT_DIRTY (1ULL << 55)
-#define PM_EXCLUSIVE (1ULL << 56)
-#define PM_UFFD_WP (1ULL << 57)
-#define PM_GUARD (1ULL << 58)
-#define PM_FILE (1ULL << 61)
-#define PM_SWAP (1ULL << 62)
-#define PM_PRESENT (1ULL << 63)
-#define SWAP_TYPE_MARKER 31	/* include/linux/swap.h: SWP_PTE_MARKER, a note in the page table, not a slot */
-
-/* include/uapi/linux/fs.h since 6.7; not in older headers */
-struct page_region {
-	uint64_t start, end, categories;
-};
-
-struct pm_scan_arg {
-	uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
-	uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
-};
-
-#define PAGEMAP_SCAN _IOWR('f', 16, struct pm_scan_arg)
-#define PAGE_IS_HUGE (1 << 6)
-
-struct scan {
-	struct mc_table *table;
-	int pagemap;
-	bool probes;		/* the kernel has PAGEMAP_SCAN */
-	uint64_t mask;		/* entry bits that count */
-	uint64_t shift;		/* row offset = virtual page + shift */
-	uint64_t page_size, huge;	/* bytes; pages in a huge page */
-	struct mc_fail *fail;
-};
-
-static uint32_t row_flags(uint64_t entry)
-{
-	return (entry & PM_PRESENT ? MC_PRESENT : MC_SWAP) | (entry & PM_FILE ? MC_FILE : 0) |
-	       (entry & PM_EXCLUSIVE ? MC_EXCLUSIVE : 0) | (entry & PM_SOFT_DIRTY ? MC_SOFT_DIRTY : 0) |
-	       (entry & PM_UFFD_WP ? MC_UFFD_WP : 0);
-}
-
-/* How many of n pages from page on are mapped huge, counted from the first; 0 where the kernel cannot say. */
-static uint64_t huge_pages(struct scan *s, uint64_t page, uint64_t n)
-{
-	struct page_region region = { 0 };
-	struct pm_scan_arg arg = {
-		.size = sizeof(arg), .start = page * s->page_size, .end = (page + n) * s->page_size,
-		.vec = (uintptr_t)&region, .vec_len = 1, .category_mask = PAGE_IS_HUGE, .return_mask = PAGE_IS_HUGE,
-	};
-	int got = ioctl(s->pagemap, PAGEMAP_SCAN, &arg);
-
-	if (got < 0 && (errno == ENOTTY || errno == EINVAL))
-		s->probes = false;
-	if (got < 1 || region.start != arg.start)
-		return 0;
-	return (region.end - region.start) / s->page_size;
-}
-
-/*
- * Emits a present run that holds whole aligned huge pages' worth of frames. Whether it is mapped huge is asked of
- * one page at a time, and of twice as much after each yes: a yes costs the kernel one step a huge page, but asking
- * about small pages costs as much as reading them.
- */
-static int emit_candidates(struct scan *s, uint64_t page, uint64_t pfn, uint64_t n, uint32_t flags)
-{
-	uint64_t ask = 1;
-
-	while (n >= s->huge && s->probes) {
-		uint64_t whole = n - n % s->huge, asked = ask < whole ? ask : whole;
-		uint64_t yes = huge_pages(s, page, asked), done = yes;
-		int code;
-
-		if (yes)	/* one page of a huge page speaks for all of it */
-			done = (yes + s->huge - 1) / s->huge * s->huge;
-		ask = yes == asked ? (ask < s->huge ? s->huge : ask * 2) : 1;
-		if (!yes)
-			done = s->huge;
-		code = mc_table_push(s->table, page + s->shift, pfn, (uint32_t)done, flags | (yes ? MC_HUGE : 0),
-				     s->fail);
-		if (code)
-			return code;
-		page += done;
-		pfn += done;
-		n -= done;
-	}
-	return n ? mc_table_push(s->table, page + s->shift, pfn, (uint32_t)n, flags, s->fail) : MC_OK;
-}
-
-/* Emits n pages from `page` on, of which the first has this entry and the others continue it. */
-static int emit(struct scan *s, uint64_t page, uint64_t entry, uint64_t n)
-{
-	uint64_t pfn = entry & PM_FRAME, before = -page & (s->huge - 1);
-	uint32_t flags = row_flags(entry);
-	int code;
-
-	if (!pfn)
-		return mc_fail(s->fail, MC_DENIED, 0, "pagemap");
-	if (flags & MC_SWAP && (pfn & 31) == SWAP_TYPE_MARKER)
-		return MC_OK;
-	if (flags & MC_SWAP || n < s->huge || n - s->huge < before || (pfn + before) & (s->huge - 1))
-		return mc_table_push(s->table, page + s->shift, pfn, (uint32_t)n, flags, s->fail);
-	if (before) {
-		code = mc_table_push(s->table, page + s->shift, pfn, (uint32_t)before, flags, s->fail);
-		if (code)
-			return code;
-	}
-	return emit_candidates(s, page + before, pfn + before, n - before, flags);
-}
-
-static int scan_entries(struct scan *s, uint64_t page, const uint64_t *entries, uint64_t n)
-{
-	const uint64_t mask = s->mask;
-	uint64_t i = 0;
-
-	while (i < n) {
-		uint64_t entry = entries[i] & mask, from = i, want, step;
-		int code;
-
-		if (!(entry & (PM_PRESENT | PM_SWAP)) || entry & PM_GUARD) {
-			i++;
-			continue;
-		}
-		step = entry & PM_SWAP ? 32 : 1;
-		want = entry;
-		do {
-			want += step;
-			i++;
-		} while (i < n && (entries[i] & mask) == want);
-		code = emit(s, page + from, entry, i - from);
-		if (code)
-			return code;
-	}
-	return MC_OK;
-}
+#define FILE_BITS (PM_FRAME | PM_FILE | PM_SWAP | PM_PRESENT)
+#define ALL_BITS (FILE_BITS | PM_SOFT_DIRTY | PM_EXCLUSIVE | PM_UFFD_WP | PM_GUARD)
 
 /* What an end of file in a pagemap means: no address space any more, or an address beyond it. */
-static int explain_end(struct scan *s)
+static int explain_end(struct mc_scan *s)
 {
 	uint64_t entry;
 
@@ -167,7 +36,7 @@ static int explain_end(struct scan *s)
 }
 
 /* Reads the entries of pages page..end, of which there are at most CHUNK, and appends their rows. */
-static int scan_chunk(struct scan *s, uint64_t page, uint64_t end, uint64_t *entries)
+static int scan_chunk(struct mc_scan *s, uint64_t page, uint64_t end, uint64_t *entries)
 {
 	while (page < end) {
 		ssize_t got = pread(s->pagemap, entries, (end - page) * 8, (off_t)(page * 8));
@@ -177,7 +46,7 @@ static int scan_chunk(struct scan *s, uint64_t page, uint64_t end, uint64_t *ent
 			return errno == ESRCH ? mc_fail(s->fail, MC_GONE, 0, "pagemap") : mc_fail_errno(s->fail, "pagemap");
 		if (got == 0)
 			return explain_end(s);
-		code = scan_entries(s, page, entries, (uint64_t)got / 8);
+		code = mc_scan_entries(s, page, entries, (uint64_t)got / 8);
 		if (code)
 			return code;
 		page += (uint64_t)got / 8;
@@ -187,7 +56,7 @@ static int scan_chunk(struct scan *s, uint64_t page, uint64_t end, uint64_t *ent
 
 /* A range that several threads scan a chunk at a time; each chunk's rows are taken over when its turn comes. */
 struct shared {
-	struct scan scan;
+	struct mc_scan scan;
 	uint64_t page, end;	/* chunks end on multiples of CHUNK: no huge page is seen in two halves */
 	uint64_t chunks;
 	_Atomic uint64_t next;
@@ -198,12 +67,26 @@ struct shared {
 	struct mc_fail fail;
 };
 
-static void take_turn(struct shared *shared, uint64_t chunk, struct scan *s, int code)
+/* Whether it is this chunk's turn already: its rows can go straight into the table, which is nobody else's until then. */
+static bool has_turn(struct shared *shared, uint64_t chunk)
 {
+	bool has;
+
+	pthread_mutex_lock(&shared->lock);
+	has = shared->turn == chunk;
+	pthread_mutex_unlock(&shared->lock);
+	return has;
+}
+
+/* Ends a chunk: rows that are not in the table yet go there when it is their turn. Returns whether to go on. */
+static bool take_turn(struct shared *shared, uint64_t chunk, struct mc_scan *s, int code)
+{
+	bool failed;
+
 	pthread_mutex_lock(&shared->lock);
 	while (!code && !shared->code && shared->turn != chunk)
 		pthread_cond_wait(&shared->turned, &shared->lock);
-	if (!code && !shared->code)
+	if (!code && !shared->code && s->table != shared->scan.table)
 		code = mc_table_take(shared->scan.table, s->table, s->fail);
 	if (code && !shared->code) {
 		shared->code = code;
@@ -211,7 +94,9 @@ static void take_turn(struct shared *shared, uint64_t chunk, struct scan *s, int
 	}
 	shared->turn++;
 	pthread_cond_broadcast(&shared->turned);
+	failed = shared->code;
 	pthread_mutex_unlock(&shared->lock);
+	return !failed;
 }
 
 static void *scan_chunks(void *argument)
@@ -219,28 +104,28 @@ static void *scan_chunks(void *argument)
 	struct shared *shared = argument;
 	struct mc_fail fail = { 0 };
 	struct mc_table rows = { .fd = -1 };
-	struct scan s = shared->scan;
-	uint64_t *entries = malloc(CHUNK * 8), chunk;
-	bool failed = false;
+	struct mc_scan s = shared->scan;
+	uint64_t *buffer = aligned_alloc(64, (MARGIN + CHUNK) * 8), chunk;
+	bool more = true;
 
-	s.table = &rows;
 	s.fail = &fail;
-	while (!failed && (chunk = atomic_fetch_add(&shared->next, 1)) < shared->chunks) {
+	while (more && (chunk = atomic_fetch_add(&shared->next, 1)) < shared->chunks) {
 		uint64_t from = (shared->page / CHUNK + chunk) * CHUNK, to = from + CHUNK;
-		int code;
+		int code = MC_MEMORY;
 
 		if (from < shared->page)
 			from = shared->page;
 		if (to > shared->end)
 			to = shared->end;
-		code = entries ? scan_chunk(&s, from, to, entries) : mc_fail(&fail, MC_MEMORY, ENOMEM, "malloc");
-		take_turn(shared, chunk, &s, code);
-		pthread_mutex_lock(&shared->lock);
-		failed = shared->code;
-		pthread_mutex_unlock(&shared->lock);
+		s.table = has_turn(shared, chunk) ? shared->scan.table : &rows;
+		if (buffer)
+			code = scan_chunk(&s, from, to, buffer + MARGIN);
+		else
+			mc_fail(&fail, MC_MEMORY, ENOMEM, "malloc");
+		more = take_turn(shared, chunk, &s, code);
 	}
 	mc_table_drop(&rows);
-	free(entries);
+	free(buffer);
 	return NULL;
 }
 
@@ -253,7 +138,7 @@ static uint64_t usable_cpus(void)
 }
 
 /* Appends the rows of pages page..page+pages, by as many threads as there are CPUs and work for them. */
-static int scan_range(struct scan *s, uint64_t page, uint64_t pages)
+static int scan_range(struct mc_scan *s, uint64_t page, uint64_t pages)
 {
 	struct shared shared = {
 		.scan = *s, .page = page, .end = page + pages,
@@ -288,8 +173,8 @@ static int scan_range(struct scan *s, uint64_t page, uint64_t pages)
 int mc_scan_pagemap(struct mc_table *table, int pagemap, uint64_t start, uint64_t length, uint64_t base,
 		    struct mc_fail *fail)
 {
-	struct scan s = {
-		.table = table, .pagemap = pagemap, .probes = true, .mask = ~0ULL,
+	struct mc_scan s = {
+		.table = table, .pagemap = pagemap, .probes = true, .mask = ALL_BITS,
 		.page_size = table->page_size, .huge = table->page_size / 8, .fail = fail,
 	};
 	int code;
@@ -362,7 +247,7 @@ static int populate_hugetlb(const struct file *file, uint8_t *at, uint64_t lengt
 }
 
 /* Maps bytes from..to of the file, makes its pages present without adding any, and scans them. */
-static int scan_window(struct scan *s, const struct file *file, uint64_t from, uint64_t to)
+static int scan_window(struct mc_scan *s, const struct file *file, uint64_t from, uint64_t to)
 {
 	uint64_t length = to - from, pages = (length + s->page_size - 1) / s->page_size;
 	uint8_t *at = file->at + from % WINDOW;	/* as aligned as in the file, so that huge pages can be mapped huge */
@@ -384,7 +269,7 @@ static int scan_window(struct scan *s, const struct file *file, uint64_t from, u
 }
 
 /* Scans the data (not the holes) of the first size bytes of a file. */
-static int scan_data(struct scan *s, const struct file *file, uint64_t size)
+static int scan_data(struct mc_scan *s, const struct file *file, uint64_t size)
 {
 	uint64_t from = 0;
 
@@ -421,8 +306,8 @@ static int scan_data(struct scan *s, const struct file *file, uint64_t size)
  */
 int mc_scan_fd(struct mc_table *table, int pagemap, int fd, uint64_t size, struct mc_fail *fail)
 {
-	struct scan s = {
-		.table = table, .pagemap = pagemap, .probes = true, .mask = PM_FRAME | PM_FILE | PM_SWAP | PM_PRESENT,
+	struct mc_scan s = {
+		.table = table, .pagemap = pagemap, .probes = true, .mask = FILE_BITS,
 		.page_size = table->page_size, .huge = table->page_size / 8, .fail = fail,
 	};
 	struct file file;

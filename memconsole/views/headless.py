@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 
+from memconsole.errors import MemconsoleError
 from memconsole.views.app import ConsoleApp
 from memconsole.views.looks import THEME
 from memconsole.views.screens.pfnmap import PfnMap
@@ -87,6 +88,8 @@ async def _render(source: Still, view: str, format: Format, size: tuple[int, int
     app.animation_level = "none"
     async with app.run_test(size=size) as pilot:
         while app.snapshot is None:
+            if app.return_code is not None:
+                raise MemconsoleError("the console ended before it showed anything")
             await pilot.pause(0.01)
         app.open_view(view, subject)
         await pilot.pause()

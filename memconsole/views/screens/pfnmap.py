@@ -166,7 +166,7 @@ class PfnMap(View):
         """Title, map and panel, the question where to go, and the list of maps."""
         yield Lines(id="pfn-title")
         with Horizontal(id="pfn-body"):
-            yield HeatMap()
+            yield HeatMap(self._say_all)
             with Vertical(id="pfn-panel"):
                 yield Lines(id="pfn-facts")
                 yield Lines(id="pfn-legend")
@@ -220,7 +220,6 @@ class PfnMap(View):
         if self.table is not None and self._snapshot is not None:
             self._space = Space(self._snapshot, self._shown)
             self.map.show(self.table, self._space.blocks(self.table), self.marks)
-            self._say_all()
 
     def on_mount(self) -> None:
         """Nothing is asked yet."""
@@ -272,14 +271,6 @@ class PfnMap(View):
         self.post_message(self.Opened())
 
     # --- words ------------------------------------------------------------------------------------------------------
-
-    def on_heat_map_moved(self, message: HeatMap.Moved) -> None:
-        """Say what the cursor is on."""
-        message.stop()
-        self._say_title()
-        self._say_facts()
-        if message.legend:
-            self._say_legend()
 
     def _say_all(self) -> None:
         self._say_title()
@@ -335,6 +326,7 @@ class PfnMap(View):
         looks = (LOOKS[1], *RUNS) if self.map.by_runs else LOOKS[1:]
         if self.has_class("-beside"):
             lines = [Content.assemble(self._sample(look), (f" {look.title}", "$text-muted")) for look in looks]
+            lines += [Content("")] * (len(RUNS) + 1 - len(lines))  # as high as the other legend: no new layout
         elif self.map.by_runs:
             lines = [Content.assemble(*map(self._sample, RUNS), ("  a digit D: 2^D runs or more", "$text-muted"))]
         else:

@@ -16,7 +16,6 @@ from rich.style import Style
 from textual import events
 from textual.binding import Binding, BindingType
 from textual.geometry import Region
-from textual.message import Message
 from textual.strip import Strip
 from textual.widget import Widget
 
@@ -98,15 +97,12 @@ class HeatMap(Widget, can_focus=True):
         Binding("v", "marks", "Marks", show=False, id="pfn.marks"),
     ]
 
-    class Moved(Message):
-        """The cursor is on another page, or its cell has another size; ``legend``: glyphs mean other things."""
-
-        def __init__(self, *, legend: bool = False) -> None:
-            super().__init__()
-            self.legend = legend
-
-    def __init__(self, *, id: str | None = None) -> None:
-        super().__init__(id=id)
+    def __init__(self, moved: Callable[[], None]) -> None:
+        """``moved`` is called when the cursor, its cell or the glyphs' meaning differ: at once, so that what is said of
+        them is painted in the same frame (a message would come a frame later).
+        """
+        super().__init__()
+        self._moved = moved
         self.cursor = 0
         self.by_runs = False
         self.show_marks = True
@@ -135,7 +131,7 @@ class HeatMap(Widget, can_focus=True):
             self._begin(axis)
         self._count_overview()
         self._count()
-        self.post_message(self.Moved())
+        self._moved()
 
     def clear(self) -> None:
         """Show nothing; the table may be closed afterwards."""
@@ -169,7 +165,7 @@ class HeatMap(Widget, can_focus=True):
             self._count()
         else:
             self._repaint()
-        self.post_message(self.Moved())
+        self._moved()
 
     # --- keys -------------------------------------------------------------------------------------------------------
 
@@ -220,7 +216,7 @@ class HeatMap(Widget, can_focus=True):
         self.by_runs = not self.by_runs
         self._count_overview()
         self._count()
-        self.post_message(self.Moved(legend=True))
+        self._moved()
 
     def action_marks(self) -> None:
         """Show or hide what changed with the last scan."""
@@ -302,7 +298,7 @@ class HeatMap(Widget, can_focus=True):
     def _zoom(self, cell: int) -> None:
         self._lay(cell)
         self._count()
-        self.post_message(self.Moved())
+        self._moved()
 
     @property
     def _cursor_line(self) -> int:

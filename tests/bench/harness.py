@@ -20,7 +20,10 @@ BUILD = ROOT / "build"
 
 @dataclass(frozen=True)
 class Result:
-    """A figure, the floor measured in the same run, and the goal: for the ratio to the floor, or for the value."""
+    """A figure, the floor measured in the same run, and the goal: for the ratio to the floor, or for the value.
+
+    Without a floor the goal is for the value; with ``absolute`` it is although there is a floor.
+    """
 
     name: str
     value: float
@@ -28,6 +31,7 @@ class Result:
     floor: float | None = None
     goal: float | None = None
     better: Literal["lower", "higher"] = "lower"
+    absolute: bool = False
 
     @property
     def ratio(self) -> float | None:
@@ -37,7 +41,7 @@ class Result:
     def met(self) -> bool:
         if self.goal is None:
             return True
-        measured = self.value if self.ratio is None else self.ratio
+        measured = self.value if self.ratio is None or self.absolute else self.ratio
         return measured <= self.goal if self.better == "lower" else measured >= self.goal
 
 

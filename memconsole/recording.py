@@ -78,7 +78,8 @@ def write(
 ) -> Snapshot:
     """Write a Snapshot, and its tables if there are any, and return it as written: its ``tables`` name what is there.
 
-    The file appears whole or not at all (written beside itself, synced, renamed).
+    The file appears whole or not at all (written beside itself, synced, renamed); a link keeps pointing where it did,
+    and what is no regular file (a pipe, /dev/stdout) is written to as it is.
 
     Raises:
         BadFile: the file cannot be written (no such directory, a full disk).
@@ -87,6 +88,18 @@ def write(
     refs = tuple(TableRef(key, len(table), table.page_size) for key, table in sorted(tables.items()))
     snapshot = msgspec.structs.replace(snapshot, tables=refs)
     target = Path(path)
+    try:
+        if target.exists() and not target.is_file():
+            with target.open("wb", buffering=0) as stream:
+                _write_to(stream, snapshot, tables)
+        else:
+            _write_whole(target.resolve(), snapshot, tables)
+    except OSError as error:
+        raise BadFile(f"{target} cannot be written", error.strerror or str(error), "choose another file") from error
+    return snapshot
+
+
+def _write_whole(target: Path, snapshot: Snapshot, tables: Mapping[str, ExtentTable]) -> None:
     beside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with beside.open("xb") as file:
@@ -94,11 +107,8 @@ def write(
             file.flush()
             os.fsync(file.fileno())
         beside.replace(target)
-    except OSError as error:
-        raise BadFile(f"{target} cannot be written", error.strerror or str(error), "choose another file") from error
     finally:
         beside.unlink(missing_ok=True)
-    return snapshot
 
 
 def _write_to(file: IO[bytes], snapshot: Snapshot, tables: Mapping[str, ExtentTable]) -> None:

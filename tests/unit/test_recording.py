@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import zipfile
 from contextlib import closing
 from pathlib import Path
@@ -103,6 +105,23 @@ def test_what_is_no_snapshot_is_named(tmp_path: Path, content: bytes, says: str)
     path.write_bytes(content)
     with pytest.raises(BadFile, match=says):
         recording.read(path)
+
+
+def test_what_is_no_regular_file_is_written_to_and_stays_what_it_is(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE) as reader:
+        recording.write(pipe, snapshot())
+        said = reader.communicate()[0]
+    assert pipe.is_fifo()
+    assert json.loads(said)["format"] == "memconsole.snapshot"
+
+
+def test_a_link_keeps_pointing_where_it_did(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("real")
+    recording.write(tmp_path / "link", snapshot())
+    assert (tmp_path / "link").is_symlink()
+    assert recording.read(tmp_path / "real")[0] == snapshot()
 
 
 def test_a_newer_version_is_named(tmp_path: Path) -> None:

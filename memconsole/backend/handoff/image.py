@@ -134,7 +134,7 @@ def load(kernel: str, initrd: str | None, command_line: str) -> None:
         fds.append(_opened(kernel))
         fds.append(_opened(initrd) if initrd is not None else -1)
         flags = 0 if initrd is not None else _NO_INITRAMFS
-        _file_load(*fds, command_line.encode() + bytes(1), flags, f"{kernel} cannot be loaded")
+        _file_load(fds[0], fds[1], command_line.encode() + bytes(1), flags, f"{kernel} cannot be loaded")
     finally:
         for fd in fds:
             if fd >= 0:

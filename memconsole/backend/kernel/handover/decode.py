@@ -24,7 +24,7 @@ from memconsole.backend.kernel.handover import fdt, radix, records
 from memconsole.backend.kernel.handover.fdt import Node
 from memconsole.backend.kernel.handover.memory import Core, Memory, this_host
 from memconsole.backend.kernel.handover.values import Blob, Handover, Luo, Metadata, Preserved
-from memconsole.errors import BadFile, NotFound
+from memconsole.errors import BadFile, MemconsoleError, NotFound
 from memconsole.model import Gap, Range
 from memconsole.units import PAGE
 
@@ -142,7 +142,7 @@ class _Decoder:
         try:
             return radix.walk(self._memory, root.number(_MAP))
         except tree.UNREADABLE as error:
-            self._gaps.append(tree.gap(_TREE, error))
+            self._gaps.append(_gap(_TREE, error))
             return None
 
     def _blob(self, node: Node) -> list[Blob]:
@@ -150,7 +150,7 @@ class _Decoder:
         try:
             address, size = node.number(_DATA), node.number(_SIZE)
         except BadFile as error:
-            self._gaps.append(tree.gap(node.name, error))
+            self._gaps.append(_gap(node.name, error))
             return []
         kind = "opaque"
         try:
@@ -158,7 +158,7 @@ class _Decoder:
                 raise BadFile(f"{node.name} is corrupt", f"it has {size} bytes")
             kind = self._read(node.name, self._contents(node.name, address, size))
         except tree.UNREADABLE as error:
-            self._gaps.append(tree.gap(node.name, error))
+            self._gaps.append(_gap(node.name, error))
         return [Blob(node.name, address, size, kind)]
 
     def _read(self, name: str, data: bytes) -> str:
@@ -185,6 +185,11 @@ class _Decoder:
             return "opaque"
         self._metadata = Metadata(tree.text(release.split(bytes(1))[0]), count)
         return "kexec-metadata-v1"
+
+
+def _gap(source: str, error: MemconsoleError) -> Gap:
+    """What is missing, with the structure that was torn."""
+    return Gap(source, f"{error.what}: {error.why}" if error.why else error.what, error.remedy)
 
 
 def _incoming(name: str, _address: int, size: int) -> bytes:

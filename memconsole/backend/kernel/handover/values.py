@@ -86,7 +86,7 @@ class Luo(Value, frozen=True):
 
 
 class Metadata(Value, frozen=True):
-    """The kernel that wrote it, and how many kexecs lay before the next one."""
+    """The kernel that wrote it, and which kexec since the cold boot it is handed over by (1 is the first)."""
 
     previous_release: str
     kexec_count: int

@@ -36,6 +36,7 @@ from memconsole.model import (
     TableRef,
     Value,
 )
+from memconsole.source import nothing_at
 
 if TYPE_CHECKING:
     import zipfile
@@ -348,6 +349,20 @@ class Recording:
     def events(self, after: int) -> Sequence[Event]:
         """The recorded events above ``after``."""
         return [event for event in self._snapshot.events if event.seq > after]
+
+    def history(self, after: int = 0) -> Sequence[int]:
+        """The time of the one Snapshot."""
+        return [self._snapshot.taken_ns] if self._snapshot.taken_ns > after else []
+
+    def at(self, time_ns: int) -> Snapshot:
+        """The Snapshot, if it was taken until then.
+
+        Raises:
+            NotFound: it was taken later.
+        """
+        if time_ns < self._snapshot.taken_ns:
+            raise nothing_at([self._snapshot.taken_ns])
+        return self._snapshot
 
     def close(self) -> None:
         """Close the tables."""

@@ -130,6 +130,7 @@ class ConsoleApp(Doing):
         self.on_quit_warning = on_quit_warning
         self.trail: list[Place] = [Place("overview")]
         self._focus_at: dict[str, Widget] = {}
+        self._begun = False
         self.register_theme(THEME)
         few = self.no_color or self.console.color_system not in {"256", "truecolor"}
         self.theme = "ansi-dark" if few else THEME.name
@@ -156,9 +157,13 @@ class ConsoleApp(Doing):
         elif self.settings.theme:
             self.notify(f"there is no theme {self.settings.theme}", severity="warning", markup=False)
         self._bind_keys()
+        self.follow()
+
+    def on_ready(self) -> None:
+        """Every view is there: show what has arrived by now."""
+        self._begun = True
         self.set_interval(1.0, self.show_state)
         self._to_front()
-        self.follow()
 
     def _bind_keys(self) -> None:
         taken = {key: active.binding.description for key, active in self.active_bindings.items()}
@@ -170,16 +175,21 @@ class ConsoleApp(Doing):
                 self.bind(macro.key, f"macro({macro.name!r})", description=macro.title or macro.name, show=False)
         self.set_keymap(dict(self.settings.keys))
 
+    @property
+    def _is_up(self) -> bool:
+        """Whether every view is there: not while the console starts, nor while it ends."""
+        return self._begun and self.is_running
+
     def show_snapshot(self) -> None:
         """Show the Snapshot in the view in front."""
-        if self.snapshot is not None:
+        if self._is_up and self.snapshot is not None:
             self.view.show(self.snapshot)
+            self.refresh_bindings()
         self.show_state()
-        self.refresh_bindings()
 
     def show_state(self) -> None:
         """The bars: host and source, views with counts, the trail, the table."""
-        if not self.is_running or not self.screen_stack:
+        if not self._is_up:
             return
         base = self.screen_stack[0]
         base.query_one(Header).say(*self._header_parts())
@@ -326,7 +336,7 @@ class ConsoleApp(Doing):
     def on_virtual_table_opened(self, event: VirtualTable.Opened) -> None:
         """Open the detail of a row."""
         table_id, item = event.table.table.id, event.item
-        if table_id in TABLES:
+        if table_id.removesuffix("s") in DETAILS:
             self.drill(Place(table_id.removesuffix("s"), subject_of(table_id, item)))
         elif table_id == "ram" and item.region:
             self.drill(Place("region", f"region:{item.region}"))

@@ -18,7 +18,7 @@ SMALL = (80, 24)
 def console(source: Any = None, **kwargs: Any) -> ConsoleApp:
     """A console whose clock stands still and which refreshes only when it is asked to."""
     source = SyntheticSource() if source is None else source
-    return ConsoleApp(source, interval=3600, clock=lambda: NOW_NS + 5_000_000_000, **kwargs)
+    return ConsoleApp(source, **({"interval": 3600, "clock": lambda: NOW_NS + 5_000_000_000} | kwargs))
 
 
 @asynccontextmanager

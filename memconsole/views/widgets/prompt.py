@@ -47,7 +47,8 @@ class Prompt(Input):
         )
         self._before = value
         self._at = len(self._history)
-        self._back_to = self.screen.focused
+        if self.screen.focused is not self:
+            self._back_to = self.screen.focused
         self._write(value)
         self.display = True
         self.focus()

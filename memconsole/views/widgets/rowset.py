@@ -34,7 +34,7 @@ class RowSet:
         self._at: dict[str, int] = {}
         self._sorted: list[int] = []
         self._texts: list[str | None] = []
-        self._loaded = False
+        self.loaded = False
 
     def __len__(self) -> int:
         return len(self.order)
@@ -63,7 +63,7 @@ class RowSet:
 
     def load(self, items: Sequence[Any]) -> bool:
         """Take the entities of a new Snapshot; says whether anything that is shown may differ."""
-        if items is self.items and self._loaded:
+        if items is self.items and self.loaded:
             faded, self.before = bool(self.before), {}
             return faded
         keys = [self.table.key(item) for item in items]
@@ -78,9 +78,9 @@ class RowSet:
                 self.before[key] = old[was]
             else:
                 texts[index] = old_texts[was]
-        if not self._loaded:
+        if not self.loaded:
             self.before = {}
-        self._loaded = True
+        self.loaded = True
         self.items, self.keys, self._texts = items, keys, texts
         self._at = {key: index for index, key in enumerate(keys)}
         self._sort()

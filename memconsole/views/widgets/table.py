@@ -341,7 +341,7 @@ class VirtualTable(ScrollView, can_focus=True):
     def _nothing(self) -> str:
         if self.rows.total:
             return f"none of {self.rows.total:,} rows matches {self.rows.filter_text!r}; Escape clears the filter"
-        return self.empty
+        return self.empty if self.rows.loaded else "waiting for the first snapshot"
 
     def _header(self, styles: dict[str, Style], width: int) -> Strip:
         columns, fields = self._columns, self.rows.fields

@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+from support.synthetic import NOW_NS, SyntheticSource
 from textual.pilot import Pilot
 
 from memconsole.views.app import ConsoleApp
-from support.synthetic import NOW_NS, SyntheticSource
 
 WIDE = (132, 50)
 SMALL = (80, 24)

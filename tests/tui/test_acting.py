@@ -4,6 +4,8 @@ import threading
 
 import msgspec
 import pytest
+from support.console import console, running, shown, toasts, type_text, until
+from support.synthetic import SyntheticSource
 from textual.widgets import Button, Input, Select
 
 from memconsole import actions
@@ -12,8 +14,6 @@ from memconsole.errors import KernelRefused
 from memconsole.fields import TABLES
 from memconsole.model import Danger, Refusal
 from memconsole.views.screens.acting import Confirmation, Form
-from support.console import console, running, shown, toasts, type_text, until
-from support.synthetic import SyntheticSource
 
 VIEW_KEYS = {"regions": "2", "guests": "3", "grants": "4", "windows": "6"}
 

@@ -3,14 +3,14 @@
 from pathlib import Path
 
 import pytest
+from support.console import console, running, shown, toasts, type_text, until
+from support.synthetic import SyntheticSource
 
 from memconsole import macros
 from memconsole.actions import GuestPause, Release, Reserve
 from memconsole.errors import Refused
 from memconsole.views.screens.dialogs import AskName
 from memconsole.views.screens.running import MacroForm, MacroPlan
-from support.console import console, running, shown, toasts, type_text, until
-from support.synthetic import SyntheticSource
 
 WEB = macros.loads(
     """

@@ -2,6 +2,9 @@
 
 import msgspec
 import pytest
+from support import synthetic
+from support.console import SMALL, WIDE, console, refreshed, running, shown, toasts, type_text, until
+from support.synthetic import SyntheticSource
 
 from memconsole.errors import NoControl, UsageError
 from memconsole.model import Snapshot
@@ -9,9 +12,6 @@ from memconsole.views.app import Place
 from memconsole.views.screens.acting import Confirmation
 from memconsole.views.screens.dialogs import Confirm, Help
 from memconsole.views.settings import Settings
-from support import synthetic
-from support.console import SMALL, WIDE, console, refreshed, running, shown, toasts, type_text, until
-from support.synthetic import SyntheticSource
 
 SOMETHING = {
     "1": "Survival",
@@ -123,7 +123,7 @@ async def test_a_place_that_is_not_there_says_so():
         assert "there is no region:nothing in this snapshot" in shown(app)
 
 
-# --- the command line, the palette, help ------------------------------------------------------------------------------
+# --- the command line, the palette, help ----------------------------------------------------------------------------
 
 
 async def test_the_command_line_opens_views_and_plans_actions():
@@ -218,7 +218,7 @@ async def test_a_theme_from_the_settings_is_used():
         assert app.theme == "ansi-dark"
 
 
-# --- the source ---------------------------------------------------------------------------------------------------------
+# --- the source -----------------------------------------------------------------------------------------------------
 
 
 async def test_a_source_that_fails_is_shown_with_the_age_of_the_data_and_comes_back():
@@ -283,7 +283,7 @@ async def test_the_picture_stands_still_while_it_is_paused():
         assert "● live" in shown(app)
 
 
-# --- leaving ------------------------------------------------------------------------------------------------------------
+# --- leaving --------------------------------------------------------------------------------------------------------
 
 
 async def test_leaving_asks_when_it_would_lose_something():

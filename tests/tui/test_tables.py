@@ -2,11 +2,11 @@
 
 import msgspec
 import pytest
+from support import synthetic
+from support.console import SMALL, console, refreshed, running, shown, type_text, until
 
 from memconsole.model import RegionState
 from memconsole.views.widgets.table import VirtualTable, fit
-from support import synthetic
-from support.console import SMALL, console, refreshed, running, shown, type_text, until
 
 
 def table(app):

@@ -14,11 +14,14 @@ from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("memconsole/native")
-CFLAGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra"]
+CFLAGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-pthread"]
 PROGRAMS = {
     "memconsole-canary": ["canary.c"],
+    "memconsole-fuse": ["fuse.c", "fuse_control.c", "fuse_pages.c", "fuse_requests.c", "fuse_tree.c"],
     "memconsole-keeper": ["keeper.c"],
 }
+WITH_CORE = {"memconsole-fuse"}
+"""Programs that the extension's own C sources are linked into: they know nothing of Python."""
 
 
 def _declarations() -> list[str]:
@@ -54,7 +57,8 @@ class BuildExt(build_ext):
             path.parent.mkdir(parents=True, exist_ok=True)
             # a running program cannot be written over, but its name can be given to another file
             fresh = path.absolute().with_name(f".{name}.new")
-            subprocess.run(["cc", *CFLAGS, "-static", "-o", fresh, *PROGRAMS[name]], cwd=NATIVE, check=True)
+            sources = [*PROGRAMS[name], *(self._core() if name in WITH_CORE else [])]
+            subprocess.run(["cc", *CFLAGS, "-static", "-o", fresh, *sources], cwd=NATIVE, check=True)
             fresh.replace(path)
 
     def get_source_files(self) -> list[str]:
@@ -65,6 +69,10 @@ class BuildExt(build_ext):
     def get_outputs(self) -> list[str]:
         """Also the programs, for the wheel."""
         return [*super().get_outputs(), *(str(path) for path in self._programs().values())]
+
+    def _core(self) -> list[str]:
+        sources = [Path(source) for extension in self.extensions for source in extension.sources]
+        return [source.name for source in sources if source.parent == NATIVE]
 
     def _programs(self) -> dict[str, Path]:
         root = Path() if self.inplace or self.editable_mode else Path(self.build_lib)

@@ -1,0 +1,502 @@
+"""Guest memory as files: the client of memconsole-fuse, which mounts the tree and serves it without this process.
+
+    MOUNT/guests/GUEST/ram/REGION      a memfd, passed through: mmap it, or give it to a VMM as mem-path
+    MOUNT/guests/GUEST/state/NAME      device and vCPU state
+    MOUNT/guests/GUEST/mmio/BDF-barN   link to the device's resource file
+    MOUNT/guests/GUEST/status          JSON
+    MOUNT/guests/GUEST/pfnmap          text, a line an extent (native/fuse_pages.c), true when it is opened
+    MOUNT/regions/REGION               the owner's view, root only
+
+The server outlives this process; a control process that comes back connects, lists the tree and goes on. When the
+server ends, what was mapped stays mapped, and a new server mounts anew over what the dead one left, with an empty tree.
+Whoever looks for those who hold a region must leave ``FuseStatus.pid`` out: it holds what a ``pfnmap`` lists.
+
+A RAM file has the size of its memfd, and that size stays. A database wants its file to be there in its own format, and
+its lock beside it: copy a fresh, small database into the RAM file, and link to it from a directory of the database's
+own. LMDB: ``data.mdb`` linked, ``map_size`` the file's size. SQLite: ``journal_mode=MEMORY`` (or ``OFF``),
+``cache_spill=OFF`` so that a rollback never wants to truncate, ``mmap_size`` the file's size.
+
+The protocol stands at the top of ``native/fuse_control.c``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from memconsole.errors import Denied, Gone, KernelRefused, MemconsoleError, NotFound, Refused, UsageError, WireError
+from memconsole.model import Capability
+from memconsole.units import exact_size
+
+_UNAVAILABLE = "the fd export needs no mount: start guests with an agent"
+
+
+class Kind(enum.IntEnum):
+    """What an entry of the tree is."""
+
+    DIR = 1
+    LINK = 2
+    RAM = 3
+    TEXT = 4
+    MAP = 5
+
+
+class Entry(NamedTuple):
+    """An entry of the tree; ``size`` in bytes (a RAM file's, a text's, a link's target's).
+
+    ``open`` counts open file descriptions, wherever their descriptors are; a mapping is none.
+    """
+
+    path: str
+    kind: Kind
+    size: int
+    mode: int
+    uid: int
+    gid: int
+    open: int
+    revoked: bool
+
+
+class Revoked(NamedTuple):
+    """What is left after a revoke: file descriptions opened before, and whether reading and writing them gives EIO.
+
+    Those that are ``open`` can still be mapped, spliced and sent, until the memfd is truncated.
+    """
+
+    open: int
+    cut: bool
+
+
+class MapPart(NamedTuple):
+    """A range of a memfd a ``pfnmap`` lists, in bytes; ``gpa`` where the guest sees its start, if it does."""
+
+    fd: int
+    offset: int
+    length: int
+    gpa: int | None
+
+
+class FuseStatus(NamedTuple):
+    """What the server says of itself; ``passthrough`` is 0, or the errno that tells why the kernel shows no RAM."""
+
+    pid: int
+    passthrough: int
+    entries: int
+    handles: int
+    requests: int
+    ram_bytes: int
+    connection: int
+    minor: int
+    mountpoint: Path
+
+    def capability(self) -> Capability:
+        """Whether RAM can be shown as files here, and if not, why."""
+        if not self.passthrough:
+            return Capability("fuse-passthrough", "FUSE passthrough", "yes", f"mounted at {self.mountpoint}")
+        return Capability("fuse-passthrough", "FUSE passthrough", "no", _why_not(self.passthrough), _UNAVAILABLE)
+
+
+class FuseTree:
+    """The tree of the server on the socket at ``path``, over one connection; every method from any thread.
+
+    Raises:
+        Gone: no server answers there (``FuseGone``).
+        Denied: the server runs as another user, and this process not as root.
+        Refused: the server has too many connections (``FuseBusy``).
+    """
+
+    def __init__(self, path: Path, *, timeout: float = 30.0) -> None:
+        self.path = path
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self.pid = 0
+        with self._lock:
+            self._connect()
+
+    @classmethod
+    def start(cls, runtime_dir: Path, mountpoint: Path) -> FuseTree:
+        """The server of a runtime directory: the one that runs, else a new one, which outlives this process.
+
+        Raises:
+            Refused: it serves another mountpoint (``OtherMount``), or another server serves this one (``MountTaken``).
+            MemconsoleError: it could not be started.
+        """
+        path = runtime_dir.absolute() / "fuse"
+        with contextlib.suppress(Gone):
+            return _serving(cls(path), mountpoint)
+        import subprocess
+
+        from memconsole import native
+
+        started = subprocess.run(
+            [native.program("memconsole-fuse"), path, mountpoint.absolute()],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+        )
+        why = started.stderr.decode(errors="replace").strip()
+        deadline = time.monotonic() + 2.0
+        while True:
+            try:
+                return _serving(cls(path), mountpoint)
+            except Gone:  # another process started it at the same moment, and it does not listen yet
+                if started.returncode == _ALREADY_SERVED and time.monotonic() > deadline:
+                    raise Refused(f"nothing can be mounted at {mountpoint}", why, code="MountTaken") from None
+                if started.returncode != _ALREADY_SERVED:
+                    raise MemconsoleError(f"nothing can be mounted at {mountpoint}", why, _UNAVAILABLE) from None
+                time.sleep(0.01)
+
+    # --- what guests see --------------------------------------------------------------------------------------------
+
+    def add_guest(self, guest: str, uid: int = 0, gid: int = 0) -> Path:
+        """The guest's directory, with its own directories in it; only its owner and group may look into it."""
+        self.directory("guests", mode=0o755)
+        top = self.directory(f"guests/{guest}", uid=uid, gid=gid, mode=0o550)
+        for name in ("ram", "state", "mmio"):
+            self.directory(f"guests/{guest}/{name}", uid=uid, gid=gid, mode=0o550)
+        return top
+
+    def add_ram(
+        self,
+        guest: str,
+        region: str,
+        fd: int,
+        *,
+        uid: int = 0,
+        gid: int = 0,
+        mode: int = 0o600,
+        offset: int = 0,
+        length: int | None = None,
+    ) -> Path:
+        """The grant of a region's memfd as ``ram/REGION``; a mode without ``w`` keeps root from writing too.
+
+        Raises:
+            Refused: the grant is not the whole memfd (``NotWhole``), the kernel has no passthrough
+                (``NoPassthrough``), something else is there (``PathTaken``).
+        """
+        size = os.fstat(fd).st_size
+        if offset or (length is not None and length != size):
+            raise Refused(
+                f"a part of region {region} cannot be a file",
+                f"the kernel shows a memfd as a whole: {exact_size(size)}, not {exact_size(length or 0)} from {offset}",
+                "reserve a region for this guest, or map it with the fd export",
+                code="NotWhole",
+            )
+        return self._put(Kind.RAM, f"guests/{guest}/ram/{region}", uid=uid, gid=gid, mode=mode, fds=[fd])
+
+    def add_region(self, region: str, fd: int) -> Path:
+        """The owner's view of a region of one segment, for root; raises as :meth:`add_ram`."""
+        self.directory("regions", mode=0o700)
+        return self._put(Kind.RAM, f"regions/{region}", mode=0o600, fds=[fd])
+
+    def set_status(self, guest: str, status: bytes, uid: int = 0, gid: int = 0) -> Path:
+        """What ``status`` shows from now on; who has it open reads on what he opened."""
+        return self._text(f"guests/{guest}/status", status, uid, gid)
+
+    def set_state(self, guest: str, name: str, fd: int, uid: int = 0, gid: int = 0) -> Path:
+        """A file of device or vCPU state, from a memfd that nobody changes any more."""
+        path = f"guests/{guest}/state/{name}"
+        return self._put(Kind.TEXT, path, uid=uid, gid=gid, mode=0o440, fds=[fd])
+
+    def set_pfnmap(self, guest: str, parts: Sequence[MapPart], uid: int = 0, gid: int = 0) -> Path:
+        """What ``pfnmap`` lists from now on, scanned whenever it is opened: at most 64 ranges, in this order.
+
+        Raises:
+            UsageError: no ranges, or too many.
+        """
+        if not 0 < len(parts) <= _MAX_PARTS:
+            raise UsageError(f"{len(parts)} ranges for a pfnmap", f"1 to {_MAX_PARTS} fit")
+        rows = [(part.offset, part.length, _NO_GPA if part.gpa is None else part.gpa) for part in parts]
+        payload = b"".join(_PART.pack(*row) for row in rows)
+        with contextlib.ExitStack() as stack:
+            # its own read-only descriptions: a mapping of one is no writer that would forbid F_SEAL_WRITE
+            fds = [os.open(f"/proc/self/fd/{part.fd}", os.O_RDONLY | os.O_CLOEXEC) for part in parts]
+            for fd in fds:
+                stack.callback(os.close, fd)
+            path = f"guests/{guest}/pfnmap"
+            return self._put(Kind.MAP, path, uid=uid, gid=gid, mode=0o440, payload=payload, fds=fds)
+
+    def link_window(self, guest: str, bdf: str, bar: int, target: Path) -> Path:
+        """A link to the resource file of a device's BAR: what is no RAM cannot be passed through."""
+        return self.link(f"guests/{guest}/mmio/{bdf}-bar{bar}", target)
+
+    # --- the tree ---------------------------------------------------------------------------------------------------
+
+    def directory(self, path: str, uid: int = 0, gid: int = 0, mode: int = 0o755) -> Path:
+        """A directory, made or changed; the one above it must be there."""
+        return self._put(Kind.DIR, path, uid=uid, gid=gid, mode=mode)
+
+    def link(self, path: str, target: Path) -> Path:
+        """A symbolic link, made or changed."""
+        return self._put(Kind.LINK, path, mode=0o777, payload=os.fsencode(target))
+
+    def revoke(self, path: str) -> Revoked:
+        """Nobody opens a file any more, root included; the entry stays, so that :meth:`list` shows who has it open.
+
+        Raises:
+            NotFound: there is no such file.
+        """
+        return _revoked(self._request(_Op.REVOKE, path)[1])
+
+    def remove(self, path: str, *, recursive: bool = False) -> Revoked:
+        """Revoke and take away a file, or a directory; of several files, what is left of all together.
+
+        Raises:
+            NotFound: there is no such entry.
+            Refused: a directory with entries, and not ``recursive`` (``NotEmpty``).
+        """
+        return _revoked(self._request(_Op.REMOVE, path, flags=int(recursive))[1])
+
+    def list(self) -> list[Entry]:
+        """Every entry, sorted by path."""
+        entries, last, more = [], 0, True
+        while more:
+            more, page = self._request(_Op.LIST, payload=struct.pack("<Q", last))
+            for last, entry in _entries(page):  # noqa: B007 - the last one seen is where the next page begins
+                entries.append(entry)
+        return sorted(entries)
+
+    def status(self) -> FuseStatus:
+        """What the server says of itself."""
+        return _status(self._request(_Op.STAT)[1])
+
+    def unmount(self, *, lazy: bool = False) -> None:
+        """Unmount and end the server; with ``lazy`` even while files are open, which then give ENOTCONN.
+
+        Raises:
+            Refused: files are open or mapped (``MountBusy``).
+        """
+        self._request(_Op.QUIT, flags=int(lazy))
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; the server goes on."""
+        with self._lock:
+            self._disconnect()
+
+    # --- the wire ---------------------------------------------------------------------------------------------------
+
+    def _text(self, path: str, text: bytes, uid: int, gid: int) -> Path:
+        fd = os.memfd_create("memconsole-text", os.MFD_CLOEXEC)
+        try:
+            with open(fd, "wb", closefd=False) as file:
+                file.write(text)
+            return self._put(Kind.TEXT, path, uid=uid, gid=gid, mode=0o440, fds=[fd])
+        finally:
+            os.close(fd)
+
+    def _put(
+        self,
+        kind: Kind,
+        path: str,
+        *,
+        mode: int,
+        uid: int = 0,
+        gid: int = 0,
+        payload: bytes = b"",
+        fds: Sequence[int] = (),
+    ) -> Path:
+        self._request(_Op.PUT, path, kind=kind, mode=mode, uid=uid, gid=gid, payload=payload, fds=fds)
+        return self.mountpoint / path
+
+    def _disconnect(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _connect(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        connection.settimeout(self._timeout)
+        try:
+            connection.connect(str(self.path))
+            status = _status(_receive(connection, _Op.GREETING, "")[1])
+        except PermissionError as error:
+            connection.close()
+            raise Denied(f"no server may be reached at {self.path}", str(error), "run as root") from None
+        except OSError as error:
+            connection.close()
+            raise Gone(
+                f"nothing serves a mount at {self.path}",
+                str(error),
+                "memconsole serve --mount starts one",
+                code="FuseGone",
+            ) from None
+        except MemconsoleError:
+            connection.close()
+            raise
+        if self.pid not in {0, status.pid}:
+            connection.close()
+            raise self._ended("another one serves the mount, with a tree of its own")
+        self.pid = status.pid
+        self.mountpoint = status.mountpoint
+        self._socket = connection
+        return connection
+
+    def _ended(self, why: str) -> Gone:
+        remedy = "mount again: what is mapped is still there"
+        return Gone(f"the server of the mount, with pid {self.pid}, ended", why, remedy, code="FuseGone")
+
+    def _request(
+        self,
+        op: int,
+        path: str = "",
+        *,
+        kind: int = 0,
+        flags: int = 0,
+        mode: int = 0,
+        uid: int = 0,
+        gid: int = 0,
+        payload: bytes = b"",
+        fds: Sequence[int] = (),
+    ) -> tuple[bool, bytes]:
+        raw = os.fsencode(path)
+        if len(raw) > _MAX_PATH or len(payload) > _MAX_PAYLOAD:
+            raise UsageError(f"{path!r} cannot be put on the mount", "its path or its target is too long")
+        head = _REQUEST.pack(_VERSION, op, kind, flags, len(raw), len(payload), mode, uid, gid, 0)
+        with self._lock:
+            connection = self._socket or self._connect()
+            try:
+                socket.send_fds(connection, [head + raw + payload], list(fds))
+                return _receive(connection, op, path)
+            except OSError as error:
+                self._disconnect()
+                raise self._ended(str(error) or "its connection closed") from None
+            except WireError:
+                self._disconnect()
+                raise
+
+
+_VERSION = 1
+_ALREADY_SERVED = 3
+_MAX_PATH = 1023
+_MAX_PAYLOAD = 4096
+_MAX_PARTS = 64
+_NO_GPA = (1 << 64) - 1
+_REQUEST = struct.Struct("<BBBBHHIIII")
+_REPLY = struct.Struct("<BBBBHH")
+_STATUS = struct.Struct("<IIIIQQII")
+_ENTRY = struct.Struct("<QQIIIIHBBI")
+_REVOKED = struct.Struct("<II")
+_PART = struct.Struct("<QQQ")
+
+
+_REFUSED = {
+    8: ("something else has this path on the mount", "or it is revoked", "remove it first", "PathTaken"),
+    9: ("the directory on the mount has entries", "", "remove them first", "NotEmpty"),
+    10: ("the mount has no room for another entry", "", "remove entries", "MountFull"),
+    13: ("the mount is in use", "files on it are open or mapped", "stop who uses it", "MountBusy"),
+    15: ("the mount's server has no room for another connection", "", "close others", "FuseBusy"),
+}
+
+
+class _Op:
+    GREETING, PUT, REVOKE, REMOVE, LIST, STAT, QUIT = range(7)
+
+
+_BROKEN = {
+    1: "its lengths do not add up",
+    2: "it is of a version this server does not speak",
+    3: "there is no such operation",
+    5: "not the descriptors that the operation takes",
+    6: "it is longer than any request may be",
+}
+
+
+def _serving(tree: FuseTree, mountpoint: Path) -> FuseTree:
+    """The tree, if it is mounted there.
+
+    Raises:
+        Refused: it is mounted elsewhere (``OtherMount``).
+    """
+    if tree.mountpoint == mountpoint.parent.resolve() / mountpoint.name:
+        return tree
+    tree.close()
+    raise Refused(
+        f"memory is mounted at {tree.mountpoint} already", "", "unmount it, or use it there", code="OtherMount"
+    )
+
+
+def _why_not(errno: int) -> str:
+    """Why the kernel shows no RAM as files, by what it said to the offer, or to the first memfd."""
+    import errno as numbers
+
+    if errno == numbers.EOPNOTSUPP:
+        return "this kernel has no FUSE passthrough (CONFIG_FUSE_PASSTHROUGH, Linux 6.9)"
+    if errno == numbers.EPERM:
+        return "passing memory through needs CAP_SYS_ADMIN"
+    return f"the kernel refused the first memfd: {os.strerror(errno)}"
+
+
+def _refusal(code: int, errno: int, path: str) -> MemconsoleError:
+    """The error for a code that is not OK (``enum code`` in fuse_control.c)."""
+    if code in _REFUSED:
+        return Refused(*_REFUSED[code][:3], code=_REFUSED[code][3])
+    match code:
+        case 4:
+            return UsageError(f"{path!r} cannot be an entry of the mount", "it is no path, or not of this kind")
+        case 7:
+            return NotFound(f"there is nothing at {path!r} on the mount, or nothing it could be put into")
+        case 11:
+            return Refused(f"{path!r} cannot be a file", _why_not(errno), _UNAVAILABLE, code="NoPassthrough")
+        case 12:
+            return KernelRefused("memconsole-fuse", errno, what=f"{path!r} could not be done on the mount")
+        case 14:
+            return Denied("the mount's server denied this process", "it is not of the server's user", "run as root")
+    return WireError("the mount's server refused a request", _BROKEN.get(code, f"code {code}"))
+
+
+def _receive(connection: socket.socket, op: int, path: str) -> tuple[bool, bytes]:
+    """Whether there is more, and the payload of the reply to a request about ``path``.
+
+    Raises:
+        OSError: there is none.
+        WireError: it is not a reply to this request.
+    """
+    raw = connection.recv(_REPLY.size + _MAX_PAYLOAD)
+    if not raw:
+        raise ConnectionResetError("it closed the connection")
+    version, answered, code, more, length, errno = _REPLY.unpack_from(raw.ljust(_REPLY.size, b"\0"))
+    if version != _VERSION:
+        raise WireError(
+            f"the mount's server speaks version {version} of its protocol",
+            f"this memconsole speaks version {_VERSION}",
+            "use the memconsole that started it, or unmount",
+        )
+    if len(raw) != _REPLY.size + length or answered != op:
+        raise WireError("the reply of the mount's server makes no sense", raw[:8].hex())
+    if code:
+        raise _refusal(code, errno, path)
+    return bool(more), raw[_REPLY.size :]
+
+
+def _status(payload: bytes) -> FuseStatus:
+    if len(payload) < _STATUS.size:
+        raise WireError("the status of the mount's server makes no sense", f"it has {len(payload)} bytes")
+    return FuseStatus._make((*_STATUS.unpack_from(payload), Path(os.fsdecode(payload[_STATUS.size :]))))
+
+
+def _revoked(payload: bytes) -> Revoked:
+    if len(payload) != _REVOKED.size:
+        raise WireError("what the mount's server revoked makes no sense", f"it has {len(payload)} bytes")
+    count, cut = _REVOKED.unpack(payload)
+    return Revoked(count, bool(cut))
+
+
+def _entries(page: bytes) -> Iterator[tuple[int, Entry]]:
+    """The ids and entries of one reply to LIST."""
+    at = 0
+    while at < len(page):
+        id, size, mode, uid, gid, open, length, kind, revoked, _ = _ENTRY.unpack_from(page, at)
+        at += _ENTRY.size
+        path = os.fsdecode(page[at : at + length])
+        at += length
+        yield id, Entry(path, Kind(kind), size, mode, uid, gid, open, bool(revoked))

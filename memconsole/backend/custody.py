@@ -4,12 +4,13 @@ One protocol, three holders: this process (:class:`OwnCustody`: an embedded cont
 it), the keeper (:class:`KeeperCustody`), and the service manager's fd store (:class:`~.fdstore.SystemdCustody`).
 A name is 1 to 200 bytes; a payload is at most 4096 bytes and says what the fd is.
 
-The keeper's protocol stands at the top of ``native/keeper.c``.
+The keeper's protocol stands at the top of ``native/keeper.h``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -18,7 +19,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from memconsole.errors import Denied, Gone, MemconsoleError, NotFound, Refused, UsageError, WireError
+from memconsole.errors import Denied, Gone, KernelRefused, MemconsoleError, NotFound, Refused, UsageError, WireError
 
 MAX_NAME = 200
 MAX_PAYLOAD = 4096
@@ -63,6 +64,15 @@ class Custody(Protocol):
     def names(self) -> list[str]:
         """The names held, sorted."""
 
+    def jump(self) -> None:
+        """Boot the kernel that was loaded, from whoever makes sure that what is held is held until the end.
+
+        Returns only by raising.
+
+        Raises:
+            Denied: no CAP_SYS_BOOT. KernelRefused: NotLoaded, or why the kernel stays (``NotJumped``).
+        """
+
     def close(self) -> None:
         """Let go of the holder; a holder that survives keeps what it holds."""
 
@@ -84,6 +94,26 @@ def check(name: str, payload: bytes) -> bytes:
 def nothing_held(name: str) -> NotFound:
     """The error for a name nothing is held under."""
     return NotFound(f"nothing is held under {name!r}", "", "it was never put into custody, or was dropped")
+
+
+def boot_loaded() -> None:
+    """Boot the loaded kernel from this process (reboot(2), LINUX_REBOOT_CMD_KEXEC); see :meth:`Custody.jump`."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.reboot(_CMD_KEXEC)
+    raise not_jumped(ctypes.get_errno())
+
+
+def not_jumped(code: int) -> MemconsoleError:
+    """The error for a jump the kernel refused with an errno; every guest is where it was."""
+    what = "the loaded kernel was not booted"
+    if code == errno.EPERM:
+        return Denied(what, os.strerror(code), "run as root (CAP_SYS_BOOT)")
+    if code == errno.EINVAL:
+        remedy = "load one first (kexec_file_load), from the first PID namespace"
+        return KernelRefused("reboot", code, what=what, remedy=remedy, code="NotLoaded")
+    return KernelRefused("reboot", code, what=what, remedy="dmesg says what it met", code="NotJumped")
 
 
 class OwnCustody:
@@ -126,6 +156,10 @@ class OwnCustody:
         """See :class:`Custody`."""
         with self._lock:
             return sorted(self._held)
+
+    def jump(self) -> None:
+        """See :class:`Custody`."""
+        boot_loaded()
 
     def close(self) -> None:
         """Close every fd held."""
@@ -233,6 +267,10 @@ class KeeperCustody:
                 at = end
         return names
 
+    def jump(self) -> None:
+        """See :class:`Custody`; the keeper itself makes the jump, so that nothing it holds can vanish before it."""
+        self._request(_Op.JUMP, patient=True)
+
     def status(self) -> KeeperStatus:
         """What the keeper says of itself."""
         return _status(self._request(_Op.STAT).payload)
@@ -286,12 +324,20 @@ class KeeperCustody:
         return connection
 
     def _request(
-        self, op: int, name: bytes = b"", payload: bytes = b"", *, flags: int = 0, fds: list[int] | None = None
+        self,
+        op: int,
+        name: bytes = b"",
+        payload: bytes = b"",
+        *,
+        flags: int = 0,
+        fds: list[int] | None = None,
+        patient: bool = False,
     ) -> _Reply:
         message = _REQUEST.pack(_VERSION, op, len(name), flags, len(payload), 0) + name + payload
         with self._lock:
             connection = self._socket or self._connect()
             try:
+                connection.settimeout(None if patient else self._timeout)
                 socket.send_fds(connection, [message], fds or [])
                 return _receive(connection, op, os.fsdecode(name))
             except OSError as error:
@@ -308,14 +354,16 @@ class KeeperCustody:
 
 
 _VERSION = 1
+_CMD_KEXEC = 0x45584543
 _ALREADY_SERVED = 3
+_NOT_JUMPED = 14
 _REQUEST = struct.Struct("<BBBBHH")
 _STATUS = struct.Struct("<IIIIQQII")
 _LARGEST_REPLY = _REQUEST.size + MAX_PAYLOAD
 
 
 class _Op:
-    GREETING, PUT, GET, DROP, LIST, STAT, QUIT = range(7)
+    GREETING, PUT, GET, DROP, LIST, STAT, QUIT, JUMP = range(8)
 
 
 class _Reply(NamedTuple):
@@ -340,7 +388,7 @@ _FULL = {
 
 
 def _refusal(code: int, name: str) -> MemconsoleError:
-    """The error for a code that is not OK (``enum code`` in keeper.c)."""
+    """The error for a code that is not OK (``enum code`` in keeper.h)."""
     if code in _FULL:
         return Refused(f"the keeper cannot hold {name!r}", _FULL[code], "release regions", code="CustodyFull")
     match code:
@@ -379,6 +427,8 @@ def _receive(connection: socket.socket, op: int, name: str) -> _Reply:
         return _Reply(bool(more), raw[_REQUEST.size :], fds)
     for fd in fds:
         os.close(fd)
+    if whole and code == _NOT_JUMPED:
+        raise not_jumped(int.from_bytes(raw[_REQUEST.size :], "little"))
     if whole and code:
         raise _refusal(code, name)
     raise WireError("the keeper's reply makes no sense", f"{raw[:8].hex()} with {len(fds)} descriptors")

@@ -8,25 +8,7 @@
  * usage: memconsole-keeper [-f] SOCKET		-f: stay in the foreground; SOCKET: absolute path
  * exit:  0 listening in the background, or told to quit; 1 failed; 2 usage; 3 one already serves this socket
  *
- * Protocol on the SOCK_SEQPACKET socket, a message a request and a message a reply, integers little-endian:
- *
- *	greeting = reply			sent on connect with op 0; any code but OK ends the connection
- *	request  = version:u8 op:u8 name_len:u8 flags:u8 payload_len:u16 zero:u16 name payload
- *	reply    = version:u8 op:u8 code:u8 more:u8 payload_len:u16 zero:u16 payload
- *	status   = pid:u32 held:u32 room:u32 clients:u32 bytes:u64 bytes_room:u64 guards:u32 zero:u32
- *	guards   = 1 exempt from the OOM killer | 2 locked in memory | 4 room for all ENTRIES_MAX descriptors
- *
- *	op	request			fds	reply payload	fds
- *	1 PUT	name payload		1			0	replaces what the name held, at once
- *	2 GET	name			0	payload		1
- *	3 DROP	name			0			0
- *	4 LIST	name or nothing		0	(len:u8 name)*	0	names after this one in byte order; ``more`` if cut
- *	5 STAT				0	status		0	also the payload of an OK greeting
- *	6 QUIT	flags 1: even if held	0			0	refused with HOLDING unless empty or flags 1
- *
- * Every request is answered, a bad one with the code of what is wrong with it, and leaves everything as it was.
- * Descriptors that come with a refused request are closed. A client that does not read its replies is cut off.
- * Only root and the user the keeper runs as may talk to it (SO_PEERCRED); others get DENIED.
+ * Its protocol stands in keeper.h.
  *
  * SIGTERM and SIGINT end it only while it holds nothing; SIGHUP and SIGPIPE are ignored.
  */
@@ -42,6 +24,7 @@
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/reboot.h>
 #include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
@@ -49,62 +32,19 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-#define VERSION 1
-#define NAME_LEN_MAX 255
-#define PAYLOAD_MAX 4096
+#include "keeper.h"
+
 #define ENTRIES_MAX 65536
 #define BYTES_MAX (64ULL << 20)
 #define CLIENTS_MAX 64
 #define FDS_SPARE (CLIENTS_MAX + 16)	/* clients, listener, lock, signals, stdio, one being received, one refused */
 #define PAUSE_MS 100
 
-enum op { OP_GREETING, OP_PUT, OP_GET, OP_DROP, OP_LIST, OP_STAT, OP_QUIT };
-
-enum code {
-	OK,
-	BAD_MESSAGE,		/* lengths do not add up, or a field that must be zero is not */
-	BAD_VERSION,		/* of a version this keeper does not speak */
-	BAD_OP,			/* no such operation */
-	BAD_NAME,		/* empty, or with a NUL in it */
-	BAD_FDS,		/* not as many descriptors as the operation takes */
-	TOO_LONG,		/* longer than any request may be */
-	NOT_FOUND,		/* nothing is held under this name */
-	FULL,			/* no room for another descriptor */
-	FULL_BYTES,		/* no room for another name and payload */
-	NO_MEMORY,		/* the kernel gave no memory */
-	HOLDING,		/* told to quit while holding descriptors */
-	DENIED,			/* the peer is neither root nor the keeper's own user */
-	BUSY,			/* too many connections */
-};
-
-enum guard { GUARD_OOM = 1, GUARD_LOCKED = 2, GUARD_ROOM = 4 };
-
-struct request {
-	uint8_t version, op, name_len, flags;
-	uint16_t payload_len, zero;
-};
-
-struct reply {
-	uint8_t version, op, code, more;
-	uint16_t payload_len, zero;
-};
-
-struct status {
-	uint32_t pid, held, room, clients;
-	uint64_t bytes, bytes_room;
-	uint32_t guards, zero;
-};
-
 struct entry {
 	int fd;
 	uint16_t payload_len;
 	uint8_t name_len;
 	char data[];		/* name, then payload */
-};
-
-struct message {
-	struct request head;
-	char body[NAME_LEN_MAX + PAYLOAD_MAX];
 };
 
 static struct keeper {
@@ -158,7 +98,7 @@ static uint32_t find(const char *name, size_t name_len, int *found)
 static int answer(int client, uint8_t op, enum code code, int more, const void *payload, size_t len, int fd)
 {
 	struct reply head = {
-		.version = VERSION, .op = op, .code = code, .more = more, .payload_len = len,
+		.version = KEEPER_VERSION, .op = op, .code = code, .more = more, .payload_len = len,
 	};
 	struct iovec parts[] = { { &head, sizeof(head) }, { (void *)payload, len } };
 	union {
@@ -259,7 +199,7 @@ static enum code drop(const struct message *message)
 
 static int list(int client, const struct message *message)
 {
-	char page[PAYLOAD_MAX];
+	char page[KEEPER_PAYLOAD_MAX];
 	size_t used = 0;
 	int found;
 	uint32_t at = find(message->body, message->head.name_len, &found) + found;
@@ -276,6 +216,16 @@ static int list(int client, const struct message *message)
 	return answer(client, OP_LIST, OK, at < keeper.held, page, used, -1);
 }
 
+/* Boot the loaded kernel with everything still held. Returns only if the kernel refused, and the client was told or not. */
+static int jump(int client)
+{
+	uint32_t refused;
+
+	reboot(RB_KEXEC);
+	refused = errno;
+	return answer(client, OP_JUMP, NOT_JUMPED, 0, &refused, sizeof(refused), -1);
+}
+
 /* What is wrong with a message of ``len`` bytes that came with ``nr_fds`` descriptors, or OK. */
 static enum code check(const struct message *message, size_t len, int nr_fds)
 {
@@ -285,17 +235,17 @@ static enum code check(const struct message *message, size_t len, int nr_fds)
 		return TOO_LONG;
 	if (len < sizeof(*head))
 		return BAD_MESSAGE;
-	if (head->version != VERSION)
+	if (head->version != KEEPER_VERSION)
 		return BAD_VERSION;
-	if (head->op < OP_PUT || head->op > OP_QUIT)
+	if (head->op < OP_PUT || head->op > OP_JUMP)
 		return BAD_OP;
-	if (head->payload_len > PAYLOAD_MAX)
+	if (head->payload_len > KEEPER_PAYLOAD_MAX)
 		return TOO_LONG;
 	if (len != sizeof(*head) + head->name_len + head->payload_len || head->zero)
 		return BAD_MESSAGE;
 	if (head->flags & ~(head->op == OP_QUIT ? 1 : 0) || (head->payload_len && head->op != OP_PUT))
 		return BAD_MESSAGE;
-	if (head->op == OP_STAT || head->op == OP_QUIT) {
+	if (head->op >= OP_STAT) {
 		if (head->name_len)
 			return BAD_MESSAGE;
 	} else if ((!head->name_len && head->op != OP_LIST) || memchr(message->body, 0, head->name_len)) {
@@ -329,6 +279,8 @@ static int serve(int client, const struct message *message, size_t len, int nr_f
 		return list(client, message);
 	case OP_STAT:
 		return answer_status(client, op);
+	case OP_JUMP:
+		return jump(client);
 	case OP_QUIT:
 		code = keeper.held && !message->head.flags ? HOLDING : OK;
 		keeper.quit = code == OK;

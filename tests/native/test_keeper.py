@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import os
 import random
 import signal
@@ -17,9 +18,9 @@ from typing import Self
 import pytest
 from support import keepers
 
-PUT, GET, DROP, LIST, STAT, QUIT = range(1, 7)
+PUT, GET, DROP, LIST, STAT, QUIT, JUMP = range(1, 8)
 OK, BAD_MESSAGE, BAD_VERSION, BAD_OP, BAD_NAME, BAD_FDS, TOO_LONG, NOT_FOUND = range(8)
-HOLDING, BUSY = 11, 13
+HOLDING, BUSY, NOT_JUMPED = 11, 13, 14
 HEAD = struct.Struct("<BBBBHH")
 
 
@@ -146,11 +147,13 @@ BAD = {
     "half a header": (b"\1\1\1\0", [], BAD_MESSAGE),
     "another version": (HEAD.pack(2, STAT, 0, 0, 0, 0), [], BAD_VERSION),
     "operation 0": (HEAD.pack(1, 0, 0, 0, 0, 0), [], BAD_OP),
-    "operation 7": (HEAD.pack(1, 7, 0, 0, 0, 0), [], BAD_OP),
+    "operation 8": (HEAD.pack(1, 8, 0, 0, 0, 0), [], BAD_OP),
     "a name that is not there": (HEAD.pack(1, GET, 9, 0, 0, 0), [], BAD_MESSAGE),
     "a payload that is not there": (HEAD.pack(1, PUT, 1, 0, 9, 0) + b"a", [FD], BAD_MESSAGE),
     "more than it says": (HEAD.pack(1, GET, 1, 0, 0, 0) + b"aa", [], BAD_MESSAGE),
     "a payload with get": (HEAD.pack(1, GET, 1, 0, 1, 0) + b"aa", [], BAD_MESSAGE),
+    "a name with jump": (HEAD.pack(1, JUMP, 1, 0, 0, 0) + b"a", [], BAD_MESSAGE),
+    "an fd with jump": (HEAD.pack(1, JUMP, 0, 0, 0, 0), [FD], BAD_FDS),
     "a name with stat": (HEAD.pack(1, STAT, 1, 0, 0, 0) + b"a", [], BAD_MESSAGE),
     "flags with put": (HEAD.pack(1, PUT, 1, 1, 0, 0) + b"a", [FD], BAD_MESSAGE),
     "an unknown flag with quit": (HEAD.pack(1, QUIT, 0, 2, 0, 0), [], BAD_MESSAGE),
@@ -193,7 +196,7 @@ def test_random_messages_do_no_harm(keeper: keepers.Running) -> None:
             if message[1:2] == bytes([QUIT]) and message[0] == 1 and len(message) == HEAD.size:
                 continue
             _, code, _, fds, _ = client.send(message, [FD] * rng.choice([0, 0, 1, 1, 2, 5]))
-            assert code < BUSY
+            assert code < BUSY or code == NOT_JUMPED
             for fd in fds:
                 os.close(fd)
         assert client.get(b"precious") == (b"contents", b"payload")
@@ -250,6 +253,14 @@ def test_a_signal_ends_it_only_if_it_holds_nothing(program: Path, number: signal
         assert err.splitlines() in ([], [f"memconsole-keeper: signal {int(number)} ignored: 1 descriptors are held"])
 
 
+def test_a_jump_the_kernel_refuses_is_answered_with_why_and_everything_is_still_held(keeper: keepers.Running) -> None:
+    with Client(keeper.path) as client:
+        client.put(b"a", b"held", b"payload")
+        _, code, payload, _, _ = client.ask(JUMP)
+        assert (code, struct.unpack("<I", payload)) == (NOT_JUMPED, (errno.EPERM,))
+        assert client.get(b"a") == (b"held", b"payload")
+
+
 def test_a_second_keeper_on_the_same_socket_is_refused(program: Path, keeper: keepers.Running) -> None:
     second = subprocess.run([program, "-f", keeper.path], capture_output=True, check=False)
     assert second.returncode == 3
@@ -284,9 +295,9 @@ def test_a_full_keeper_says_so_and_goes_on(program: Path) -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
-        libc_drop_capabilities()
+        keepers.drop_capability(24)  # CAP_SYS_RESOURCE: even root may not raise limits
 
-    with keepers.running(program, preexec_fn=few_files) as keeper, Client(keeper.path) as client:
+    with keepers.running(program, before=few_files) as keeper, Client(keeper.path) as client:
         status = client.status()
         assert status["room"] == 20
         assert not status["guards"] & 4
@@ -297,14 +308,6 @@ def test_a_full_keeper_says_so_and_goes_on(program: Path) -> None:
         assert client.get(b"3") == (b"replaced", b"")
         assert client.ask(DROP, b"4")[1] == OK
         assert client.put(b"one more", b"") == OK
-
-
-def libc_drop_capabilities() -> None:
-    """Take CAP_SYS_RESOURCE out of the bounding set, so that even root may not raise limits after exec."""
-    import ctypes
-
-    if ctypes.CDLL(None).prctl(24, 24, 0, 0, 0):  # PR_CAPBSET_DROP, CAP_SYS_RESOURCE
-        raise OSError("PR_CAPBSET_DROP")
 
 
 def test_names_and_payloads_are_bounded_in_bytes(program: Path) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "memconsole" / "native" / "keeper.c"
+CAP_SYS_BOOT = 22
 SANITIZERS = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
 
@@ -43,12 +46,24 @@ class Running:
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
 
 
+def drop_capability(number: int) -> None:
+    """Take a capability out of the bounding set, so that even root does not have it after exec."""
+    if os.geteuid() == 0 and ctypes.CDLL(None).prctl(24, number, 0, 0, 0):  # PR_CAPBSET_DROP
+        raise OSError("PR_CAPBSET_DROP")
+
+
 @contextlib.contextmanager
-def running(program: Path | str, **popen: object) -> Iterator[Running]:
-    """A keeper in the foreground; killed if it still runs at the end."""
+def running(program: Path | str, *, before: Callable[[], None] | None = None) -> Iterator[Running]:
+    """A keeper in the foreground that may not boot another kernel; ``before`` is called in its process first."""
+
+    def prepare() -> None:
+        drop_capability(CAP_SYS_BOOT)
+        if before is not None:
+            before()
+
     with tempfile.TemporaryDirectory(prefix="keeper-") as directory:
         path = Path(directory) / "keeper"
-        process = subprocess.Popen([program, "-f", path], stderr=subprocess.PIPE, **popen)  # type: ignore[call-overload]
+        process = subprocess.Popen([program, "-f", path], stderr=subprocess.PIPE, preexec_fn=prepare)
         try:
             deadline = time.monotonic() + 20
             while not _listens(path):

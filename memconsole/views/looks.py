@@ -20,7 +20,13 @@ THEME = Theme(
     panel="#232933",
     boost="#232933",
     dark=True,
-    variables={"border": "#3a4352", "border-blurred": "#3a4352", "block-cursor-background": "#2c4058"},
+    variables={
+        "border": "#3a4352",
+        "border-blurred": "#3a4352",
+        "block-cursor-background": "#2c4058",
+        "text-muted": "#8b95a5",
+        "text-disabled": "#6f7886",
+    },
 )
 """The console's own colours; ``ansi-dark`` stands in where the terminal has only 16."""
 

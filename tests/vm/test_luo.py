@@ -36,7 +36,7 @@ def test_every_verdict_is_good(said: lab.Verdicts) -> None:
     [
         *("session-exists", "hugetlb", "null", "vast", "not-a-session", "second-opener", "unknown-session"),
         *("token-used", "preserved-twice", "retrieve-outgoing", "finish-outgoing", "image-too-large", "not-a-kernel"),
-        *("retrieved-twice", "unknown-token", "preserve-incoming", "lost"),
+        *("retrieved-twice", "unknown-token", "preserve-incoming", "lost", "nothing-in", "wild-kcore", "wild-devmem"),
     ],
 )
 def test_a_refusal_has_its_name(said: lab.Verdicts, name: str) -> None:

@@ -119,7 +119,11 @@ def shortage(image: Image, initrd: int, scratch: Sequence[Range]) -> str:
 
 def loaded(root: Root = "/") -> bool:
     """Whether an image is loaded; no file shows by which call (/sys/kernel/kexec_loaded)."""
-    return tree.number(root, "/sys/kernel/kexec_loaded") == 1
+    try:
+        return tree.number(root, "/sys/kernel/kexec_loaded") == 1
+    except NotFound:
+        # A kernel without kexec has none.
+        return False
 
 
 def load(kernel: str, initrd: str | None, command_line: str) -> None:

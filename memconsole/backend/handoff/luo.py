@@ -197,7 +197,7 @@ class Session:
 
 
 def _encoded(name: str) -> bytes:
-    raw = name.encode()
+    raw = name.encode("utf-8", "surrogatepass")
     if not raw or len(raw) > NAME_LIMIT or bytes(1) in raw:
         why = f"a session's name has 1 to {NAME_LIMIT} bytes, none of them NUL"
         raise Refused(f"{name!r} cannot name a session", why, "use a shorter name", code="BadName")

@@ -21,6 +21,7 @@ import lab_guest as lab
 
 from memconsole.backend.handoff import image, luo
 from memconsole.backend.kernel import handover, kho
+from memconsole.backend.kernel.handover.memory import KCORE, Core, DevMem
 from memconsole.errors import MemconsoleError
 from memconsole.extents import ExtentTable, digest_fd
 
@@ -132,8 +133,19 @@ def dropped() -> None:
     lab.say("dropped", rows and held and frozen and gone, held=held, frozen=frozen, gone=gone, rows=len(rows))
 
 
+def both_memories(address: int) -> None:
+    """/dev/mem and /proc/kcore show the same, and neither shows what is not there."""
+    with Core(KCORE) as core, DevMem() as device:
+        same = core.read(address, 8192) == device.read(address, 8192)
+        lab.say("memories", same and any(core.read(address, 8192)), segments=str(core.segments))
+        refused("wild-kcore", "BadFile", lambda: core.read(1 << 51, 8))
+        refused("wild-devmem", "BadFile", lambda: device.read(1 << 51, 8))
+
+
 def first() -> None:
     before = handover.live("out")
+    both_memories(before.blobs[0].address)
+    refused("nothing-in", "NotFound", lambda: handover.live("in"))
     lab.say("clean", before.luo is not None and not before.luo.sessions and not before.gaps, blobs=str(before.blobs))
     if "frozen" not in sys.argv:
         refusals()

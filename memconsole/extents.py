@@ -1,8 +1,9 @@
 """Where pages are: tables of extents over the native core.
 
-An :class:`ExtentTable` is a sealed memfd of columns (layout: native/sealed.c), so it is passed by fd, mapped in place
-and stored byte for byte. Offsets, pfns and counts are in pages, never bytes. Absent pages have no row: ``pages`` says
-how many pages a table covers, and what no row holds is absent. Rows that continue each other are always merged.
+An :class:`ExtentTable` is columns of numbers. When it leaves the process it becomes a sealed memfd of them (layout:
+native/sealed.c), which is passed by fd, mapped in place and stored byte for byte. Offsets, pfns and counts are in
+pages, never bytes. Absent pages have no row: ``pages`` says how many pages a table covers, and what no row holds is
+absent. Rows that continue each other are always merged.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from memconsole.native import ffi, lib
 from memconsole.units import PAGE
 
 NO_PAGE = (1 << 64) - 1
+HEADER, ROW = 64, 24
+"""Bytes of a sealed table's header, and of a row."""
 
 
 class Flag(enum.IntFlag):
@@ -136,7 +139,6 @@ class ExtentTable:
         table = cls(out[0])
         try:
             fill(table._table)
-            native.call(what, lib.mc_table_seal, table._table)
         except BaseException:
             table.close()
             raise
@@ -293,15 +295,28 @@ class ExtentTable:
             return "<ExtentTable closed>"
         return f"<ExtentTable {len(self)} rows over {self.pages} pages>"
 
+    def _sealed(self) -> Any:
+        """The native table in its memfd, which is made at the first call; who still uses the old one keeps it."""
+        with self._lock:
+            if self.handle.fd < 0:
+                out = ffi.new("struct mc_table **")
+                native.call("a table of extents cannot be sealed", lib.mc_table_seal, out, self.handle)
+                self._table = ffi.gc(out[0], lib.mc_table_free)
+            return self._table
+
     @property
     def fd(self) -> int:
-        """The sealed memfd; it stays the table's, so dup it to keep it."""
-        return int(self.handle.fd)
+        """The sealed memfd; it stays the table's, so dup it to keep it.
+
+        Raises:
+            KernelRefused: it cannot be made, for example for lack of file descriptors.
+        """
+        return int(self._sealed().fd)
 
     @property
     def nbytes(self) -> int:
         """Size of the memfd in bytes: 64 + 24 a row."""
-        return int(self.handle.mapped)
+        return HEADER + ROW * len(self)
 
     @property
     def page_size(self) -> int:
@@ -325,7 +340,7 @@ class ExtentTable:
 
     def to_bytes(self) -> bytes:
         """The table's bytes, as in its memfd."""
-        table = self.handle
+        table = self._sealed()
         return bytes(ffi.buffer(table.map, table.mapped))
 
     # --- rows
@@ -344,7 +359,9 @@ class ExtentTable:
         """Rows ``start`` up to but not including ``stop``, cut to what there is."""
         table = self.handle
         start, stop, _ = slice(start, stop).indices(len(self))
-        n = max(stop - start, 0)
+        n = stop - start
+        if n <= 0:  # an empty table may have no columns at all
+            return []
         columns = (ffi.unpack(column + start, n) for column in (table.offset, table.pfn, table.count, table.flags))
         return list(map(Extent._make, zip(*columns, strict=True)))
 

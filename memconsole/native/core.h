@@ -42,8 +42,8 @@ static inline uint64_t mc_step(uint32_t flags)
 
 const char *mc_row_fault(const struct mc_table *table, uint64_t end, uint64_t offset, uint64_t pfn, uint32_t count,
 			 uint32_t flags);
-void mc_columns_free(struct mc_table *table);
 int mc_table_reserve(struct mc_table *table, uint64_t rows, struct mc_fail *fail);
+void mc_table_recycle(struct mc_table *table);
 void mc_table_drop(struct mc_table *table);
 int mc_table_take(struct mc_table *table, struct mc_table *from, struct mc_fail *fail);
 int mc_sort(struct mc_ref *refs, uint64_t n, struct mc_fail *fail);

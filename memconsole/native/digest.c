@@ -36,11 +36,7 @@ static void give_up(struct job *job, int code, int err, const char *source)
 
 static void hash(const void *bytes, uint64_t length, uint8_t *out)
 {
-#if defined(__x86_64__)
-	if (__builtin_cpu_supports("avx2"))
-		return mc_hash_avx2(bytes, length, out);
-#endif
-	mc_hash_base(bytes, length, out);
+	mc_hash(&(struct mc_bytes){ bytes, length }, 1, out);
 }
 
 /*

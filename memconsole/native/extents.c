@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT
 /*
  * A table of extents while it is filled: each column is a private mapping that grows by mremap, so that nothing is
- * copied. What it becomes, and stays, is in sealed.c.
+ * copied. How it leaves the process is in sealed.c.
  */
 #define _GNU_SOURCE
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -12,10 +13,11 @@
 #include "core.h"
 
 #define FIRST_CAPACITY 4096
+#define MAX_SPARE (1 << 21)	/* rows: 48 MiB */
 #define LARGE_CAPACITY (1 << 19)	/* from here on huge pages are worth their zeroing */
 
 /*
- * An empty table that covers nothing, to be filled, sealed and freed.
+ * An empty table that covers nothing, to be filled and freed.
  * Errors: MC_MEMORY, MC_RANGE (page_size not a power of two).
  */
 int mc_table_new(struct mc_table **out, uint32_t page_size, struct mc_fail *fail)
@@ -262,8 +264,7 @@ int mc_table_concat(struct mc_table *t, struct mc_table **parts, uint64_t n, str
 	return code;
 }
 
-/* Gives back the columns of a table that is not sealed. */
-void mc_columns_free(struct mc_table *t)
+static void unmap_columns(const struct mc_table *t)
 {
 	if (!t->capacity)
 		return;
@@ -271,13 +272,59 @@ void mc_columns_free(struct mc_table *t)
 	munmap(t->pfn, t->capacity * 8);
 	munmap(t->count, t->capacity * 4);
 	munmap(t->flags, t->capacity * 4);
+}
+
+/*
+ * The columns of a table that was freed, for the next scan: what scans every second would else pay for fresh memory,
+ * a fault and a zeroing a page, more than for finding the rows. The kernel may take the pages meanwhile.
+ */
+static struct mc_table spare;
+static pthread_mutex_t spare_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static void swap_spare(struct mc_table *t)
+{
+	struct mc_table old = spare;
+
+	spare = (struct mc_table){
+		.offset = t->offset, .pfn = t->pfn, .count = t->count, .flags = t->flags, .capacity = t->capacity,
+	};
+	t->offset = old.offset;
+	t->pfn = old.pfn;
+	t->count = old.count;
+	t->flags = old.flags;
+	t->capacity = old.capacity;
+}
+
+/* Gives a table without columns those of one that was freed, if there are any. */
+void mc_table_recycle(struct mc_table *t)
+{
+	pthread_mutex_lock(&spare_lock);
+	if (!t->capacity)
+		swap_spare(t);
+	pthread_mutex_unlock(&spare_lock);
+}
+
+/* Gives back columns of private memory, or keeps them as the spare ones if those are smaller. */
+static void free_columns(struct mc_table *t)
+{
+	if (t->capacity && t->capacity <= MAX_SPARE) {
+		madvise(t->offset, t->capacity * 8, MADV_FREE);
+		madvise(t->pfn, t->capacity * 8, MADV_FREE);
+		madvise(t->count, t->capacity * 4, MADV_FREE);
+		madvise(t->flags, t->capacity * 4, MADV_FREE);
+		pthread_mutex_lock(&spare_lock);
+		if (t->capacity > spare.capacity)
+			swap_spare(t);
+		pthread_mutex_unlock(&spare_lock);
+	}
+	unmap_columns(t);
 	t->capacity = 0;
 }
 
 /* Unmaps and closes everything a table holds, but not the struct itself. */
 void mc_table_drop(struct mc_table *t)
 {
-	mc_columns_free(t);
+	free_columns(t);
 	if (t->map)
 		munmap(t->map, t->mapped);
 	if (t->fd >= 0)

@@ -185,6 +185,7 @@ int mc_scan_pagemap(struct mc_table *table, int pagemap, uint64_t start, uint64_
 	length /= s.page_size;
 	if (start > MAX_PAGES || length > MAX_PAGES - start)
 		return mc_fail(fail, MC_RANGE, 0, "the range ends beyond the process's address space");
+	mc_table_recycle(table);
 	code = mc_table_cover(table, base, length, fail);
 	if (code)
 		return code;
@@ -316,6 +317,7 @@ int mc_scan_fd(struct mc_table *table, int pagemap, int fd, uint64_t size, struc
 
 	if (size % s.page_size)
 		return mc_fail(fail, MC_RANGE, 0, "the size is not whole pages");
+	mc_table_recycle(table);
 	code = mc_table_cover(table, 0, size / s.page_size, fail);
 	if (code)
 		return code;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /*
- * A table of extents that is complete: sealed in a memfd, and opened by whoever gets it. The bytes are the same in
- * memory, on the wire and in snapshot files:
+ * A table of extents that leaves the process: sealed in a memfd, and opened by whoever gets it. The bytes are the same
+ * in memory, on the wire and in snapshot files:
  *
  *   table   := header offset[rows] pfn[rows] count[rows] flags[rows]        little-endian, no padding
  *   header  := magic "MCEXTENT", u32 version = 1, u32 page_size, u64 rows, u64 first, u64 end, u64 pages,
@@ -22,10 +22,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define XXH_INLINE_ALL
-#include "third_party/xxhash.h"
-
 #include "core.h"
+#include "xxh.h"
 
 #define HEADER 64
 #define ROW 24
@@ -45,20 +43,12 @@ static const char magic[8] = "MCEXTENT";
 
 static void checksum(const struct mc_table *t, const struct header *header, uint8_t *out)
 {
-	XXH3_state_t *state = XXH3_createState();
-	XXH128_canonical_t canonical;
+	struct mc_bytes parts[] = {
+		{ header, offsetof(struct header, checksum) }, { t->offset, t->rows * 8 }, { t->pfn, t->rows * 8 },
+		{ t->count, t->rows * 4 }, { t->flags, t->rows * 4 },
+	};
 
-	if (!state)
-		abort(); /* xxhash asks for 576 bytes */
-	XXH3_128bits_reset(state);
-	XXH3_128bits_update(state, header, offsetof(struct header, checksum));
-	XXH3_128bits_update(state, t->offset, t->rows * 8);
-	XXH3_128bits_update(state, t->pfn, t->rows * 8);
-	XXH3_128bits_update(state, t->count, t->rows * 4);
-	XXH3_128bits_update(state, t->flags, t->rows * 4);
-	XXH128_canonicalFromHash(&canonical, XXH3_128bits_digest(state));
-	XXH3_freeState(state);
-	memcpy(out, canonical.digest, sizeof(canonical.digest));
+	mc_hash(parts, 5, out);
 }
 
 /* Maps the sealed memfd of so many rows for reading; the columns are in it from now on. */
@@ -69,7 +59,6 @@ static int map_sealed(struct mc_table *t, uint64_t rows, struct mc_fail *fail)
 
 	if (map == MAP_FAILED)
 		return mc_fail_errno(fail, "mmap");
-	mc_columns_free(t);
 	t->map = map;
 	t->mapped = bytes;
 	t->rows = rows;
@@ -106,27 +95,54 @@ static int seal_memfd(struct mc_table *t, struct mc_fail *fail)
 	return fcntl(t->fd, F_ADD_SEALS, SEALS | F_SEAL_SEAL) ? mc_fail_errno(fail, "F_ADD_SEALS") : MC_OK;
 }
 
-/*
- * Ends the filling: the table becomes a memfd of exactly its bytes, which nobody can change any more.
- * Errors: MC_KERNEL (memfd_create, e.g. EMFILE, write, F_ADD_SEALS, mmap), MC_MEMORY. Only to be freed afterwards.
- */
-int mc_table_seal(struct mc_table *t, struct mc_fail *fail)
+static struct mc_table *new_opened(struct mc_fail *fail)
+{
+	struct mc_table *t = calloc(1, sizeof(*t));
+
+	if (t)
+		t->fd = -1;
+	else
+		mc_fail(fail, MC_MEMORY, ENOMEM, "calloc");
+	return t;
+}
+
+static int seal_into(struct mc_table *t, const struct mc_table *from, struct mc_fail *fail)
 {
 	struct header header = {
-		.version = 1, .page_size = t->page_size, .rows = t->rows,
-		.first = t->first, .end = t->end, .pages = t->pages,
+		.version = 1, .page_size = from->page_size, .rows = from->rows,
+		.first = from->first, .end = from->end, .pages = from->pages,
 	};
 	int code;
 
+	t->page_size = from->page_size;
+	t->first = from->first;
+	t->end = from->end;
+	t->pages = from->pages;
 	memcpy(header.magic, magic, sizeof(magic));
-	checksum(t, &header, header.checksum);
+	checksum(from, &header, header.checksum);
 	if ((code = make_memfd(t, fail)) || (code = write_all(t->fd, &header, HEADER, fail)) ||
-	    (code = write_all(t->fd, t->offset, t->rows * 8, fail)) ||
-	    (code = write_all(t->fd, t->pfn, t->rows * 8, fail)) ||
-	    (code = write_all(t->fd, t->count, t->rows * 4, fail)) ||
-	    (code = write_all(t->fd, t->flags, t->rows * 4, fail)) || (code = seal_memfd(t, fail)))
+	    (code = write_all(t->fd, from->offset, from->rows * 8, fail)) ||
+	    (code = write_all(t->fd, from->pfn, from->rows * 8, fail)) ||
+	    (code = write_all(t->fd, from->count, from->rows * 4, fail)) ||
+	    (code = write_all(t->fd, from->flags, from->rows * 4, fail)) || (code = seal_memfd(t, fail)))
 		return code;
-	return map_sealed(t, t->rows, fail);
+	return map_sealed(t, from->rows, fail);
+}
+
+/*
+ * A copy of a table in a memfd of exactly its bytes, which nobody can change any more.
+ * Errors: MC_KERNEL (memfd_create, e.g. EMFILE, write, F_ADD_SEALS, mmap), MC_MEMORY.
+ */
+int mc_table_seal(struct mc_table **out, const struct mc_table *table, struct mc_fail *fail)
+{
+	struct mc_table *t = new_opened(fail);
+	int code = t ? seal_into(t, table, fail) : MC_MEMORY;
+
+	if (code)
+		mc_table_free(t);
+	else
+		*out = t;
+	return code;
 }
 
 /* Whether the mapped bytes are a table, every claim of the header checked against them. */
@@ -200,13 +216,9 @@ static int load_into(struct mc_table *t, const uint8_t *bytes, uint64_t length, 
  */
 int mc_table_load(struct mc_table **out, const void *bytes, uint64_t length, struct mc_fail *fail)
 {
-	struct mc_table *t = calloc(1, sizeof(*t));
-	int code;
+	struct mc_table *t = new_opened(fail);
+	int code = t ? load_into(t, bytes, length, fail) : MC_MEMORY;
 
-	if (!t)
-		return mc_fail(fail, MC_MEMORY, ENOMEM, "calloc");
-	t->fd = -1;
-	code = load_into(t, bytes, length, fail);
 	if (code)
 		mc_table_free(t);
 	else
@@ -262,9 +274,9 @@ int mc_table_open(struct mc_table **out, int fd, struct mc_fail *fail)
 		return code;
 	if (seals < 0 || (seals & SEALS) != SEALS)
 		return load_file(out, fd, (uint64_t)st.st_size, fail);
-	t = calloc(1, sizeof(*t));
+	t = new_opened(fail);
 	if (!t)
-		return mc_fail(fail, MC_MEMORY, ENOMEM, "calloc");
+		return MC_MEMORY;
 	t->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
 	code = t->fd < 0 ? mc_fail_errno(fail, "F_DUPFD_CLOEXEC") : adopt(t, rows, fail);
 	if (code)

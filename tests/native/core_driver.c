@@ -37,7 +37,7 @@ static uint64_t any(uint64_t below)
 
 static struct mc_table *random_table(uint64_t rows)
 {
-	struct mc_table *t;
+	struct mc_table *t, *sealed;
 	uint64_t page = any(100);
 
 	CHECK(!mc_table_new(&t, 4096, &fail));
@@ -49,8 +49,9 @@ static struct mc_table *random_table(uint64_t rows)
 		CHECK(!mc_table_append(t, 1, &page, &pfn, &count, &flags, &fail));
 		page += count + any(300);
 	}
-	CHECK(!mc_table_seal(t, &fail));
-	return t;
+	CHECK(!mc_table_seal(&sealed, t, &fail));
+	mc_table_free(t);
+	return sealed;
 }
 
 static void ask_everything(struct mc_table *t, struct mc_table *other)
@@ -108,7 +109,7 @@ static uint64_t spoil(uint8_t *bytes, uint64_t length)
 
 		memcpy(joined, bytes, CHECKSUM);
 		memcpy(joined + CHECKSUM, bytes + HEADER, length - HEADER);
-		mc_hash_base(joined, length - HEADER + CHECKSUM, bytes + CHECKSUM);
+		mc_hash_base(&(struct mc_bytes){ joined, length - HEADER + CHECKSUM }, 1, bytes + CHECKSUM);
 		free(joined);
 	}
 	return any(4) ? length : any(length);
@@ -179,7 +180,6 @@ static void scan_self(void)
 		map[at] = 1;
 	CHECK(!mc_table_new(&t, 4096, &fail));
 	CHECK(!mc_scan_pagemap(t, pagemap, (uintptr_t)map, length, 7, &fail));
-	CHECK(!mc_table_seal(t, &fail));
 	mc_stats(t, &stats);
 	CHECK(stats.present == touched && t->pages == length / 4096 && t->first == 7);
 	mc_table_free(t);
@@ -202,7 +202,7 @@ static void digest_holes(void)
 		CHECK(pwrite(fd, &byte, 1, (off_t)at[i]) == 1);
 	CHECK(!mc_table_new(&t, 4096, &fail));
 	CHECK(!mc_scan_fd(t, pagemap, fd, length, &fail));
-	CHECK(!mc_table_seal(t, &fail) && t->rows >= 3 && t->rows <= 4);
+	CHECK(t->rows >= 3 && t->rows <= 4);
 	mc_table_free(t);
 	CHECK(!mc_digest(fd, 0, length, 3, sparse, &fail));
 	CHECK(!fallocate(fd, 0, 0, (off_t)length));

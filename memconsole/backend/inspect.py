@@ -1,4 +1,4 @@
-"""What a file of ours is and whether it is whole: snapshots, ledger images, history files, audit trails.
+"""What a file of ours is and whether it is whole: snapshots, ledger images, history files, audit trails, handovers.
 
 Nothing is written and no control process is needed. A ledger's image is read from whoever holds its memfd, for example
 ``/proc/$(pgrep mc-keeper)/fd/N``.
@@ -45,6 +45,8 @@ def describe(path: Path) -> Description:
         return _history(path)
     if start == b"SQLite format 3\0":
         return _audit(path)
+    if start.startswith((b"\x7fELF", b"\xd0\x0d\xfe\xed")):
+        return _handover(path)
     return _snapshot(path)
 
 
@@ -122,6 +124,45 @@ def _audit(path: Path) -> Description:
     facts = {"records": rows, "first_ns": first, "last_ns": last, "chains": chains}
     findings = (_damage("audit-damaged", path, why) for why in checked if why != "ok")
     return Description(str(path), "audit", version, facts, tuple(findings))
+
+
+def _handover(path: Path) -> Description:
+    """A dump of a kernel's memory, or a root FDT of KHO: what was handed over in it; ``root`` tells several apart."""
+    from memconsole.backend.kernel import handover
+
+    found = handover.describe(str(path))
+    facts: dict[str, Any] = {
+        "handovers": [
+            {
+                "root": each.side,
+                "abi": each.compatible,
+                "from": each.metadata.previous_release if each.metadata else None,
+                "kexec_count": each.metadata.kexec_count if each.metadata else None,
+                "liveupdate_number": each.luo.liveupdate_number if each.luo else None,
+                "preserved_pages": each.preserved.pages if each.preserved else None,
+                "preserved_runs": len(each.preserved.runs) if each.preserved else None,
+            }
+            for each in found
+        ],
+        "blobs": [{"root": each.side, **msgspec.to_builtins(blob)} for each in found for blob in each.blobs],
+        "files": [
+            {
+                "root": each.side,
+                "session": session.name,
+                "token": file.token,
+                "abi": file.compatible,
+                "size": file.memfd.size if file.memfd else None,
+                "folios": file.memfd.folios if file.memfd else None,
+                "extents": len(file.memfd.extents) if file.memfd else None,
+            }
+            for each in found
+            if each.luo is not None
+            for session in each.luo.sessions
+            for file in session.files
+        ],
+    }
+    findings = (_damage("handover-torn", path, f"{gap.source}: {gap.why}") for each in found for gap in each.gaps)
+    return Description(str(path), "handover", int(found[0].compatible.rpartition("-v")[2]), facts, tuple(findings))
 
 
 def _snapshot(path: Path) -> Description:

@@ -18,7 +18,8 @@ from support.handover_image import PAGE, Cells, u64
 
 from memconsole.backend.kernel.handover import decode, describe, fdt, radix, records
 from memconsole.backend.kernel.handover.values import FolioRun, Handover, Preserved, Run
-from memconsole.errors import BadFile, NotFound
+from memconsole.cli import main
+from memconsole.errors import BadFile, ExitCode, NotFound
 
 STRINGS = image.STRINGS
 BLOCK = st.integers(0, 10).flatmap(
@@ -319,6 +320,22 @@ def test_a_dump_is_described(tmp_path: Path) -> None:
     assert not found.gaps
 
 
+def test_the_command_line_says_what_a_dump_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    memory, blob = whole()
+    address = memory.put(blob)
+    memory.core(tmp_path / "dump")
+    assert main(["inspect", "--json", str(tmp_path / "dump")]) == ExitCode.DONE
+    found = msgspec.json.decode(capsys.readouterr().out)
+    assert (found["kind"], found["version"]) == ("handover", 4)
+    (handover,) = found["facts"]["handovers"]
+    assert (handover["root"], handover["preserved_pages"], handover["from"]) == (f"{address:#x}", 522, "7.3.4-lab")
+    files = {(row["session"], row["token"]): row["folios"] for row in found["facts"]["files"]}
+    assert files == {("memconsole:a", 1): 4, ("memconsole:a", 2): None, ("memconsole:b", 7): 2}
+    (tmp_path / "fdt").write_bytes(blob)
+    assert main(["inspect", str(tmp_path / "fdt")]) == ExitCode.FINDINGS
+    assert "handover-torn" in capsys.readouterr().out
+
+
 def test_a_tree_alone_is_described(tmp_path: Path) -> None:
     (tmp_path / "fdt").write_bytes(whole()[1])
     (found,) = describe(str(tmp_path / "fdt"))
@@ -355,6 +372,16 @@ def test_torn_headers_of_dumps_are_named(tmp_path: Path, data: st.DataObject) ->
     (tmp_path / "dump").write_bytes(raw)
     with suppress(BadFile):
         describe(str(tmp_path / "dump"))
+
+
+def test_a_tree_that_is_not_of_kho(tmp_path: Path) -> None:
+    for kind, ours in ((b"linux,dummy-virt\0", False), (b"", False), (b"kho-vx\0", False), (b"kho-v99\0", True)):
+        (tmp_path / "fdt").write_bytes(image.fdt({"compatible": kind}, {}))
+        if ours:
+            assert describe(str(tmp_path / "fdt"))[0].compatible == "kho-v99"
+        else:
+            with pytest.raises(BadFile, match="no root FDT of KHO"):
+                describe(str(tmp_path / "fdt"))
 
 
 def test_what_is_no_dump(tmp_path: Path) -> None:

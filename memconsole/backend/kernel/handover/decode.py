@@ -15,6 +15,7 @@ A dump taken at the jump has all of it.
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Callable
 from typing import Literal
@@ -35,6 +36,7 @@ ROOTS = frozenset({"kho-v4"})
 SEARCHED = 64 << 30
 """Bytes of memory in which an outgoing FDT is looked for."""
 
+_KHO_ABI = re.compile(r"kho-v[0-9]{1,9}")
 _STRINGS = b"preserved-memory-map\0compatible\0preserved-data\0blob-size\0"
 _METADATA = struct.Struct("=I65sI")
 _MAP, _DATA, _SIZE = "preserved-memory-map", "preserved-data", "blob-size"
@@ -80,6 +82,8 @@ def describe(path: str) -> tuple[Handover, ...]:
     """
     head = _head(path)
     if head.startswith(fdt.MAGIC):
+        if not _KHO_ABI.fullmatch(_kind(head)):
+            raise BadFile(f"{path} is no root FDT of KHO", f"its compatible is {_kind(head)!r}")
         return (decode(head, _NoMemory()),)
     with Core(path) as memory:
         found = []

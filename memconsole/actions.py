@@ -113,6 +113,7 @@ class Map(Action, frozen=True, tag="map"):
     gpa: Annotated[int | None, Arg(Kind.ADDRESS, "guest physical address to map it at")] = None
     access: Annotated[Access, Arg(Kind.CHOICE, "ro or rw", choices=("ro", "rw"))] = Access.RW
     dma: Annotated[str | None, Arg(Kind.BDF, "also map it for this device")] = None
+    lazy: Annotated[bool, Arg(Kind.FLAG, "put pages in place when the guest first touches them")] = False
 
 
 class Revoke(Action, frozen=True, tag="revoke"):

@@ -200,7 +200,56 @@ GRANTS = Table(
         Field("export", "Export", "how the process reaches it", lambda g: g.export, width=6, default=False),
         _number("mappings", "VMAs", "mappings the kernel shows", lambda g: len(g.seen), width=5),
         Field("dma", "DMA", "device it is also mapped for", lambda g: g.dma, width=12, default=False),
+        _size(
+            "present",
+            "Present",
+            "bytes put in place by faults",
+            lambda g: g.faults and g.faults.present,
+            default=False,
+        ),
+        _number(
+            "faults",
+            "Faults/s",
+            "faults served in the last second",
+            lambda g: g.faults and g.faults.rate,
+            width=8,
+            default=False,
+        ),
+        _number(
+            "served",
+            "Faults",
+            "faults served",
+            lambda g: g.faults and g.faults.minor + g.faults.missing,
+            width=10,
+            default=False,
+        ),
+        Field(
+            "slowest",
+            "Slowest",
+            "longest time a fault was served in",
+            lambda g: g.faults and g.faults.longest_ns,
+            _or_dash(format_duration),
+            "time",
+            8,
+            right=True,
+            default=False,
+        ),
         _moment("created", "Created", "when it was granted", lambda g: g.created_ns),
+    ),
+)
+
+QUARANTINE = Table(
+    "quarantine",
+    "Quarantine",
+    lambda snapshot: snapshot.quarantine,
+    lambda kept: str(kept.id),
+    (
+        Field("id", "Grant", "the grant that was revoked", lambda q: q.id, width=6),
+        Field("region", "Region", "whose old frames they are", lambda q: q.region, width=18),
+        Field("guest", "Guest", "who had the grant", lambda q: q.guest, width=18),
+        _size("size", "Size", "bytes that are nobody's", lambda q: q.size),
+        _moment("since", "Since", "when the grant was revoked", lambda q: q.since_ns, default=True),
+        Field("why", "Why", "what holds them", lambda q: q.why, width=48),
     ),
 )
 
@@ -287,5 +336,5 @@ EVENTS = Table(
 )
 
 TABLES: Mapping[str, Table] = {
-    table.id: table for table in (REGIONS, GUESTS, GRANTS, WINDOWS, DOMAINS, DEVICES, FINDINGS, EVENTS)
+    table.id: table for table in (REGIONS, GUESTS, GRANTS, QUARANTINE, WINDOWS, DOMAINS, DEVICES, FINDINGS, EVENTS)
 }

@@ -230,8 +230,26 @@ class GrantMapping(Value, frozen=True):
     perms: str
 
 
+class Faults(Value, frozen=True):
+    """The page faults of a lazy grant, as they were served: ``present`` bytes were put in place by them.
+
+    ``minor`` found the page in the region, ``missing`` had it made; ``rate`` are those of the last second, ``refused``
+    found no memory and are tried again. ``served`` is false while nobody serves: the guest then waits where it faults.
+    """
+
+    served: bool
+    minor: int = 0
+    missing: int = 0
+    present: int = 0
+    rate: int = 0
+    refused: int = 0
+    busy_ns: int = 0
+    longest_ns: int = 0
+    batch: int = 0
+
+
 class Grant(Value, frozen=True):
-    """The revocable right of one guest to map a range of a region."""
+    """The revocable right of one guest to map a range of a region; ``lazy``: put in place when first touched."""
 
     id: str
     region: str
@@ -244,7 +262,23 @@ class Grant(Value, frozen=True):
     export: str = "fd"
     dma: str | None = None
     created_ns: int = 0
+    lazy: bool = False
+    faults: Faults | None = None
     seen: tuple[GrantMapping, ...] = ()
+
+
+class Quarantine(Value, frozen=True):
+    """Frames a revoke left behind because somebody pinned them before: nobody gets them until the pin drops.
+
+    The region's contents are elsewhere by then; what the pin still shows are the old bytes. ``id`` is the grant's.
+    """
+
+    id: str
+    region: str
+    guest: str
+    size: int
+    since_ns: int
+    why: str
 
 
 class Vcpu(Value, frozen=True):
@@ -434,6 +468,7 @@ class Snapshot(Value, frozen=True, kw_only=True):
     regions: tuple[Region, ...] = ()
     guests: tuple[Guest, ...] = ()
     grants: tuple[Grant, ...] = ()
+    quarantine: tuple[Quarantine, ...] = ()
     devices: tuple[Device, ...] = ()
     windows: tuple[Window, ...] = ()
     iommus: tuple[Iommu, ...] = ()

@@ -21,12 +21,13 @@ import msgspec
 
 from memconsole import actions
 from memconsole.backend import steps, verbs
-from memconsole.backend.desk import STOP_S, Desk
+from memconsole.backend.desk import STOP_S, Desk, custody_name
+from memconsole.backend.revoke import move
 from memconsole.backend.state import Change, Done, Failed, Happened, Intent, Record
 from memconsole.backend.stores import memfd
 from memconsole.backend.verbs.grants import OFFER_S
 from memconsole.backend.verbs.guests import forget, orphans
-from memconsole.backend.verbs.regions import custody_name, drop_custody
+from memconsole.backend.verbs.regions import drop_custody
 from memconsole.errors import Gone, MemconsoleError
 from memconsole.model import Finding, Grant, GrantState, Region, RegionState, Severity
 
@@ -44,6 +45,7 @@ Write = Callable[[Record], int]
 
 def adopt(desk: Desk, write: Write) -> list[Finding]:
     """Take over everything; what does not match is a finding."""
+    move.finish(desk)
     found = list(_regions(desk))
     for guest in desk.state.guests.values():
         with contextlib.suppress(Gone):

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from memconsole.backend.verbs.work import Work
     from memconsole.extents import ExtentTable
 
+RECHECK_S = 1.0
+"""Seconds between two looks at frames that are pinned."""
 LEDGER = "ledger"
 """What the ledger is called in custody."""
 
@@ -73,6 +75,8 @@ class Control:
         self._custody = custody
         self._acting = threading.RLock()
         self._recording = threading.Lock()
+        self._rechecking = threading.Lock()
+        self._rechecked = 0.0
         self._closed = False
         self._tables: Tables | None = None
         with contextlib.ExitStack() as undo:
@@ -82,7 +86,7 @@ class Control:
             self._audit = _audit(state_dir, self._ledger, root) if state_dir is not None else None
             if self._audit is not None:
                 undo.callback(self._audit.close)
-            self._desk = Desk(runtime_dir, custody, lambda: self._state, self._guest_changed, root)
+            self._desk = Desk(runtime_dir, custody, lambda: self._state, self._guest_changed, self._record, root)
             undo.callback(self._desk.close)
             self._standing: list[Finding] = [self._ledger.dropped.finding()] if self._ledger.dropped else []
             if custody.names() != [LEDGER] or self._state.unfinished or self._state.guests:
@@ -114,6 +118,7 @@ class Control:
         Raises:
             NotFound, Denied, KernelRefused, BadFile: this host cannot be read at all.
         """
+        self._recheck()
         meant = Meant(
             self._state,
             self._desk.backings(),
@@ -121,6 +126,8 @@ class Control:
             self._scanned(),
             self._desk.exempt,
             (*self._standing, *(self._audit.findings() if self._audit is not None else ())),
+            self._desk.faces,
+            self._desk.shields,
         )
         return survey.survey(meant, self._root)
 
@@ -243,6 +250,15 @@ class Control:
         from memconsole.backend import verbs
 
         return verbs.work(self._desk, action)
+
+    def _recheck(self) -> None:
+        """Let quarantined frames go whose pins have dropped; asked at most once a second."""
+        if self._state.quarantine and time.monotonic() > self._rechecked + RECHECK_S:
+            from memconsole.backend.revoke import move
+
+            self._rechecked = time.monotonic()
+            with self._rechecking:
+                move.recheck(self._desk)
 
     def _scanned(self) -> dict[str, Scanned]:
         return dict(self._tables.scanned) if self._tables is not None else {}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from memconsole.backend import survey
 from memconsole.backend.kernel import census, pci
-from memconsole.backend.survey import Answer, Backing, Readers
+from memconsole.backend.survey import Answer, Backing, Face, Readers, Shield
 from memconsole.errors import GuestError, MemconsoleError, NotFound, UsageError
 from memconsole.model import Grant, Guest, GuestKind, GuestState, Region, Window
 from memconsole.units import PAGE
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from memconsole.backend.guests.base import Guest as LiveGuest
     from memconsole.backend.guests.base import Offer
     from memconsole.backend.reach import Reach
-    from memconsole.backend.state import State, WindowGrant
+    from memconsole.backend.state import Record, State, WindowGrant
 
 STOP_S = 5.0
 """Seconds a guest has to end in order."""
@@ -36,6 +36,11 @@ STOP_S = 5.0
 
 RECONNECT_S = 1.0
 """Seconds an agent has to find a new control process (it tries every 100 to 200 ms)."""
+
+
+def custody_name(region: str, segment: int) -> str:
+    """What a region's segment is called in custody."""
+    return f"region:{region}:{segment}"
 
 
 @dataclass
@@ -50,12 +55,13 @@ class _Held:
 class Desk:
     """The things of one control process; ``root`` is where its host's tree stands."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - one caller, which knows them all
         self,
         runtime_dir: Path,
         custody: Custody,
         state: Callable[[], State],
         on_guest: Callable[[str], None],
+        record: Callable[[Record], int],
         root: Path = Path("/"),
     ) -> None:
         self.root = root
@@ -63,6 +69,9 @@ class Desk:
         self.custody = custody
         self._state = state
         self._on_guest = on_guest
+        self.record = record
+        self.faces: tuple[Face, ...] = ()
+        self.shields: tuple[Shield, ...] = ()
         self._hub: Hub | None = None
         self._looking = threading.RLock()
         self._fds: dict[str, tuple[int, ...]] = {}
@@ -125,6 +134,15 @@ class Desk:
         with self._looking:
             self._fds[region] = fds
 
+    def exchange(self, region: str, segment: int, fd: int) -> None:
+        """Keep a duplicate of ``fd`` as a segment of a region, in the place of the fd held."""
+        copy = os.dup(fd)
+        with self._looking:
+            fds = list(self._fds[region])
+            os.close(fds[segment])
+            fds[segment] = copy
+            self._fds[region] = tuple(fds)
+
     def let_go(self, region: str) -> None:
         """Close a region's fds; custody is another matter."""
         with self._looking:
@@ -174,18 +192,33 @@ class Desk:
             if region.page_size == PAGE
         )
 
-    def reach(self, region: Region, offset: int, length: int, *, without: str = "") -> Reach:
-        """Who reaches a range by kernel truth; processes of guests with a grant other than ``without`` may hold it."""
+    def reach(self, region: Region, offset: int, length: int, *, without: str = "", alone: bool = False) -> Reach:
+        """Who reaches a range by kernel truth; processes of guests with a grant other than ``without`` may hold it.
+
+        ``alone``: nobody may.
+        """
         from memconsole.backend.reach import find
 
         state = self.state
         may_hold = {
             guest.pid
             for grant in state.grants_of(region=region.name)
-            if grant.id != without and (guest := state.guests.get(grant.guest)) is not None and guest.pid is not None
+            if not alone
+            and grant.id != without
+            and (guest := state.guests.get(grant.guest)) is not None
+            and guest.pid is not None
         }
         with self.borrowed(region.name) if self.has(region.name) else contextlib.nullcontext(()) as fds:
-            return find(region, fds, offset, length, exempt=self.exempt, may_hold=may_hold)
+            return find(
+                region,
+                fds,
+                offset,
+                length,
+                exempt=self.exempt,
+                may_hold=may_hold,
+                faces=self.faces,
+                shields=self.shields,
+            )
 
     # --- windows --------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ def find(snapshot: Snapshot, strays: Iterable[Over]) -> tuple[Finding, ...]:
         *(finding for guest in snapshot.guests for finding in _guest(guest)),
         *_grants(snapshot),
         *_strays(strays),
+        *_quarantine(snapshot),
         *_windows(snapshot),
     )
 
@@ -121,6 +122,18 @@ def _strays(strays: Iterable[Over]) -> Iterator[Finding]:
             f"process {pid} maps {format_size(size)} of region {region} without a grant",
             f"/proc/{pid}/maps",
             f"end process {pid}, or revoke the grant of whoever gave it the region",
+        )
+
+
+def _quarantine(snapshot: Snapshot) -> Iterator[Finding]:
+    for kept in snapshot.quarantine:
+        yield Finding(
+            "frames-quarantined",
+            Severity.WARNING,
+            kept.region,
+            f"{format_size(kept.size)} of old frames of region {kept.region} are pinned since {kept.id} was revoked",
+            f"/proc/kpageflags: {kept.why}",
+            f"they are nobody's until the pin drops: end what {kept.guest} handed them to (pipes, io_uring, devices)",
         )
 
 

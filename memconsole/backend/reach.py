@@ -5,18 +5,18 @@
     a process not shown to us     may do either: then the frames themselves are asked (/proc/kpagecount)
 
 What no file of the kernel shows is not found here: an fd in flight in a socket's queue, an io_uring's fixed buffer, a
-page in a pipe. Taking those frames away from everybody is what ``release`` does.
+page in a pipe. Moving the contents away from all of them is what :mod:`memconsole.backend.revoke` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from memconsole.backend import survey
 from memconsole.backend.kernel import census as census_of
 from memconsole.backend.kernel import memfds
-from memconsole.backend.survey import Over
+from memconsole.backend.survey import Face, Over, Shield
 from memconsole.errors import Denied, MemconsoleError
 from memconsole.model import Region
 
@@ -51,10 +51,13 @@ def find(
     *,
     exempt: Collection[int],
     may_hold: Collection[int] = (),
+    faces: Iterable[Face] = (),
+    shields: Iterable[Shield] = (),
 ) -> Reach:
     """Who reaches ``length`` bytes from ``offset`` of a region, apart from ``exempt`` processes (us and our custody).
 
-    ``may_hold`` are processes with a right to the region's memfd (another grant on it).
+    ``may_hold`` are processes with a right to the region's memfd (another grant on it); ``faces`` are other files that
+    show the region, and ``shields`` mappings that lead nowhere.
 
     Raises:
         Denied, KernelRefused, BadFile: the processes of this host cannot be read.
@@ -62,7 +65,7 @@ def find(
     census = census_of.take(closed=exempt)
     mapped = tuple(
         over
-        for over in survey.mappings(census, [region])
+        for over in survey.mappings(census, [region], faces, shields)
         if over.offset < offset + length and offset < over.offset + over.vma.size
     )
     objects = {(segment.device, segment.inode) for segment in region.segments}

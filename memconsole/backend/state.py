@@ -22,7 +22,7 @@ from memconsole.actions import AnyAction
 from memconsole.backend import ledger
 from memconsole.backend.ledger import Kind
 from memconsole.errors import BadFile
-from memconsole.model import Event, Grant, Guest, Region, Value
+from memconsole.model import Event, Grant, Guest, Quarantine, Region, Value
 
 EVENTS_KEPT = 1000
 
@@ -43,10 +43,12 @@ class Change(Value, frozen=True):
     guests: tuple[Guest, ...] = ()
     grants: tuple[Grant, ...] = ()
     windows: tuple[WindowGrant, ...] = ()
+    quarantine: tuple[Quarantine, ...] = ()
     without_regions: tuple[str, ...] = ()
     without_guests: tuple[str, ...] = ()
     without_grants: tuple[str, ...] = ()
     without_windows: tuple[str, ...] = ()
+    without_quarantine: tuple[str, ...] = ()
 
 
 class Intent(Value, frozen=True):
@@ -116,6 +118,7 @@ class State:
     guests: dict[str, Guest] = field(default_factory=dict)
     grants: dict[str, Grant] = field(default_factory=dict)
     windows: dict[str, WindowGrant] = field(default_factory=dict)
+    quarantine: dict[str, Quarantine] = field(default_factory=dict)
     unfinished: dict[int, Intent] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     next_grant: int = 1
@@ -123,7 +126,7 @@ class State:
     def after(self, seq: int, record: Record) -> State:
         """The state after one more record; this one stays as it is."""
         following = copy.copy(self)
-        for name in ("regions", "guests", "grants", "windows", "unfinished"):
+        for name in ("regions", "guests", "grants", "windows", "quarantine", "unfinished"):
             setattr(following, name, dict(getattr(self, name)))
         following.events = list(self.events)
         following.take(seq, record)
@@ -167,6 +170,7 @@ class State:
             tuple(self.guests.values()),
             tuple(self.grants.values()),
             tuple(self.windows.values()),
+            tuple(self.quarantine.values()),
         )
         return Whole(everything, self.next_grant)
 
@@ -176,6 +180,7 @@ class State:
         self.guests.update((guest.name, guest) for guest in change.guests)
         self.grants.update((grant.id, grant) for grant in change.grants)
         self.windows.update((grant.id, grant) for grant in change.windows)
+        self.quarantine.update((kept.id, kept) for kept in change.quarantine)
         for name in change.without_regions:
             self.regions.pop(name, None)
         for name in change.without_guests:
@@ -184,6 +189,8 @@ class State:
             self.grants.pop(name, None)
         for name in change.without_windows:
             self.windows.pop(name, None)
+        for name in change.without_quarantine:
+            self.quarantine.pop(name, None)
 
     def _count(self, change: Change) -> None:
         """An id is never given twice, not even one of an action that failed."""

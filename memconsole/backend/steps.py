@@ -47,10 +47,10 @@ def run(action: str, steps: Sequence[Step]) -> None:
     done: list[Step] = []
     for step in steps:
         try:
-            _point(f"{action}.{step.id}.before")
+            point(f"{action}.{step.id}.before")
             step.do()
             done.append(step)
-            _point(f"{action}.{step.id}.after")
+            point(f"{action}.{step.id}.after")
         except BaseException as error:
             left = _undo(done)
             if left and isinstance(error, MemconsoleError):
@@ -72,6 +72,7 @@ def _undo(done: Sequence[Step]) -> list[str]:
     return left
 
 
-def _point(name: str) -> None:
+def point(name: str) -> None:
+    """A fault point: the process ends here if its environment says so."""
     if os.environ.get(FAULT_VARIABLE) == name:
         os.kill(os.getpid(), signal.SIGKILL)

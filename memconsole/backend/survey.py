@@ -29,6 +29,7 @@ from memconsole.backend.kernel.tree import Root
 from memconsole.backend.state import State
 from memconsole.errors import Gone, NotFound
 from memconsole.model import (
+    Faults,
     Finding,
     Gap,
     Grant,
@@ -55,6 +56,28 @@ _OURS = "/memfd:memconsole:"
 """How the memfd store names its segments."""
 Object = tuple[int, int]
 """A file by (st_dev, st_ino), as its mappings show it."""
+
+
+class Face(NamedTuple):
+    """Another file through which a region's frames are mapped; ``base`` is where in the region it begins, in bytes.
+
+    Its mappings show this device and inode, and a path with ``path`` in it.
+    """
+
+    region: str
+    device: int
+    inode: int
+    base: int
+    path: str
+
+
+class Shield(NamedTuple):
+    """A mapping that is there and leads nowhere: every access waits for an answer that is never given."""
+
+    pid: int
+    start_ticks: int
+    start: int
+    end: int
 
 
 class Backing(NamedTuple):
@@ -93,6 +116,9 @@ class Meant:
     scanned: Mapping[str, Scanned] = field(default_factory=dict)
     exempt: frozenset[int] = frozenset()
     standing: tuple[Finding, ...] = ()
+    faces: tuple[Face, ...] = ()
+    shields: tuple[Shield, ...] = ()
+    faults: Mapping[str, Faults] = field(default_factory=dict)
 
 
 class Over(NamedTuple):
@@ -138,7 +164,7 @@ def survey(meant: Meant, root: Root = "/") -> Snapshot:
     census = read("/proc", lambda: census_of.take(root, closed=meant.exempt), Census(root, {}, ()))
     read.gaps.extend(census.gaps())
     state = meant.state
-    overs = mappings(census, state.regions.values())
+    overs = mappings(census, state.regions.values(), meant.faces, meant.shields)
     seen = _by_grant(state, overs)
     mappers: dict[str, set[int]] = defaultdict(set)
     for over in overs:
@@ -156,7 +182,11 @@ def survey(meant: Meant, root: Root = "/") -> Snapshot:
             _region(region, of_region[region.name], meant, mappers[region.name]) for region in state.regions.values()
         ),
         guests=(*ours, *foreign(census, state, read)),
-        grants=tuple(replace(grant, seen=seen.get(grant.id, ())) for grant in state.grants.values()),
+        grants=tuple(
+            replace(grant, seen=seen.get(grant.id, ()), faults=meant.faults.get(grant.id))
+            for grant in state.grants.values()
+        ),
+        quarantine=tuple(state.quarantine.values()),
         devices=tuple(function.device for function in functions),
         windows=windows(state, census, read, addresses),
         iommus=read("/sys/class/iommu", lambda: iommu.units(root), ()),
@@ -173,19 +203,25 @@ def survey(meant: Meant, root: Root = "/") -> Snapshot:
 # --- who maps what ----------------------------------------------------------------------------------------------
 
 
-def mappings(census: Census, regions: Iterable[Region]) -> list[Over]:
-    """Every VMA of every process over a segment of a region."""
+def mappings(
+    census: Census, regions: Iterable[Region], faces: Iterable[Face] = (), shields: Iterable[Shield] = ()
+) -> list[Over]:
+    """Every VMA of every process through which it reaches a region, by its segments or by other faces of it."""
+    faces = tuple(faces)
     of: dict[Object, tuple[str, int]] = {}
     for region in regions:
         base = 0
         for segment in region.segments:
             of[segment.device, segment.inode] = (region.name, base)
             base += segment.size
+        of.update(((face.device, face.inode), (face.region, face.base)) for face in faces if face.region == region.name)
+    blind = {(shield.pid, shield.start, shield.end): shield.start_ticks for shield in shields}
     found = []
     if of:
-        for pid, vma in census.mappings(of.keys()):
+        for pid, vma in census.mappings(of.keys(), *{face.path for face in faces}):
             name, base = of[vma.device, vma.inode]
-            found.append(Over(name, pid, vma, base + vma.offset))
+            if blind.get((pid, vma.start, vma.end)) != census.processes[pid].start_ticks:
+                found.append(Over(name, pid, vma, base + vma.offset))
     return found
 
 

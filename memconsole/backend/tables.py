@@ -155,7 +155,7 @@ class Tables:
         grants = state.grants_of(guest=guest.name)
         by_gpa = any(grant.gpa is not None for grant in grants)
         parts = []
-        for over in survey.mappings(census, state.regions.values()):
+        for over in survey.mappings(census, state.regions.values(), self._desk.faces):
             if over.pid != process.pid:
                 continue
             for grant in filter(over.overlaps, grants):

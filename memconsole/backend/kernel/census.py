@@ -64,15 +64,18 @@ class Census:
             ),
         )
 
-    def mappings(self, objects: Collection[tuple[int, int]]) -> Iterator[tuple[int, Vma]]:
-        """Who maps memfds, given as (st_dev, st_ino): each PID with each of its mappings of one.
+    def mappings(self, objects: Collection[tuple[int, int]], *paths: str) -> Iterator[tuple[int, Vma]]:
+        """Who maps files, given as (st_dev, st_ino): each PID with each of its mappings of one.
+
+        They are memfds, or files whose path holds one of ``paths`` (a mount point).
 
         Raises:
             BadFile: a process's maps are not as the kernel writes them.
         """
+        needles = (b" (deleted)", *(os.fsencode(path) for path in paths))
         for process in self.processes.values():
-            if b" (deleted)" in process.maps:
-                for vma in procmaps.parse(process.maps, b" (deleted)"):
+            if any(needle in process.maps for needle in needles):
+                for vma in procmaps.parse(process.maps, *needles):
                     if (vma.device, vma.inode) in objects:
                         yield process.pid, vma
 

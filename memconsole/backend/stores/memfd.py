@@ -83,6 +83,24 @@ def reserve(
     return tuple(fds)
 
 
+def fresh(name: str, index: int, size: int, page_size: int = PAGE, node: int | None = None) -> int:
+    """An empty segment to take the place of another of the same region; as large, and all zeroes.
+
+    Raises:
+        KernelRefused: the kernel has no memory for it, or no huge pages.
+    """
+    try:
+        fd = _create(f"{PREFIX}{name}:{index}", page_size)
+        try:
+            _fill(fd, size, page_size, node, prefault=False)
+        except BaseException:
+            os.close(fd)
+            raise
+    except OSError as error:
+        raise KernelRefused("memfd_create", error.errno or 0, what=f"no fresh memory for region {name}") from None
+    return fd
+
+
 def give(fd: int, access: Access) -> int:
     """A new fd of a segment for handing out, which the caller closes: its own file description, read-only for ``ro``.
 

@@ -5,12 +5,6 @@ Who may have what:
 * A frame belongs to one guest: a range that one guest was granted is granted to no other, not even to read
   (``Shared``). Parts of a region that do not overlap may go to several guests.
 * In one guest, two grants overlap neither in the region nor in guest physical addresses (``Overlap``).
-
-The ladder of a revoke, mildest rung first; after each the kernel is asked who still reaches the range, and the ladder
-ends when nobody does:
-
-    ask    the guest's agent unmaps the range and closes its fd
-    kill   every process the kernel shows to reach it is killed: the guest, its children, whoever was sent the fd
 """
 
 from __future__ import annotations
@@ -22,14 +16,12 @@ import msgspec
 
 from memconsole.actions import Map, Revoke
 from memconsole.backend.desk import Desk
-from memconsole.backend.guests.handle import Handle
 from memconsole.backend.kernel import tree
-from memconsole.backend.reach import Reach
-from memconsole.backend.state import Change
+from memconsole.backend.revoke import Ladder
 from memconsole.backend.stores import memfd
 from memconsole.backend.verbs.common import known_guest, known_region, not_frozen
 from memconsole.backend.verbs.work import Work
-from memconsole.errors import Gone, GuestError, MemconsoleError
+from memconsole.errors import Gone, GuestError
 from memconsole.model import (
     Access,
     Grant,
@@ -38,8 +30,6 @@ from memconsole.model import (
     GuestKind,
     GuestState,
     Region,
-    RevokeOutcome,
-    RevokeReport,
     Rung,
 )
 from memconsole.units import exact_size, format_address, format_duration, format_size
@@ -47,7 +37,12 @@ from memconsole.units import exact_size, format_address, format_duration, format
 OFFER_S = 5.0
 """Seconds a guest has to map what it is offered."""
 GPA_LIMIT = 1 << 52
-_LOOK_S = 0.02
+RUNGS = {
+    Rung.ASK: "ask its guest to unmap it",
+    Rung.PROTECT: "bar its mapping through its userfaultfd",
+    Rung.COPY: "move the contents to fresh frames and empty the old file",
+    Rung.KILL: "kill whoever still reaches it",
+}
 
 
 def map(desk: Desk, action: Map) -> Work:
@@ -215,7 +210,7 @@ def _no_dma(work: Work, desk: Desk, bdf: str) -> None:
 
 
 def revoke(desk: Desk, action: Revoke) -> Work:
-    """Take a grant back: one step, ``cut``, which climbs the ladder and ends when the kernel says nobody reaches it."""
+    """Take a grant back: one step, ``cut``, which climbs the ladder (:mod:`memconsole.backend.revoke`)."""
     work = Work(action.grant, "")
     grant = desk.state.grants.get(action.grant)
     if grant is None:
@@ -234,108 +229,8 @@ def revoke(desk: Desk, action: Revoke) -> Work:
         took = format_duration(report.took_ns)
         work.text = f"{grant.id} ({grant.region} to {grant.guest}) is {report.outcome} after {report.rung}, in {took}"
 
-    rungs = "ask its guest" if action.at_most is not Rung.KILL else "ask its guest, then kill whoever still reaches it"
+    order = list(RUNGS)
+    rungs = ", else ".join(RUNGS[rung] for rung in order[: order.index(action.at_most) + 1])
     part = f"{format_size(grant.length)} of {grant.region}"
     work.step("cut", f"take {part} back from {grant.guest}: {rungs}; the contents stay", cut)
     return work
-
-
-class Ladder:
-    """One climb: asks, kills if it may, and after each rung believes the kernel only."""
-
-    def __init__(self, desk: Desk, grant: Grant, within: float, at_most: Rung) -> None:
-        self._desk = desk
-        self._grant = grant
-        self._region = desk.state.regions[grant.region]
-        self._within = within
-        self._at_most = at_most
-        self._refused = ""
-        self._killed: set[int] = set()
-
-    def climb(self) -> RevokeReport:
-        """Climb until nobody reaches the range.
-
-        Raises:
-            GuestError: somebody still does (``StillMapped``), and no harder rung is allowed or left.
-        """
-        began = time.monotonic_ns()
-        tried = []
-        for rung in (Rung.ASK, Rung.KILL):
-            if rung is Rung.KILL and self._at_most is not Rung.KILL:
-                break
-            tried.append(rung)
-            reach = self._ask() if rung is Rung.ASK else self._kill()
-            if not reach.pids:
-                outcome = RevokeOutcome.QUARANTINED if reach.unseen else RevokeOutcome.CUT
-                took = time.monotonic_ns() - began
-                return RevokeReport(self._grant.id, rung, outcome, took, tuple(tried), reach.unseen or self._note())
-        raise GuestError(
-            f"{self._grant.id} is still mapped: {reach}",
-            self._refused or "they did not let go of it",
-            f"memconsole revoke {self._grant.id} --at-most kill"
-            if self._at_most is not Rung.KILL
-            else "look at /proc/PID/stack of these processes",
-            code="StillMapped",
-        )
-
-    def change(self) -> Change:
-        """What the ledger says after the climb: a guest that was killed is no guest any more."""
-        state = self._desk.state
-        dead = [guest.name for guest in state.guests.values() if guest.pid in self._killed]
-        grants = {self._grant.id} | {grant.id for name in dead for grant in state.grants_of(guest=name)}
-        windows = [grant.id for grant in state.windows.values() if grant.guest in dead]
-        self._desk.withdraw(self._grant)
-        for name in dead:
-            self._desk.part(name)
-        return Change(without_grants=tuple(sorted(grants)), without_guests=tuple(dead), without_windows=tuple(windows))
-
-    def _ask(self) -> Reach:
-        live = self._desk.live(self._grant.guest)
-        if live is None:
-            self._refused = "its guest is gone"
-            return self._look(0)
-        try:
-            self._desk.connected(live.name)
-            agreed = live.ask_unmap(self._grant.id, self._within)
-            if not agreed:
-                self._refused = f"guest {self._grant.guest} has no agent that would unmap it"
-        except MemconsoleError as error:
-            agreed = False
-            self._refused = str(error)
-        return self._look(self._within if agreed else 0)
-
-    def _kill(self) -> Reach:
-        deadline = time.monotonic() + self._within
-        while (reach := self._look(0)).pids and time.monotonic() < deadline:
-            for pid in reach.pids:
-                self._end(pid, max(0.1, deadline - time.monotonic()))
-        return reach
-
-    def _end(self, pid: int, within: float) -> None:
-        if pid == 1:
-            raise GuestError("the first process reaches it", "it is never killed", "stop what it started")
-        owner = next((guest for guest in self._desk.state.guests.values() if guest.pid == pid), None)
-        live = self._desk.live(owner.name) if owner else None
-        self._killed.add(pid)
-        if live is not None:
-            live.kill(within)
-            return
-        with contextlib.suppress(Gone), contextlib.closing(Handle(pid)) as handle:
-            handle.kill(within)
-
-    def _look(self, within: float) -> Reach:
-        """Who reaches the range, once nobody does or the time is over: what was unmapped just now may linger."""
-        deadline = time.monotonic() + within
-        grant = self._grant
-        while True:
-            reach = self._desk.reach(self._region, grant.offset, grant.length, without=grant.id)
-            if not reach.pids or time.monotonic() >= deadline:
-                return reach
-            time.sleep(_LOOK_S)
-
-    def _note(self) -> str:
-        if not self._killed:
-            return ""
-        return f"killed {', '.join(str(pid) for pid in sorted(self._killed))}" + (
-            f": {self._refused}" if self._refused else ""
-        )

@@ -18,9 +18,10 @@ from memconsole.backend.guests.handle import Handle
 from memconsole.backend.guests.process import ProcessGuest
 from memconsole.backend.guests.qemu import BINARY, QemuGuest
 from memconsole.backend.kernel import census
+from memconsole.backend.revoke import Ladder
 from memconsole.backend.state import Change
 from memconsole.backend.verbs.common import free_name, is_vm, known_guest
-from memconsole.backend.verbs.grants import OFFER_S, Ladder, offer
+from memconsole.backend.verbs.grants import OFFER_S, offer
 from memconsole.backend.verbs.regions import creation
 from memconsole.backend.verbs.work import Work
 from memconsole.errors import Gone, GuestError, MemconsoleError

@@ -7,18 +7,13 @@ import time
 import msgspec
 
 from memconsole.actions import Release, Reserve
-from memconsole.backend.desk import Desk
+from memconsole.backend.desk import Desk, custody_name
 from memconsole.backend.state import Change
 from memconsole.backend.stores import memfd
 from memconsole.backend.verbs.common import free_name, known_region, not_frozen
 from memconsole.backend.verbs.work import Work
 from memconsole.model import Region, RegionState
 from memconsole.units import format_size
-
-
-def custody_name(region: str, segment: int) -> str:
-    """What a region's segment is called in custody."""
-    return f"region:{region}:{segment}"
 
 
 def reserve(desk: Desk, action: Reserve) -> Work:

@@ -1,0 +1,241 @@
+"""One climb of the ladder, and what the ledger says after it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from msgspec.structs import replace
+
+from memconsole.actions import Revoke
+from memconsole.backend.desk import Desk
+from memconsole.backend.guests.handle import Handle
+from memconsole.backend.reach import Reach
+from memconsole.backend.revoke import move
+from memconsole.backend.revoke.halt import halted
+from memconsole.backend.revoke.move import End
+from memconsole.backend.revoke.points import pass_by
+from memconsole.backend.state import Change
+from memconsole.backend.stores import memfd
+from memconsole.errors import Gone, GuestError, MemconsoleError
+from memconsole.model import Grant, GrantState, GuestKind, RevokeOutcome, RevokeReport, Rung
+
+_LOOK_S = 0.02
+
+
+class _Passed(NamedTuple):
+    """A rung that did not do: ``why``, and whether it was tried at all."""
+
+    why: str
+    tried: bool = True
+
+
+class Ladder:
+    """One climb for one grant: ``within`` seconds a rung, none harder than ``at_most``."""
+
+    def __init__(self, desk: Desk, grant: Grant, within: float, at_most: Rung) -> None:
+        self._desk = desk
+        self._grant = grant
+        self._within = within
+        self._at_most = at_most
+        self._segment = grant.offset // memfd.SEGMENT
+        self._killed: set[int] = set()
+        self._others: tuple[Grant, ...] = ()
+        # A climb that a dead control process began may have left processes stopped.
+        self._again = any(
+            isinstance(intent.action, Revoke) and intent.action.grant == grant.id
+            for intent in desk.state.unfinished.values()
+        )
+
+    def climb(self) -> RevokeReport:
+        """Climb until nobody reaches the range.
+
+        Raises:
+            GuestError: somebody still does (``StillMapped``), and no harder rung is allowed or left.
+        """
+        began = time.monotonic_ns()
+        rungs: dict[Rung, Callable[[], End | _Passed]] = {
+            Rung.ASK: self._ask,
+            Rung.PROTECT: self._protect,
+            Rung.COPY: self._copy,
+            Rung.KILL: self._kill,
+        }
+        order = list(rungs)
+        tried: list[Rung] = []
+        whys: list[str] = []
+        for rung in order[: order.index(self._at_most) + 1]:
+            pass_by(rung, "before")
+            end = rungs[rung]()
+            pass_by(rung, "after")
+            if isinstance(end, End):
+                took = time.monotonic_ns() - began
+                note = "; ".join(filter(None, [self._killed_note(), end.note, *whys]))
+                return RevokeReport(self._grant.id, rung, end.outcome, took, (*tried, rung), note)
+            whys.append(f"{rung}: {end.why}")
+            tried += [rung] if end.tried else []
+        raise GuestError(
+            f"{self._grant.id} is still mapped: {self._reach()}",
+            "; ".join(whys),
+            f"memconsole revoke {self._grant.id} --at-most kill"
+            if self._at_most is not Rung.KILL
+            else "look at /proc/PID/stack of these processes",
+            code="StillMapped",
+        )
+
+    def change(self) -> Change:
+        """What the ledger says after the climb: a guest that was killed is no guest any more."""
+        state = self._desk.state
+        dead = [guest.name for guest in state.guests.values() if guest.pid in self._killed]
+        grants = {self._grant.id} | {grant.id for name in dead for grant in state.grants_of(guest=name)}
+        windows = [grant.id for grant in state.windows.values() if grant.guest in dead]
+        self._desk.withdraw(self._grant)
+        for name in dead:
+            self._desk.part(name)
+        return Change(
+            grants=tuple(grant for grant in self._others if grant.id not in grants),
+            without_grants=tuple(sorted(grants)),
+            without_guests=tuple(dead),
+            without_windows=tuple(windows),
+        )
+
+    # --- rungs ----------------------------------------------------------------------------------------------------
+
+    def _ask(self) -> End | _Passed:
+        live = self._desk.live(self._grant.guest)
+        why = "its guest is gone"
+        agreed = False
+        if live is not None:
+            try:
+                self._desk.connected(live.name)
+                agreed = live.ask_unmap(self._grant.id, self._within)
+                why = f"guest {self._grant.guest} " + ("said it did" if agreed else "has no agent that would unmap it")
+            except MemconsoleError as error:
+                why = str(error)
+        reach = self._look(self._within if agreed else 0)
+        return _Passed(f"{why}; {reach}") if reach.pids else self._settled(reach)
+
+    def _protect(self) -> End | _Passed:
+        return _Passed("no userfaultfd of it was handed over", tried=False)
+
+    def _copy(self) -> End | _Passed:
+        region = self._desk.state.regions[self._grant.region]
+        if why := move.why_not(self._desk, region, self._segment):
+            return _Passed(why, tried=False)
+        others = [grant for grant in self._desk.state.grants_of(region=region.name) if self._is_beside(grant)]
+        asked: list[Grant] = []
+        try:
+            for grant in others:
+                if self._gave_back(grant):
+                    asked.append(grant)
+                elif grant.guest != self._grant.guest:
+                    return _Passed(f"guest {grant.guest} does not unmap {grant.id}, which lies in the same file")
+            strange = {grant.guest for grant in others} - {self._grant.guest}
+            if pids := {pid for pid in self._reach(whole=True).pids if pid in map(self._pid, strange)}:
+                return _Passed(f"process {min(pids)}, another guest, keeps hold of the same file")
+            with halted(self._desk, lambda: self._reach(whole=True).pids, self._within, again=self._again) as note:
+                pass_by("copy", "stopped")
+                end = move.move(self._desk, self._grant, self._segment)
+                reach = self._reach()
+            if reach.pids:  # a file that shows the region and was not emptied with it
+                return _Passed(str(reach))
+            return End(end.outcome, "; ".join(filter(None, [end.note, note()])))
+        except MemconsoleError as error:
+            return _Passed(str(error))
+        finally:
+            # A guest that would not unmap is offered its other grants again where their contents went.
+            moved = self._desk.state.regions[region.name].segments != region.segments
+            self._others = tuple(self._back_to(grant) for grant in others if moved or grant in asked)
+
+    def _kill(self) -> End | _Passed:
+        deadline = time.monotonic() + self._within
+        while (reach := self._look(0)).pids and time.monotonic() < deadline:
+            for pid in reach.pids:
+                self._end(pid, max(0.1, deadline - time.monotonic()))
+        return _Passed(str(reach)) if reach.pids else self._settled(reach)
+
+    def _end(self, pid: int, within: float) -> None:
+        if pid == 1:
+            raise GuestError("the first process reaches it", "it is never killed", "stop what it started")
+        owner = next((guest for guest in self._desk.state.guests.values() if guest.pid == pid), None)
+        live = self._desk.live(owner.name) if owner else None
+        self._killed.add(pid)
+        if live is not None:
+            live.kill(within)
+            return
+        with contextlib.suppress(Gone), contextlib.closing(Handle(pid)) as handle:
+            handle.kill(within)
+
+    # --- how strong the end is ------------------------------------------------------------------------------------
+
+    def _settled(self, reach: Reach) -> End:
+        """Nobody reaches the range; move the contents away from pins, where there may be some and nobody minds."""
+        unsure = End(RevokeOutcome.QUARANTINED, reach.unseen) if reach.unseen else None
+        if not self._is_doubtful():
+            return unsure or End(RevokeOutcome.CUT)
+        region = self._desk.state.regions[self._grant.region]
+        why = move.why_not(self._desk, region, self._segment)
+        beside = [grant.id for grant in self._desk.state.grants_of(region=region.name) if self._is_beside(grant)]
+        if beside:
+            why = f"{', '.join(beside)} lies in the same file"
+        elif not why and (others := self._reach(whole=True).pids):
+            why = f"process {others[0]} has other parts of the same file"
+        if why:
+            return unsure or End(RevokeOutcome.CUT, f"pins are not ruled out: {why}")
+        try:
+            return move.move(self._desk, self._grant, self._segment)
+        except MemconsoleError as error:
+            return unsure or End(RevokeOutcome.CUT, f"pins are not ruled out: {error}")
+
+    def _is_doubtful(self) -> bool:
+        """Whether a process was involved whose code is not ours, and which may have handed pages or the fd on."""
+        guests = self._desk.state.guests
+        ours = {guest.pid for guest in guests.values() if guest.kind in {GuestKind.CANARY, GuestKind.QEMU}}
+        guest = guests.get(self._grant.guest)
+        return guest is None or guest.pid not in ours or not self._killed <= ours
+
+    # --- other grants on the same file ----------------------------------------------------------------------------
+
+    def _is_beside(self, grant: Grant) -> bool:
+        return grant.id != self._grant.id and grant.offset // memfd.SEGMENT == self._segment
+
+    def _gave_back(self, grant: Grant) -> bool:
+        live = self._desk.live(grant.guest)
+        with contextlib.suppress(MemconsoleError):
+            return live is not None and live.ask_unmap(grant.id, self._within)
+        return False
+
+    def _back_to(self, grant: Grant) -> Grant:
+        """Offer a grant again, from where its contents are now."""
+        live = self._desk.live(grant.guest)
+        mapped = False
+        with contextlib.suppress(MemconsoleError), self._desk.offered(grant) as offered:
+            mapped = live is not None and live.offer(offered, self._within)
+        return replace(grant, state=GrantState.MAPPED if mapped else GrantState.OFFERED)
+
+    def _pid(self, guest: str) -> int | None:
+        found = self._desk.state.guests.get(guest)
+        return found.pid if found is not None else None
+
+    # --- what the kernel says -------------------------------------------------------------------------------------
+
+    def _reach(self, *, whole: bool = False) -> Reach:
+        """Who reaches the range; ``whole``: anything of the file it lies in, by whatever right."""
+        region = self._desk.state.regions[self._grant.region]
+        if not whole:
+            return self._desk.reach(region, self._grant.offset, self._grant.length, without=self._grant.id)
+        size = region.segments[self._segment].size
+        return self._desk.reach(region, self._segment * memfd.SEGMENT, size, alone=True)
+
+    def _look(self, within: float) -> Reach:
+        """Who reaches the range, once nobody does or the time is over: what was unmapped just now may linger."""
+        deadline = time.monotonic() + within
+        while True:
+            reach = self._reach()
+            if not reach.pids or time.monotonic() >= deadline:
+                return reach
+            time.sleep(_LOOK_S)
+
+    def _killed_note(self) -> str:
+        return f"killed {', '.join(str(pid) for pid in sorted(self._killed))}" if self._killed else ""

@@ -1,0 +1,29 @@
+"""The fault points inside a climb, in the order they are passed."""
+
+from __future__ import annotations
+
+from memconsole.backend import steps
+
+POINTS = (
+    "revoke.ask.before",
+    "revoke.ask.after",
+    "revoke.protect.before",
+    "revoke.protect.after",
+    "revoke.copy.before",
+    "revoke.copy.stopped",
+    "revoke.move.copied",
+    "revoke.move.held",
+    "revoke.move.committed",
+    "revoke.move.emptied",
+    "revoke.move.replaced",
+    "revoke.copy.after",
+    "revoke.kill.before",
+    "revoke.kill.after",
+)
+
+
+def pass_by(rung: str, moment: str) -> None:
+    """Pass a fault point."""
+    name = f"revoke.{rung}.{moment}"
+    assert name in POINTS, name  # noqa: S101 - the tests go by the list
+    steps.point(name)

@@ -242,7 +242,9 @@ class Agent:
 
     def _serve(self) -> None:
         assert self._socket is not None  # noqa: S101 - _run's own invariant
-        packet, fds, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE + 1, 1)
+        # socket.recv_fds of Python 3.11 does not pass its flags on, and would leave the fd inheritable
+        packet, controls, _, _ = self._socket.recvmsg(MAX_MESSAGE + 1, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+        fds = [fd for _, _, raw in controls for (fd,) in struct.iter_unpack("i", raw[: len(raw) // 4 * 4])]
         try:
             if not packet:
                 raise ConnectionResetError

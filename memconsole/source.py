@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from memconsole.actions import Action
+    from memconsole.errors import NotFound
     from memconsole.extents import ExtentTable
     from memconsole.model import Event, Outcome, Plan, Snapshot
 
@@ -31,7 +32,9 @@ class Source(Protocol):
         """The present Snapshot (of a file: the recorded one)."""
 
     def extents(self, key: str) -> ExtentTable:
-        """The PFN map of ``region:NAME`` (by offset) or ``guest:NAME`` (by gpa, or hva where no gpa is known).
+        """The PFN map of ``region:NAME`` (by offset) or ``guest:NAME`` (by gpa, or hva where no gpa is known): a new table.
+
+        It is the caller's, and closed with its last reference.
 
         Raises:
             NotFound: there is no such region or guest, or the file holds no table for it.
@@ -53,8 +56,29 @@ class Source(Protocol):
     def events(self, after: int) -> Sequence[Event]:
         """The events with a sequence number above ``after``, oldest first."""
 
+    def history(self, after: int = 0) -> Sequence[int]:
+        """When Snapshots were recorded, ns since the epoch, oldest first; only times above ``after``."""
+
+    def at(self, time_ns: int) -> Snapshot:
+        """The Snapshot that was current at ``time_ns``: the last one recorded until then.
+
+        Raises:
+            NotFound: none was (``NotRecorded``).
+            BadFile: it was, and its file is damaged.
+        """
+
     def close(self) -> None:
         """Let go of what this source holds; an embedded control process ends its guests and frees its regions."""
+
+
+def nothing_at(times: Sequence[int]) -> NotFound:
+    """The error for a time before the first of those at which something was recorded."""
+    from memconsole.errors import NotFound
+    from memconsole.units import format_time
+
+    why = f"the first snapshot is of {format_time(times[0])}" if times else "no snapshot was recorded"
+    remedy = "see memconsole history list" if times else "memconsole serve records, and so does an open console"
+    return NotFound("nothing is recorded of that time", why, remedy, code="NotRecorded")
 
 
 class ReadOnly:
@@ -110,6 +134,89 @@ class ReadOnly:
         """The other source's events."""
         return self._source.events(after)
 
+    def history(self, after: int = 0) -> Sequence[int]:
+        """The other source's history."""
+        return self._source.history(after)
+
+    def at(self, time_ns: int) -> Snapshot:
+        """What the other source recorded."""
+        return self._source.at(time_ns)
+
     def close(self) -> None:
         """Let go of the other source."""
         self._source.close()
+
+
+class Moment:
+    """Another Source at a past time: its recorded Snapshot and nothing that was not recorded."""
+
+    def __init__(self, source: Source, snapshot: Snapshot) -> None:
+        from memconsole.units import format_time
+
+        self._source = source
+        self._snapshot = snapshot
+        self.when = format_time(snapshot.taken_ns)
+
+    @property
+    def label(self) -> str:
+        """The other source's label."""
+        return self._source.label
+
+    @property
+    def read_only(self) -> str:
+        """Why nothing is applied."""
+        return f"this is the past, {self.when}"
+
+    def snapshot(self) -> Snapshot:
+        """The recorded Snapshot."""
+        return self._snapshot
+
+    def extents(self, key: str) -> ExtentTable:
+        """None was recorded.
+
+        Raises:
+            NotFound: always.
+        """
+        from memconsole.errors import NotFound
+
+        raise NotFound(
+            f"no PFN map of {key} is recorded of {self.when}",
+            "the history keeps snapshots without their PFN maps",
+            "memconsole snapshot --pfn -o FILE keeps them",
+            code="NotRecorded",
+        )
+
+    def plan(self, action: Action) -> Plan:
+        """A plan that refuses."""
+        from memconsole.actions import cli_form
+        from memconsole.model import Plan, Refusal
+
+        spec = action.spec
+        refusal = Refusal("ReadOnly", f"{spec.title} is not done here", self.read_only, "return to the present")
+        return Plan(spec.id, cli_form(action), spec.danger, refusals=(refusal,))
+
+    def apply(self, action: Action) -> Outcome:
+        """Refuse.
+
+        Raises:
+            Refused: always, as ``ReadOnly``.
+        """
+        from memconsole.errors import Refused
+
+        what = f"{action.spec.title} is not done here"
+        raise Refused(what, self.read_only, "return to the present", code="ReadOnly")
+
+    def events(self, after: int) -> Sequence[Event]:
+        """The recorded events above ``after``."""
+        return [event for event in self._snapshot.events if event.seq > after]
+
+    def history(self, after: int = 0) -> Sequence[int]:
+        """The other source's history."""
+        return self._source.history(after)
+
+    def at(self, time_ns: int) -> Snapshot:
+        """What the other source recorded."""
+        return self._source.at(time_ns)
+
+    def close(self) -> None:
+        """The other source stays open."""

@@ -1,10 +1,12 @@
 """Sizes, addresses, durations and device names as people write them, both ways.
 
-Grammar of a size: ``NUMBER [K|M|G|T|P] [i] [B]``, powers of 1024, or ``0x...`` bytes.
+Grammar of a size: ``NUMBER [K|M|G|T|P] [i] [B]``, powers of 1024, or ``0x...`` bytes. Of a time: ``-NUMBER s|m|h|d``
+ago, seconds or nanoseconds since the epoch, or ISO 8601 (in UTC where it names no zone; a time alone is of today).
 """
 
 from __future__ import annotations
 
+import datetime
 import re
 
 from memconsole.errors import UsageError
@@ -14,7 +16,11 @@ _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)i?B?\s*", re.IGNORECASE)
 _HEX = re.compile(r"\s*0[xX][0-9a-fA-F]+\s*")
 _BDF = re.compile(r"(?:([0-9a-fA-F]{4,8}):)?([0-9a-fA-F]{2}):([0-9a-fA-F]{2})\.([0-7])")
+_AGO = re.compile(r"-(\d+(?:\.\d+)?)([smhd])")
+_SINCE_EPOCH = re.compile(r"\d{9,}(?:\.\d+)?")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 MAX_SIZE = 1 << 62
+_LATEST_S = 1 << 33
 
 
 def parse_size(text: str) -> int:
@@ -105,3 +111,35 @@ def format_duration(ns: int) -> str:
     if hours < 48:
         return f"{hours}h{minutes:02d}m"
     return f"{hours // 24}d{hours % 24:02d}h"
+
+
+def parse_time(text: str, now_ns: int) -> int:
+    """Nanoseconds since the epoch from ``-5m``, ``14:03:12``, ``2026-09-21T14:03:12+02:00``, ``1790000000``.
+
+    Raises:
+        UsageError: not a time.
+    """
+    text = text.strip()
+    if match := _AGO.fullmatch(text):
+        return now_ns - int(float(match[1]) * _SECONDS[match[2]] * 1e9)
+    if _SINCE_EPOCH.fullmatch(text):
+        return int(text) if text.isdigit() and int(text) > _LATEST_S else int(float(text) * 1e9)
+    now = datetime.datetime.fromtimestamp(now_ns // 1_000_000_000, datetime.UTC)
+    try:
+        if re.match(r"\d\d:", text):
+            text = f"{now.date().isoformat()}T{text}"
+        found = datetime.datetime.fromisoformat(text)
+        if found.tzinfo is None:
+            found = found.replace(tzinfo=datetime.UTC)
+        whole = found.replace(microsecond=0)
+        return int(whole.timestamp()) * 1_000_000_000 + found.microsecond * 1000
+    except (ValueError, OverflowError):
+        raise UsageError(
+            f"{text!r} is not a time", "", "write -5m, 14:03:12, 2026-09-21T14:03:12 or seconds since the epoch"
+        ) from None
+
+
+def format_time(ns: int) -> str:
+    """A time since the epoch in UTC, to the millisecond: ``2026-09-21 14:03:12.250 UTC``."""
+    found = datetime.datetime.fromtimestamp(ns // 1_000_000_000, datetime.UTC)
+    return f"{found:%Y-%m-%d %H:%M:%S}.{ns // 1_000_000 % 1000:03d} UTC"

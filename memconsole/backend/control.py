@@ -31,11 +31,13 @@ from memconsole.backend.state import KINDS, Change, Done, Failed, Happened, Inte
 from memconsole.backend.survey import Meant
 from memconsole.errors import MemconsoleError, NotFound, Refused
 from memconsole.model import Access, Danger, Event, Finding, GrantState, GuestKind, Outcome, Plan, Refusal, Snapshot
+from memconsole.source import nothing_at
 
 # A survey needs none of these: they are imported by those who act.
 if TYPE_CHECKING:
     from memconsole.backend.audit import Audit
     from memconsole.backend.custody import Custody
+    from memconsole.backend.past import Past
     from memconsole.backend.survey import Scanned
     from memconsole.backend.tables import Tables
     from memconsole.backend.verbs.work import Work
@@ -45,6 +47,12 @@ RECHECK_S = 1.0
 """Seconds between two looks at frames that are pinned."""
 LEDGER = "ledger"
 """What the ledger is called in custody."""
+
+HISTORY = "history"
+"""Where an embedded control process records, in its runtime directory; it is removed with the regions it shows."""
+
+EMBEDDED_HISTORY = 16 << 20
+"""Bytes such a history may have: hours at a snapshot a second, in memory where the directory is a tmpfs."""
 
 
 class Control:
@@ -56,6 +64,7 @@ class Control:
         custody: Custody,
         *,
         state_dir: Path | None = None,
+        past: Past | None = None,
         label: str = "",
         read_only: str = "",
         root: Path = Path("/"),
@@ -63,7 +72,7 @@ class Control:
         """Take over what custody holds, or begin with nothing; ``custody`` is closed with this.
 
         Sockets and files of guests lie in ``runtime_dir``, which is made when the first is needed; the audit trail in
-        ``state_dir``, if there is one.
+        ``state_dir``, if there is one. ``past``, if there is one, records the Snapshots, and is closed with this.
 
         Raises:
             BadFile: the ledger in custody cannot be believed, or is of a newer version; or the audit trail is.
@@ -77,6 +86,7 @@ class Control:
         self._recording = threading.Lock()
         self._rechecking = threading.Lock()
         self._rechecked = 0.0
+        self._past = past
         self._closed = False
         self._tables: Tables | None = None
         with contextlib.ExitStack() as undo:
@@ -125,11 +135,18 @@ class Control:
             self._desk.answers(),
             self._scanned(),
             self._desk.exempt,
-            (*self._standing, *(self._audit.findings() if self._audit is not None else ())),
+            (
+                *self._standing,
+                *(self._audit.findings() if self._audit is not None else ()),
+                *(self._past.findings() if self._past is not None else ()),
+            ),
             self._desk.faces,
             self._desk.shields,
         )
-        return survey.survey(meant, self._root)
+        taken = survey.survey(meant, self._root)
+        if self._past is not None:
+            self._past.note(taken)
+        return taken
 
     def extents(self, key: str) -> ExtentTable:
         """The PFN map of ``region:NAME`` or ``guest:NAME``, which the caller closes; see :class:`tables.Tables`.
@@ -146,6 +163,21 @@ class Control:
     def events(self, after: int) -> Sequence[Event]:
         """The last events (1000 at most) above ``after``, oldest first."""
         return [event for event in self._state.events if event.seq > after]
+
+    def history(self, after: int = 0) -> Sequence[int]:
+        """When Snapshots were recorded, ns since the epoch, oldest first; nothing where none are."""
+        return self._past.times(after) if self._past is not None else []
+
+    def at(self, time_ns: int) -> Snapshot:
+        """The last Snapshot recorded until ``time_ns``.
+
+        Raises:
+            NotFound: none was.
+            BadFile: it was, and its file is damaged.
+        """
+        if self._past is None:
+            raise nothing_at([])
+        return self._past.at(time_ns)
 
     # --- doing ----------------------------------------------------------------------------------------------------
 
@@ -235,8 +267,11 @@ class Control:
             self._ledger.close()
             if self._audit is not None:
                 self._audit.close()
+            if self._past is not None:
+                self._past.close()
             if not self._custody.survives:
-                shutil.rmtree(self._desk.runtime_dir / "guests", ignore_errors=True)
+                for directory in ("guests", HISTORY):
+                    shutil.rmtree(self._desk.runtime_dir / directory, ignore_errors=True)
                 with contextlib.suppress(OSError):
                     self._desk.runtime_dir.rmdir()
 
@@ -347,11 +382,27 @@ def _audit(state_dir: Path, ledger: Ledger, root: Path) -> Audit:
     return audit
 
 
-def embedded(runtime_dir: Path | None = None, *, read_only: str = "", root: Path = Path("/")) -> Control:
-    """A control process inside this one, which has custody itself; its directory is private unless one is given."""
+def embedded(
+    runtime_dir: Path | None = None, *, read_only: str = "", root: Path = Path("/"), record_s: float = 0
+) -> Control:
+    """A control process inside this one, which has custody itself; its directory is private unless one is given.
+
+    With ``record_s`` it records a history of its own, at most one Snapshot every so many seconds.
+    """
     from memconsole.backend.custody import OwnCustody
 
     if runtime_dir is None:
         base = Path("/run") if os.access("/run", os.W_OK) else Path(os.environ.get("XDG_RUNTIME_DIR", "/tmp"))  # noqa: S108
         runtime_dir = base / f"memconsole-{os.getpid()}-{os.urandom(3).hex()}"
-    return Control(runtime_dir, OwnCustody(), label="embedded", read_only=read_only, root=root)
+    past = None
+    if record_s:
+        from memconsole.backend.past import Past
+
+        runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+        past = Past(runtime_dir / HISTORY, record_s, max_bytes=EMBEDDED_HISTORY)
+    try:
+        return Control(runtime_dir, OwnCustody(), past=past, label="embedded", read_only=read_only, root=root)
+    except BaseException:
+        if past is not None:
+            past.close()
+        raise

@@ -31,6 +31,7 @@ import msgspec
 from memconsole.backend import leafdelta
 from memconsole.errors import BadFile, KernelRefused, NotFound, Refused
 from memconsole.model import Finding, Severity, Snapshot
+from memconsole.source import nothing_at
 
 MAGIC = b"MCHISTRY"
 VERSION = 1
@@ -144,6 +145,7 @@ class History:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._cursor = Cursor(self)
         self.damaged: dict[Path, str] = {}
         self._indexes: dict[Path, Index] = {}
         self.refresh()
@@ -182,13 +184,9 @@ class History:
             NotFound: none was recorded until then.
             BadFile: its file is damaged before it.
         """
-        cursor = Cursor(self)
-        found = cursor.seek(time_ns)
+        found = self._cursor.seek(time_ns)
         if found is None:
-            first = self.times()[:1]
-            raise NotFound(
-                "no snapshot was recorded by then", f"the first is of {first[0]} ns" if first else "none is recorded"
-            )
+            raise nothing_at(self.times())
         return found
 
     def files(self) -> list[tuple[Path, Index]]:

@@ -27,6 +27,7 @@ from memconsole.backend import metrics
 from memconsole.backend.control import Control
 from memconsole.backend.custody import Custody, KeeperCustody
 from memconsole.backend.fdstore import SystemdCustody, inherited
+from memconsole.backend.past import Past
 from memconsole.backend.wire import places
 from memconsole.backend.wire.embedded import Serving, serve_in_thread
 from memconsole.backend.wire.roles import Roles
@@ -118,15 +119,11 @@ def _start(settings: Settings, passed: list[tuple[str, int]], stack: contextlib.
     for directory in {runtime, settings.state_dir}:
         stack.callback(places.Lock(directory / "serve.lock").close)
     sockets = {name: socket.socket(fileno=fd) for name, fd in passed if name in {"control", "metrics"}}
-    control = _control(settings, [(name, fd) for name, fd in passed if name not in sockets], stack)
-    recorder = None
-    if settings.record_s:
-        from memconsole.backend.history import Recorder
-
-        recorder = Recorder(settings.state_dir / "history")
-        stack.callback(recorder.close)
-        for finding in recorder.findings:
-            log.warning("%s: %s", finding.subject, finding.what)
+    past = Past(settings.state_dir / "history", settings.record_s)
+    stack.callback(past.close)
+    for finding in past.damaged:
+        log.warning("%s: %s", finding.subject, finding.what)
+    control = _control(settings, past, [(name, fd) for name, fd in passed if name not in sockets], stack)
     metrics_socket = sockets.get("metrics")
     if metrics_socket is None:
         metrics_socket = places.bind(runtime / "metrics")
@@ -136,15 +133,15 @@ def _start(settings: Settings, passed: list[tuple[str, int]], stack: contextlib.
     serving.listen(metrics_socket, metrics.Endpoint(serving.service))
     if settings.metrics_textfile is not None:
         serving.service.each(METRICS_S, partial(metrics.write_textfile, settings.metrics_textfile))
-    if recorder is not None:
-        serving.service.each(settings.record_s, recorder.record)
+    if settings.record_s:
+        serving.service.each(settings.record_s, lambda _: None)  # whoever takes a Snapshot has it recorded
     return serving
 
 
-def _control(settings: Settings, stored: list[tuple[str, int]], stack: contextlib.ExitStack) -> Control:
+def _control(settings: Settings, past: Past, stored: list[tuple[str, int]], stack: contextlib.ExitStack) -> Control:
     custody = _custody(settings, stored)
     try:
-        control = Control(settings.socket.parent, custody, state_dir=settings.state_dir)
+        control = Control(settings.socket.parent, custody, state_dir=settings.state_dir, past=past)
     except BaseException:
         custody.close()
         raise

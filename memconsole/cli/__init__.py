@@ -1,8 +1,9 @@
 """The command line: it builds Actions, asks for Snapshots and starts the console; textual is imported by no other.
 
 ``main`` parses, runs one command and turns every error into its sentence and its exit code. Commands live beside it:
-``listing`` (tables and PFN maps), ``acting`` (Actions and macros), ``files`` (snapshot, diff, schema), ``hosting``
-(console, demo, doctor); ``output`` alone writes to stdout, ``connect`` alone decides whom to talk to.
+``listing`` (tables and PFN maps), ``acting`` (Actions and macros), ``files`` (snapshot, diff, schema), ``past``
+(history, inspect), ``hosting`` (console, demo, doctor); ``output`` alone writes to stdout, ``connect`` alone decides
+whom to talk to.
 """
 
 from __future__ import annotations

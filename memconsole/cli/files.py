@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from memconsole.cli.connect import source
 from memconsole.errors import BadFile, ExitCode, MemconsoleError, UsageError
 from memconsole.model import Snapshot
 from memconsole.source import Source
+from memconsole.units import parse_time
 
 SIZE = re.compile(r"(\d{2,3})x(\d{2,3})")
 
@@ -32,13 +34,14 @@ def snapshot(options: argparse.Namespace) -> int:
         else:
             found = stack.enter_context(source(options))
         if options.format == "json":
-            _write_json(found, options)
+            write_json(found, options)
         else:
-            _write_view(found, options)
+            write_view(found, options)
     return ExitCode.DONE
 
 
-def _write_json(found: Source, options: argparse.Namespace) -> None:
+def write_json(found: Source, options: argparse.Namespace) -> None:
+    """A Source's Snapshot as JSON, with its tables where ``--pfn`` asks for them."""
     taken = found.snapshot()
     if not options.output:
         output.json(taken)
@@ -57,7 +60,8 @@ def _write_json(found: Source, options: argparse.Namespace) -> None:
         recording.write(options.output, taken, tables)
 
 
-def _write_view(found: Source, options: argparse.Namespace) -> None:
+def write_view(found: Source, options: argparse.Namespace) -> None:
+    """One view of a Source as SVG or text."""
     from memconsole.views.headless import render
 
     match = SIZE.fullmatch(options.size)
@@ -75,9 +79,9 @@ def _write_view(found: Source, options: argparse.Namespace) -> None:
 
 
 def _side(options: argparse.Namespace, name: str) -> Snapshot:
-    if name == "live":
+    if name == "live" or name.startswith("@"):
         with source(options) as found:
-            return found.snapshot()
+            return found.snapshot() if name == "live" else found.at(parse_time(name[1:], time.time_ns()))
     taken, tables = recording.read(name)
     for table in tables.values():
         table.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,20 +57,40 @@ def _tables(commands: Any, shared: Sequence[argparse.ArgumentParser]) -> None:
         listing.set_defaults(run=_lazily("listing", "listing"), table=table.id)
 
 
+def _picture(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", metavar="FILE", help="write to a file, not to stdout")
+    parser.add_argument("--format", choices=("json", "svg", "text"), default="json")
+    parser.add_argument("--view", metavar="NAME", help="the view to render (svg, text)")
+    parser.add_argument("--subject", metavar="KEY", default="", help="what the view shows, e.g. region:web")
+    parser.add_argument("--size", metavar="WxH", default="132x50", help="the view's size in cells (132x50)")
+
+
+def _history(commands: Any, json_too: argparse.ArgumentParser) -> None:
+    history = commands.add_parser("history", help="the snapshots that were recorded").add_subparsers(
+        dest="history_command", required=True, metavar="COMMAND"
+    )
+    listing = history.add_parser("list", help="when snapshots were recorded", parents=[json_too])
+    listing.add_argument("--since", metavar="TIME", help="only those from then on")
+    listing.set_defaults(run=_lazily("past", "history_list"))
+    show = history.add_parser("show", help="the snapshot of a time: JSON, or any view as SVG or text")
+    show.add_argument("time", metavar="TIME", help="-5m, 14:03:12, 2026-09-21T14:03:12, or since the epoch")
+    _picture(show)
+    show.set_defaults(run=_lazily("past", "history_show"), pfn=False)
+    for parser in (listing, show):
+        parser._negative_number_matcher = re.compile(r"-\d")  # noqa: SLF001 - so that -5m is no option
+
+
 def _headless(commands: Any, json_too: argparse.ArgumentParser) -> None:
     snapshot = commands.add_parser("snapshot", help="take a Snapshot: JSON, or any view as SVG or text")
-    snapshot.add_argument("-o", "--output", metavar="FILE", help="write to a file, not to stdout")
-    snapshot.add_argument("--format", choices=("json", "svg", "text"), default="json")
-    snapshot.add_argument("--view", metavar="NAME", help="the view to render (svg, text)")
-    snapshot.add_argument("--subject", metavar="KEY", default="", help="what the view shows, e.g. region:web")
-    snapshot.add_argument("--size", metavar="WxH", default="132x50", help="the view's size in cells (132x50)")
+    _picture(snapshot)
     snapshot.add_argument("--pfn", action="store_true", help="with the PFN maps of all regions and guests (needs -o)")
     snapshot.add_argument("--from", dest="origin", metavar="FILE", help="of a recorded snapshot, not of this host")
     snapshot.set_defaults(run=_lazily("files", "snapshot"))
 
     diff = commands.add_parser("diff", help="what differs between two snapshots", parents=[json_too])
-    diff.add_argument("a", metavar="A", help="a snapshot file, or 'live'")
-    diff.add_argument("b", metavar="B", help="a snapshot file, or 'live'")
+    side = "a snapshot file, 'live', or a recorded time (@-5m, @14:03:12)"
+    diff.add_argument("a", metavar="A", help=side)
+    diff.add_argument("b", metavar="B", help=side)
     diff.set_defaults(run=_lazily("files", "diff"))
 
     audit = commands.add_parser("audit", help="list findings; exit code 4 when there are any", parents=[json_too])
@@ -80,6 +101,10 @@ def _headless(commands: Any, json_too: argparse.ArgumentParser) -> None:
     pfn.add_argument("--range", type=reader(_range), metavar="A-B", help="only offsets or GPAs from A up to B")
     pfn.add_argument("--csv", action="store_true", help="write CSV")
     pfn.set_defaults(run=_lazily("listing", "pfn"))
+
+    inspect = commands.add_parser("inspect", help="what a file of ours is, and whether it is whole", parents=[json_too])
+    inspect.add_argument("file", metavar="FILE", help="a snapshot, a ledger, an audit trail, or a file of the history")
+    inspect.set_defaults(run=_lazily("past", "inspect"))
 
     schema = commands.add_parser("schema", help="the JSON Schema of a Snapshot")
     schema.set_defaults(run=_lazily("files", "schema"))
@@ -135,6 +160,7 @@ def build() -> Parser:
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
     _hosting(commands)
     _headless(commands, json_too)
+    _history(commands, json_too)
     _tables(commands, [json_too])
     add_actions(commands, [act], run=_lazily("acting", "act"))
     _macros(commands, json_too, act)

@@ -57,6 +57,7 @@ from memconsole.model import (
     Vcpu,
     Window,
 )
+from memconsole.source import nothing_at
 
 if TYPE_CHECKING:
     from memconsole.extents import Extent, ExtentTable
@@ -343,7 +344,7 @@ class SyntheticSource:
 
     ``refuse`` makes every plan carry these refusals; ``fail`` makes the named methods raise; ``on_apply`` turns the
     Snapshot into the one after an Action (without it an Action only leaves an event). A table replaced with
-    :meth:`show_rows` is what the next :meth:`extents` returns.
+    :meth:`show_rows` is what the next :meth:`extents` returns. ``recorded`` is the history, oldest first.
     """
 
     def __init__(
@@ -361,6 +362,7 @@ class SyntheticSource:
         self.calls: list[str] = []
         self.refuse: tuple[Refusal, ...] = ()
         self.fail: dict[str, MemconsoleError] = {}
+        self.recorded: list[Snapshot] = []
         self.closed = False
 
     @property
@@ -442,6 +444,19 @@ class SyntheticSource:
         """The Snapshot's events above ``after``."""
         self._called("events")
         return tuple(event for event in self._snapshot.events if event.seq > after)
+
+    def history(self, after: int = 0) -> Sequence[int]:
+        """The times of ``recorded``, oldest first."""
+        self._called("history")
+        return [shown.taken_ns for shown in self.recorded if shown.taken_ns > after]
+
+    def at(self, time_ns: int) -> Snapshot:
+        """The last of ``recorded`` until then."""
+        self._called("at")
+        found = [shown for shown in self.recorded if shown.taken_ns <= time_ns]
+        if not found:
+            raise nothing_at(self.history())
+        return found[-1]
 
     def close(self) -> None:
         """Remember that it was closed."""

@@ -28,6 +28,7 @@ READ_S = 35.0
 ACT_S = 905.0
 MAX_REPLY = 1 << 30
 _RECEIVE = 1 << 20
+_CONTROL = socket.CMSG_SPACE(4 * protocol.MAX_FDS)
 _IDLE = 4
 
 T = TypeVar("T")
@@ -60,6 +61,14 @@ class _Outcome(msgspec.Struct, frozen=True):
 
 class _Events(msgspec.Struct, frozen=True):
     events: tuple[Event, ...]
+
+
+class _Times(msgspec.Struct, frozen=True):
+    times: list[int]
+
+
+class _Past(msgspec.Struct, frozen=True):
+    snapshot: Snapshot
 
 
 class _Extents(msgspec.Struct, frozen=True):
@@ -143,8 +152,10 @@ class Connection:
         return message
 
     def _read(self) -> bytes:
-        data, fds, flags, _ = socket.recv_fds(self._sock, _RECEIVE, protocol.MAX_FDS, socket.MSG_CMSG_CLOEXEC)
-        self._fds += fds
+        # socket.recv_fds of Python 3.11 does not pass its flags on, and would leave the fds inheritable
+        data, controls, flags, _ = self._sock.recvmsg(_RECEIVE, _CONTROL, socket.MSG_CMSG_CLOEXEC)
+        for _, _, fds in controls:
+            self._fds += memoryview(fds)[: len(fds) // 4 * 4].cast("i")
         if flags & socket.MSG_CTRUNC:
             raise WireError("file descriptors were lost", f"more than {protocol.MAX_FDS} in one answer, or none free")
         return data
@@ -292,6 +303,14 @@ class Client:
     def events(self, after: int) -> Sequence[Event]:
         """See :class:`Source`."""
         return self._ask("Events", {"after": after}, _Events).events
+
+    def history(self, after: int = 0) -> Sequence[int]:
+        """See :class:`Source`."""
+        return self._ask("History", {"after": after}, _Times).times
+
+    def at(self, time_ns: int) -> Snapshot:
+        """See :class:`Source`."""
+        return self._ask("GetPast", {"at_ns": time_ns}, _Past).snapshot
 
     def doctor(self) -> tuple[Capability, ...]:
         """What the host can do, by what the control process may see."""

@@ -89,6 +89,10 @@ class _After(_Strict, frozen=True):
     after: int = 0
 
 
+class _At(_Strict, frozen=True):
+    at_ns: int
+
+
 class _Every(_Strict, frozen=True):
     every_ms: int | None = None
 
@@ -373,6 +377,18 @@ class Service:
         else:
             call.answer(msgspec.json.encode({"events": self.source.events(p.after)}))
 
+    def _history(self, call: Call, p: _After) -> None:
+        def work() -> Answer:
+            return Answer(msgspec.json.encode({"times": self.source.history(p.after)}))
+
+        self._work(call, self._read, READ_S, work)
+
+    def _get_past(self, call: Call, p: _At) -> None:
+        def work() -> Answer:
+            return Answer(msgspec.json.encode({"snapshot": self.source.at(p.at_ns)}))
+
+        self._work(call, self._read, READ_S, work)
+
     def _watch(self, call: Call, p: _Every) -> None:
         if call.more:
             self._streams.watch(call, max(p.every_ms or 1000, 250) / 1000)
@@ -439,6 +455,8 @@ class Service:
         f"{INTERFACE}.Apply": Method(_Action, Role.OPERATOR, _apply),
         f"{INTERFACE}.Events": Method(_After, Role.VIEWER, _events),
         f"{INTERFACE}.Watch": Method(_Every, Role.VIEWER, _watch),
+        f"{INTERFACE}.History": Method(_After, Role.VIEWER, _history),
+        f"{INTERFACE}.GetPast": Method(_At, Role.VIEWER, _get_past),
         f"{INTERFACE}.Doctor": Method(_Nothing, Role.VIEWER, _doctor),
     }
 

@@ -1,0 +1,252 @@
+"""The recorded past: what is kept, how it is asked for by people and programs, and what a past Source does not do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+from support.served import ServedSource
+from support.synthetic import NOW_NS, snapshot
+
+from memconsole import actions, cli
+from memconsole.backend.control import EMBEDDED_HISTORY, embedded
+from memconsole.backend.past import Past
+from memconsole.backend.wire.client import Client
+from memconsole.backend.wire.embedded import serve_in_thread
+from memconsole.errors import ExitCode, NotFound, Refused, UsageError
+from memconsole.model import Snapshot
+from memconsole.source import Moment, ReadOnly, Source
+from memconsole.units import format_time, parse_time
+from memconsole.views.headless import Still
+
+S = 10**9
+
+
+def taken(seconds: float, regions: int = 2) -> Snapshot:
+    return replace(snapshot(regions, 1), taken_ns=NOW_NS + int(seconds * S))
+
+
+# --- recording ------------------------------------------------------------------------------------------------------
+
+
+def test_snapshots_are_recorded_as_seldom_as_was_asked(tmp_path: Path) -> None:
+    past = Past(tmp_path, 1.0)
+    for seconds in (0, 0.5, 0.999, 1.0, 1.5, 2.25):
+        past.note(taken(seconds))
+    assert [(time - NOW_NS) / S for time in past.times()] == [0, 1.0, 2.25]
+    assert past.times(NOW_NS) == past.times()[1:]
+    assert past.at(NOW_NS + 2 * S).taken_ns == NOW_NS + S
+    past.close()
+    past.note(taken(9))
+    assert len(past.times()) == 3
+
+
+def test_a_clock_that_goes_back_stops_nothing(tmp_path: Path) -> None:
+    past = Past(tmp_path, 1.0)
+    past.note(taken(100))
+    past.note(taken(0, regions=3))
+    assert len(past.times()) == 2
+    assert len(past.at(past.times()[-1]).regions) == 3
+    past.close()
+
+
+def test_without_recording_what_others_recorded_is_shown(tmp_path: Path) -> None:
+    past, looker = Past(tmp_path, 1.0), Past(tmp_path)
+    assert looker.times() == []
+    past.note(taken(0))
+    assert looker.at(NOW_NS) == past.at(NOW_NS)
+    looker.note(taken(5))
+    assert len(looker.times()) == 1
+    past.close()
+    looker.close()
+
+
+def test_a_time_before_everything_is_named(tmp_path: Path) -> None:
+    past = Past(tmp_path, 1.0)
+    with pytest.raises(NotFound, match="no snapshot was recorded") as caught:
+        past.at(NOW_NS)
+    assert caught.value.code == "NotRecorded"
+    past.note(taken(0))
+    with pytest.raises(NotFound, match="2026-09-21 14:13:20"):
+        past.at(NOW_NS - 1)
+    past.close()
+
+
+def test_a_full_disk_is_a_finding_until_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    past = Past(tmp_path, 1.0)
+    past.note(taken(0))
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
+        past.note(taken(1))
+    (finding,) = past.findings()
+    assert finding.id == "history-stopped"
+    assert "No space left" in finding.evidence
+    past.note(taken(2))
+    assert past.findings() == ()
+    assert [(time - NOW_NS) // S for time in past.times()] == [0, 2]
+    past.close()
+
+
+# --- a control process of its own ----------------------------------------------------------------------------------
+
+
+def test_an_embedded_one_records_into_a_directory_of_its_own_that_goes_with_it(tmp_path: Path) -> None:
+    control = embedded(tmp_path / "run", record_s=0.25)
+    try:
+        first = control.snapshot()
+        assert control.history() == [first.taken_ns]
+        assert control.at(first.taken_ns) == first
+        assert (tmp_path / "run" / "history").is_dir()
+        assert control._past is not None
+        assert control._past._recorder is not None
+        assert control._past._recorder._max_bytes == EMBEDDED_HISTORY
+    finally:
+        control.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_that_records_nothing_says_so(tmp_path: Path) -> None:
+    with contextlib.closing(embedded(tmp_path / "run")) as control:
+        control.snapshot()
+        assert control.history() == []
+        with pytest.raises(NotFound, match="serve records"):
+            control.at(NOW_NS)
+    assert not (tmp_path / "run").exists()
+
+
+# --- every other Source --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def source() -> ServedSource:
+    made = ServedSource(taken(10))
+    made.recorded = [taken(0), taken(1, regions=3), taken(2, regions=4)]
+    return made
+
+
+def test_every_source_hands_the_history_on(source: ServedSource, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        serving = serve_in_thread(source, tmp_path / "control")
+        stack.callback(serving.close)
+        client = stack.enter_context(contextlib.closing(Client(tmp_path / "control")))
+        faces: list[Source] = [client, ReadOnly(source, "no"), Still(source), Moment(source, source.recorded[0])]
+        for face in faces:
+            assert list(face.history()) == [shown.taken_ns for shown in source.recorded]
+            assert list(face.history(NOW_NS + S)) == [NOW_NS + 2 * S]
+            assert face.at(NOW_NS + S + 1) == source.recorded[1]
+            with pytest.raises(NotFound) as caught:
+                face.at(NOW_NS - 1)
+            assert caught.value.code == "NotRecorded"
+
+
+def test_a_moment_is_looked_at_and_not_changed(source: ServedSource) -> None:
+    moment = Moment(source, source.recorded[1])
+    assert moment.snapshot() is source.recorded[1]
+    assert "2026-09-21 14:13:21" in moment.read_only
+    with pytest.raises(NotFound, match="no PFN map"):
+        moment.extents(f"region:{source.snapshot().regions[0].name}")
+    assert [refusal.code for refusal in moment.plan(actions.Release("web")).refusals] == ["ReadOnly"]
+    with pytest.raises(Refused):
+        moment.apply(actions.Release("web"))
+    assert source.applied == []
+
+
+# --- times as people write them -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("-5m", -300),
+        ("-1.5h", -5400),
+        ("-2d", -172_800),
+        ("14:13:20", 0),
+        ("14:13", -20),
+        ("2026-09-21T14:13:20", 0),
+        ("2026-09-21 14:13:20.25", 0.25),
+        ("2026-09-21T16:13:20+02:00", 0),
+        ("1790000000", 0),
+        ("1790000000.5", 0.5),
+        (str(NOW_NS), 0),
+    ],
+)
+def test_times_are_read(text: str, seconds: float) -> None:
+    assert parse_time(text, NOW_NS) == NOW_NS + int(seconds * S)
+
+
+@pytest.mark.parametrize("text", ["", "-5", "5m", "yesterday", "25:00", "2026-13-01", "-m", "0x10", "12"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="not a time"):
+        parse_time(text, NOW_NS)
+
+
+def test_a_time_that_is_written_is_read_back() -> None:
+    assert parse_time(format_time(NOW_NS + 7_000_000).removesuffix(" UTC"), NOW_NS) == NOW_NS + 7_000_000
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def words(source: ServedSource, tmp_path: Path) -> list[str]:
+    return ["--socket", str(tmp_path / "control")]
+
+
+def test_the_command_line_lists_shows_and_compares(
+    source: ServedSource, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serving = serve_in_thread(source, tmp_path / "control")
+    try:
+        assert cli.main([*words, "history", "list", "--json"]) == ExitCode.DONE
+        listed = json.loads(capsys.readouterr().out)
+        assert [row["taken_ns"] for row in listed] == source.history()
+        assert [row["apart_ns"] for row in listed] == [None, S, S]
+        assert cli.main([*words, "history", "list", "--since", format_time(NOW_NS + S)[:-4]]) == ExitCode.DONE
+        assert len(capsys.readouterr().out.splitlines()) == 3
+        assert cli.main([*words, "history", "show", str(NOW_NS + S)]) == ExitCode.DONE
+        assert json.loads(capsys.readouterr().out)["taken_ns"] == NOW_NS + S
+        assert cli.main([*words, "history", "show", "-1s", "--format", "text", "--view", "regions"]) == ExitCode.DONE
+        picture = capsys.readouterr().out
+        assert source.recorded[2].regions[3].name in picture
+        assert "PAST" in picture
+        assert "live" not in picture
+        assert cli.main([*words, "diff", f"@{NOW_NS}", "@-1s"]) == ExitCode.DONE
+        changes = capsys.readouterr().out.splitlines()
+        assert [line for line in changes if line.startswith("+ regions")] == [
+            f"+ regions {region.name}" for region in source.recorded[2].regions[2:]
+        ]
+        assert cli.main([*words, "history", "show", "-9d"]) == ExitCode.DONE  # the synthetic clock is in the future
+        assert cli.main([*words, "history", "show", "2000-01-01"]) == ExitCode.FAILED
+        assert "nothing is recorded" in capsys.readouterr().err
+        assert cli.main([*words, "history", "show", "tomorrow"]) == ExitCode.USAGE
+    finally:
+        serving.close()
+
+
+def test_inspect_says_what_a_file_is_and_exits_with_4_where_it_is_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    past = Past(tmp_path, 1.0)
+    past.note(taken(0))
+    past.note(taken(1))
+    past.close()
+    (file,) = tmp_path.glob("*.history")
+    assert cli.main(["inspect", str(file)]) == ExitCode.DONE
+    said = capsys.readouterr().out
+    assert "history, version 1" in said
+    assert "snapshots: 2" in said
+    os.truncate(file, file.stat().st_size - 1)
+    assert cli.main(["inspect", "--json", str(file)]) == ExitCode.FINDINGS
+    found = json.loads(capsys.readouterr().out)
+    assert found["facts"]["snapshots"] == 1
+    assert [finding["id"] for finding in found["findings"]] == ["history-damaged"]
+    (tmp_path / "foreign").write_text("hello")
+    assert cli.main(["inspect", str(tmp_path / "foreign")]) == ExitCode.FAILED

@@ -6,7 +6,6 @@ last one is in front.
 
 from __future__ import annotations
 
-import datetime
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,12 +24,10 @@ from memconsole import macros
 from memconsole.errors import MemconsoleError, UsageError
 from memconsole.fields import TABLES
 from memconsole.macros import Macro
-from memconsole.model import Snapshot
 from memconsole.source import Source
-from memconsole.units import format_duration
 from memconsole.views import settings as settings_module
 from memconsole.views.commands import Commands, LineSuggester, run_line
-from memconsole.views.doing import Doing
+from memconsole.views.headline import headline
 from memconsole.views.looks import THEME
 from memconsole.views.screens import listing
 from memconsole.views.screens.detail import DETAILS
@@ -38,13 +35,13 @@ from memconsole.views.screens.dialogs import Columns, Confirm, Help, KeyHelp, Pi
 from memconsole.views.screens.overview import Overview
 from memconsole.views.screens.pfnmap import PfnMap
 from memconsole.views.settings import Settings
+from memconsole.views.traveling import Traveling
 from memconsole.views.view import View, subject_of
 from memconsole.views.widgets.bars import Header, Keys, Part, Tabs, Title, rank
 from memconsole.views.widgets.prompt import Prompt
 from memconsole.views.widgets.table import VirtualTable, fit
 
 NARROW = 100
-SECOND = 1_000_000_000
 
 
 class Named(NamedTuple):
@@ -63,7 +60,7 @@ class Place(NamedTuple):
     subject: str = ""
 
 
-class ConsoleApp(Doing):
+class ConsoleApp(Traveling):
     """The operator's console over any Source.
 
     ``known_macros`` are offered and bound to their keys; ``settings`` remap keys and choose colours; ``clock`` gives
@@ -131,6 +128,7 @@ class ConsoleApp(Doing):
         self.trail: list[Place] = [Place("overview")]
         self._focus_at: dict[str, Widget] = {}
         self._begun = False
+        self._was_away = False
         self.register_theme(THEME)
         few = self.no_color or self.console.color_system not in {"256", "truecolor"}
         self.theme = "ansi-dark" if few else THEME.name
@@ -183,16 +181,25 @@ class ConsoleApp(Doing):
     def show_snapshot(self) -> None:
         """Show the Snapshot in the view in front."""
         if self._is_up and self.snapshot is not None:
-            self.view.show(self.snapshot)
+            self._show_in(self.view)
             self.refresh_bindings()
         self.show_state()
+
+    def _show_in(self, view: View) -> None:
+        """Show the Snapshot in a view; in the past, marked by what changed since the one before it."""
+        if self.snapshot is None:
+            return
+        if self.away or self._was_away:
+            view.show(self.neighbour or self.snapshot)
+            self._was_away = self.away
+        view.show(self.snapshot)
 
     def show_state(self) -> None:
         """The bars: host and source, views with counts, the trail, the table."""
         if not self._is_up:
             return
         base = self.screen_stack[0]
-        base.query_one(Header).say(*self._header_parts())
+        base.query_one(Header).say(*headline(self))
         counts = [(view.title, self._count(view.counts)) for view in self.VIEWS]
         names = [view.name for view in self.VIEWS]
         here = self.trail[0].view
@@ -201,40 +208,6 @@ class ConsoleApp(Doing):
 
     def _count(self, name: str) -> int | None:
         return len(getattr(self.snapshot, name)) if name and self.snapshot is not None else None
-
-    def _header_parts(self) -> tuple[list[Part], list[Part]]:
-        left: list[Part] = [(" memconsole ", "bold reverse $primary"), (" ", "")]
-        if self.source.read_only:
-            left += [(" READ-ONLY ", "bold reverse $warning"), (" ", "")]
-        if self.snapshot is not None:
-            left.append((f" {self.snapshot.host.name}", "bold"))
-        left.append((f"  {self.source.label}", "$secondary"))
-        if self.snapshot is not None:
-            left.append((f"  {self.snapshot.host.kernel}", "$text-muted"))
-        if self.source.read_only:
-            left.append((f"  {self.source.read_only}", "$warning"))
-        right: list[Part] = []
-        if self.recording_from is not None:
-            right.append((f" ● REC {len(self.journal) - self.recording_from} ", "bold $error"))
-        right += [(f" ◌ {title}… ", "bold $accent") for title in self.busy]
-        right.append(self._liveness())
-        if self.snapshot is not None:
-            right.append((f"{self._moment(self.snapshot)} ", ""))
-        return left, right
-
-    def _liveness(self) -> Part:
-        age = max(self.clock() - self.arrived_ns, 0)
-        if self.trouble:
-            old = f", {format_duration(age // SECOND * SECOND)} old" if self.snapshot is not None else ""
-            return (f" ✖ {self.trouble}{old} ", "bold reverse $error")
-        if self.snapshot is None:
-            return (" ◌ waiting ", "$warning")
-        return (" ‖ paused ", "bold $warning") if self.paused else (" ● live ", "$success")
-
-    def _moment(self, snapshot: Snapshot) -> str:
-        taken = datetime.datetime.fromtimestamp(snapshot.taken_ns // SECOND, datetime.UTC)
-        today = datetime.datetime.fromtimestamp(self.clock() // SECOND, datetime.UTC).date()
-        return taken.strftime("%H:%M:%S UTC" if taken.date() == today else "%Y-%m-%d %H:%M:%S UTC")
 
     def _crumbs(self) -> list[Part]:
         parts: list[Part] = [(" ", "")]
@@ -307,12 +280,14 @@ class ConsoleApp(Doing):
         self.open_view(self.VIEWS[number - 1].name)
 
     def action_leave(self) -> None:
-        """Clear the filter, or go back one step."""
+        """Clear the filter, or go back one step, or return to the present."""
         table = self.view.current_table
         if table is not None and table.rows.filter_text:
             table.set_filter("")
         elif len(self.trail) > 1:
             self._go(self.trail[:-1], back=True)
+        else:
+            self.action_present()
 
     def _go(self, trail: list[Place], *, back: bool = False) -> None:
         focused = self.screen_stack[0].focused
@@ -326,8 +301,7 @@ class ConsoleApp(Doing):
         view = self.view
         self.screen_stack[0].query_one(ContentSwitcher).current = place.view
         view.about(place.subject)
-        if self.snapshot is not None:
-            view.show(self.snapshot)
+        self._show_in(view)
         target = focus or view.first_focus
         if target is not None and self.screen is self.screen_stack[0]:
             target.focus(scroll_visible=False)

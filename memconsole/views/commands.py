@@ -1,7 +1,7 @@
 """Everything the console can do by name: the palette's entries, and the ``:`` line with its completion.
 
-Grammar of the ``:`` line: ``VIEW [SUBJECT]``, ``macro NAME [KEY=VALUE ...]``, ``theme NAME``, ``help``, ``quit``, or an
-action as the command line writes it (``reserve web 64M``, ``guest pause db1``).
+Grammar of the ``:`` line: ``VIEW [SUBJECT]``, ``macro NAME [KEY=VALUE ...]``, ``theme NAME``, ``at TIME``, ``now``,
+``help``, ``quit``, or an action as the command line writes it (``reserve web 64M``, ``guest pause db1``).
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ def entries(app: ConsoleApp) -> Iterator[Entry]:
     yield Entry("Record a macro, or stop recording", "what is done and opened until then", app.action_record)
     yield Entry("Refresh now", "take a new snapshot", app.action_refresh)
     yield Entry("Pause or resume refreshing", "the picture stands still", app.action_pause)
+    yield Entry("Earlier", "the past: the snapshot recorded before this one", partial(app.action_travel, -1))
+    yield Entry("Later", "the snapshot recorded after this one", partial(app.action_travel, 1))
+    yield Entry("Back to the present", "show what is now", app.action_present)
     yield Entry("Keys that work here", "help", app.action_keys)
     for theme in sorted(app.available_themes):
         yield Entry(f"Theme {theme}", "colours", partial(setattr, app, "theme", theme))
@@ -89,6 +92,8 @@ def run_line(app: ConsoleApp, text: str) -> None:
         app.action_keys()
     elif first == "theme":
         _theme(app, " ".join(rest))
+    elif first in {"at", "now"}:
+        _travel(app, " ".join(rest) if first == "at" else "")
     elif first == "macro" and rest:
         _macro(app, rest)
     elif app.is_view(first) and not _is_action(words):
@@ -101,6 +106,13 @@ def run_line(app: ConsoleApp, text: str) -> None:
 
 def _is_action(words: list[str]) -> bool:
     return any(cls.spec.words == tuple(words[: len(cls.spec.words)]) for cls in actions.REGISTRY.values())
+
+
+def _travel(app: ConsoleApp, time: str) -> None:
+    if time:
+        app.travel_to(time)
+    else:
+        app.action_present()
 
 
 def _theme(app: ConsoleApp, name: str) -> None:
@@ -143,7 +155,7 @@ def candidates(app: ConsoleApp, done: list[str]) -> Iterable[str]:
         seen = dict.fromkeys(
             [*(view.name for view in app.VIEWS), *(c.spec.words[0] for c in actions.REGISTRY.values())]
         )
-        return [*seen, "macro", "theme", "help", "quit"]
+        return [*seen, "macro", "theme", "at", "now", "help", "quit"]
     if done == ["theme"]:
         return sorted(app.available_themes)
     if done == ["macro"]:

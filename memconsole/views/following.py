@@ -40,13 +40,16 @@ class Lost(Message):
 class Following(App[None]):
     """An App that follows a Source.
 
-    ``snapshot`` is the last one that was taken, ``trouble`` why there is none newer, ``arrived_ns`` when it came.
+    ``live`` is the Source that is followed, ``latest`` its last Snapshot, ``trouble`` why there is none newer,
+    ``arrived_ns`` when it came. ``source`` and ``snapshot`` are what is shown: the same, unless that is the past.
     """
 
     def __init__(self, source: Source, *, interval: float, clock: Callable[[], int] = time.time_ns) -> None:
         # Without this NO_COLOR would still get shades of grey.
         super().__init__(ansi_color=True if "NO_COLOR" in os.environ else None)
+        self.live = source
         self.source = source
+        self.latest: Snapshot | None = None
         self.interval = interval
         self.clock = clock
         self.snapshot: Snapshot | None = None
@@ -60,10 +63,10 @@ class Following(App[None]):
     def follow(self) -> None:
         """Take a Snapshot every ``interval`` seconds, or when woken, until cancelled."""
         worker = get_current_worker()
-        latest = self.snapshot
+        latest = self.latest
         while not worker.is_cancelled:
             try:
-                latest = settle(latest, self.source.snapshot())
+                latest = settle(latest, self.live.snapshot())
             except (MemconsoleError, OSError) as error:
                 self.post_message(Lost(str(error)))
             else:
@@ -84,14 +87,15 @@ class Following(App[None]):
 
     def on_arrived(self, event: Arrived) -> None:
         """Show a Snapshot, unless the picture is to stand still."""
-        if self.paused and not self._asked_for:
+        self.latest, self.trouble, self.arrived_ns = event.snapshot, "", self.clock()
+        if self.source is not self.live or (self.paused and not self._asked_for):
             return
         if self.snapshot is None:
             # What is there by now stays for good; collections that walk it would hold keys up, for 100 ms at a time.
             gc.freeze()
             gc.set_threshold(20_000, 20, 20)
         self._asked_for = False
-        self.snapshot, self.trouble, self.arrived_ns = event.snapshot, "", self.clock()
+        self.snapshot = event.snapshot
         self.show_snapshot()
 
     def on_lost(self, event: Lost) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 
 from memconsole.errors import MemconsoleError
+from memconsole.source import Moment
 from memconsole.views.app import ConsoleApp
 from memconsole.views.looks import THEME
 from memconsole.views.screens.pfnmap import PfnMap
@@ -63,6 +64,14 @@ class Still:
         """Those of the Snapshot."""
         return [event for event in self._snapshot.events if event.seq > after]
 
+    def history(self, after: int = 0) -> Sequence[int]:
+        """What the source behind it recorded."""
+        return self._source.history(after)
+
+    def at(self, time_ns: int) -> Snapshot:
+        """What the source behind it recorded."""
+        return self._source.at(time_ns)
+
     def close(self) -> None:
         """The source behind it stays open."""
 
@@ -79,10 +88,12 @@ def render(
         UsageError: there is no such view.
         MemconsoleError: the source has no Snapshot, or no PFN map of the subject.
     """
-    return asyncio.run(_render(Still(source), view, format, size, subject or ""))
+    return asyncio.run(
+        _render(source if isinstance(source, Moment) else Still(source), view, format, size, subject or "")
+    )
 
 
-async def _render(source: Still, view: str, format: Format, size: tuple[int, int], subject: str) -> str:
+async def _render(source: Still | Moment, view: str, format: Format, size: tuple[int, int], subject: str) -> str:
     taken = source.snapshot().taken_ns
     app = ConsoleApp(source, interval=NEVER, clock=lambda: taken, settings=Settings(theme=THEME.name))
     app.animation_level = "none"

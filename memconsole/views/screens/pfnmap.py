@@ -23,6 +23,7 @@ from memconsole.errors import MemconsoleError
 from memconsole.extents import ExtentTable, Stats
 from memconsole.fields import Field, Table
 from memconsole.model import Snapshot
+from memconsole.source import Source
 from memconsole.units import format_size
 from memconsole.views.view import View
 from memconsole.views.widgets.facts import STYLES, Fact, Lines
@@ -161,6 +162,7 @@ class PfnMap(View):
         self._snapshot: Snapshot | None = None
         self._space: Space | None = None
         self._shown = ""
+        self._scanned_from: Source | None = None
 
     def compose(self) -> ComposeResult:
         """Title, map and panel, the question where to go, and the list of maps."""
@@ -193,19 +195,27 @@ class PfnMap(View):
     def about(self, subject: str) -> None:
         """Open the map of ``region:NAME`` or ``guest:NAME``; the list of maps for none."""
         super().about(subject)
-        if subject == self._shown:
-            return
-        self._shown = subject
+        if subject != self._shown:
+            self._shown = subject
+            self._begin()
+
+    def _begin(self) -> None:
+        """Forget the map and scan, if there is a subject."""
         self.table = self.marks = self.error = self._space = self._stats = None
         self.map.clear()
-        self.set_class(not subject, "-picking")
-        if subject:
+        self.set_class(not self._shown, "-picking")
+        if self._shown:
             self._scan()
         self._say_all()
 
     def show(self, snapshot: Snapshot) -> None:
-        """Take what a new Snapshot says of whose the pages are; the map itself stays as it was scanned."""
+        """Take what a new Snapshot says of whose the pages are; the map itself stays as it was scanned.
+
+        The map of another source (the past, the present) is another map.
+        """
         before, self._snapshot = self._snapshot, snapshot
+        if self._shown and self._scanned_from is not self.console.source:
+            self._begin()
         if not self._shown:
             self.set_class(True, "-picking")
             self.query_one(VirtualTable).load(subjects(snapshot))
@@ -243,13 +253,14 @@ class PfnMap(View):
 
     def _scan(self) -> None:
         self.scanning = True
-        self._scan_in_thread(self._shown, self.table)
+        self._scanned_from = self.console.source
+        self._scan_in_thread(self._scanned_from, self._shown, self.table)
 
     @work(thread=True, exclusive=True, group="pfn-scan", exit_on_error=False)
-    def _scan_in_thread(self, subject: str, before: ExtentTable | None) -> None:
+    def _scan_in_thread(self, source: Source, subject: str, before: ExtentTable | None) -> None:
         worker = get_current_worker()
         try:
-            table = self.console.source.extents(subject)
+            table = source.extents(subject)
             table.lookup_pfn(0)  # sorts the frames here, so that no key has to wait for it
             marks = None if before is None else Marks(before, table)
             scanned = self.Scanned(subject, table, table.stats(), marks, None)
@@ -291,7 +302,7 @@ class PfnMap(View):
             stats, size = self._stats, self.table.page_size
             words = [
                 f"{format_size(stats.pages * size)} in {format_size(self.map.cell_pages * size)}",
-                f"{100 * stats.present // stats.pages if stats.pages else 0}% resident",
+                f"{format_size(stats.present * size)} {100 * stats.present // max(stats.pages, 1)}% resident",
                 f"{format_size(stats.huge * size)} huge",
                 f"{format_size(stats.swapped * size)} swap",
                 f"{stats.runs:,} runs",

@@ -12,7 +12,6 @@ from __future__ import annotations
 import enum
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -40,8 +39,7 @@ class Kind(enum.StrEnum):
     WORDS = "words"
 
 
-@dataclass(frozen=True)
-class Arg:
+class Arg(msgspec.Struct, frozen=True):
     """How one field of an Action is written: its kind, help, whether it stands without a ``--name``, its choices."""
 
     kind: Kind
@@ -50,8 +48,7 @@ class Arg:
     choices: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Field:
+class Field(msgspec.Struct, frozen=True):
     """A field of an Action as the command line, dialogs and macros see it; ``required`` when it has no default."""
 
     name: str
@@ -65,8 +62,7 @@ class Field:
         return "--" + self.name.replace("_", "-")
 
 
-@dataclass(frozen=True)
-class Spec:
+class Spec(msgspec.Struct, frozen=True):
     """What an action is: id, command words, title, danger class, the key it has by default, what it works on."""
 
     id: str

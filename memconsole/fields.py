@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from memconsole.errors import UsageError
 from memconsole.model import Snapshot, Window
@@ -35,8 +36,7 @@ def _or_dash(show: Show) -> Show:
     return lambda value: "-" if value is None else show(value)
 
 
-@dataclass(frozen=True)
-class Field:
+class Field(msgspec.Struct, frozen=True):
     """One column: ``unit`` as a person reads it, ``width`` in cells, numbers to the right."""
 
     id: str
@@ -59,15 +59,14 @@ class Field:
         return (value is None, "" if value is None else value)
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(msgspec.Struct, frozen=True):
     """A table of the Snapshot; its id names the command and the view, ``rows`` its entities, ``key`` their name."""
 
     id: str
     title: str
     rows: Callable[[Snapshot], Sequence[Any]]
     key: Callable[[Any], str]
-    fields: tuple[Field, ...] = field(default=())
+    fields: tuple[Field, ...] = ()
 
     def pick(self, names: str | None) -> tuple[Field, ...]:
         """The fields named in a comma-separated list, ``all`` for every one, or the default ones.

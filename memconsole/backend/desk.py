@@ -10,9 +10,10 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from memconsole.backend import survey
 from memconsole.backend.kernel import census, pci
@@ -43,12 +44,11 @@ def custody_name(region: str, segment: int) -> str:
     return f"region:{region}:{segment}"
 
 
-@dataclass
-class _Held:
+class _Held(msgspec.Struct):
     """A live guest; ``asking`` is held while it is asked or let go, so that nobody asks one that was let go."""
 
     live: LiveGuest
-    asking: threading.Lock = field(default_factory=threading.Lock)
+    asking: threading.Lock = msgspec.field(default_factory=threading.Lock)
     open: bool = True
 
 

@@ -28,7 +28,6 @@ import struct
 import threading
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import msgspec
@@ -81,8 +80,7 @@ class Record(NamedTuple):
             raise BadFile(f"ledger record {self.seq} is not JSON", str(error)) from None
 
 
-@dataclass(frozen=True)
-class Dropped:
+class Dropped(msgspec.Struct, frozen=True):
     """What was cut: ``length`` bytes at ``offset`` of the image, behind record ``after_seq``, and why.
 
     ``torn`` is an append that never ended, so nobody was told it was done; otherwise committed records may be lost.
@@ -108,8 +106,7 @@ class Dropped:
         )
 
 
-@dataclass(frozen=True)
-class Superblock:
+class Superblock(msgspec.Struct, frozen=True):
     """Where the records of a generation stand: bytes from the image's begin, and the first record's ``seq``."""
 
     generation: int
@@ -125,8 +122,7 @@ class Superblock:
         return _SUPER.pack(MAGIC, VERSION, crc, *fields)
 
 
-@dataclass(frozen=True)
-class Image:
+class Image(msgspec.Struct, frozen=True):
     """A ledger as it was read: its superblock, its records, where they end, and the damage behind them."""
 
     superblock: Superblock

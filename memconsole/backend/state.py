@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import msgspec
 
@@ -110,17 +109,16 @@ RECORDS: dict[Kind, type[Record]] = {
 KINDS = {payload: kind for kind, payload in RECORDS.items()}
 
 
-@dataclass
-class State:
+class State(msgspec.Struct):
     """What the ledger means, by name; ``unfinished`` are actions whose end it does not know, by number."""
 
-    regions: dict[str, Region] = field(default_factory=dict)
-    guests: dict[str, Guest] = field(default_factory=dict)
-    grants: dict[str, Grant] = field(default_factory=dict)
-    windows: dict[str, WindowGrant] = field(default_factory=dict)
-    quarantine: dict[str, Quarantine] = field(default_factory=dict)
-    unfinished: dict[int, Intent] = field(default_factory=dict)
-    events: list[Event] = field(default_factory=list)
+    regions: dict[str, Region] = msgspec.field(default_factory=dict)
+    guests: dict[str, Guest] = msgspec.field(default_factory=dict)
+    grants: dict[str, Grant] = msgspec.field(default_factory=dict)
+    windows: dict[str, WindowGrant] = msgspec.field(default_factory=dict)
+    quarantine: dict[str, Quarantine] = msgspec.field(default_factory=dict)
+    unfinished: dict[int, Intent] = msgspec.field(default_factory=dict)
+    events: list[Event] = msgspec.field(default_factory=list)
     next_grant: int = 1
 
     def after(self, seq: int, record: Record) -> State:

@@ -14,10 +14,10 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, TypeVar
 
+import msgspec
 from msgspec.structs import replace
 
 from memconsole.backend import findings
@@ -106,19 +106,18 @@ class Scanned(NamedTuple):
     at_ns: int
 
 
-@dataclass(frozen=True)
-class Meant:
+class Meant(msgspec.Struct, frozen=True):
     """All that the control process itself brings to a survey; ``exempt`` are processes that hold fds for us."""
 
-    state: State = field(default_factory=State)
-    backings: Mapping[str, tuple[Backing, ...]] = field(default_factory=dict)
-    answers: Mapping[str, Answer] = field(default_factory=dict)
-    scanned: Mapping[str, Scanned] = field(default_factory=dict)
+    state: State = msgspec.field(default_factory=State)
+    backings: Mapping[str, tuple[Backing, ...]] = msgspec.field(default_factory=dict)
+    answers: Mapping[str, Answer] = msgspec.field(default_factory=dict)
+    scanned: Mapping[str, Scanned] = msgspec.field(default_factory=dict)
     exempt: frozenset[int] = frozenset()
     standing: tuple[Finding, ...] = ()
     faces: tuple[Face, ...] = ()
     shields: tuple[Shield, ...] = ()
-    faults: Mapping[str, Faults] = field(default_factory=dict)
+    faults: Mapping[str, Faults] = msgspec.field(default_factory=dict)
 
 
 class Over(NamedTuple):

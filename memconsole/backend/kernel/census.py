@@ -13,7 +13,8 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from memconsole.backend.kernel import host, procmaps, tree
 from memconsole.backend.kernel.procmaps import Vma
@@ -24,8 +25,7 @@ from memconsole.model import Gap
 _PF_KTHREAD = 0x00200000
 
 
-@dataclass(frozen=True, slots=True)
-class Process:
+class Process(msgspec.Struct, frozen=True):
     """A process: ``rss`` in bytes, ``start_ticks`` since boot (tells a reused PID), its fd links and raw maps."""
 
     pid: int
@@ -43,8 +43,7 @@ class Process:
         return [fd for fd, target in self.fds.items() if target.startswith(link)]
 
 
-@dataclass(frozen=True, slots=True)
-class Census:
+class Census(msgspec.Struct, frozen=True):
     """All processes of one moment; ``hidden`` are those whose files or maps this user may not see."""
 
     root: Root

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import dataclass
+
+import msgspec
 
 from memconsole.backend.kernel import census as census_of
 from memconsole.backend.kernel import procmaps
@@ -28,8 +29,7 @@ _PRIVATE_MIN = 32 << 20
 _NOT_RAM = ("anon_inode:", "socket:", "/dev/kvm", "/dev/vfio/", "/sys/")
 
 
-@dataclass(frozen=True, slots=True)
-class Machine:
+class Machine(msgspec.Struct, frozen=True):
     """A process that holds a VM: ``vmas`` are its guest RAM, in the order of ``seen.ram``."""
 
     pid: int

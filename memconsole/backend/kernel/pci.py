@@ -14,7 +14,8 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from memconsole.backend.kernel import procmaps, tree
 from memconsole.backend.kernel.census import Census, Process
@@ -32,8 +33,7 @@ _VFIO_ANON, _VFIO_CDEV, _VFIO_GROUP = "anon_inode:[vfio-device]", "/dev/vfio/dev
 _VFIO_INDEX = 40
 
 
-@dataclass(frozen=True, slots=True)
-class Function:
+class Function(msgspec.Struct, frozen=True):
     """A PCI function with its BARs as windows nobody has been asked about yet."""
 
     device: Device

@@ -14,7 +14,8 @@ import errno
 import os
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from memconsole.backend.kernel import tree
 from memconsole.backend.kernel.tree import Root
@@ -25,8 +26,7 @@ _PROCMAP_QUERY = 0xC0686611
 _NAME_MAX = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Vma:
+class Vma(msgspec.Struct, frozen=True):
     """One mapping: ``[start, end)`` and ``offset`` in bytes; ``device`` as st_dev; ``deleted``: it has no name."""
 
     start: int

@@ -16,8 +16,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
+
+import msgspec
 
 from memconsole.backend.kernel import tree
 from memconsole.backend.kernel.tree import Root
@@ -49,8 +50,7 @@ class TooMany(Exception):
     """A dump has more leaves than its reader wanted to look at."""
 
 
-@dataclass(slots=True)
-class Budget:
+class Budget(msgspec.Struct):
     """How many page table leaves a reader is still willing to look at, over all the dumps it reads."""
 
     leaves: int

@@ -26,6 +26,7 @@ GUTTER = 15
 EDGE = 1
 ZOOM_BITS = 3
 WIDEST = 256
+GLYPHS = [look.glyph for look in ALL_LOOKS]
 Search = Callable[[ExtentTable, Axis, int, int], int | None]
 
 
@@ -40,12 +41,13 @@ class Line(NamedTuple):
 
 
 class Styles(NamedTuple):
-    """The theme's colours, looked up once."""
+    """The theme's colours, looked up once; looks of one colour have one tone, the first such look."""
 
     plain: Style
     address: Style
     cursor: Style
     looks: list[Style]
+    tones: list[int]
 
 
 class HeatMap(Widget, can_focus=True):
@@ -390,11 +392,13 @@ class HeatMap(Widget, can_focus=True):
     def _styles_now(self) -> Styles:
         if self._colours is None:
             get = self.get_component_rich_style
+            looks = [get(f"heatmap--{look.id}") for look in ALL_LOOKS]
             self._colours = Styles(
                 self.rich_style,
                 get("heatmap--address"),
                 get("heatmap--cursor", partial=True),
-                [get(f"heatmap--{look.id}") for look in ALL_LOOKS],
+                looks,
+                [looks.index(look) for look in looks],
             )
         return self._colours
 
@@ -413,13 +417,16 @@ class HeatMap(Widget, can_focus=True):
         else:
             under = cells[line.cursor]
             segments += self._cells(cells[: line.cursor], styles)
-            segments.append(Segment(ALL_LOOKS[under].glyph, styles.looks[under] + styles.cursor))
+            segments.append(Segment(GLYPHS[under], styles.looks[under] + styles.cursor))
             segments += self._cells(cells[line.cursor + 1 :], styles)
         segments.append(Segment(" " * (self._grid.width - len(cells)), styles.plain))
         edge = styles.looks[line.edge]
-        segments.append(Segment(ALL_LOOKS[line.edge].glyph, edge + styles.cursor if line.thumb else edge))
+        segments.append(Segment(GLYPHS[line.edge], edge + styles.cursor if line.thumb else edge))
         return Strip(segments, GUTTER + self._grid.width + EDGE).adjust_cell_length(width, styles.plain)
 
     @staticmethod
     def _cells(cells: bytes, styles: Styles) -> list[Segment]:
-        return [Segment(ALL_LOOKS[look].glyph * len(list(run)), styles.looks[look]) for look, run in groupby(cells)]
+        return [
+            Segment("".join([GLYPHS[look] for look in run]), styles.looks[tone])
+            for tone, run in groupby(cells, styles.tones.__getitem__)
+        ]

@@ -38,7 +38,8 @@ RETRY = 0.15
 HEAD = struct.Struct("<IHHII")
 HELLO = struct.Struct("<II")
 DONE = struct.Struct("<iI120s")
-REPORTED = struct.Struct("<IIQQQQQ120s")
+REPORTED = struct.Struct("<IIQQQQQQQ120s")
+SWEPT = struct.Struct("<QQQ")
 GRANT = struct.Struct("<64sQQQII")
 NAME = struct.Struct("<64s")
 
@@ -49,12 +50,18 @@ class Type(enum.IntEnum):
     HELLO = 1
     DONE = 2
     REPORTED = 3
+    SWEPT = 4
     GRANT = 16
     UNMAP = 17
     PAUSE = 18
     RESUME = 19
     REPORT = 20
     STOP = 21
+    SAVE = 22
+    SWEEP = 23
+
+
+_OF_VMS = {Type.PAUSE, Type.RESUME, Type.REPORT, Type.STOP, Type.SAVE, Type.SWEEP}
 
 
 class Message(NamedTuple):
@@ -260,7 +267,7 @@ class Agent:
             return self._map(message.body, fds[0])
         if message.type is Type.UNMAP and len(message.body) == NAME.size:
             return self._unmap(unpack_name(message.body))
-        if message.type in {Type.PAUSE, Type.RESUME, Type.REPORT, Type.STOP} and not message.body:
+        if message.type in _OF_VMS and not message.body:
             return errno.EOPNOTSUPP, "a process has no such thing"
         raise BadMessage(f"a malformed {message.type.name}")
 

@@ -10,11 +10,14 @@
  *   agent -> control
  *     HELLO    = u32 runs_as  u32 count  count * name       first message; the grants it has mapped
  *     DONE     = s32 status  u32 zero  char text[120]       answers by id; status is 0 or an errno
- *     REPORTED = u32 runs_as  u32 state  u64 beats  u64 checked  u64 wrong  u64 gap_ns  u64 gaps  char text[120]
+ *     REPORTED = u32 runs_as  u32 state  u64 beats  u64 checked  u64 wrong  u64 gap_ns  u64 gaps
+ *                u64 restored  u64 blackout_ns  char text[120]
+ *     SWEPT    = u64 pages  u64 wrong  u64 ns                answers SWEEP: pages checked, bytes that are wrong
  *   control -> agent
  *     GRANT    = name  u64 offset  u64 length  u64 gpa  u32 access  u32 zero     with one fd by SCM_RIGHTS
  *     UNMAP    = name
- *     PAUSE, RESUME, REPORT, STOP have no body
+ *     SAVE     with one fd: stop, stay stopped, and write what it is besides its RAM into that file (canary_state.h)
+ *     PAUSE, RESUME, REPORT, STOP, SWEEP have no body
  *
  * Offsets and lengths are bytes. A GRANT the agent has mapped already is answered with success. Whoever breaks
  * the grammar is disconnected; an agent connects again after 100-200 ms and says in HELLO what it still has mapped.
@@ -36,12 +39,15 @@ enum agent_type {
 	AGENT_HELLO = 1,
 	AGENT_DONE = 2,
 	AGENT_REPORTED = 3,
+	AGENT_SWEPT = 4,
 	AGENT_GRANT = 16,
 	AGENT_UNMAP = 17,
 	AGENT_PAUSE = 18,
 	AGENT_RESUME = 19,
 	AGENT_REPORT = 20,
 	AGENT_STOP = 21,
+	AGENT_SAVE = 22,
+	AGENT_SWEEP = 23,
 };
 
 enum agent_access { AGENT_RO = 1, AGENT_RW = 2 };
@@ -80,7 +86,16 @@ struct agent_reported {
 	uint64_t wrong;
 	uint64_t gap_ns;
 	uint64_t gaps;
+	uint64_t restored;	/* how often it was, since its first start */
+	uint64_t blackout_ns;	/* from the last beat before it was restored last to the first one after */
 	char text[AGENT_TEXT];
+};
+
+struct agent_swept {
+	struct agent_head head;
+	uint64_t pages;
+	uint64_t wrong;
+	uint64_t ns;
 };
 
 struct agent_grant {
@@ -101,7 +116,7 @@ struct agent_unmap {
 _Static_assert(sizeof(struct agent_head) == 16, "the head is 16 bytes");
 _Static_assert(sizeof(struct agent_grant) == 112, "no padding in a grant");
 _Static_assert(sizeof(struct agent_done) == 144, "no padding in an answer");
-_Static_assert(sizeof(struct agent_reported) == 184, "no padding in a report");
+_Static_assert(sizeof(struct agent_reported) == 200, "no padding in a report");
 _Static_assert(sizeof(struct agent_hello) <= AGENT_MAX, "a full HELLO fits into a message");
 
 #endif

@@ -2,6 +2,8 @@
  * memconsole-canary: a tiny VMM whose guest knows at once when its memory is not what it was.
  *
  *   memconsole-canary --socket PATH --name NAME [--as kvm|process|auto]
+ *   memconsole-canary --socket PATH --name NAME --restore FD [--give GRANT=FD]... [--paused yes]
+ *                                   goes on as the canary that wrote its state there, with the grants of these fds
  *   memconsole-canary --probe       says whether KVM runs the guest here, and how many pages a second it checks
  *
  * Its RAM is what the control process grants over the agents socket (agent.h); what runs in it is canary_guest.h.
@@ -30,6 +32,7 @@
 #include "agent.h"
 #include "canary_kvm.h"
 #include "canary_ram.h"
+#include "canary_state.h"
 
 #define MS		1000000ull
 #define BEAT_NS		(5 * MS)	/* from one beat to the next */
@@ -40,9 +43,8 @@
 #define RETRY_NS	(150 * MS)	/* between attempts to reach the control process */
 #define KICK_US		100000		/* a vCPU that does not come back is interrupted this often */
 #define PROBE_NS	(100 * MS)
-#define QUANTUM_MIN	4
-#define QUANTUM_MAX	1024
 #define PROBE_PAGES	64
+#define INHERITED_MAX	1023		/* highest fd that can be given */
 
 static volatile sig_atomic_t terminated;
 static sigjmp_buf taken_away;
@@ -66,10 +68,7 @@ static void on_sigbus(int sig)
 
 static uint64_t now_ns(void)
 {
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (uint64_t)ts.tv_sec * 1000000000ull + (uint64_t)ts.tv_nsec;
+	return clock_ns(CLOCK_MONOTONIC);
 }
 
 /* --- beats ----------------------------------------------------------------------------------------------- */
@@ -137,6 +136,9 @@ static void beat(struct canary *c)
 	r->last = *r->header;
 	c->ranges[c->home].last = *home;
 	c->last_beat = done;
+	c->stood = moment_now();
+	if (c->restored && !c->woke.boottime_ns)
+		c->woke = c->stood;
 	c->beat_at = begun + BEAT_NS;
 	if (took > SLOW_NS && c->quantum > QUANTUM_MIN)
 		c->quantum /= 2;
@@ -206,16 +208,35 @@ static void report(struct canary *c, uint32_t id)
 		if (h->gap_ns > m.gap_ns)
 			m.gap_ns = h->gap_ns;
 	}
+	m.restored = c->restored;
+	if (c->slept.boottime_ns && c->woke.boottime_ns) {
+		struct moment now = moment_now();
+
+		m.blackout_ns = moment_between(&c->slept, &c->woke, &c->begun, &now);
+	}
 	memcpy(m.text, c->why, sizeof(m.text));
 	post(c, &m, sizeof(m), AGENT_REPORTED, id);
 }
 
-static void answer(struct canary *c, uint32_t id, int err)
+static void sweep(struct canary *c, uint32_t id)
+{
+	struct agent_swept m = { .ns = now_ns() };
+
+	for (int i = 0; i < AGENT_GRANTS; i++)
+		if (c->ranges[i].mapped && c->ranges[i].access == AGENT_RW)
+			m.wrong += range_sweep(&c->ranges[i], &m.pages);
+	m.ns = now_ns() - m.ns;
+	c->last_beat = 0;
+	post(c, &m, sizeof(m), AGENT_SWEPT, id);
+}
+
+/* Answer with 0, or with an errno and why, which is the errno's text where ``why`` is empty. */
+static void answer(struct canary *c, uint32_t id, int err, const char *why)
 {
 	struct agent_done m = { .status = err };
 
 	if (err)
-		snprintf(m.text, sizeof(m.text), "%s", strerror(err));
+		snprintf(m.text, sizeof(m.text), "%s", *why ? why : strerror(err));
 	post(c, &m, sizeof(m), AGENT_DONE, id);
 }
 
@@ -231,6 +252,22 @@ static int serve_unmap(struct canary *c, const struct agent_unmap *m)
 	struct range *r = m->grant[AGENT_NAME - 1] ? NULL : range_find(c, m->grant);
 
 	return r ? range_unmap(c, r) : 0;
+}
+
+static void serve_save(struct canary *c, uint32_t id, int fd)
+{
+	char why[AGENT_TEXT] = "";
+	int err;
+
+	c->paused = true;
+	c->last_beat = 0;
+	if (fd < 0)
+		err = EBADMSG;
+	else if (c->why[0])	/* what cannot go on here cannot go on elsewhere */
+		err = EIO;
+	else
+		err = state_save(c, fd, why, sizeof(why));
+	answer(c, id, err, c->why[0] ? c->why : why);
 }
 
 union message {
@@ -251,6 +288,8 @@ static size_t size_of(uint16_t type)
 	case AGENT_RESUME:
 	case AGENT_REPORT:
 	case AGENT_STOP:
+	case AGENT_SAVE:
+	case AGENT_SWEEP:
 		return sizeof(struct agent_head);
 	default:
 		return 0;
@@ -284,19 +323,25 @@ static bool serve(struct canary *c)
 	}
 	switch (m.head.type) {
 	case AGENT_GRANT:
-		answer(c, m.head.id, serve_grant(c, &m.grant, fd));
+		answer(c, m.head.id, serve_grant(c, &m.grant, fd), "");
 		break;
 	case AGENT_UNMAP:
-		answer(c, m.head.id, serve_unmap(c, &m.unmap));
+		answer(c, m.head.id, serve_unmap(c, &m.unmap), "");
 		break;
 	case AGENT_REPORT:
 		report(c, m.head.id);
+		break;
+	case AGENT_SWEEP:
+		sweep(c, m.head.id);
+		break;
+	case AGENT_SAVE:
+		serve_save(c, m.head.id, fd);
 		break;
 	default:
 		c->paused = m.head.type == AGENT_PAUSE || (c->paused && m.head.type != AGENT_RESUME);
 		c->stop = m.head.type == AGENT_STOP;
 		c->last_beat = 0;
-		answer(c, m.head.id, 0);
+		answer(c, m.head.id, 0, "");
 	}
 	if (fd >= 0)
 		close(fd);
@@ -386,61 +431,145 @@ static void catch(int sig, void (*handler)(int))
 
 static int usage(void)
 {
-	fprintf(stderr, "usage: memconsole-canary --socket PATH --name NAME [--as kvm|process|auto] | --probe\n");
+	fprintf(stderr, "usage: memconsole-canary --socket PATH --name NAME [--as kvm|process|auto] | --probe\n"
+			"       memconsole-canary --socket PATH --name NAME --restore FD [--give GRANT=FD]... [--paused yes]\n");
 	return 2;
+}
+
+struct options {
+	const char *name, *as;
+	bool probe, paused;
+	int state;		/* fd, or -1 */
+	struct given given[AGENT_GRANTS];
+	int nr_given;
+};
+
+/* An fd from the command line, or -1. */
+static int fd_of(const char *text)
+{
+	char *end;
+	long fd = strtol(text, &end, 10);
+
+	return *end || end == text || fd < 3 || fd > INHERITED_MAX ? -1 : (int)fd;
+}
+
+static bool parse_given(struct options *o, const char *text)
+{
+	const char *sign = strrchr(text, '=');
+	struct given *given = &o->given[o->nr_given];
+
+	if (!sign || o->nr_given == AGENT_GRANTS || sign == text || sign - text >= AGENT_NAME)
+		return false;
+	memcpy(given->grant, text, (size_t)(sign - text));
+	given->fd = fd_of(sign + 1);
+	o->nr_given++;
+	return given->fd >= 0;
+}
+
+static bool parse(struct canary *c, struct options *o, int argc, char **argv)
+{
+	if (argc == 2 && strcmp(argv[1], "--probe") == 0)
+		return o->probe = true;
+	for (int i = 1; i < argc; i += 2) {
+		const char *word = argv[i], *value = argv[i + 1];
+
+		if (!value)
+			return false;
+		if (strcmp(word, "--socket") == 0)
+			c->path = value;
+		else if (strcmp(word, "--name") == 0)
+			o->name = value;
+		else if (strcmp(word, "--as") == 0)
+			o->as = value;
+		else if (strcmp(word, "--restore") == 0 && (o->state = fd_of(value)) >= 0)
+			continue;
+		else if (strcmp(word, "--give") == 0 && parse_given(o, value))
+			continue;
+		else if (strcmp(word, "--paused") == 0 && strcmp(value, "yes") == 0)
+			o->paused = true;
+		else
+			return false;
+	}
+	if (!c->path || strlen(c->path) >= sizeof(((struct sockaddr_un *)0)->sun_path) || !o->name)
+		return false;
+	if (o->state >= 0)	/* it runs as what it ran as */
+		return !o->as;
+	return !o->nr_given && !o->paused &&
+	       (!o->as || !strcmp(o->as, "kvm") || !strcmp(o->as, "process") || !strcmp(o->as, "auto"));
+}
+
+/* Close what the starter left open, but not what was given. */
+static void close_others(const struct options *o)
+{
+	for (int fd = 3; fd <= INHERITED_MAX; fd++) {
+		bool given = fd == o->state;
+
+		for (int i = 0; i < o->nr_given; i++)
+			given |= fd == o->given[i].fd;
+		if (!given)
+			close(fd);
+	}
+	syscall(SYS_close_range, (unsigned int)INHERITED_MAX + 1, ~0u, 0u);	/* without the call, they stay */
+}
+
+/* Begin anew, with no RAM yet. Returns 0, or -1 and why. */
+static int begin(struct canary *c, const char *as, char *why, size_t size)
+{
+	bool kvm = as && strcmp(as, "kvm") == 0;
+	int64_t speed = as && strcmp(as, "process") == 0 ? -1 : probe(0, why, size);
+
+	if (speed < 0 && kvm)
+		return -1;
+	c->runs_as = speed >= 0 && vm_open(&c->vm, AGENT_GRANTS) == 0 ? AGENT_AS_KVM : AGENT_AS_PROCESS;
+	return 0;
+}
+
+/* Go on as the canary whose state was given; the fds given are closed. Returns 0, or -1 and why. */
+static int go_on(struct canary *c, const struct options *o, char *why, size_t size)
+{
+	int err = state_restore(c, o->state, o->given, o->nr_given, why, size);
+
+	close(o->state);
+	for (int i = 0; i < o->nr_given; i++)
+		close(o->given[i].fd);
+	c->paused = o->paused;
+	return err ? -1 : 0;
 }
 
 int main(int argc, char **argv)
 {
 	static struct canary c = { .sock = -1, .home = -1, .quantum = 16, .vm = { .kvm = -1, .fd = -1, .vcpu = -1 } };
 	struct itimerval kick = { { 0, KICK_US }, { 0, KICK_US } };
-	const char *name = NULL, *as = "auto";
+	struct options o = { .state = -1 };
 	char why[AGENT_TEXT] = "";
-	int64_t speed = -1;
-	bool probing = false;
-	int i;
 
-	for (i = 1; i < argc; i += 2) {
-		if (strcmp(argv[i], "--probe") == 0 && argc == 2)
-			probing = true;
-		else if (i + 1 == argc)
-			return usage();
-		else if (strcmp(argv[i], "--socket") == 0)
-			c.path = argv[i + 1];
-		else if (strcmp(argv[i], "--name") == 0)
-			name = argv[i + 1];
-		else if (strcmp(argv[i], "--as") == 0)
-			as = argv[i + 1];
-		else
-			return usage();
-	}
-	if (!probing && (!c.path || strlen(c.path) >= sizeof(((struct sockaddr_un *)0)->sun_path) || !name ||
-			 (strcmp(as, "kvm") && strcmp(as, "process") && strcmp(as, "auto"))))
+	if (!parse(&c, &o, argc, argv))
 		return usage();
-	syscall(SYS_close_range, 3u, ~0u, 0u);	/* nothing of the starter's; without the call, what it left open stays */
+	c.begun = moment_now();
+	close_others(&o);
 	catch(SIGTERM, on_terminate);
 	catch(SIGINT, on_terminate);
 	catch(SIGALRM, on_kick);
-	catch(SIGBUS, on_sigbus);
 	catch(SIGHUP, SIG_IGN);
 	catch(SIGPIPE, SIG_IGN);
 	setitimer(ITIMER_REAL, &kick, NULL);
-	if (probing || strcmp(as, "process"))
-		speed = probe(probing ? PROBE_NS : 0, why, sizeof(why));
-	if (probing) {
+	if (o.probe) {
+		int64_t speed = probe(PROBE_NS, why, sizeof(why));
+
 		if (speed < 0)
 			printf("none %s\n", why);
 		else
 			printf("kvm %lld\n", (long long)speed);
 		return 0;
 	}
-	if (speed < 0 && strcmp(as, "kvm") == 0) {
-		fprintf(stderr, "%s: KVM does not run this guest: %s\n", name, why);
+	if (o.state >= 0 ? go_on(&c, &o, why, sizeof(why)) : begin(&c, o.as, why, sizeof(why))) {
+		fprintf(stderr, "%s: %s: %s\n", o.name,
+			o.state >= 0 ? "it cannot go on" : "KVM does not run this guest", why);
 		return 1;
 	}
-	prctl(PR_SET_NAME, name);
-	c.runs_as = speed >= 0 && vm_open(&c.vm, AGENT_GRANTS) == 0 ? AGENT_AS_KVM : AGENT_AS_PROCESS;
-	fprintf(stderr, "%s: runs as %s\n", name, c.runs_as == AGENT_AS_KVM ? "kvm" : "process");
+	prctl(PR_SET_NAME, o.name);
+	fprintf(stderr, "%s: runs as %s\n", o.name, c.runs_as == AGENT_AS_KVM ? "kvm" : "process");
+	catch(SIGBUS, on_sigbus);
 	live(&c);
 	vm_close(&c.vm);
 	return 0;

@@ -13,11 +13,16 @@
 
 #include "agent.h"
 #include "canary_kvm.h"
+#include "clock.h"
+
+#define QUANTUM_MIN	4
+#define QUANTUM_MAX	1024
 
 struct range {
 	char grant[AGENT_NAME];
 	uint64_t gpa;
 	uint64_t length;
+	uint64_t offset;	/* in the file that was granted */
 	uint32_t access;
 	bool mapped;
 	bool used;		/* the slot stands for a range that is, or was, mapped */
@@ -40,6 +45,12 @@ struct canary {
 	uint64_t quantum;
 	uint64_t beat_at;	/* when the next beat is due */
 	uint64_t last_beat;	/* 0 after a commanded pause */
+	bool awaited;		/* restored, and the range the vCPU runs in is not mapped yet */
+	uint64_t restored;	/* how often it was, since its first start */
+	struct moment begun;	/* when this process began */
+	struct moment stood;	/* when its last beat ended */
+	struct moment slept;	/* when the last beat before it was restored ended */
+	struct moment woke;	/* when the first one after that did */
 	char why[AGENT_TEXT];	/* why it cannot go on; empty while it can */
 };
 
@@ -125,7 +136,7 @@ static int range_map(struct canary *c, const struct agent_grant *m, int fd)
 {
 	uint64_t gpa = m->gpa == AGENT_NO_GPA ? range_place(c, m->length) : m->gpa;
 	bool writes = m->access == AGENT_RW;
-	bool homeless = c->home < 0 || !c->ranges[c->home].mapped;
+	bool homeless = c->home < 0 || (!c->ranges[c->home].mapped && !c->awaited);
 	struct range *r;
 	struct stat st;
 	bool again;
@@ -166,14 +177,40 @@ static int range_map(struct canary *c, const struct agent_grant *m, int fd)
 	memcpy(r->grant, m->grant, AGENT_NAME);
 	r->gpa = gpa;
 	r->length = m->length;
+	r->offset = m->offset;
 	r->access = m->access;
 	r->header = at;
 	r->used = true;
 	r->mapped = true;
+	if (r == &c->ranges[c->home])
+		c->awaited = false;
 	if (writes)
 		range_adopt(r, again);
 	c->last_beat = 0;
 	return 0;
+}
+
+/* Check every stamp of a range at once, between two beats. Returns how many bytes are wrong, and adds to ``*pages``. */
+static uint64_t range_sweep(const struct range *r, uint64_t *pages)
+{
+	const struct header *h = r->header;
+	uint64_t span = r->length / PAGE - FIRST_PAGE, wrong = 0;
+	uint64_t sweep = h->position / span, visited = h->position - sweep * span;
+
+	if (h->magic != HEADER_MAGIC || h->pages != r->length / PAGE || h->seal != header_seal(h))
+		return PAGE;
+	for (uint64_t at = 0; at < span; at++) {
+		const uint64_t *stamp = (const uint64_t *)((const char *)h + (FIRST_PAGE + at) * PAGE);
+		uint64_t generation = sweep + (at < visited);
+
+		if (!generation)
+			break;
+		for (unsigned int w = 0; w < STAMP_WORDS; w++)
+			if (!(h->torn && stamp[w] == stamp_word(w, at, generation + 1)))
+				wrong += bytes_that_differ(stamp[w], stamp_word(w, at, generation));
+		++*pages;
+	}
+	return wrong;
 }
 
 /* Take a range out of the machine and out of this process; its counters stay known. Returns 0 or an errno. */

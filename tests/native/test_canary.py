@@ -72,7 +72,7 @@ class Canary:
         answer = wire.unpack(self.connection.recv(wire.MAX_MESSAGE))
         assert answer.id == self.id
         if answer.type is Type.REPORTED:
-            return wire.REPORTED.unpack(answer.body)[1:-1]
+            return wire.REPORTED.unpack(answer.body)[1:7]
         return (wire.DONE.unpack(answer.body)[0],)
 
     def grant(self, name: str, fd: int, length: int = M, *, offset: int = 0, gpa: int = 0, access: int = 2) -> int:

@@ -10,11 +10,13 @@ SOCK_SEQPACKET, one message a packet, little-endian; ``native/agent.h`` is the s
       HELLO    1  = u32 runs_as (0 neither, 1 kvm, 2 process), u32 count, count * name   first message: what it holds
       DONE     2  = i32 status, u32 zero, char text[120]         the answer to the request of that id; 0 or an errno
       REPORTED 3  = u32 runs_as, u32 state (1 running, 2 paused, 3 failed),
-                    u64 beats, checked, wrong, gap_ns, gaps, char text[120]
+                    u64 beats, checked, wrong, gap_ns, gaps, restored, blackout_ns, char text[120]
+      SWEPT    4  = u64 pages, u64 wrong, u64 ns
     control -> agent
       GRANT   16  = name, u64 offset, u64 length, u64 gpa (all ones: none), u32 access (1 ro, 2 rw), u32 zero; one fd
       UNMAP   17  = name
-      PAUSE 18, RESUME 19, REPORT 20, STOP 21 have no body
+      SAVE    22    no body, one fd: stop, and write there what it is besides its RAM
+      PAUSE 18, RESUME 19, REPORT 20, STOP 21, SWEEP 23 have no body
 
 The agent connects. Who it is, the kernel says (SO_PEERCRED): a process that is not a registered guest, or whose start
 time is another's, is disconnected, and so is whoever breaks the grammar; nobody else notices. A guest is only ever
@@ -48,12 +50,17 @@ _STATES = {1: "running", 2: "paused", 3: "failed"}
 
 
 class Answer(NamedTuple):
-    """What a guest answered: ``status`` 0 or an errno, its words, and for REPORT its state and progress."""
+    """What a guest answered: ``status`` 0 or an errno, its words; to REPORT its state, progress and how often it was
+    restored, last after how long; to SWEEP the pages it checked and the bytes that are wrong."""
 
     status: int
     text: str
     state: str = ""
     progress: Progress | None = None
+    restored: int = 0
+    blackout_ns: int = 0
+    pages: int = 0
+    wrong: int = 0
 
 
 @dataclass
@@ -218,15 +225,15 @@ class Hub:
         with self._state:
             self._withdraw(self._peer(name), grant)
 
-    def ask(self, name: str, type: Type, within: float) -> Answer:
-        """Send PAUSE, RESUME, REPORT or STOP and wait for the answer.
+    def ask(self, name: str, type: Type, within: float, fd: int | None = None) -> Answer:
+        """Send a request without a body, SAVE with the file to write into, and wait for the answer.
 
         Raises:
             GuestError: it is not connected, did not answer in time, or went away.
         """
         with self._state:
             peer = self._peer(name)
-        return self._request(peer, type, "", within)
+        return self._request(peer, type, "", within, fd=fd)
 
     def close(self) -> None:
         """Stop listening and disconnect everybody; guests go on, and what they mapped stays mapped."""
@@ -257,13 +264,21 @@ class Hub:
         if offered is not None:
             os.close(offered.fd)
 
-    def _request(self, peer: _Peer, type: Type, grant: str, within: float, offered: _Offered | None = None) -> Answer:
+    def _request(
+        self,
+        peer: _Peer,
+        type: Type,
+        grant: str,
+        within: float,
+        offered: _Offered | None = None,
+        fd: int | None = None,
+    ) -> Answer:
         deadline = time.monotonic() + within
         while True:
             with self._state:
                 if not peer.greeted or peer.socket is None:
                     raise GuestError(f"guest {peer.name} does not answer", "its agent is not connected", "try again")
-                ask = self._post(peer, type, grant, offered)
+                ask = self._post(peer, type, grant, offered, fd)
                 connection = peer.socket
             if ask is not None:
                 break
@@ -283,12 +298,13 @@ class Hub:
             f"guest {peer.name} does not answer", f"its agent said nothing for {within:g} s", "take a harder rung"
         )
 
-    def _post(self, peer: _Peer, type: Type, grant: str, offered: _Offered | None = None) -> _Ask | None:
+    def _post(
+        self, peer: _Peer, type: Type, grant: str, offered: _Offered | None = None, fd: int | None = None
+    ) -> _Ask | None:
         """Send a request, lock held; None when there is no room for it now."""
         if peer.socket is None or len(peer.asked) >= _MAX_UNANSWERED:
             return None
         body = b""
-        fds = []
         if offered is not None:
             offer = offered.offer
             body = wire.GRANT.pack(
@@ -299,9 +315,10 @@ class Hub:
                 2 if offer.access is Access.RW else 1,
                 0,
             )
-            fds = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", offered.fd))]
+            fd = offered.fd
         elif type is Type.UNMAP:
             body = wire.pack_name(grant)
+        fds = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
         ask = _Ask(type, grant)
         id = peer.last_id + 1
         try:
@@ -425,11 +442,16 @@ def _answer(message: wire.Message) -> Answer:
         status, _, text = wire.DONE.unpack(message.body)
         return Answer(status, _text(text))
     if message.type is Type.REPORTED and len(message.body) == wire.REPORTED.size:
-        runs_as, state, beats, checked, wrong, gap_ns, gaps, text = wire.REPORTED.unpack(message.body)
+        runs_as, state, beats, checked, wrong, gap_ns, gaps, restored, blackout_ns, text = wire.REPORTED.unpack(
+            message.body
+        )
         if runs_as not in {1, 2} or state not in _STATES:
             raise BadMessage("a report of nothing known")
         progress = Progress("kvm" if runs_as == 1 else "process", beats, checked, wrong, gap_ns, gaps)
-        return Answer(0, _text(text), _STATES[state], progress)
+        return Answer(0, _text(text), _STATES[state], progress, restored, blackout_ns)
+    if message.type is Type.SWEPT and len(message.body) == wire.SWEPT.size:
+        pages, wrong, _ = wire.SWEPT.unpack(message.body)
+        return Answer(0, "", pages=pages, wrong=wrong)
     raise BadMessage(f"a malformed {message.type.name}")
 
 

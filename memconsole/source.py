@@ -32,9 +32,9 @@ class Source(Protocol):
         """The present Snapshot (of a file: the recorded one)."""
 
     def extents(self, key: str) -> ExtentTable:
-        """The PFN map of ``region:NAME`` (by offset) or ``guest:NAME`` (by gpa, or hva where no gpa is known): a new table.
+        """The PFN map of ``region:NAME`` (by offset) or ``guest:NAME`` (by gpa, or hva where no gpa is known).
 
-        It is the caller's, and closed with its last reference.
+        Every call makes a new table; it is the caller's, and closed with its last reference.
 
         Raises:
             NotFound: there is no such region or guest, or the file holds no table for it.

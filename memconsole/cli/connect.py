@@ -21,11 +21,11 @@ def socket_of(options: argparse.Namespace) -> Path:
     return Path(options.socket) if options.socket else paths.control_socket()
 
 
-def embedded(reason: str = "") -> Control:
-    """A control process inside this one; ``reason`` forbids actions."""
+def embedded(reason: str = "", *, record_s: float = 0) -> Control:
+    """A control process inside this one; ``reason`` forbids actions; ``record_s``: it records a history."""
     from memconsole.backend.control import embedded as build
 
-    return build(read_only=reason)
+    return build(read_only=reason, record_s=record_s)
 
 
 @contextmanager

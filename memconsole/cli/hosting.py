@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,40 @@ from memconsole.source import ReadOnly, Source
 
 if TYPE_CHECKING:
     from memconsole.backend.control import Control
+    from memconsole.backend.wire.places import Lock
+
+STARTING_S = 10.0
+"""How long a console waits for another one that is about to answer."""
+
+RECORD_S = 1.0
+"""How often an embedded control process records."""
+
+
+@contextlib.contextmanager
+def _cleaned_up() -> Iterator[contextlib.ExitStack]:
+    """A stack that is unwound whatever ends this process but SIGKILL; a second signal does not interrupt it.
+
+    A terminal that is closed sends SIGHUP, often twice (from the kernel and from the shell), and embedded guests must
+    not be left behind by it.
+    """
+    ending = False
+
+    def end(number: int, _: object) -> None:
+        nonlocal ending
+        if not ending:
+            ending = True
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)}
+    try:
+        with contextlib.ExitStack() as stack:
+            try:
+                yield stack
+            finally:
+                ending = True
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def console(options: argparse.Namespace) -> int:
@@ -27,17 +63,11 @@ def console(options: argparse.Namespace) -> int:
 
 
 def _console(options: argparse.Namespace, record_to: Path | None = None) -> int:
-    with contextlib.ExitStack() as stack:
-        if not options.embedded:
-            from memconsole.backend.wire.client import Client
-
-            try:
-                client = stack.enter_context(contextlib.closing(Client(socket_of(options))))
-            except NoControl:
-                pass
-            else:
-                return _run(client, options, record_to=record_to)
-        control = _embedded(options, stack)
+    with _cleaned_up() as stack:
+        client, right = (None, None) if options.embedded else _reach(socket_of(options), stack)
+        if client is not None:
+            return _run(client, options, record_to=record_to)
+        control = _embedded(options, stack, right)
         return _run(control, options, record_to=record_to, on_quit=lambda: _lost_with(control))
 
 
@@ -52,13 +82,44 @@ def _lost_with(control: Control) -> str:
     return f"{kept}: {', '.join([*guests, *(name for name in regions if name not in guests)][:8])}"
 
 
-def _embedded(options: argparse.Namespace, stack: contextlib.ExitStack) -> Control:
+def _reach(path: Path, stack: contextlib.ExitStack) -> tuple[Source | None, Lock | None]:
+    """The control process at a socket; or, where there is none, the right to be it; or neither.
+
+    Of several consoles that start at once one gets the right; the others wait until it answers.
+    """
+    from memconsole.backend.wire.client import Client
+
+    deadline = time.monotonic() + STARTING_S
+    while True:
+        with contextlib.suppress(NoControl):
+            return stack.enter_context(contextlib.closing(Client(path))), None
+        try:
+            return None, _right(path)
+        except (MemconsoleError, OSError) as error:
+            if getattr(error, "code", "") != "AlreadyServing" or time.monotonic() > deadline:
+                return None, None
+        time.sleep(0.05)
+
+
+def _right(path: Path) -> Lock:
+    from memconsole.backend.wire import places
+
+    places.make_directory(path.parent, 0o755)
+    return places.Lock(path.parent / "serve.lock")
+
+
+def _embedded(options: argparse.Namespace, stack: contextlib.ExitStack, right: Lock | None = None) -> Control:
     """A control process in this one, which also answers on the socket so that commands can reach it."""
-    found = stack.enter_context(contextlib.closing(embedded()))
+    path = socket_of(options)
+    if right is not None:
+        stack.callback(right.close)
+    found = stack.enter_context(contextlib.closing(embedded(record_s=RECORD_S)))
     from memconsole.backend.wire.embedded import serve_in_thread
 
     try:
-        stack.enter_context(contextlib.closing(serve_in_thread(found, socket_of(options))))
+        if right is None:
+            stack.callback(_right(path).close)
+        stack.enter_context(contextlib.closing(serve_in_thread(found, path)))
     except (MemconsoleError, OSError) as error:
         output.note(f"memconsole: commands cannot reach this console: {error}")
     return found
@@ -121,7 +182,7 @@ prefault = true
 def demo(options: argparse.Namespace) -> int:
     """The console on an embedded control process with live guests: canaries, QEMU where it is installed, a region."""
     macro: Macro = macros.loads(DEMO, "demo")
-    with contextlib.ExitStack() as stack:
+    with _cleaned_up() as stack:
         found = _embedded(options, stack)
         results = []
         for result in macros.run(macro, found, {}):

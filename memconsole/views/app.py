@@ -6,7 +6,9 @@ last one is in front.
 
 from __future__ import annotations
 
+import asyncio
 import re
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -465,8 +467,24 @@ def run(
         settings=settings_module.load(),
         on_quit_warning=on_quit_warning,
     )
-    app.run()
+    asyncio.run(_run(app))
     return app.return_code or 0
+
+
+async def _run(app: ConsoleApp) -> None:
+    """Run the app; a closed terminal (SIGHUP) and SIGTERM end it in order, whatever it would lose."""
+    loop = asyncio.get_running_loop()
+
+    def end(number: int, _: object) -> None:
+        loop.call_soon_threadsafe(lambda: app.exit(return_code=128 + number))
+
+    # Plain handlers: those of the loop would leave the default ones behind, and what follows wants its own.
+    before = {number: signal.signal(number, end) for number in (signal.SIGHUP, signal.SIGTERM)}
+    try:
+        await app.run_async()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _discovered() -> Sequence[Macro]:

@@ -1,0 +1,164 @@
+"""Revokes held against a process that keeps every way into its memory it can find, and against its pins."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import hostile
+from support.controls import controls, region
+from support.guests import AgentProcess, until
+from support.hostile import LATER, PINS, SECRET, Hostile
+
+from memconsole import actions as do
+from memconsole.backend.control import Control
+from memconsole.extents import digest_fd
+from memconsole.model import RevokeOutcome, RevokeReport, Rung
+
+M = 1 << 20
+PAGE = 4096
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if os.geteuid() != 0:
+        pytest.skip("page flags and other users' processes are for root")
+    return hostile.build(tmp_path_factory.mktemp("hostile"))
+
+
+@pytest.fixture
+def control() -> Iterator[Control]:
+    with controls() as made:
+        yield made
+
+
+def fill(control: Control, word: bytes, size: int = 2 * M) -> None:
+    """Write a word at the begin of every page of region ``loot``."""
+    (fd,) = control._desk.fds("loot")
+    for at in range(0, size, PAGE):
+        os.pwrite(fd, word + at.to_bytes(8, "little"), at)
+
+
+def contents(control: Control) -> str:
+    (fd,) = control._desk.fds("loot")
+    return digest_fd(fd)
+
+
+def let_in(control: Control, guest: Hostile, length: int | None = None) -> str:
+    """Grant it the region full of secrets, hold it to having every way, and return the digest of the contents."""
+    control.apply(do.Reserve("loot", 4 * M))
+    fill(control, SECRET)
+    control.apply(do.GuestAttach("hostile", guest.pid))
+    until(lambda: control._desk.hub.connected("hostile"), "its agent is there")
+    control.apply(do.Map("loot", "hostile", length=length))
+    guest.ready()
+    before = guest.tries()
+    if before["ring"] == "no ring":
+        pytest.skip("io_uring is not allowed here (kernel.io_uring_disabled)")
+    assert set(before.values()) == {SECRET.decode()}, before
+    return contents(control)
+
+
+def revoke(control: Control, at_most: Rung = Rung.KILL) -> RevokeReport:
+    report = control.apply(do.Revoke("g1", within=1, at_most=at_most)).revoke
+    assert report is not None
+    return report
+
+
+def shut_out(control: Control, guest: Hostile, kept: str, *, pinned: bool) -> None:
+    """Hold every way to leading nowhere: not to the contents, not to what the owner writes next, and not into it."""
+    after = guest.tries()
+    leads = {way for way, what in after.items() if what == SECRET.decode()}
+    assert leads == (PINS if pinned else set()), after
+    assert contents(control) == kept
+    fill(control, LATER)
+    guest.scrawls()
+    later = contents(control)
+    again = guest.tries()
+    assert LATER.decode() not in again.values(), again
+    assert {way for way, what in again.items() if what == SECRET.decode()} == leads, again
+    fill(control, LATER)
+    assert contents(control) == later
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_who_ignores_the_asking_is_cut_off_by_moving_the_contents(
+    control: Control, program: Path, *, pinned: bool
+) -> None:
+    with hostile.running(program, control.runtime_dir / "agents", "ignore") as guest:
+        kept = let_in(control, guest)
+        old = region(control.snapshot(), "loot").segments[0].inode
+        if not pinned:
+            guest.drops_pins()
+        report = revoke(control)
+        assert (report.rung, report.tried) == (Rung.COPY, (Rung.ASK, Rung.COPY))
+        assert report.outcome is (RevokeOutcome.QUARANTINED if pinned else RevokeOutcome.PROVED), report
+        assert guest.alive()
+        assert region(control.snapshot(), "loot").segments[0].inode != old
+        shut_out(control, guest, kept, pinned=pinned)
+
+
+def test_who_says_it_unmapped_and_keeps_pins_reaches_nothing_but_them(control: Control, program: Path) -> None:
+    with hostile.running(program, control.runtime_dir / "agents", "lie") as guest:
+        kept = let_in(control, guest)
+        report = revoke(control, Rung.ASK)
+        assert (report.rung, report.outcome) == (Rung.ASK, RevokeOutcome.QUARANTINED), report
+        shut_out(control, guest, kept, pinned=True)
+
+
+def test_pinned_frames_are_nobodys_until_the_pin_drops(control: Control, program: Path) -> None:
+    with hostile.running(program, control.runtime_dir / "agents", "ignore") as guest:
+        let_in(control, guest)
+        revoke(control)
+        (kept,) = control.snapshot().quarantine
+        assert (kept.region, kept.guest, kept.size) == ("loot", "hostile", 2 * PAGE)
+        (finding,) = [finding for finding in control.snapshot().findings if finding.id == "frames-quarantined"]
+        assert finding.subject == "loot"
+        control.apply(do.Release("loot"))
+        assert control.snapshot().quarantine == (kept,)
+        guest.drops_pins()
+        until(lambda: control.snapshot().quarantine == (), "the kernel has its frames back")
+        assert [name for name in control._desk.custody.names() if name.startswith("quarantine")] == []
+
+
+def test_where_another_guest_has_the_same_file_it_takes_killing(control: Control, program: Path) -> None:
+    """A guest that uses its memory and will not unmap it keeps the file from being emptied, not the process alive."""
+    agents = control.runtime_dir / "agents"
+    with hostile.running(program, agents, "ignore") as guest, AgentProcess(agents) as neighbour:
+        kept = let_in(control, guest, length=2 * M)
+        control.apply(do.GuestAttach("neighbour", neighbour.pid))
+        control.apply(do.Map("loot", "neighbour", offset=2 * M))
+        assert neighbour.say("wait g2") == "g2"
+        neighbour.say("write g2 mine")
+        kept = contents(control)
+        neighbour.say("hold g2")
+        report = revoke(control)
+        assert (report.rung, report.outcome) == (Rung.KILL, RevokeOutcome.CUT), report
+        assert report.tried == (Rung.ASK, Rung.COPY, Rung.KILL)
+        assert "g2" in report.note
+        assert str(guest.pid) in report.note
+        until(lambda: not guest.alive(), "it is dead")
+        assert neighbour.say("read g2 4") == "mine"
+        assert contents(control) == kept
+
+
+def test_a_neighbour_that_unmaps_gets_its_part_again_where_it_went(control: Control, program: Path) -> None:
+    agents = control.runtime_dir / "agents"
+    with hostile.running(program, agents, "ignore") as guest, AgentProcess(agents) as neighbour:
+        let_in(control, guest, length=2 * M)
+        control.apply(do.GuestAttach("neighbour", neighbour.pid))
+        control.apply(do.Map("loot", "neighbour", offset=2 * M))
+        assert neighbour.say("wait g2") == "g2"
+        neighbour.say("write g2 mine")
+        kept = contents(control)
+        report = revoke(control)
+        assert (report.rung, report.outcome) == (Rung.COPY, RevokeOutcome.QUARANTINED), report
+        assert neighbour.say("read g2 4") == "mine"
+        neighbour.say("write g2 more")
+        (fd,) = control._desk.fds("loot")
+        assert os.pread(fd, 4, 2 * M) == b"more"
+        neighbour.say("write g2 mine")
+        shut_out(control, guest, kept, pinned=True)
+        assert {finding.id for finding in control.snapshot().findings} == {"frames-quarantined"}

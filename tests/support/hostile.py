@@ -1,0 +1,73 @@
+"""A guest that keeps every way into its memory (tests/host/hostile_revoke.c), and what it says of each."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+TREE = Path(__file__).parents[2]
+SECRET, LATER = b"SECRET01", b"LATER-02"
+PINS = {"pipe", "ring"}
+"""The ways that no revoke can close: what they lead to is quarantined."""
+
+
+def build(directory: Path) -> Path:
+    """Compile it."""
+    program = directory / "hostile_revoke"
+    strict = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror"]
+    source = TREE / "tests/host/hostile_revoke.c"
+    subprocess.run(["cc", *strict, "-I", TREE / "memconsole/native", "-o", program, source], check=True)
+    return program
+
+
+class Hostile:
+    """One such process."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self.pid = process.pid
+
+    def ready(self) -> None:
+        """Wait until it has mapped its grant and pinned its pages."""
+        assert self._line() == "ready"
+
+    def tries(self) -> dict[str, str]:
+        """What each way leads to now: 8 bytes of contents, or why not."""
+        return dict(line.split(" ", 1) for line in self._tell("try"))
+
+    def scrawls(self) -> None:
+        """Have it write by every way it has."""
+        self._tell("scrawl")
+
+    def drops_pins(self) -> None:
+        """Have it let its pins go."""
+        self._tell("drop")
+
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._process.poll() is None
+
+    def _tell(self, word: str) -> list[str]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(word + "\n")
+        self._process.stdin.flush()
+        return list(iter(self._line, "end"))
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "it ended"
+        return line.rstrip("\n")
+
+
+@contextlib.contextmanager
+def running(program: Path, agents: Path, manners: str) -> Iterator[Hostile]:
+    """One that knocks at an agents socket; ``manners``: ``ignore`` or ``lie``."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([program, agents, manners], **pipes) as process:
+        try:
+            yield Hostile(process)
+        finally:
+            process.kill()

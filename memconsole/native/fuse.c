@@ -31,8 +31,8 @@
 #include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
 #include <sys/un.h>
+#include <sys/vfs.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -43,6 +43,7 @@
 #define WORKERS 3
 #define FILES_MAX 65536
 #define PAUSE_MS 100
+#define HUNG_S 10
 
 struct server server = { .dev = -1 };
 
@@ -122,9 +123,13 @@ static int clear(const char *mountpoint)
 	uint32_t number;
 
 	while ((number = mounted(mountpoint))) {
-		struct stat st;
+		struct statfs fs;
+		int error;
 
-		if (!stat(mountpoint, &st) || errno != ENOTCONN) {
+		alarm(HUNG_S);	/* ends this process, should the server neither answer nor be dead */
+		error = statfs(mountpoint, &fs) ? errno : 0;	/* never answered from a cache */
+		alarm(0);
+		if (error != ENOTCONN) {
 			fprintf(stderr, "memconsole-fuse: another server already serves %s\n", mountpoint);
 			return 3;
 		}
@@ -375,11 +380,10 @@ static void guard(void)
 	int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
 
 	prctl(PR_SET_NAME, "mc-fuse");
-	if (fd >= 0) {
-		if (write(fd, "-1000", 5) != 5)
-			fail("oom_score_adj");
+	if (fd >= 0 && write(fd, "-1000", 5) != 5)
+		fprintf(stderr, "memconsole-fuse: not exempt from the OOM killer\n");
+	if (fd >= 0)
 		close(fd);
-	}
 	if (!getrlimit(RLIMIT_NOFILE, &now) && now.rlim_cur < files.rlim_cur && setrlimit(RLIMIT_NOFILE, &files)) {
 		now.rlim_cur = now.rlim_max;
 		setrlimit(RLIMIT_NOFILE, &now);

@@ -52,11 +52,13 @@ class Kind(enum.IntEnum):
 class Entry(NamedTuple):
     """An entry of the tree; ``size`` in bytes (a RAM file's, a text's, a link's target's).
 
-    ``open`` counts open file descriptions, wherever their descriptors are; a mapping is none.
+    ``open`` counts open file descriptions, wherever their descriptors are; a mapping is none. A mapping of a RAM file
+    shows ``inode`` and the mount's device (``FuseStatus.device``) in /proc/PID/maps, not the memfd's.
     """
 
     path: str
     kind: Kind
+    inode: int
     size: int
     mode: int
     uid: int
@@ -96,6 +98,11 @@ class FuseStatus(NamedTuple):
     connection: int
     minor: int
     mountpoint: Path
+
+    @property
+    def device(self) -> int:
+        """The mount's st_dev."""
+        return os.makedev(0, self.connection)
 
     def capability(self) -> Capability:
         """Whether RAM can be shown as files here, and if not, why."""
@@ -499,4 +506,4 @@ def _entries(page: bytes) -> Iterator[tuple[int, Entry]]:
         at += _ENTRY.size
         path = os.fsdecode(page[at : at + length])
         at += length
-        yield id, Entry(path, Kind(kind), size, mode, uid, gid, open, bool(revoked))
+        yield id, Entry(path, Kind(kind), id, size, mode, uid, gid, open, bool(revoked))

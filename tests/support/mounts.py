@@ -1,0 +1,179 @@
+"""Mounts for tests: a server of its own in a short directory, and an end that nothing can hang on.
+
+A process with a file on a mount whose server does not answer cannot be killed; aborting the mount's connection through
+fusectl lets it go. So every mount ends with that, whatever a test left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+from memconsole.backend.exports.fuse import FuseTree
+from memconsole.native import program
+
+NOBODY = 65534
+STRANGER = 65533
+_CONTROL = Path("/sys/fs/fuse/connections")
+
+
+@dataclass
+class Mount:
+    """A runtime directory and a mountpoint; ``servers`` are the pids of those that were started."""
+
+    runtime: Path
+    point: Path
+    servers: list[tuple[int, int]]
+    trees: list[FuseTree]
+
+    def start(self) -> FuseTree:
+        tree = FuseTree.start(self.runtime, self.point)
+        self.trees.append(tree)
+        self.servers.append((tree.pid, tree.status().connection))
+        return tree
+
+    def kill(self, tree: FuseTree) -> None:
+        """End the server as a crash would, and wait until it is gone."""
+        os.kill(tree.pid, signal.SIGKILL)
+        wait_gone(tree.pid)
+
+
+def wait_gone(pid: int) -> None:
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists() and _state(pid) != "Z":
+        assert time.monotonic() < deadline, f"process {pid} does not end"
+        time.sleep(0.01)
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return "Z"
+
+
+@contextlib.contextmanager
+def _fusectl() -> Iterator[Path]:
+    """Where connections can be aborted; mounted for the moment if it is nowhere."""
+    if any(_CONTROL.iterdir()):
+        yield _CONTROL
+        return
+    directory = Path(tempfile.mkdtemp(prefix="fusectl-"))
+    subprocess.run(["mount", "-t", "fusectl", "none", directory], check=True)
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", directory], check=True)
+        directory.rmdir()
+
+
+def abort(connection: int) -> None:
+    """Let everybody go who waits for a connection's server; a connection that ended is no more."""
+    with _fusectl() as control:
+        file = control / str(connection) / "abort"
+        if file.exists():
+            file.write_text("1")
+
+
+def _is_ours(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/exe").readlink().name.startswith("memconsole-fuse")
+    except OSError:
+        return False
+
+
+def _end(mount: Mount) -> None:
+    for tree in mount.trees:
+        tree.close()
+    for pid, connection in mount.servers:
+        abort(connection)
+        if _is_ours(pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            wait_gone(pid)
+    while str(mount.point) in {line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()}:
+        subprocess.run(["umount", "-l", mount.point], check=True)
+    shutil.rmtree(mount.runtime)
+
+
+@contextlib.contextmanager
+def mounts() -> Iterator[Mount]:
+    """A place to mount, or a skip where that cannot be."""
+    if os.geteuid():
+        pytest.skip("mounting is for root")
+    if not Path("/dev/fuse").exists():
+        pytest.skip("there is no /dev/fuse")
+    program("memconsole-fuse")
+    runtime = Path(tempfile.mkdtemp(prefix="mcf-"))
+    runtime.chmod(0o755)
+    mount = Mount(runtime, runtime / "mnt", [], [])
+    mount.point.mkdir()
+    try:
+        yield mount
+    finally:
+        _end(mount)
+
+
+@contextlib.contextmanager
+def trees() -> Iterator[FuseTree]:
+    """A fresh mount with passthrough, or a skip."""
+    with mounts() as mount:
+        tree = mount.start()
+        if tree.status().passthrough:
+            pytest.skip(tree.status().capability().why)
+        yield tree
+
+
+def hostile(directory: Path) -> Path:
+    """The hostile process (tests/host/hostile.c), built where every user may run it."""
+    source = Path(__file__).parents[1] / "host" / "hostile.c"
+    built = directory / "hostile"
+    subprocess.run(["cc", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-o", built, source], check=True)
+    built.chmod(0o755)
+    return built
+
+
+class Attacker:
+    """A hostile process of some user, on a file; ``do`` has it try something and says how it went."""
+
+    def __init__(self, built: Path, path: Path, uid: int = NOBODY) -> None:
+        command = [built, str(uid), path]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.pid = self._process.pid
+
+    def do(self, order: str) -> str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(order + "\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline().strip()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@contextlib.contextmanager
+def file_user(path: Path, code: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A Python process with ``path`` as its first argument that says ``ready`` and waits for lines."""
+    command = [sys.executable, "-c", code, str(path), *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()

@@ -185,7 +185,7 @@ struct kernel {
 
 static uint64_t ids[64], handles[64];
 static uint32_t nr_ids, nr_handles;
-static uint64_t unique = 2;
+static uint64_t unique = 2, first_id;
 
 static void make(struct kernel *k, uint32_t opcode, uint64_t node, const void *body, size_t len)
 {
@@ -261,12 +261,12 @@ static void make_any(struct kernel *k)
 		return;
 	case 10:
 		body.forget.nlookup = dice(4) ? dice(3) : dice(UINT64_MAX);
-		make(k, FUSE_FORGET, dice(2) ? some_node() : dice(64), &body, sizeof(body.forget));
+		make(k, FUSE_FORGET, dice(2) ? some_node() : first_id + dice(64), &body, sizeof(body.forget));
 		return;
 	case 11:
 		body.batch.head.count = (uint32_t)(dice(2) ? 4 : dice(UINT32_MAX));
 		for (int i = 0; i < 4; i++)
-			body.batch.one[i] = (struct fuse_forget_one){ dice(64), dice(3) };
+			body.batch.one[i] = (struct fuse_forget_one){ first_id + dice(64), dice(3) };
 		make(k, FUSE_BATCH_FORGET, ROOT, &body, sizeof(body.batch));
 		return;
 	case 12:
@@ -396,7 +396,7 @@ static void clear(void)
 		path[node_path(tree.oldest, path)] = 0;
 		shrink(path, true);
 	}
-	for (uint64_t id = ROOT + 1; id < tree.next_id; id++) {
+	for (uint64_t id = first_id; id < tree.next_id; id++) {
 		struct node *node;
 
 		while ((node = node_by_id(id)) && node->handles) {
@@ -439,6 +439,7 @@ int main(int argc, char **argv)
 	require(!setsockopt(device[1], SOL_SOCKET, SO_SNDBUF, &(int){ 8 << 20 }, sizeof(int)), "SO_SNDBUF");
 	server.dev = device[1];
 	require(!tree_init(), "tree_init");
+	first_id = tree.next_id;
 	for (int i = 0; i < THREADS; i++)
 		workers[i] = worker_new(device[1]);
 	make(&k, FUSE_INIT, 0, &init, sizeof(init));

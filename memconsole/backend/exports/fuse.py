@@ -53,7 +53,8 @@ class Entry(NamedTuple):
     """An entry of the tree; ``size`` in bytes (a RAM file's, a text's, a link's target's).
 
     ``open`` counts open file descriptions, wherever their descriptors are; a mapping is none. A mapping of a RAM file
-    shows ``inode`` and the mount's device (``FuseStatus.device``) in /proc/PID/maps, not the memfd's.
+    shows ``inode`` and the mount's device (``FuseStatus.device``) in /proc/PID/maps, not the memfd's; one that was made
+    under an earlier server keeps its inode, which is never used again, and the device of a mount that is gone.
     """
 
     path: str
@@ -144,23 +145,20 @@ class FuseTree:
 
         from memconsole import native
 
-        started = subprocess.run(
-            [native.program("memconsole-fuse"), path, mountpoint.absolute()],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
-        )
-        why = started.stderr.decode(errors="replace").strip()
-        deadline = time.monotonic() + 2.0
+        command = [native.program("memconsole-fuse"), path, mountpoint.absolute()]
+        deadline = time.monotonic() + _LINGERS_S
         while True:
+            started = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+            why = started.stderr.decode(errors="replace").strip()
             try:
                 return _serving(cls(path), mountpoint)
-            except Gone:  # another process started it at the same moment, and it does not listen yet
-                if started.returncode == _ALREADY_SERVED and time.monotonic() > deadline:
-                    raise Refused(f"nothing can be mounted at {mountpoint}", why, code="MountTaken") from None
+            except Gone:
                 if started.returncode != _ALREADY_SERVED:
                     raise MemconsoleError(f"nothing can be mounted at {mountpoint}", why, _UNAVAILABLE) from None
-                time.sleep(0.01)
+                # one that was started at the same moment does not listen yet, or one that ends has not ended
+                if time.monotonic() > deadline:
+                    raise Refused(f"nothing can be mounted at {mountpoint}", why, code="MountTaken") from None
+                time.sleep(0.02)
 
     # --- what guests see --------------------------------------------------------------------------------------------
 
@@ -384,6 +382,7 @@ class FuseTree:
 
 _VERSION = 1
 _ALREADY_SERVED = 3
+_LINGERS_S = 2.0
 _MAX_PATH = 1023
 _MAX_PAYLOAD = 4096
 _MAX_PARTS = 64

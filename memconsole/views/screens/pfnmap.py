@@ -163,6 +163,7 @@ class PfnMap(View):
         self._space: Space | None = None
         self._shown = ""
         self._scanned_from: Source | None = None
+        self._legend_for: tuple[bool, bool, str] | None = None
 
     def compose(self) -> ComposeResult:
         """Title, map and panel, the question where to go, and the list of maps."""
@@ -334,6 +335,10 @@ class PfnMap(View):
         return Content.assemble(*parts)
 
     def _say_legend(self) -> None:
+        key = (self.map.by_runs, self.has_class("-beside"), self.app.theme)
+        if key == self._legend_for:
+            return
+        self._legend_for = key
         looks = (LOOKS[1], *RUNS) if self.map.by_runs else LOOKS[1:]
         if self.has_class("-beside"):
             lines = [Content.assemble(self._sample(look), (f" {look.title}", "$text-muted")) for look in looks]

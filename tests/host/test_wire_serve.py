@@ -200,28 +200,6 @@ def test_a_region_can_be_read_by_fd_and_not_written(service: Service) -> None:
         client.apply(actions.Release("web"))
 
 
-def test_no_descriptor_is_left_after_many_actions(service: Service) -> None:
-    process = service.start()
-
-    def held() -> int:
-        return sum(1 for _ in Path(f"/proc/{process.pid}/fd").iterdir())
-
-    with contextlib.closing(service.client()) as client:
-
-        def act() -> None:
-            client.apply(actions.Reserve("once", 4096))
-            client.extents("region:once").close()
-            client.apply(actions.Release("once"))
-
-        act()
-        client.events(0)
-        before = held()
-        for _ in range(100):
-            act()
-        client.events(0)
-        until(lambda: held() <= before)
-
-
 def test_units_are_understood_by_systemd(tmp_path: Path) -> None:
     units = Path(__file__).parents[2] / "systemd"
     for unit in ("memconsole.service", "memconsole.socket"):

@@ -286,6 +286,35 @@ def test_what_is_under_way_is_answered_before_the_end(source: ServedSource, serv
     client.close()
 
 
+def test_a_call_that_takes_too_long_is_refused_by_name_and_forgotten(
+    source: ServedSource, serving: Serving, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memconsole.backend.wire.server.READ_S", 0.1)
+    going_on = threading.Event()
+    source.on_snapshot = lambda: going_on.wait(30) and None
+    with pytest.raises(Refused) as caught:
+        client.snapshot()
+    assert caught.value.code == "Deadline"
+    going_on.set()
+    assert client.snapshot() == source.snapshot()
+    for _ in range(20):
+        client.plan(RESERVE)
+    end = time.monotonic() + 10
+    while serving.service._held and time.monotonic() < end:
+        time.sleep(0.05)
+    assert serving.service._held == []
+
+
+def test_descriptors_that_come_are_not_inherited(client: Client, source: ServedSource) -> None:
+    raw, fds = client._call("GetExtents", {"key": f"region:{source.snapshot().regions[0].name}"})
+    try:
+        assert raw
+        assert [os.get_inheritable(fd) for fd in fds] == [False]
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
 def test_a_client_finds_a_service_that_came_back(source: ServedSource, path: Path) -> None:
     serving = serve_in_thread(source, path)
     client = Client(path)

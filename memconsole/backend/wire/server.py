@@ -169,6 +169,7 @@ class Service:
     roles: Roles
     end: bytes = b"\0"
     _denials: dict[int, float] = field(default_factory=dict)
+    _held: list[tuple[Call, float, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._read = Pool("memconsole-read", 4, 256)
@@ -406,11 +407,16 @@ class Service:
     # --- what may block -------------------------------------------------------------------------------------------
 
     def _hold(self, call: Call, seconds: float) -> None:
+        """Have a call answered within so many seconds, by an error if need be."""
         call.connection.busy = True
-        self.loop.later(seconds, lambda: self._expire(call, seconds))
+        if not self._held:
+            self.loop.later(1.0, self._expire)
+        self._held.append((call, time.monotonic() + seconds, seconds))
 
-    def _expire(self, call: Call, seconds: float) -> None:
-        if call.open:
+    def _expire(self) -> None:
+        """Forget the calls that were answered, and answer those whose time is over."""
+        now = time.monotonic()
+        for call, _, seconds in [held for held in self._held if held[0].open and held[1] <= now]:
             call.fail(
                 Refused(
                     f"no answer to {call.method} within {seconds:g} s",
@@ -419,6 +425,9 @@ class Service:
                     code="Deadline",
                 )
             )
+        self._held = [held for held in self._held if held[0].open]
+        if self._held:
+            self.loop.later(1.0, self._expire)
 
     def _work(self, call: Call, pool: Pool, seconds: float, work: Callable[[], Answer]) -> None:
         def job() -> None:

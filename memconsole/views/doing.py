@@ -23,10 +23,11 @@ from memconsole.views.screens.dialogs import AskName
 from memconsole.views.screens.running import MacroForm, MacroPlan
 
 LONG = 15
+EXISTING = {actions.Kind.REGION, actions.Kind.GUEST, actions.Kind.GRANT, actions.Kind.WINDOW}
 NEED_A_ROW = {
     id
     for id, cls in actions.REGISTRY.items()
-    if all(field.arg.kind is not actions.Kind.NEW_NAME for field in actions.fields(cls))
+    if any(field.required and field.arg.kind in EXISTING for field in actions.fields(cls))
 }
 """Actions on something that exists already."""
 
@@ -140,11 +141,9 @@ class Doing(Following):
         self.busy.remove(event.action.spec.title)
         self.journal.append(event.action)
         outcome = event.outcome
-        text = f"{outcome.text} ({format_duration(outcome.took_ns)})"
-        if outcome.revoke is not None:
-            report = outcome.revoke
-            text += f"\n{report.outcome}, by {report.rung}" + (f": {report.note}" if report.note else "")
-        self.notify(text, title=f"✔ {event.action.spec.title}", markup=False)
+        text = f"{outcome.text}\n{outcome.revoke.note}" if outcome.revoke and outcome.revoke.note else outcome.text
+        title = f"✔ {event.action.spec.title} in {format_duration(outcome.took_ns)}"
+        self.notify(text, title=title, markup=False)
         self.action_refresh()
         self.show_state()
 

@@ -38,6 +38,14 @@ async def test_every_view_opens_by_its_number_and_shows_what_it_is_about(size):
             assert "? Help" in lines[-1]
 
 
+async def test_tab_goes_from_table_to_table_and_the_title_speaks_of_the_one_in_use():
+    app = console()
+    async with running(app) as pilot:
+        for key, count in (("6", "6"), ("tab", "3"), ("tab", "5"), ("shift+tab", "3")):
+            await pilot.press(key)
+            assert shown(app).splitlines()[2].split() == ["MMIO", count]
+
+
 async def test_an_empty_host_is_shown_in_words():
     full = synthetic.snapshot()
     empty = Snapshot(taken_ns=full.taken_ns, host=full.host, memory=full.memory)

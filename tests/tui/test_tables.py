@@ -175,3 +175,24 @@ async def test_what_a_process_calls_itself_cannot_steer_the_terminal():
 )
 def test_text_is_fitted_to_cells(text, width, right, wanted):
     assert fit(text, width, right=right) == wanted
+
+
+async def test_the_newest_event_stays_under_the_cursor_until_it_is_moved():
+    app = console()
+    async with running(app) as pilot:
+        await pilot.press("8")
+        assert table(app).selected.seq == 8
+        await refreshed(pilot, app, synthetic.snapshot(events=9))
+        assert table(app).selected.seq == 9
+        await pilot.press("down")
+        await refreshed(pilot, app, synthetic.snapshot(events=10))
+        assert table(app).selected.seq == 8
+
+
+async def test_an_equal_part_of_a_changed_entity_is_not_marked():
+    app = console()
+    async with running(app) as pilot:
+        await pilot.press("3", "enter")
+        await refreshed(pilot, app, synthetic.snapshot(beats=2000))
+        assert "•2,000" in shown(app)
+        assert all(line[1] == " " for widget in app.view.query(VirtualTable) for line in lines(widget)[1:] if line)

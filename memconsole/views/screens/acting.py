@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from memconsole.views.app import ConsoleApp
 
 Answer = Literal["apply", "options"]
+WIDTH = 70
+"""Cells of a dialog's text."""
 
 
 def names_of(kind: Kind, snapshot: Snapshot | None) -> list[str]:
@@ -175,16 +178,20 @@ def plan_lines(plan: Plan) -> list[Content]:
     """A plan in lines: its effects in order with their undo, or the refusals with their remedies."""
     lines: list[Content] = []
     for refusal in plan.refusals:
-        lines.append(line([("✖ ", "bold $error"), (refusal.code, "bold $error"), (f"  {refusal.what}", "")]))
-        lines += [line([("  ", ""), (refusal.why, "$text-muted")])] if refusal.why else []
-        lines += [line([("  ▸ ", "$success"), (refusal.remedy, "")])] if refusal.remedy else []
+        lines += _hanging("✖ ", f"{refusal.code}: {refusal.what}", "bold $error")
+        lines += _hanging("  ", refusal.why, "$text-muted")
+        lines += _hanging("  ▸ ", refusal.remedy, "")
     for number, effect in enumerate(plan.effects, 1):
-        lines.append(
-            line([(f"{number:>2} ", "bold $primary"), (effect.text, "$text-disabled" if plan.refusals else "")])
-        )
-        if effect.undo:
-            lines.append(line([("   undo: ", "$secondary"), (effect.undo, "$text-muted")]))
+        lines += _hanging(f"{number:>2} ", effect.text, "$text-disabled" if plan.refusals else "")
+        lines += _hanging("   undo: ", effect.undo, "$text-muted")
     return lines
+
+
+def _hanging(lead: str, text: str, style: str) -> list[Content]:
+    """Text behind a lead, its further lines below its first one; nothing for no text."""
+    wrapped = textwrap.wrap(text, WIDTH - len(lead))
+    leads = [lead] + [" " * len(lead)] * len(wrapped)
+    return [line([(before, "bold $primary"), (part, style)]) for before, part in zip(leads, wrapped, strict=False)]
 
 
 class Confirmation(Dialog[Answer]):

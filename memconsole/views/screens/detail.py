@@ -182,6 +182,17 @@ class GrantDetail(Detail):
     SECTIONS = (Section(tables.MAPPINGS, lambda _, grant: grant.seen), FINDINGS, EVENTS)
 
 
+class QuarantineDetail(Detail):
+    """Frames a revoke left behind because they are pinned: the region whose contents are elsewhere by now."""
+
+    TABLE = TABLES["quarantine"]
+    SECTIONS = (
+        Section(TABLES["regions"], lambda snapshot, kept: [r for r in snapshot.regions if r.name == kept.region]),
+        FINDINGS,
+        EVENTS,
+    )
+
+
 class WindowDetail(Detail):
     """An MMIO window and its device."""
 
@@ -243,6 +254,7 @@ DETAILS: dict[str, type[Detail]] = {
     "region": RegionDetail,
     "guest": GuestDetail,
     "grant": GrantDetail,
+    "quarantine": QuarantineDetail,
     "window": WindowDetail,
     "device": DeviceDetail,
     "domain": DomainDetail,

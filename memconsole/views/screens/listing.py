@@ -132,12 +132,17 @@ class Listing(View):
     """
     TABLES: ClassVar[Sequence[tuple[Table, str]]] = ()
     """The tables, each with what to say when it is empty."""
+    COLUMNS: ClassVar[str | None] = None
+    """The columns of the first table, the most important ones first; None for the usual ones."""
+    STAY_ON_TOP: ClassVar[bool] = False
+    """Whether a cursor on the first row stays there when rows come in before it."""
 
     def compose(self) -> ComposeResult:
         """The tables in their order."""
         self.set_class(len(self.TABLES) > 1, "-several")
-        for table, empty in self.TABLES:
-            yield make_table(table, empty=empty)
+        for index, (table, empty) in enumerate(self.TABLES):
+            columns = None if index else self.COLUMNS
+            yield make_table(table, empty=empty, columns=columns, stay_on_top=self.STAY_ON_TOP)
 
     def show(self, snapshot: Snapshot) -> None:
         """Show the tables' rows."""
@@ -168,15 +173,20 @@ class Guests(Listing):
 
 
 class Grants(Listing):
-    """Grants."""
+    """Grants, and what revoked ones left behind."""
 
-    TABLES = ((TABLES["grants"], "no grants yet; m on a region grants it to a guest"),)
+    TABLES = (
+        (TABLES["grants"], "no grants yet; m on a region grants it to a guest"),
+        (TABLES["quarantine"], "✔ no pin keeps revoked frames"),
+    )
 
 
 class Events(Listing):
     """Events, the newest first."""
 
     TABLES = ((TABLES["events"], "nothing has happened yet"),)
+    COLUMNS = "seq,at,text,subject,kind,peer"
+    STAY_ON_TOP = True
 
     def on_mount(self) -> None:
         """The newest first."""

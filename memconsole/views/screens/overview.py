@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from textual.widget import Widget
 
 LABEL = 9
-NUMBERS = 19
+NUMBERS = 21
 MOST_ROWS = 8
 METER = 36
 """The least width of a meter; two stand side by side where they fit."""
@@ -76,7 +76,7 @@ def _drawn(meter: Meter, width: int) -> Content:
     full = meter.part / meter.whole if meter.whole else 0.0
     filled, empty = bar(full, max(width - LABEL - NUMBERS, 4))
     tone = meter.tone or ("bad" if full > 0.95 else "warn" if full > 0.85 else "good")
-    numbers = f" {format_size(meter.part):>6} of {format_size(meter.whole):<5}{full * 100:>2.0f}%"
+    numbers = f" {format_size(meter.part):>6} of {format_size(meter.whole):<5}{full * 100:>4.0f}%"
     return line([(fit(meter.title, LABEL), "$secondary"), (filled, STYLES[tone]), (empty, "$border"), (numbers, "")])
 
 
@@ -192,7 +192,11 @@ class Overview(View):
                 id="findings",
             )
             yield VirtualTable(
-                TABLES["events"], columns="at,subject,text,peer", empty="nothing has happened yet", id="events"
+                TABLES["events"],
+                columns="at,subject,text,peer",
+                empty="nothing has happened yet",
+                stay_on_top=True,
+                id="events",
             )
             yield VirtualTable(tables.GAPS, empty="✔ everything could be read", id="gaps")
 

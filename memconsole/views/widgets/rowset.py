@@ -17,8 +17,8 @@ Test = Callable[[int], bool]
 class RowSet:
     """The entities of one table, sorted and filtered as the operator asked.
 
-    Entities that did not change must be the same objects as before (see :func:`memconsole.views.refresh.settle`): what
-    is another object counts as changed. Text is made only for rows that are shown or searched.
+    Entities that did not change should be the same objects as before (see :func:`memconsole.views.refresh.settle`), or
+    they are compared, one by one. Text is made only for rows that are shown or searched.
     """
 
     def __init__(self, table: Table, fields: Sequence[Field]) -> None:
@@ -74,7 +74,7 @@ class RowSet:
             was = old_at.get(key)
             if was is None:
                 self.before[key] = None
-            elif old[was] is not item:
+            elif old[was] is not item and old[was] != item:
                 self.before[key] = old[was]
             else:
                 texts[index] = old_texts[was]

@@ -138,10 +138,20 @@ class VirtualTable(ScrollView, can_focus=True):
             self.what = what
 
     class Changed(Message):
-        """Rows, order or filter changed: what a title says about the table may differ."""
+        """Rows, order, filter or the focus changed: what a title says about the table may differ."""
 
-    def __init__(self, table: Table, *, columns: str | None = None, empty: str = "nothing here", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        table: Table,
+        *,
+        columns: str | None = None,
+        empty: str = "nothing here",
+        stay_on_top: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """With ``stay_on_top`` a cursor on the first row stays on it whatever comes in; ``empty`` stands for no row."""
         super().__init__(**kwargs)
+        self._stay_on_top = stay_on_top
         self.table = table
         self.rows = RowSet(table, table.pick(columns))
         self.empty = empty
@@ -216,7 +226,9 @@ class VirtualTable(ScrollView, can_focus=True):
     def _move_to(self, row: int, *, keep: bool = False) -> None:
         """Put the cursor on a row; with ``keep`` the entity it belongs to stays the one that is looked for."""
         old, self.cursor = self.cursor, row
-        if len(self.rows) and not (keep and self.rows.filter_text):
+        if self._stay_on_top and row == 0:
+            self._key = None
+        elif len(self.rows) and not (keep and self.rows.filter_text):
             self._key = self.rows.key(row)
         page = max(self.size.height - 1, 1)
         top = self.scroll_offset.y
@@ -263,6 +275,8 @@ class VirtualTable(ScrollView, can_focus=True):
         """Show whether keys go here."""
         super().watch_has_focus(has_focus)
         self.refresh()
+        if has_focus:
+            self.post_message(self.Changed())
 
     def render_lines(self, crop: Region) -> list[Strip]:
         """Some lines; the columns are laid out once for all of them."""

@@ -40,6 +40,7 @@ HELLO = struct.Struct("<II")
 DONE = struct.Struct("<iI120s")
 REPORTED = struct.Struct("<IIQQQQQQQ120s")
 SWEPT = struct.Struct("<QQQ")
+MAPPED = struct.Struct("<iIQ120s")
 GRANT = struct.Struct("<64sQQQII")
 NAME = struct.Struct("<64s")
 
@@ -51,6 +52,7 @@ class Type(enum.IntEnum):
     DONE = 2
     REPORTED = 3
     SWEPT = 4
+    MAPPED = 5
     GRANT = 16
     UNMAP = 17
     PAUSE = 18
@@ -256,45 +258,130 @@ class Agent:
             if not packet:
                 raise ConnectionResetError
             message = unpack(packet)
-            status, text = self._do(message, fds)
+            answer = self._do(message, fds)
+            reply = pack(*answer.packed(message.id))
+            controls = (
+                [] if answer.uffd < 0 else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", answer.uffd))]
+            )
+            try:
+                self._socket.sendmsg([reply], controls)
+            finally:
+                if answer.uffd >= 0:
+                    os.close(answer.uffd)
         finally:
             for fd in fds:
                 os.close(fd)
-        self._socket.send(pack(Type.DONE, message.id, DONE.pack(status, 0, text.encode()[:119])))
 
-    def _do(self, message: Message, fds: list[int]) -> tuple[int, str]:
+    def _do(self, message: Message, fds: list[int]) -> _Answer:
         if message.type is Type.GRANT and len(message.body) == GRANT.size and len(fds) == 1:
             return self._map(message.body, fds[0])
         if message.type is Type.UNMAP and len(message.body) == NAME.size:
             return self._unmap(unpack_name(message.body))
         if message.type in _OF_VMS and not message.body:
-            return errno.EOPNOTSUPP, "a process has no such thing"
+            return _Answer(errno.EOPNOTSUPP, "a process has no such thing")
         raise BadMessage(f"a malformed {message.type.name}")
 
-    def _map(self, body: bytes, fd: int) -> tuple[int, str]:
-        raw, offset, length, gpa, access, _ = GRANT.unpack(body)
+    def _map(self, body: bytes, fd: int) -> _Answer:
+        raw, offset, length, gpa, access, wants = GRANT.unpack(body)
         id = unpack_name(raw)
         if id in self.grants:
-            return 0, ""
+            return _Answer(0)
         if len(self.grants) >= MAX_GRANTS:
-            return errno.ENOSPC, f"it holds {MAX_GRANTS} grants"
+            return _Answer(errno.ENOSPC, f"it holds {MAX_GRANTS} grants")
         writable = access == 2
         try:
             mapping = mmap.mmap(fd, length, offset=offset, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
         except (OSError, ValueError, OverflowError) as error:
-            return getattr(error, "errno", None) or errno.EINVAL, str(error)
+            return _Answer(getattr(error, "errno", None) or errno.EINVAL, str(error))
+        answer = _registered(mapping, length, wants) if wants else _Answer(0)
         with self._changed:
             self._grants[id] = Grant(id, memoryview(mapping), offset, None if gpa == NO_GPA else gpa, writable, mapping)
             self._changed.notify_all()
-        return 0, ""
+        return answer
 
-    def _unmap(self, id: str) -> tuple[int, str]:
+    def _unmap(self, id: str) -> _Answer:
         grant = self.grants.get(id)
         if grant is None:
-            return 0, ""
+            return _Answer(0)
         if self._on_unmap is not None:
             try:
                 self._on_unmap(grant)
             except Exception as error:  # noqa: BLE001 - the process's own code says no; the control process is told
-                return errno.EBUSY, f"it will not: {error}"
-        return (0, "") if self._drop(grant) else (errno.EBUSY, "its memory is in use")
+                return _Answer(errno.EBUSY, f"it will not: {error}")
+        return _Answer(0) if self._drop(grant) else _Answer(errno.EBUSY, "its memory is in use")
+
+
+# --- page faults, handed over -----------------------------------------------------------------------------------
+
+WANTS_FAULTS, WANTS_SHIELD = 1, 2
+_MISSING, _MINOR, _RWP = 1, 4, 8
+_FEATURES = {_MISSING: 1 << 4 | 1 << 5, _MINOR: 1 << 9 | 1 << 10, _RWP: 1 << 17}
+"""What a mode of registering wants of the kernel, for shmem and for hugetlb pages (UFFD_FEATURE_*)."""
+_UFFDIO_API, _UFFDIO_REGISTER, _UFFD_API = 0xC018AA3F, 0xC020AA00, 0xAA
+_SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282, "riscv64": 282}
+_USER_MODE_ONLY = 1
+
+
+def userfaultfd() -> int:
+    """A new userfaultfd; one that serves faults of the kernel too, where this process may have that.
+
+    Raises:
+        OSError: the kernel has none for this process.
+    """
+    import ctypes
+
+    number = _SYS_USERFAULTFD.get(os.uname().machine)
+    if number is None:
+        raise OSError(errno.ENOSYS, "userfaultfd on this processor")
+    libc = ctypes.CDLL(None, use_errno=True)
+    for flags in (0, _USER_MODE_ONLY):
+        fd: int = libc.syscall(ctypes.c_long(number), ctypes.c_int(flags | os.O_CLOEXEC | os.O_NONBLOCK))
+        if fd >= 0:
+            return fd
+    raise OSError(ctypes.get_errno(), "userfaultfd")
+
+
+def _registered(mapping: mmap.mmap, length: int, wants: int) -> _Answer:
+    """A mapping registered for what is wanted of it, as far as the kernel can; else why it is not."""
+    import ctypes
+    import fcntl
+
+    try:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        probe = userfaultfd()
+        try:
+            asked = fcntl.ioctl(probe, _UFFDIO_API, struct.pack("QQQ", _UFFD_API, 0, 0))
+        finally:
+            os.close(probe)
+        wanted = (_MISSING | _MINOR if wants & WANTS_FAULTS else 0) | (_RWP if wants & WANTS_SHIELD else 0)
+        there = struct.unpack("QQQ", asked)[1]
+        modes = sum(mode for mode, needs in _FEATURES.items() if wanted & mode and there & needs == needs)
+        if not modes:
+            return _Answer(0, "this kernel has nothing of what is wanted")
+        uffd = userfaultfd()
+        try:
+            features = sum(needs for mode, needs in _FEATURES.items() if modes & mode)
+            fcntl.ioctl(uffd, _UFFDIO_API, struct.pack("QQQ", _UFFD_API, features, 0))
+            fcntl.ioctl(uffd, _UFFDIO_REGISTER, struct.pack("QQQQ", address, length, modes, 0))
+        except BaseException:
+            os.close(uffd)
+            raise
+    except (OSError, TypeError) as error:
+        return _Answer(0, str(error))
+    return _Answer(0, "", uffd, modes, address)
+
+
+class _Answer(NamedTuple):
+    """What a request is answered: with an uffd, how the mapping at ``address`` is registered with it."""
+
+    status: int
+    text: str = ""
+    uffd: int = -1
+    modes: int = 0
+    address: int = 0
+
+    def packed(self, id: int) -> tuple[Type, int, bytes]:
+        text = self.text.encode()[:119]
+        if self.uffd < 0:
+            return Type.DONE, id, DONE.pack(self.status, 0, text)
+        return Type.MAPPED, id, MAPPED.pack(self.status, self.modes, self.address, text)

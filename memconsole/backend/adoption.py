@@ -22,6 +22,8 @@ import msgspec
 from memconsole import actions
 from memconsole.backend import steps, verbs
 from memconsole.backend.desk import STOP_S, Desk, custody_name
+from memconsole.backend.handoff import adopt as handoff
+from memconsole.backend.handoff.adopt import Landing
 from memconsole.backend.revoke import move
 from memconsole.backend.state import Change, Done, Failed, Happened, Intent, Record
 from memconsole.backend.stores import memfd
@@ -46,14 +48,42 @@ Write = Callable[[Record], int]
 def adopt(desk: Desk, write: Write) -> list[Finding]:
     """Take over everything; what does not match is a finding."""
     move.finish(desk)
-    found = list(_regions(desk))
+    desk.handoff = handoff.stored(desk)
+    landing, found = _landed(desk, write)
+    found += _regions(desk)
+    desk.uffds.adopt()
     for guest in desk.state.guests.values():
         with contextlib.suppress(Gone):
-            desk.adopt_guest(guest)
+            if guest.pid is not None:
+                desk.adopt_guest(guest)
     for number, intent in list(desk.state.unfinished.items()):
         found += _finish(desk, write, number, intent)
+    if landing is not None:
+        handoff.settle(desk, landing)
+        found += landing.findings
     found += _unknown(desk, write)
+    desk.uffds.forget()
     return found
+
+
+def _landed(desk: Desk, write: Write) -> tuple[Landing | None, list[Finding]]:
+    """The other side of a jump: the ledger learns which inodes its regions, which processes its guests are now."""
+    if not handoff.landed(desk):
+        return None, []
+    begun = [item for item in desk.state.unfinished.items() if isinstance(item[1].action, actions.Handoff)]
+    if not begun:
+        desk.custody.drop(handoff.RESUME)  # its handoff is over, and the ledger knows
+        return None, []
+    number, intent = begun[0]
+    try:
+        landing = handoff.land(desk, at_ns=intent.at_ns)
+    except MemconsoleError as error:
+        what = f"a handoff landed, and what became of it cannot be read: {error}"
+        return None, [Finding("handoff-unread", Severity.ERROR, intent.subject, what, "custody", error.remedy)]
+    back = sum(guest.back for guest in landing.report.guests)
+    text = f"{intent.subject} was handed off: {back} of {len(landing.report.guests)} guests are back"
+    write(Done(number, time.time_ns(), text, landing.change))
+    return landing, []
 
 
 # --- regions ----------------------------------------------------------------------------------------------------
@@ -150,6 +180,10 @@ def _forward(desk: Desk, number: int, action: actions.Action) -> Record:
 
 def _back(desk: Desk, number: int, intent: Intent) -> Record:
     action = intent.action
+    if isinstance(action, actions.Handoff):
+        if handoff.interrupted(desk, action):
+            return _carried_on(desk, number, intent)
+        handoff.take_back(desk, intent)
     if isinstance(action, actions.GuestStart):
         for handle in orphans(desk, action.name):
             with contextlib.closing(handle):
@@ -168,6 +202,14 @@ def _back(desk: Desk, number: int, intent: Intent) -> Record:
                     Change(grants=(msgspec.structs.replace(grant, state=GrantState.MAPPED),)),
                 )
     return Failed(number, time.time_ns(), "CutShort", "the control process died; what was done of it is undone")
+
+
+def _carried_on(desk: Desk, number: int, intent: Intent) -> Record:
+    landing = handoff.carry_on(desk)
+    handoff.take_hold(desk, landing.change.guests)
+    handoff.settle(desk, landing)
+    text = f"{intent.subject} has rehearsed a handoff (carried through after a restart)"
+    return Done(number, time.time_ns(), text, landing.change)
 
 
 def _still_mapped(desk: Desk, grant: Grant) -> bool:

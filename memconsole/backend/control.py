@@ -30,7 +30,19 @@ from memconsole.backend.ledger import Ledger
 from memconsole.backend.state import KINDS, Change, Done, Failed, Happened, Intent, Record, fold
 from memconsole.backend.survey import Meant
 from memconsole.errors import MemconsoleError, NotFound, Refused
-from memconsole.model import Access, Danger, Event, Finding, GrantState, GuestKind, Outcome, Plan, Refusal, Snapshot
+from memconsole.model import (
+    Access,
+    Danger,
+    Event,
+    Finding,
+    GrantState,
+    GuestKind,
+    HandoffReport,
+    Outcome,
+    Plan,
+    Refusal,
+    Snapshot,
+)
 from memconsole.source import nothing_at
 
 # A survey needs none of these: they are imported by those who act.
@@ -142,6 +154,8 @@ class Control:
             ),
             self._desk.faces,
             self._desk.shields,
+            self._desk.faults,
+            self._handed_off(),
         )
         taken = survey.survey(meant, self._root)
         if self._past is not None:
@@ -193,6 +207,7 @@ class Control:
             tuple(step.effect for step in work.steps),
             (*refusals, *work.refusals),
             work.subject if spec.danger is Danger.DESTROYS else None,
+            work.conditions,
         )
 
     def apply(self, action: Action, *, peer: str = "") -> Outcome:
@@ -220,6 +235,7 @@ class Control:
                 raise
             self._record(Done(number, time.time_ns(), work.text, work.change))
             self._settle(work.change)
+            self._standing += work.findings
         return Outcome(
             action.spec.id,
             work.subject,
@@ -286,6 +302,14 @@ class Control:
 
         return verbs.work(self._desk, action)
 
+    def _handed_off(self) -> HandoffReport | None:
+        """The report of the last handoff, with what the guests say of their blackout as soon as they do."""
+        if self._desk.handoff is None:
+            return None
+        from memconsole.backend.handoff import adopt
+
+        return adopt.reported(self._desk)
+
     def _recheck(self) -> None:
         """Let quarantined frames go whose pins have dropped; asked at most once a second."""
         if self._state.quarantine and time.monotonic() > self._rechecked + RECHECK_S:
@@ -315,6 +339,7 @@ class Control:
         """What is due after an action: tables of what is gone, grants mapped meanwhile, a ledger grown long."""
         if self._tables is not None:
             self._tables.forget()
+        self._desk.uffds.forget()
         gone = set(change.without_regions)
         self._standing = [finding for finding in self._standing if finding.subject not in gone]
         for guest in {grant.guest for grant in change.grants if grant.state is GrantState.OFFERED}:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from memconsole.backend import survey
 from memconsole.backend.kernel import census, pci
 from memconsole.backend.survey import Answer, Backing, Face, Readers, Shield
 from memconsole.errors import GuestError, MemconsoleError, NotFound, UsageError
-from memconsole.model import Grant, Guest, GuestKind, GuestState, Region, Window
+from memconsole.model import Faults, Grant, Guest, GuestKind, GuestState, HandoffReport, Region, Window
 from memconsole.units import PAGE
 
 # A survey needs none of these: they are imported by those who act.
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from memconsole.backend.exports.fd import Hub
     from memconsole.backend.guests.base import Guest as LiveGuest
     from memconsole.backend.guests.base import Offer
+    from memconsole.backend.lazy import Uffds
     from memconsole.backend.reach import Reach
     from memconsole.backend.state import Record, State, WindowGrant
 
@@ -71,7 +72,9 @@ class Desk:
         self._on_guest = on_guest
         self.record = record
         self.faces: tuple[Face, ...] = ()
-        self.shields: tuple[Shield, ...] = ()
+        self.handoff: HandoffReport | None = None
+        self._uffds: Uffds | None = None
+        self._rwp: bool | None = None
         self._hub: Hub | None = None
         self._looking = threading.RLock()
         self._fds: dict[str, tuple[int, ...]] = {}
@@ -99,8 +102,35 @@ class Desk:
 
         if self._hub is None:
             self.runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-            self._hub = Hub(self.runtime_dir / "agents", on_change=self._on_guest)
+            self._hub = Hub(self.runtime_dir / "agents", on_change=self._on_guest, on_uffd=self._take_uffd)
         return self._hub
+
+    @property
+    def uffds(self) -> Uffds:
+        """What guests handed over to have their faults served, or to be barred."""
+        from memconsole.backend.lazy import Uffds
+
+        self._uffds = self._uffds or Uffds(self)
+        return self._uffds
+
+    @property
+    def shields(self) -> tuple[Shield, ...]:
+        """The mappings of guests that lead nowhere any more."""
+        return self._uffds.shields if self._uffds is not None else ()
+
+    @property
+    def faults(self) -> Mapping[str, Faults]:
+        """What was served for each lazy grant."""
+        return self._uffds.faults() if self._uffds is not None else {}
+
+    def _take_uffd(self, guest: str, grant: str, uffd: int, modes: int, address: int) -> None:
+        """A guest handed an uffd over; without us it goes on as if it had not."""
+        aims = (grant for intent in self.state.unfinished.values() for grant in intent.aims.grants)
+        meant = next((each for each in (*self.state.grants.values(), *aims) if each.id == grant), None)
+        live = self.live(guest)
+        if meant is not None and live is not None:
+            with contextlib.suppress(MemconsoleError):
+                self.uffds.take(meant, (live.pid, live.start_ticks), uffd, modes, address)
 
     # --- regions --------------------------------------------------------------------------------------------------
 
@@ -322,9 +352,16 @@ class Desk:
         index, offset = divmod(grant.offset, memfd.SEGMENT)
         fd = memfd.give(fds[index], grant.access)
         try:
-            yield Offer(grant.id, fd, offset, grant.length, grant.access, grant.gpa)
+            yield Offer(grant.id, fd, offset, grant.length, grant.access, grant.gpa, self._wants(grant))
         finally:
             os.close(fd)
+
+    def _wants(self, grant: Grant) -> int:
+        from memconsole.backend import lazy
+
+        if self._rwp is None:
+            self._rwp = lazy.rwp()
+        return (lazy.WANTS_FAULTS if grant.lazy else 0) | (lazy.WANTS_SHIELD if self._rwp else 0)
 
     def answers(self) -> dict[str, Answer]:
         """What every live guest says of itself; one that does not answer in time is left out."""
@@ -342,6 +379,8 @@ class Desk:
         if self._hub is not None:
             self._hub.close()
             self._hub = None
+        if self._uffds is not None:
+            self._uffds.close()
         for name in list(self._fds):
             self.let_go(name)
 

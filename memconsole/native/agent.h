@@ -10,11 +10,14 @@
  *   agent -> control
  *     HELLO    = u32 runs_as  u32 count  count * name       first message; the grants it has mapped
  *     DONE     = s32 status  u32 zero  char text[120]       answers by id; status is 0 or an errno
+ *     MAPPED   = s32 status  u32 modes  u64 address  char text[120]     with an uffd by SCM_RIGHTS, with which the
+ *                mapping at address is registered (UFFDIO_REGISTER_MODE_*); answers a GRANT that wants one, where it can
+ *                be had, before the agent touches the mapping
  *     REPORTED = u32 runs_as  u32 state  u64 beats  u64 checked  u64 wrong  u64 gap_ns  u64 gaps
  *                u64 restored  u64 blackout_ns  char text[120]
  *     SWEPT    = u64 pages  u64 wrong  u64 ns                answers SWEEP: pages checked, bytes that are wrong
  *   control -> agent
- *     GRANT    = name  u64 offset  u64 length  u64 gpa  u32 access  u32 zero     with one fd by SCM_RIGHTS
+ *     GRANT    = name  u64 offset  u64 length  u64 gpa  u32 access  u32 wants    with one fd by SCM_RIGHTS
  *     UNMAP    = name
  *     SAVE     with one fd: stop, stay stopped, and write what it is besides its RAM into that file (canary_state.h)
  *     PAUSE, RESUME, REPORT, STOP, SWEEP have no body
@@ -39,6 +42,7 @@ enum agent_type {
 	AGENT_HELLO = 1,
 	AGENT_DONE = 2,
 	AGENT_REPORTED = 3,
+	AGENT_MAPPED = 5,
 	AGENT_SWEPT = 4,
 	AGENT_GRANT = 16,
 	AGENT_UNMAP = 17,
@@ -51,6 +55,8 @@ enum agent_type {
 };
 
 enum agent_access { AGENT_RO = 1, AGENT_RW = 2 };
+/* What the uffd of a grant is wanted for: its missing and minor faults; taking read and write access away. */
+enum agent_wants { AGENT_WANTS_FAULTS = 1, AGENT_WANTS_SHIELD = 2 };
 enum agent_runs_as { AGENT_AS_KVM = 1, AGENT_AS_PROCESS = 2 };
 /* FAILED: its vCPU or its memory is beyond going on; the text says why. */
 enum agent_state { AGENT_RUNNING = 1, AGENT_PAUSED = 2, AGENT_FAILED = 3 };
@@ -74,6 +80,14 @@ struct agent_done {
 	struct agent_head head;
 	int32_t status;
 	uint32_t zero;
+	char text[AGENT_TEXT];
+};
+
+struct agent_mapped {
+	struct agent_head head;
+	int32_t status;
+	uint32_t modes;
+	uint64_t address;
 	char text[AGENT_TEXT];
 };
 
@@ -105,7 +119,7 @@ struct agent_grant {
 	uint64_t length;
 	uint64_t gpa;
 	uint32_t access;
-	uint32_t zero;
+	uint32_t wants;
 };
 
 struct agent_unmap {
@@ -116,6 +130,7 @@ struct agent_unmap {
 _Static_assert(sizeof(struct agent_head) == 16, "the head is 16 bytes");
 _Static_assert(sizeof(struct agent_grant) == 112, "no padding in a grant");
 _Static_assert(sizeof(struct agent_done) == 144, "no padding in an answer");
+_Static_assert(sizeof(struct agent_mapped) == 152, "no padding in an answer with an uffd");
 _Static_assert(sizeof(struct agent_reported) == 200, "no padding in a report");
 _Static_assert(sizeof(struct agent_hello) <= AGENT_MAX, "a full HELLO fits into a message");
 

@@ -32,6 +32,7 @@
 #include "agent.h"
 #include "canary_kvm.h"
 #include "canary_ram.h"
+#include "canary_uffd.h"
 #include "canary_state.h"
 
 #define MS		1000000ull
@@ -156,13 +157,31 @@ static void disconnect(struct canary *c)
 	c->retry = now_ns() + RETRY_NS;
 }
 
-static void post(struct canary *c, void *message, size_t size, uint16_t type, uint32_t id)
+static void post_fd(struct canary *c, void *message, size_t size, uint16_t type, uint32_t id, int fd)
 {
+	char control[CMSG_SPACE(sizeof(int))] = { 0 };
+	struct iovec iov = { message, size };
+	struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1 };
 	struct agent_head *head = message;
 
 	*head = (struct agent_head){ AGENT_MAGIC, AGENT_VERSION, type, id, (uint32_t)size };
-	if (send(c->sock, message, size, MSG_NOSIGNAL | MSG_DONTWAIT) != (ssize_t)size)
+	if (fd >= 0) {
+		struct cmsghdr *cmsg;
+
+		msg.msg_control = control;
+		msg.msg_controllen = sizeof(control);
+		cmsg = CMSG_FIRSTHDR(&msg);
+		*cmsg = (struct cmsghdr){ .cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET,
+					  .cmsg_type = SCM_RIGHTS };
+		memcpy(CMSG_DATA(cmsg), &fd, sizeof(int));
+	}
+	if (sendmsg(c->sock, &msg, MSG_NOSIGNAL | MSG_DONTWAIT) != (ssize_t)size)
 		disconnect(c);
+}
+
+static void post(struct canary *c, void *message, size_t size, uint16_t type, uint32_t id)
+{
+	post_fd(c, message, size, type, id, -1);
 }
 
 static void hello(struct canary *c)
@@ -240,11 +259,30 @@ static void answer(struct canary *c, uint32_t id, int err, const char *why)
 	post(c, &m, sizeof(m), AGENT_DONE, id);
 }
 
-static int serve_grant(struct canary *c, const struct agent_grant *m, int fd)
+/* Answer a GRANT: with the uffd of its mapping where one is wanted and can be had. */
+static void serve_grant(struct canary *c, const struct agent_grant *m, int fd)
 {
+	struct agent_mapped with = { .status = 0 };
+	struct range *r;
+	int err, uffd;
+
 	if (m->grant[AGENT_NAME - 1] || fd < 0)
-		return EBADMSG;
-	return range_find(c, m->grant) ? 0 : range_map(c, m, fd);
+		return answer(c, m->head.id, EBADMSG, "");
+	if (range_find(c, m->grant))
+		return answer(c, m->head.id, 0, "");
+	err = range_map(c, m, fd);
+	r = err ? NULL : range_find(c, m->grant);
+	if (!r)
+		return answer(c, m->head.id, err, "");
+	uffd = uffd_register(r->header, r->length, m->wants, &with.modes);
+	with.address = (uintptr_t)r->header;
+	if (uffd < 0)
+		answer(c, m->head.id, 0, "");
+	else
+		post_fd(c, &with, sizeof(with), AGENT_MAPPED, m->head.id, uffd);
+	if (uffd >= 0)
+		close(uffd);
+	range_touch(r);
 }
 
 static int serve_unmap(struct canary *c, const struct agent_unmap *m)
@@ -323,7 +361,7 @@ static bool serve(struct canary *c)
 	}
 	switch (m.head.type) {
 	case AGENT_GRANT:
-		answer(c, m.head.id, serve_grant(c, &m.grant, fd), "");
+		serve_grant(c, &m.grant, fd);
 		break;
 	case AGENT_UNMAP:
 		answer(c, m.head.id, serve_unmap(c, &m.unmap), "");
@@ -406,7 +444,8 @@ static int64_t probe(uint64_t duration, char *why, size_t size)
 		snprintf(why, size, "/dev/kvm: %s", strerror(-err));
 	} else {
 		*r = (struct range){ .length = length, .access = AGENT_RW, .mapped = true, .used = true, .header = at };
-		range_adopt(r, false);
+		r->fresh = true;
+		range_touch(r);
 		begun = now_ns();
 		while (!c.why[0] && (now_ns() - begun < duration || r->header->beats < 2))
 			beat(&c);

@@ -25,6 +25,8 @@ struct range {
 	uint64_t offset;	/* in the file that was granted */
 	uint32_t access;
 	bool mapped;
+	bool fresh;		/* mapped, and nothing of it touched yet */
+	bool again;		/* it was mapped before, as the same */
 	bool used;		/* the slot stands for a range that is, or was, mapped */
 	struct header *header;	/* the mapping; NULL while there is none */
 	struct header last;	/* what the header said at its last beat */
@@ -131,7 +133,7 @@ static struct range *range_slot(struct canary *c, uint64_t gpa, uint64_t length)
 	return slot;
 }
 
-/* Map a grant at its GPA. Returns 0 or an errno; nothing is left half done. */
+/* Map a grant at its GPA, and touch nothing of it. Returns 0 or an errno; nothing is left half done. */
 static int range_map(struct canary *c, const struct agent_grant *m, int fd)
 {
 	uint64_t gpa = m->gpa == AGENT_NO_GPA ? range_place(c, m->length) : m->gpa;
@@ -184,10 +186,18 @@ static int range_map(struct canary *c, const struct agent_grant *m, int fd)
 	r->mapped = true;
 	if (r == &c->ranges[c->home])
 		c->awaited = false;
-	if (writes)
-		range_adopt(r, again);
+	r->fresh = writes;
+	r->again = again;
 	c->last_beat = 0;
 	return 0;
+}
+
+/* Touch a range for the first time: only once whoever serves its page faults has what it takes. */
+static void range_touch(struct range *r)
+{
+	if (r->fresh)
+		range_adopt(r, r->again);
+	r->fresh = false;
 }
 
 /* Check every stamp of a range at once, between two beats. Returns how many bytes are wrong, and adds to ``*pages``. */

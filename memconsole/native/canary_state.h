@@ -128,10 +128,17 @@ static int state_map(struct canary *c, const struct state_range *r, const struct
 {
 	struct agent_grant m = { .offset = r->offset, .length = r->length, .gpa = r->gpa, .access = r->access };
 
+	int err;
+
 	memcpy(m.grant, r->grant, AGENT_NAME);
-	for (int i = 0; i < nr; i++)
-		if (strcmp(given[i].grant, r->grant) == 0)
-			return range_map(c, &m, given[i].fd);
+	for (int i = 0; i < nr; i++) {
+		if (strcmp(given[i].grant, r->grant))
+			continue;
+		err = range_map(c, &m, given[i].fd);
+		if (!err)
+			range_touch(range_find(c, m.grant));
+		return err;
+	}
 	return 0;
 }
 

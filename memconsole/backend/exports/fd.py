@@ -9,11 +9,14 @@ SOCK_SEQPACKET, one message a packet, little-endian; ``native/agent.h`` is the s
     agent -> control
       HELLO    1  = u32 runs_as (0 neither, 1 kvm, 2 process), u32 count, count * name   first message: what it holds
       DONE     2  = i32 status, u32 zero, char text[120]         the answer to the request of that id; 0 or an errno
+      MAPPED   5  = i32 status, u32 modes, u64 address, char text[120]; one fd: an uffd with which the mapping at it
+                    is registered (UFFDIO_REGISTER_MODE_*); answers a GRANT that wants one, where it can be had
       REPORTED 3  = u32 runs_as, u32 state (1 running, 2 paused, 3 failed),
                     u64 beats, checked, wrong, gap_ns, gaps, restored, blackout_ns, char text[120]
       SWEPT    4  = u64 pages, u64 wrong, u64 ns
     control -> agent
-      GRANT   16  = name, u64 offset, u64 length, u64 gpa (all ones: none), u32 access (1 ro, 2 rw), u32 zero; one fd
+      GRANT   16  = name, u64 offset, u64 length, u64 gpa (all ones: none), u32 access (1 ro, 2 rw),
+                    u32 wants (1 its page faults, 2 a way to bar it); one fd
       UNMAP   17  = name
       SAVE    22    no body, one fd: stop, and write there what it is besides its RAM
       PAUSE 18, RESUME 19, REPORT 20, STOP 21, SWEEP 23 have no body
@@ -45,13 +48,16 @@ from memconsole.backend.guests.handle import stat
 from memconsole.errors import Gone, GuestError, KernelRefused, NotFound, Refused
 from memconsole.model import Access, Progress
 
+OnUffd = Callable[[str, str, int, int, int], None]
+"""Takes a guest's name, the grant's, an uffd (closed afterwards), the modes and the address it is registered for."""
 _MAX_UNANSWERED = 256
 _STATES = {1: "running", 2: "paused", 3: "failed"}
 
 
 class Answer(NamedTuple):
     """What a guest answered: ``status`` 0 or an errno, its words; to REPORT its state, progress and how often it was
-    restored, last after how long; to SWEEP the pages it checked and the bytes that are wrong."""
+    restored, last after how long; to SWEEP the pages it checked and the bytes that are wrong.
+    """
 
     status: int
     text: str
@@ -94,17 +100,20 @@ class _Peer:
 class Hub:
     """The agents socket of one control process; one thread listens, every method may be called from any thread."""
 
-    def __init__(self, path: Path, *, on_change: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, path: Path, *, on_change: Callable[[str], None] | None = None, on_uffd: OnUffd | None = None
+    ) -> None:
         """Listen on ``path``, in place of a socket left there.
 
         ``on_change`` is called, in the hub's thread, with a guest's name when it connected, went, or mapped or
-        unmapped a grant.
+        unmapped a grant; ``on_uffd`` when it handed an uffd over, before it is known that the grant is mapped.
 
         Raises:
             KernelRefused: the socket cannot be made.
         """
         self.path = path
         self._on_change = on_change
+        self._on_uffd = on_uffd
         self._state = threading.Condition()
         self._peers: dict[str, _Peer] = {}
         self._closed = False
@@ -194,7 +203,7 @@ class Hub:
             if not peer.greeted:
                 return False
         try:
-            answer = self._request(peer, Type.GRANT, offer.grant, within, offered)
+            answer = self._request(peer, Type.GRANT, offer.grant, within, offered=offered)
         except GuestError:
             self.withdraw(name, offer.grant)
             raise
@@ -270,6 +279,7 @@ class Hub:
         type: Type,
         grant: str,
         within: float,
+        *,
         offered: _Offered | None = None,
         fd: int | None = None,
     ) -> Answer:
@@ -313,7 +323,7 @@ class Hub:
                 offer.length,
                 wire.NO_GPA if offer.gpa is None else offer.gpa,
                 2 if offer.access is Access.RW else 1,
-                0,
+                offer.wants,
             )
             fd = offered.fd
         elif type is Type.UNMAP:
@@ -371,21 +381,30 @@ class Hub:
         with self._state:
             if peer.socket is None:
                 return False
+            fds: list[int] = []
             try:
-                # No room for ancillary data: fds a guest sends are never received.
-                packet, _, flags, _ = peer.socket.recvmsg(wire.MAX_MESSAGE)
+                # Room for one fd: the kernel drops what else a guest sends.
+                packet, controls, flags, _ = peer.socket.recvmsg(
+                    wire.MAX_MESSAGE, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC
+                )
+                fds += [fd for _, _, raw in controls for (fd,) in struct.iter_unpack("i", raw[: len(raw) // 4 * 4])]
                 whole = not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
-                changed = self._take(peer, wire.unpack(packet if whole else b""))
+                changed = self._take(peer, wire.unpack(packet if whole else b""), fds)
             except BlockingIOError:
                 return False
             except (OSError, BadMessage, GuestError):
                 self._disconnect(peer)
                 return True
+            finally:
+                for fd in fds:
+                    os.close(fd)
             if changed:
                 self._state.notify_all()
             return changed
 
-    def _take(self, peer: _Peer, message: wire.Message) -> bool:
+    def _take(self, peer: _Peer, message: wire.Message, fds: list[int]) -> bool:
+        if len(fds) != (message.type is Type.MAPPED):
+            raise BadMessage("a message with an fd too many or too few")
         if message.type is Type.HELLO:
             return self._greet(peer, message)
         ask = peer.asked.pop(message.id, None)
@@ -393,6 +412,8 @@ class Hub:
             raise BadMessage("an answer to nothing")
         try:
             ask.answer = _answer(message)
+            if fds:
+                self._handed(peer, ask, message, fds[0])
         finally:
             ask.answered.set()
         if ask.answer.status:
@@ -405,6 +426,14 @@ class Hub:
             peer.mapped.discard(ask.grant)
             self._withdraw(peer, ask.grant)
         return ask.type in {Type.GRANT, Type.UNMAP}
+
+    def _handed(self, peer: _Peer, ask: _Ask, message: wire.Message, uffd: int) -> None:
+        offered = peer.offers.get(ask.grant)
+        if ask.type is not Type.GRANT or (offered is not None and not offered.offer.wants):
+            raise BadMessage("an uffd nobody asked for")
+        _, modes, address, _ = wire.MAPPED.unpack(message.body)
+        if offered is not None and self._on_uffd is not None:
+            self._on_uffd(peer.name, ask.grant, uffd, modes, address)
 
     def _greet(self, peer: _Peer, message: wire.Message) -> bool:
         if peer.greeted or len(message.body) < wire.HELLO.size:
@@ -440,6 +469,9 @@ class Hub:
 def _answer(message: wire.Message) -> Answer:
     if message.type is Type.DONE and len(message.body) == wire.DONE.size:
         status, _, text = wire.DONE.unpack(message.body)
+        return Answer(status, _text(text))
+    if message.type is Type.MAPPED and len(message.body) == wire.MAPPED.size:
+        status, _, _, text = wire.MAPPED.unpack(message.body)
         return Answer(status, _text(text))
     if message.type is Type.REPORTED and len(message.body) == wire.REPORTED.size:
         runs_as, state, beats, checked, wrong, gap_ns, gaps, restored, blackout_ns, text = wire.REPORTED.unpack(

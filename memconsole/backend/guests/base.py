@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Offer:
-    """A grant as a guest receives it: ``fd`` of the region's segment, byte ``offset`` and ``length`` in it, ``gpa``."""
+    """A grant as a guest receives it: ``fd`` of the region's segment, byte ``offset`` and ``length`` in it, ``gpa``.
+
+    ``wants``: what its userfaultfd is wanted for (``native/agent.h``); 0 for nothing.
+    """
 
     grant: str
     fd: int
@@ -19,6 +22,22 @@ class Offer:
     length: int
     access: Access
     gpa: int | None
+    wants: int = 0
+
+
+@dataclass(frozen=True)
+class Restart:
+    """How a guest whose state was saved is started again, here or under the next kernel, without this code.
+
+    ``words`` is the command line, ``fds`` says under which number it finds what custody calls so; ``lines`` are said to
+    the monitor at ``socket`` afterwards, each until its answer contains the second text. A guest without them goes on
+    by itself.
+    """
+
+    words: tuple[str, ...]
+    fds: tuple[tuple[str, int], ...]
+    socket: str = ""
+    lines: tuple[tuple[str, str], ...] = ()
 
 
 class Guest(Protocol):

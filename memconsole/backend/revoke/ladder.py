@@ -117,7 +117,13 @@ class Ladder:
         return _Passed(f"{why}; {reach}") if reach.pids else self._settled(reach)
 
     def _protect(self) -> End | _Passed:
-        return _Passed("no userfaultfd of it was handed over", tried=False)
+        """Only a guest whose code is ours can be trusted to have kept no second uffd, which could undo it."""
+        if self._is_doubtful():
+            return _Passed("a process that is not ours could undo it", tried=False)
+        if why := self._desk.uffds.bar(self._grant.id):
+            return _Passed(why, tried=False)
+        reach = self._reach()
+        return _Passed(str(reach)) if reach.pids else End(RevokeOutcome.CUT, "its mapping stays, and leads nowhere")
 
     def _copy(self) -> End | _Passed:
         region = self._desk.state.regions[self._grant.region]

@@ -76,6 +76,7 @@ def map(desk: Desk, action: Map) -> Work:
         state=GrantState.OFFERED,
         gpa=action.gpa,
         created_ns=time.time_ns(),
+        lazy=action.lazy,
     )
     _apart(work, desk, grant)
     if not work.refusals:
@@ -94,6 +95,10 @@ def offer(work: Work, desk: Desk, grant: Grant) -> None:
             raise Gone(f"guest {grant.guest} is gone", "its process ended", f"stop guest {grant.guest}")
         with desk.offered(grant) as offered:
             mapped = live.offer(offered, OFFER_S)
+        if mapped and grant.lazy and not desk.uffds.has(grant.id):
+            live.ask_unmap(grant.id, OFFER_S)
+            why = "its kernel or its agent has no userfaultfd for this mapping"
+            raise GuestError(f"guest {grant.guest} cannot map lazily", why, "leave --lazy out", code="NotLazy")
         made = msgspec.structs.replace(grant, state=GrantState.MAPPED if mapped else GrantState.OFFERED)
         work.change = msgspec.structs.replace(work.change, grants=(made,))
         if not work.text:
@@ -107,6 +112,7 @@ def offer(work: Work, desk: Desk, grant: Grant) -> None:
             live.ask_unmap(grant.id, OFFER_S)
 
     at = "" if grant.gpa is None else f" at gpa {format_address(grant.gpa)}"
+    at += ", its pages put in place when first touched," if grant.lazy else ""
     work.step(
         "offer",
         f"offer {format_size(grant.length)} of {grant.region} from {format_address(grant.offset)}, {grant.access},"

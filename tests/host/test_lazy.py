@@ -1,0 +1,153 @@
+"""Lazy grants: pages put in place when they are first touched, counted, and served on by the next control process."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+from support import controls as world_of
+from support import keepers
+from support.controls import M, beats, controls, goes_on, grant, region, runtime_dir
+from support.guests import AgentProcess, frames, mapping_of, until
+
+from memconsole import actions as do
+from memconsole import native
+from memconsole.backend.control import Control
+from memconsole.backend.custody import KeeperCustody
+from memconsole.errors import GuestError
+from memconsole.model import Faults, GrantState, RevokeOutcome, Rung
+
+PAGE = 4096
+
+
+@pytest.fixture(autouse=True)
+def may_serve() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("faults of the kernel on a guest's behalf are root's to serve")
+
+
+@pytest.fixture
+def control() -> Iterator[Control]:
+    with controls() as made:
+        yield made
+
+
+def faults(control: Control, id: str) -> Faults:
+    found = grant(control.snapshot(), id).faults
+    assert found is not None
+    return found
+
+
+def lent(control: Control, process: AgentProcess, size: int = 8 * M, *, lazy: bool = True) -> int:
+    """A region with words in it, granted to a process; its fd."""
+    control.apply(do.Reserve("cache", size))
+    (fd,) = control._desk.fds("cache")
+    os.pwrite(fd, b"stands", 0)
+    control.apply(do.GuestAttach("db", process.pid))
+    control.apply(do.Map("cache", "db", lazy=lazy))
+    assert process.say("wait g1") == "g1"
+    return fd
+
+
+def present(control: Control, pid: int, size: int = 8 * M) -> list[int]:
+    """Which pages the process has in place: the independent reader."""
+    address, _ = mapping_of(pid, region(control.snapshot(), "cache").segments[0].inode)
+    return [page for page, pfn in enumerate(frames(pid, address, size // PAGE)) if pfn]
+
+
+def test_pages_come_when_they_are_touched_a_batch_at_a_time(control: Control) -> None:
+    with AgentProcess(control.runtime_dir / "agents") as process:
+        fd = lent(control, process)
+        assert present(control, process.pid) == []
+        assert faults(control, "g1") == Faults(served=True, batch=64 << 10)
+        assert process.say("read g1 6") == "stands"
+        assert present(control, process.pid) == [0]
+        assert (faults(control, "g1").minor, faults(control, "g1").missing) == (1, 0)
+        until(lambda: grant(control.snapshot(), "g1").state is GrantState.MAPPED, "the ledger knows")
+        os.pwrite(fd, b"x" * (64 << 10), M)
+        process.say("write g1 " + "y" * 3000)
+        seen = faults(control, "g1")
+        assert seen.present == len(present(control, process.pid)) * PAGE
+        assert control._desk.uffds.working_set("g1")[0] == 1
+
+
+def test_a_hole_is_filled_by_the_batch_and_the_counters_are_the_kernels(control: Control) -> None:
+    with AgentProcess(control.runtime_dir / "agents") as process:
+        control.apply(do.Reserve("cache", 8 * M))
+        control.apply(do.GuestAttach("db", process.pid))
+        control.apply(do.Map("cache", "db", lazy=True))
+        assert process.say("wait g1") == "g1"
+        process.say("write g1 hello")
+        assert present(control, process.pid) == list(range(16))
+        seen = faults(control, "g1")
+        assert (seen.missing, seen.present, seen.refused) == (1, 64 << 10, 0)
+        assert seen.longest_ns >= seen.busy_ns > 0
+        assert control._desk.uffds.working_set("g1")[:3] == b"\xff\xff\x00"
+
+
+def test_a_guest_waits_for_the_next_control_process_and_goes_on() -> None:
+    with (
+        runtime_dir() as directory,
+        keepers.running(native.program("memconsole-keeper")) as keeper,
+        AgentProcess(directory / "run" / "agents") as process,
+    ):
+        first = Control(directory / "run", KeeperCustody(keeper.path))
+        try:
+            lent(first, process)
+        finally:
+            first.close()
+        process._process.stdin.write("read g1 6\n")  # type: ignore[union-attr]
+        process._process.stdin.flush()  # type: ignore[union-attr]
+        time.sleep(0.3)
+        second = Control(directory / "run", KeeperCustody(keeper.path))
+        try:
+            assert process._process.stdout.readline().strip() == "stands"  # type: ignore[union-attr]
+            assert (faults(second, "g1").minor, faults(second, "g1").served) == (1, True)
+            report = second.apply(do.Revoke("g1", at_most=Rung.ASK)).revoke
+            assert report is not None
+            assert report.outcome is RevokeOutcome.PROVED
+            assert second._desk.custody.names() == ["ledger", "region:cache:0"]
+        finally:
+            second.close()
+
+
+def test_a_canary_runs_on_memory_that_comes_as_it_goes(control: Control) -> None:
+    control.apply(do.GuestStart("c1", memory=4 * M))
+    control.apply(do.Reserve("more", 16 * M))
+    control.apply(do.Map("more", "c1", gpa=1 << 30, lazy=True))
+    before = faults(control, "g2")
+    assert before.missing >= 1
+    until(lambda: faults(control, "g2").present > before.present, "the guest goes through its memory")
+    goes_on(control, "c1")
+    control.apply(do.Revoke("g2", at_most=Rung.ASK))
+    goes_on(control, "c1")
+    assert beats(control, "c1")
+    assert world_of.region(control.snapshot(), "more").grants == ()
+
+
+def test_an_emptied_file_ends_the_waiting_with_sigbus(control: Control) -> None:
+    """A fault on memory that was moved away is the kernel's to refuse: nobody is asked, and nobody waits."""
+    with AgentProcess(control.runtime_dir / "agents") as process:
+        lent(control, process)
+        process.say("hold g1")
+        report = control.apply(do.Revoke("g1", within=1)).revoke
+        assert report is not None
+        assert (report.rung, report.outcome) == (Rung.COPY, RevokeOutcome.PROVED), report
+        assert process.say("read g1 6") == ""
+        until(lambda: process._process.poll() is not None, "SIGBUS ended it")
+        assert process.end() == -7
+
+
+def test_a_guest_that_cannot_hand_its_faults_over_is_refused(control: Control) -> None:
+    """A read-only view of Python's has no address that could be registered."""
+    with AgentProcess(control.runtime_dir / "agents") as process:
+        control.apply(do.Reserve("cache", M))
+        control.apply(do.GuestAttach("db", process.pid))
+        until(lambda: control._desk.hub.connected("db"), "its agent is there")
+        with pytest.raises(GuestError) as refused:
+            control.apply(do.Map("cache", "db", lazy=True, access=do.Access.RO))
+        assert refused.value.code == "NotLazy"
+        assert process.say("grants") == "none"
+        assert control.snapshot().grants == ()

@@ -15,7 +15,7 @@ from memconsole import native
 from memconsole.errors import NotFound
 
 TREE = Path(__file__).parents[2]
-PROGRAMS = ["memconsole-canary", "memconsole-keeper"]
+PROGRAMS = ["memconsole-canary", "memconsole-keeper", "memconsole-resume"]
 NEEDED = ["pyproject.toml", "README.md", "LICENSE", "memconsole"]
 
 
@@ -69,6 +69,7 @@ with ExtentTable.scan(os.getpid(), 0, 4096) as table:
     assert table.pages == 1
 print(native.program("memconsole-canary"))
 print(native.program("memconsole-keeper"))
+print(native.program("memconsole-resume"))
 """
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     printed = run(sys.executable, "-c", code, env=environment, cwd=tmp_path).splitlines()

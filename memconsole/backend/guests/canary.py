@@ -9,8 +9,8 @@ from pathlib import Path
 
 from memconsole.agent import Type
 from memconsole.backend.exports.fd import Answer, Hub
-from memconsole.backend.guests.base import Offer
-from memconsole.backend.guests.handle import Handle, last_words, spawn
+from memconsole.backend.guests.base import Offer, Restart
+from memconsole.backend.guests.handle import GIVEN_FD, Handle, last_words, spawn
 from memconsole.errors import GuestError
 from memconsole.model import GuestKind, GuestState, Progress
 from memconsole.native import program
@@ -103,6 +103,37 @@ class CanaryGuest:
         """Let it go on."""
         self._ask(Type.RESUME)
 
+    def save(self, fd: int, within: float) -> None:
+        """Pause it, and have it write what it is besides its RAM (vCPU, ranges) into the file, from its start.
+
+        :meth:`resume` lets this one go on; :meth:`restart` starts the one that goes on in its place.
+
+        Raises:
+            GuestError: it cannot be saved; it stands still all the same.
+        """
+        self._ask(Type.SAVE, within, fd)
+
+    def restart(self, agents: Path, state: str, grants: Sequence[tuple[str, str]], *, paused: bool = False) -> Restart:
+        """How it goes on from its ``state`` in custody, its ``grants`` with what each is a part of in custody."""
+        fds = [(state, GIVEN_FD), *((segment, GIVEN_FD + 1 + row) for row, (_, segment) in enumerate(grants))]
+        given = [("--give", f"{grant}={GIVEN_FD + 1 + row}") for row, (grant, _) in enumerate(grants)]
+        words = (
+            *(program("memconsole-canary"), "--socket", str(agents), "--name", self.name),
+            *("--restore", str(GIVEN_FD), *(word for pair in given for word in pair)),
+            *(("--paused", "yes") if paused else ()),
+        )
+        return Restart(words, tuple(fds))
+
+    def sweep(self, within: float) -> tuple[int, int]:
+        """Check every page at once: how many were checked, and how many bytes are wrong."""
+        answer = self._ask(Type.SWEEP, within)
+        return answer.pages, answer.wrong
+
+    def blackout(self) -> tuple[int, int]:
+        """How often it was restored, and the nanoseconds it did not run around the last time, as it saw it itself."""
+        answer = self._ask(Type.REPORT)
+        return answer.restored, answer.blackout_ns
+
     def stop(self, within: float) -> None:
         """End it, by force after ``within`` seconds."""
         if self._handle.alive():
@@ -127,9 +158,9 @@ class CanaryGuest:
         self._hub.unregister(self.name)
         self._handle.close()
 
-    def _ask(self, type: Type) -> Answer:
+    def _ask(self, type: Type, within: float = ANSWERS, fd: int | None = None) -> Answer:
         self._handle.check()
-        answer = self._hub.ask(self.name, type, ANSWERS)
+        answer = self._hub.ask(self.name, type, within, fd)
         if answer.status:
             raise GuestError(f"canary {self.name} refused {type.name}", answer.text or os.strerror(answer.status))
         return answer

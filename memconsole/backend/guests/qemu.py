@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memconsole.backend.guests.base import Offer
+from memconsole.backend.guests.base import Offer, Restart
 from memconsole.backend.guests.handle import GIVEN_FD, Handle, last_words, spawn
 from memconsole.errors import Gone, GuestError
 from memconsole.model import Access, GuestKind, GuestState, Progress
@@ -24,6 +25,9 @@ ANSWERS = 5.0
 KVM_FAST = 1_000_000
 """Pages a second a canary checks under a KVM that runs guest code; one that emulates it manages some ten thousand."""
 
+_STATE = "memconsole-state"
+_WAITING = ("-incoming", "defer")
+_Command = tuple[str, dict[str, object] | None]
 _STATES = {
     "running": GuestState.RUNNING,
     "shutdown": GuestState.STOPPED,
@@ -129,6 +133,63 @@ class QemuGuest:
         """Let it go on (QMP ``cont``)."""
         self._execute("cont")
 
+    def save(self, fd: int, within: float) -> None:
+        """Pause it, and have it write its devices and vCPUs into the file, from its start; RAM stays where it is.
+
+        :meth:`resume` lets this one go on; :meth:`restart` starts the one that goes on in its place.
+
+        Raises:
+            GuestError: it refused, or did not end in time; it stands still all the same, and can be resumed.
+        """
+        deadline = time.monotonic() + within
+        os.lseek(fd, 0, os.SEEK_SET)
+        self._execute("stop")
+        for command, arguments in self._ways():
+            self._execute(command, arguments=arguments)
+        self._execute("getfd", arguments={"fdname": _STATE}, fd=fd)
+        self._execute("migrate", arguments={"uri": f"fd:{_STATE}"})
+        while (found := self._execute("query-migrate"))["status"] != "completed":
+            if found["status"] in {"failed", "cancelled"} or time.monotonic() > deadline:
+                why = found.get("error-desc") or f"its migration is {found['status']} after {within:g} s"
+                self._execute("migrate_cancel")
+                raise GuestError(f"the state of guest {self.name} cannot be saved", why, "see what devices it has")
+            time.sleep(0.002)
+
+    def restart(self, state: str, ram: str, *, paused: bool = False) -> Restart:
+        """How it goes on from its ``state`` and its ``ram``, as custody calls them: as it was started, but waiting.
+
+        Raises:
+            Gone: it ended. GuestError: it does not answer.
+        """
+        self._handle.check()
+        words = [word.decode() for word in Path(f"/proc/{self.pid}/cmdline").read_bytes().split(b"\0")[:-1]]
+        if words[-2:] != [*_WAITING]:
+            words += _WAITING
+        come: _Command = ("migrate-incoming", {"uri": f"fd:{GIVEN_FD + 1}"})
+        say: list[_Command] = [("qmp_capabilities", None), *self._ways(), come]
+        lines = [(_line(command, arguments), "return") for command, arguments in say]
+        lines.append((_line("query-status", None), '"paused"'))
+        if not paused:
+            lines += [(_line("cont", None), "return"), (_line("query-status", None), '"running"')]
+        fds = ((ram, GIVEN_FD), (state, GIVEN_FD + 1))
+        return Restart(tuple(words), fds, str(self._directory / "qmp"), tuple(lines))
+
+    def shares(self) -> bool:
+        """Whether it can be saved without its RAM (it knows ``x-ignore-shared``).
+
+        Raises:
+            Gone: it ended. GuestError: it does not answer.
+        """
+        return any(each["capability"] == "x-ignore-shared" for each in self._execute("query-migrate-capabilities"))
+
+    def _ways(self) -> list[_Command]:
+        """The commands after which a migration leaves shared RAM alone: cpr-reboot where this QEMU knows it."""
+        shared = [{"capability": "x-ignore-shared", "state": True}]
+        ways: list[_Command] = [("migrate-set-capabilities", {"capabilities": shared})]
+        if "mode" in self._execute("query-migrate-parameters"):
+            ways.append(("migrate-set-parameters", {"mode": "cpr-reboot"}))
+        return ways
+
     def stop(self, within: float) -> None:
         """QMP ``quit``, and SIGKILL when it is still there after ``within`` seconds."""
         deadline = time.monotonic() + within
@@ -170,10 +231,23 @@ class QemuGuest:
                 raise GuestError(f"guest {self.name} did not start", last_words(log), f"look into {log}") from None
             raise
 
-    def _execute(self, command: str, within: float | None = None) -> Any:
+    def _execute(
+        self,
+        command: str,
+        within: float | None = None,
+        *,
+        arguments: dict[str, object] | None = None,
+        fd: int | None = None,
+    ) -> Any:
         from memconsole.backend.guests.qmp import Qmp
 
         self._handle.check()
         if self._monitor is None:
             self._monitor = Qmp(self.name, self._directory / "qmp")
-        return self._monitor.execute(command, within=ANSWERS if within is None else within)
+        return self._monitor.execute(command, arguments, within=ANSWERS if within is None else within, fd=fd)
+
+
+def _line(command: str, arguments: dict[str, object] | None) -> str:
+    import json
+
+    return json.dumps({"execute": command, **({"arguments": arguments} if arguments else {})})

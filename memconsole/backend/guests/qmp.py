@@ -25,13 +25,15 @@ class Qmp:
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"memconsole-qmp-{guest}", daemon=True)
         self._thread.start()
 
-    def execute(self, command: str, arguments: Mapping[str, object] | None = None, *, within: float) -> Any:
-        """What QEMU returns for a command.
+    def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, within: float, fd: int | None = None
+    ) -> Any:
+        """What QEMU returns for a command; ``fd`` goes with it.
 
         Raises:
             GuestError: it is not reachable, refused, or did not answer within so many seconds.
         """
-        future = asyncio.run_coroutine_threadsafe(self._execute(command, arguments, within), self._loop)
+        future = asyncio.run_coroutine_threadsafe(self._execute(command, arguments, within, fd), self._loop)
         try:
             return future.result()
         except ExecuteError as error:
@@ -49,13 +51,17 @@ class Qmp:
         self._thread.join()
         self._loop.close()
 
-    async def _execute(self, command: str, arguments: Mapping[str, object] | None, within: float) -> Any:
+    async def _execute(
+        self, command: str, arguments: Mapping[str, object] | None, within: float, fd: int | None
+    ) -> Any:
         try:
             async with asyncio.timeout(within):
                 if self._client is None:
                     client = QMPClient(self._guest)
                     await client.connect(str(self._path))
                     self._client = client
+                if fd is not None:
+                    self._client.send_fd_scm(fd)
                 return await self._client.execute(command, dict(arguments or {}))
         except ExecuteError:
             raise

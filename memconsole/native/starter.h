@@ -1,0 +1,303 @@
+/*
+ * Starting a VMM as the boot plan says, and talking to its monitor.
+ */
+#ifndef MEMCONSOLE_STARTER_H
+#define MEMCONSOLE_STARTER_H
+
+#include <errno.h>
+#include <fcntl.h>
+#include <grp.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "bootplan.h"
+
+#define OUT_OF_THE_WAY 1100	/* above every number a VMM's fds may have */
+#define AGAIN_NS 1000000
+#define ANSWER_MAX 65536
+
+enum guest_state { GUEST_HELD, GUEST_STARTED, GUEST_RESUMED };
+
+struct guest {
+	const struct plan_start *start;
+	const struct plan_say *say;	/* NULL: it goes on by itself */
+	enum guest_state state;
+	pid_t pid;			/* 0: not started */
+	uint64_t start_ticks;
+	struct moment at;		/* when it was started, or its monitor said the last of what was awaited */
+	char why[256];			/* what is wrong with it */
+	pthread_t thread;
+};
+
+/* Make a directory and those above it. Returns 0 or -errno. */
+static int make_directory(const char *path, mode_t mode)
+{
+	char *copy = strdup(path);
+	int err = 0;
+
+	if (!copy)
+		return -ENOMEM;
+	for (char *at = copy + 1; !err; at++) {
+		char was = *at;
+
+		if (was && was != '/')
+			continue;
+		*at = 0;
+		if (mkdir(copy, mode) < 0 && errno != EEXIST)
+			err = -errno;
+		*at = was;
+		if (!was)
+			break;
+	}
+	free(copy);
+	return err;
+}
+
+/* Field 22 of /proc/PID/stat: when a process began, in clock ticks since boot; 0 if it is gone. */
+static uint64_t start_ticks(pid_t pid)
+{
+	char path[64], text[1024], *at;
+	unsigned long long ticks = 0;
+	ssize_t got;
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/%d/stat", (int)pid);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return 0;
+	got = read(fd, text, sizeof(text) - 1);
+	close(fd);
+	text[got > 0 ? got : 0] = 0;
+	at = strrchr(text, ')');
+	if (!at || sscanf(at + 1, " %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d %*d %llu",
+			  &ticks) != 1)
+		return 0;
+	return ticks;
+}
+
+/* In the child: become the VMM. Returns the errno of what cannot be done. */
+static int become(const struct plan_start *s, const int *fds, int log)
+{
+	int high[PLAN_FDS_MAX], null = open("/dev/null", O_RDONLY | O_CLOEXEC);
+	sigset_t none;
+
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+	signal(SIGPIPE, SIG_DFL);
+	setsid();
+	for (int i = 0; i < s->nr_fds; i++) {
+		high[i] = fcntl(fds[i], F_DUPFD_CLOEXEC, OUT_OF_THE_WAY);
+		if (high[i] < 0)
+			return errno;
+	}
+	if (null < 0 || dup2(null, 0) < 0 || dup2(log, 1) < 0 || dup2(log, 2) < 0)
+		return errno;
+	for (int i = 0; i < s->nr_fds; i++)
+		if (dup2(high[i], (int)s->fds[i].number) < 0)
+			return errno;
+	if (chdir(s->directory) < 0)
+		return errno;
+	if ((s->uid || s->gid) && (setgroups(0, NULL) || setgid(s->gid) || setuid(s->uid)))
+		return errno;
+	execvp(s->words[0], s->words);
+	return errno;
+}
+
+/*
+ * Start a guest's VMM with these fds, in the plan's order. Returns 0 with pid and start_ticks filled, or -1 and why; no
+ * process is left then.
+ */
+static int guest_start(struct guest *g, const int *fds)
+{
+	const struct plan_start *s = g->start;
+	int err = make_directory(s->directory, 0755), ends[2], log, pipe_end;
+	ssize_t got;
+
+	if (err) {
+		snprintf(g->why, sizeof(g->why), "%s: %s", s->directory, strerror(-err));
+		return -1;
+	}
+	log = open(s->log, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+	if (log < 0) {
+		snprintf(g->why, sizeof(g->why), "%s: %s", s->log, strerror(errno));
+		return -1;
+	}
+	if ((s->uid || s->gid) && (fchown(log, s->uid, s->gid) || chown(s->directory, s->uid, s->gid))) {
+		snprintf(g->why, sizeof(g->why), "%s: %s", s->directory, strerror(errno));
+		close(log);
+		return -1;
+	}
+	if (pipe2(ends, O_CLOEXEC) < 0) {
+		snprintf(g->why, sizeof(g->why), "pipe: %s", strerror(errno));
+		close(log);
+		return -1;
+	}
+	g->pid = fork();
+	if (!g->pid) {
+		pipe_end = fcntl(ends[1], F_DUPFD_CLOEXEC, OUT_OF_THE_WAY);
+		err = become(s, fds, log);
+		_exit(write(pipe_end, &err, sizeof(err)) == sizeof(err) ? 127 : 126);
+	}
+	err = g->pid < 0 ? errno : 0;
+	close(ends[1]);
+	close(log);
+	got = err ? 0 : read(ends[0], &err, sizeof(err));
+	close(ends[0]);
+	if (err || got) {
+		snprintf(g->why, sizeof(g->why), "%s: %s", s->words[0], strerror(err));
+		if (g->pid > 0)
+			waitpid(g->pid, NULL, 0);
+		g->pid = 0;
+		return -1;
+	}
+	g->start_ticks = start_ticks(g->pid);
+	g->state = GUEST_STARTED;
+	g->at = moment_now();
+	return 0;
+}
+
+/* Whether a guest's process has ended; then it is held again, and why says with what. */
+static bool guest_ended(struct guest *g)
+{
+	int status;
+
+	if (!g->pid || waitpid(g->pid, &status, WNOHANG) != g->pid)
+		return false;
+	snprintf(g->why, sizeof(g->why), WIFSIGNALED(status) ? "its VMM was killed by signal %d; see %s"
+							     : "its VMM ended with status %d; see %s",
+		 WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status), g->start->log);
+	g->pid = 0;
+	g->state = GUEST_HELD;
+	return true;
+}
+
+static void wait_ns(uint64_t ns)
+{
+	struct timespec ts = { (time_t)(ns / 1000000000), (long)(ns % 1000000000) };
+
+	nanosleep(&ts, NULL);
+}
+
+/* Connect to a monitor that may not be there yet. Returns a socket, or -1 and why. */
+static int monitor_connect(struct guest *g, uint64_t deadline)
+{
+	struct sockaddr_un to = { .sun_family = AF_UNIX };
+
+	if (strlen(g->say->socket) >= sizeof(to.sun_path)) {
+		snprintf(g->why, sizeof(g->why), "the path of its monitor is too long");
+		return -1;
+	}
+	strcpy(to.sun_path, g->say->socket);
+	while (clock_ns(CLOCK_MONOTONIC) < deadline && !guest_ended(g)) {
+		int sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+
+		if (sock >= 0 && connect(sock, (struct sockaddr *)&to, sizeof(to)) == 0)
+			return sock;
+		snprintf(g->why, sizeof(g->why), "its monitor: %s", strerror(errno));
+		if (sock >= 0)
+			close(sock);
+		wait_ns(AGAIN_NS);
+	}
+	return -1;
+}
+
+/* The next line a monitor says, without its end, in ``line``. Returns 0, or -1 and why. */
+static int monitor_hear(struct guest *g, int sock, char *line, uint64_t deadline)
+{
+	size_t used = 0;
+
+	while (used < ANSWER_MAX - 1) {
+		struct pollfd p = { .fd = sock, .events = POLLIN };
+		uint64_t now = clock_ns(CLOCK_MONOTONIC);
+		ssize_t got;
+
+		if (now >= deadline || poll(&p, 1, (int)((deadline - now) / 1000000) + 1) <= 0) {
+			snprintf(g->why, sizeof(g->why), "its monitor does not answer within %u ms", g->say->within_ms);
+			return -1;
+		}
+		got = read(sock, line + used, 1);	/* a line at a time: what follows is another answer */
+		if (got <= 0) {
+			snprintf(g->why, sizeof(g->why), "its monitor went away");
+			return -1;
+		}
+		if (line[used] == '\n') {
+			line[used] = 0;
+			return 0;
+		}
+		used++;
+	}
+	snprintf(g->why, sizeof(g->why), "its monitor says more than a line may hold");
+	return -1;
+}
+
+static int monitor_tell(struct guest *g, int sock, const char *text)
+{
+	size_t left = strlen(text);
+
+	while (left) {
+		ssize_t n = send(sock, text, left, MSG_NOSIGNAL);
+
+		if (n <= 0) {
+			snprintf(g->why, sizeof(g->why), "its monitor: %s", strerror(errno));
+			return -1;
+		}
+		text += n;
+		left -= (size_t)n;
+	}
+	return 0;
+}
+
+/* Say a line until what is returned contains what is awaited. Returns 0, or -1 and why. */
+static int monitor_ask(struct guest *g, int sock, const struct plan_line *l, char *line, uint64_t deadline)
+{
+	for (;;) {
+		if (monitor_tell(g, sock, l->line) || monitor_tell(g, sock, "\n"))
+			return -1;
+		do
+			if (monitor_hear(g, sock, line, deadline))
+				return -1;
+		while (strncmp(line, "{\"return\"", 9) && strncmp(line, "{\"error\"", 8));
+		if (line[2] == 'e') {
+			snprintf(g->why, sizeof(g->why), "%.100s: %.140s", l->line, line);
+			return -1;
+		}
+		if (strstr(line, l->until))
+			return 0;
+		wait_ns(AGAIN_NS);
+	}
+}
+
+/* The thread of a guest with a monitor: all of the conversation. */
+static void *guest_converse(void *argument)
+{
+	struct guest *g = argument;
+	uint64_t deadline = clock_ns(CLOCK_MONOTONIC) + g->say->within_ms * 1000000ull;
+	int sock = monitor_connect(g, deadline), err = sock < 0;
+	char *line = malloc(ANSWER_MAX);
+
+	if (!err)
+		err = !line || monitor_hear(g, sock, line, deadline);	/* the greeting */
+	for (uint16_t i = 0; !err && i < g->say->nr_lines; i++)
+		err = monitor_ask(g, sock, &g->say->lines[i], line, deadline);
+	if (!err) {
+		g->why[0] = 0;
+		g->state = GUEST_RESUMED;
+		g->at = moment_now();
+	} else if (!guest_ended(g) && !g->why[0]) {
+		snprintf(g->why, sizeof(g->why), "its monitor cannot be talked to");
+	}
+	if (sock >= 0)
+		close(sock);
+	free(line);
+	return NULL;
+}
+
+#endif

@@ -129,7 +129,7 @@ static int clear(const char *mountpoint)
 		alarm(HUNG_S);	/* ends this process, should the server neither answer nor be dead */
 		error = statfs(mountpoint, &fs) ? errno : 0;	/* never answered from a cache */
 		alarm(0);
-		if (error != ENOTCONN) {
+		if (error != ENOTCONN && error != ECONNABORTED) {
 			fprintf(stderr, "memconsole-fuse: another server already serves %s\n", mountpoint);
 			return 3;
 		}

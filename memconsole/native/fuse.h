@@ -74,7 +74,7 @@ struct node {
 	bool linked;		/* it is in the tree; else it only lives until the kernel forgets it */
 	bool revoked;
 	bool cut;		/* revoked, and the kernel has given up the inode it had for it */
-	bool seen;		/* the kernel got the present generation in answer to a lookup */
+	bool shown;		/* a lookup was answered with the present generation */
 	uint64_t size;		/* bytes; RAM and LINK */
 	uint64_t changed_ns;
 	int32_t backing;	/* RAM: the kernel's id of the memfd, 0 if none */

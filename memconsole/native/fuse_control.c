@@ -383,7 +383,7 @@ static bool cut(struct node *node)
 	if (!node->revoked) {
 		node->revoked = true;
 		node->generation++;
-		node->seen = false;
+		node->shown = false;
 		node_touch(node);
 		node_drop_data(node);
 	}
@@ -398,7 +398,7 @@ static bool cut(struct node *node)
 	invalidate_name(parent, node->name);
 	looked = look_up(path);
 	pthread_mutex_lock(&tree_lock);
-	node->cut = looked && node->seen;
+	node->cut = looked && node->shown;
 	return node->cut;
 }
 

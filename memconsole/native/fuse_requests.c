@@ -207,7 +207,7 @@ static int64_t do_init(const struct request *request, uint8_t *out)
 	return sizeof(*init);
 }
 
-/* A lookup counts once the kernel has the reply; ``sent`` undoes it if it has not. */
+/* A lookup counts, unless its reply cannot be sent. */
 static int64_t do_lookup(const struct request *request, struct node *parent, uint8_t *out)
 {
 	struct fuse_entry_out *entry = (void *)out;
@@ -228,19 +228,18 @@ static int64_t do_lookup(const struct request *request, struct node *parent, uin
 	};
 	fill_attr(&entry->attr, node, node->size);
 	node->lookups++;
+	node->shown = true;
 	return sizeof(*entry);
 }
 
-static void lookup_sent(const struct fuse_entry_out *entry, int error)
+static void lookup_unsent(uint64_t id)
 {
 	struct node *node;
 
 	pthread_mutex_lock(&tree_lock);
-	node = node_by_id(entry->nodeid);
-	if (node && error)
+	node = node_by_id(id);
+	if (node)
 		node_forget(node, 1);
-	else if (node && node->generation == entry->generation)
-		node->seen = true;
 	pthread_mutex_unlock(&tree_lock);
 }
 
@@ -617,8 +616,8 @@ int worker_serve(struct worker *worker)
 	error = reply(worker->dev, head->unique, done < 0 ? (int)done : 0, worker->out, done < 0 ? 0 : (size_t)done);
 	if (done < 0)
 		return 0;
-	if (head->opcode == FUSE_LOOKUP)
-		lookup_sent((const void *)worker->out, error);
+	if (head->opcode == FUSE_LOOKUP && error)
+		lookup_unsent(((const struct fuse_entry_out *)worker->out)->nodeid);
 	else if (head->opcode == FUSE_OPEN && error)
 		open_unsent(head->nodeid, ((const struct open_out *)worker->out)->fh);
 	return 0;

@@ -51,17 +51,19 @@ class Mount:
 
 
 def wait_gone(pid: int) -> None:
+    """Until no thread of a process is left, which may still hold its files when the first one is a zombie."""
     deadline = time.monotonic() + 20
-    while Path(f"/proc/{pid}").exists() and _state(pid) != "Z":
+    while _lives(pid):
         assert time.monotonic() < deadline, f"process {pid} does not end"
         time.sleep(0.01)
 
 
-def _state(pid: int) -> str:
+def _lives(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return "Z"
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state not in {"Z", "X"} or len(list(Path(f"/proc/{pid}/task").iterdir())) > 1
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @contextlib.contextmanager

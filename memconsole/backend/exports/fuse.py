@@ -145,7 +145,7 @@ class FuseTree:
 
         from memconsole import native
 
-        command = [native.program("memconsole-fuse"), path, mountpoint.absolute()]
+        command = [native.program("memconsole-fuse"), str(path), str(mountpoint.absolute())]
         deadline = time.monotonic() + _LINGERS_S
         while True:
             started = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)

@@ -31,7 +31,7 @@ from memconsole.backend.past import Past
 from memconsole.backend.wire import places
 from memconsole.backend.wire.embedded import Serving, serve_in_thread
 from memconsole.backend.wire.roles import Roles
-from memconsole.errors import ExitCode, MemconsoleError
+from memconsole.errors import ExitCode, Gone, MemconsoleError
 
 log = logging.getLogger("memconsole.serve")
 
@@ -151,13 +151,22 @@ def _control(settings: Settings, past: Past, stored: list[tuple[str, int]], stac
 
 
 def _custody(settings: Settings, stored: list[tuple[str, int]]) -> Custody:
-    """The service manager's fd store where it offers one, else the keeper; or the one that was asked for."""
-    if settings.custody == "systemd" or (settings.custody == "auto" and "FDSTORE" in os.environ):
+    """The one that was asked for; else a keeper that holds something, the service manager's fd store, or a keeper."""
+    runtime = settings.socket.parent
+    offered = settings.custody == "auto" and "FDSTORE" in os.environ
+    if settings.custody == "systemd" or (offered and not _kept(runtime)):
         store = SystemdCustody(stored)
         for lost in store.lost:
             log.error("the service manager lost %s", lost)
         return store
-    return KeeperCustody.start(settings.socket.parent)
+    return KeeperCustody.start(runtime)
+
+
+def _kept(runtime: Path) -> bool:
+    """Whether a keeper of a service that ran without a service manager holds memory here."""
+    with contextlib.suppress(Gone), contextlib.closing(KeeperCustody(runtime / "keeper")) as keeper:
+        return bool(keeper.names())
+    return False
 
 
 # --- the service manager's side -----------------------------------------------------------------------------------

@@ -36,6 +36,8 @@ class Kind(enum.StrEnum):
     SECONDS = "seconds"
     CHOICE = "choice"
     FLAG = "flag"
+    PATH = "path"
+    TEXT = "text"
     WORDS = "words"
 
 
@@ -236,6 +238,43 @@ class WindowRevoke(Action, frozen=True, tag="window-revoke"):
     window: Annotated[str, Arg(Kind.WINDOW, "window as BDF:BAR", positional=True)]
 
 
+class Handoff(Action, frozen=True):
+    """What a handoff's actions share: the kernel that is next, and how it is booted."""
+
+    kernel: Annotated[str, Arg(Kind.PATH, "the next kernel's image; the newest below /boot if left out")] = ""
+    initrd: Annotated[str, Arg(Kind.PATH, "its initrd; the one beside the image if left out")] = ""
+    append: Annotated[str, Arg(Kind.TEXT, "its command line; this kernel's if left out")] = ""
+    contents: Annotated[bool, Arg(Kind.FLAG, "compare contents too, at the cost of a longer blackout")] = False
+
+
+class HandoffRun(Handoff, frozen=True, tag="handoff-run"):
+    """Boot another kernel and let the guests go on in it."""
+
+    spec = Spec(
+        "handoff-run",
+        ("handoff", "run"),
+        "Hand off",
+        "Boot another kernel; the guests go on in it, on the same memory",
+        Danger.DESTROYS,
+        "J",
+        "handoff",
+    )
+
+
+class HandoffRehearse(Handoff, frozen=True, tag="handoff-rehearse"):
+    """Do all of a handoff but the jump: restart every VMM on this kernel, on the same memory."""
+
+    spec = Spec(
+        "handoff-rehearse",
+        ("handoff", "rehearse"),
+        "Rehearse handoff",
+        "Do all of a handoff but the jump: every VMM is restarted on this kernel",
+        Danger.DESTROYS,
+        "B",
+        "handoff",
+    )
+
+
 AnyAction = (
     Reserve
     | Map
@@ -248,6 +287,8 @@ AnyAction = (
     | GuestResume
     | WindowMap
     | WindowRevoke
+    | HandoffRun
+    | HandoffRehearse
 )
 REGISTRY: Mapping[str, type[Action]] = {cls.spec.id: cls for cls in get_args(AnyAction)}
 

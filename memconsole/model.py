@@ -445,6 +445,82 @@ class Capability(Value, frozen=True):
     remedy: str = ""
 
 
+# --- the handoff ------------------------------------------------------------------------------------------------
+
+
+class Condition(Value, frozen=True):
+    """One way to lose memory, or to make the blackout long, and whether this host is free of it.
+
+    An ``error`` that is not ``ok`` refuses the handoff, a ``warning`` is worth reading before it.
+    """
+
+    id: str
+    severity: Severity
+    ok: bool
+    what: str
+    evidence: str = ""
+    remedy: str = ""
+
+
+class HandoffState(enum.StrEnum):
+    """``running``: under way; ``done``; ``failed``: undone, every guest runs where it was."""
+
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+
+
+class Phase(Value, frozen=True):
+    """One phase of a handoff, ns since it began; ``end_ns`` is None while it lasts."""
+
+    id: str
+    text: str
+    start_ns: int
+    end_ns: int | None = None
+    blackout: bool = False
+
+
+class Carried(Value, frozen=True):
+    """A guest of a handoff: whether it came back, and how long it stood still (``by`` its own count, or the VMM's)."""
+
+    name: str
+    kind: GuestKind
+    memory: int
+    back: bool = False
+    pid: int | None = None
+    blackout_ns: int | None = None
+    by: str = ""
+    why: str = ""
+
+
+class Kept(Value, frozen=True):
+    """A region of a handoff: ``same``: its pages are where they were; ``contents``: what is in them is what was."""
+
+    name: str
+    size: int
+    runs: int
+    preserve_ns: int = 0
+    retrieve_ns: int = 0
+    verify_ns: int = 0
+    same: bool | None = None
+    contents: bool | None = None
+
+
+class HandoffReport(Value, frozen=True):
+    """The last handoff, or the one under way; the phases of ``blackout`` are those in which guests stand still."""
+
+    kind: Literal["run", "rehearse"]
+    state: HandoffState
+    began_ns: int
+    from_kernel: str = ""
+    to_kernel: str = ""
+    phases: tuple[Phase, ...] = ()
+    guests: tuple[Carried, ...] = ()
+    regions: tuple[Kept, ...] = ()
+    why: str = ""
+    notes: tuple[str, ...] = ()
+
+
 # --- the Snapshot -----------------------------------------------------------------------------------------------
 
 
@@ -480,6 +556,7 @@ class Snapshot(Value, frozen=True, kw_only=True):
     gaps: tuple[Gap, ...] = ()
     events: tuple[Event, ...] = ()
     tables: tuple[TableRef, ...] = ()
+    handoff: HandoffReport | None = None
 
 
 # --- what is done -----------------------------------------------------------------------------------------------
@@ -511,7 +588,10 @@ class Danger(enum.StrEnum):
 
 
 class Plan(Value, frozen=True):
-    """What an Action would do, in order, and why it would not; ``confirm`` is the name to type, if any."""
+    """What an Action would do, in order, and why it would not; ``confirm`` is the name to type, if any.
+
+    A handoff's plan lists its ``conditions``: those that fail, and those that hold.
+    """
 
     action: str
     cli: str
@@ -519,6 +599,7 @@ class Plan(Value, frozen=True):
     effects: tuple[Effect, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     confirm: str | None = None
+    conditions: tuple[Condition, ...] = ()
 
 
 class RevokeReport(Value, frozen=True):

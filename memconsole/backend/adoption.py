@@ -24,7 +24,8 @@ from memconsole.backend import steps, verbs
 from memconsole.backend.desk import STOP_S, Desk, custody_name
 from memconsole.backend.handoff import adopt as handoff
 from memconsole.backend.handoff.adopt import Landing
-from memconsole.backend.revoke import move
+from memconsole.backend.handoff.bootplan import RESUME
+from memconsole.backend.revoke import halt, move
 from memconsole.backend.state import Change, Done, Failed, Happened, Intent, Record
 from memconsole.backend.stores import memfd
 from memconsole.backend.verbs.grants import OFFER_S
@@ -47,6 +48,7 @@ Write = Callable[[Record], int]
 
 def adopt(desk: Desk, write: Write) -> list[Finding]:
     """Take over everything; what does not match is a finding."""
+    halt.release(desk)
     move.finish(desk)
     desk.handoff = handoff.stored(desk)
     landing, found = _landed(desk, write)
@@ -72,7 +74,7 @@ def _landed(desk: Desk, write: Write) -> tuple[Landing | None, list[Finding]]:
         return None, []
     begun = [item for item in desk.state.unfinished.items() if isinstance(item[1].action, actions.Handoff)]
     if not begun:
-        desk.custody.drop(handoff.RESUME)  # its handoff is over, and the ledger knows
+        desk.custody.drop(RESUME)  # its handoff is over, and the ledger knows
         return None, []
     number, intent = begun[0]
     try:

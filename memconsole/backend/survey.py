@@ -39,6 +39,7 @@ from memconsole.model import (
     GuestKind,
     GuestSeen,
     GuestState,
+    HandoffReport,
     Progress,
     Range,
     Region,
@@ -118,6 +119,7 @@ class Meant(msgspec.Struct, frozen=True):
     faces: tuple[Face, ...] = ()
     shields: tuple[Shield, ...] = ()
     faults: Mapping[str, Faults] = msgspec.field(default_factory=dict)
+    handoff: HandoffReport | None = None
 
 
 class Over(NamedTuple):
@@ -194,6 +196,7 @@ def survey(meant: Meant, root: Root = "/") -> Snapshot:
         firmware=read("/sys/firmware/memmap", lambda: iomem.firmware(root), ()),
         dax=read("/sys/bus/dax/devices", lambda: dax.dax(root), (), absent=True),
         events=tuple(state.events),
+        handoff=meant.handoff,
     )
     snapshot = replace(snapshot, gaps=tuple(read.gaps))
     return replace(snapshot, findings=(*meant.standing, *findings.find(snapshot, strays(state, overs))))

@@ -7,7 +7,7 @@ from typing import Any
 
 from memconsole import actions
 from memconsole.backend.desk import Desk
-from memconsole.backend.verbs import grants, guests, regions, windows
+from memconsole.backend.verbs import grants, guests, handoff, regions, windows
 from memconsole.backend.verbs.work import Work
 
 Verb = Callable[[Desk, Any], Work]
@@ -24,6 +24,8 @@ VERBS: Mapping[type[actions.Action], Verb] = {
     actions.GuestResume: guests.resume,
     actions.WindowMap: windows.map,
     actions.WindowRevoke: windows.revoke,
+    actions.HandoffRun: handoff.run,
+    actions.HandoffRehearse: handoff.rehearse,
 }
 
 

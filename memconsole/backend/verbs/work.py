@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from memconsole.backend.state import Change
 from memconsole.backend.steps import Step
-from memconsole.model import Refusal, RevokeReport
+from memconsole.model import Condition, Finding, Refusal, RevokeReport
 
 
 @dataclass
@@ -25,6 +25,8 @@ class Work:
     change: Change = field(default_factory=Change)
     lasting: Change = field(default_factory=Change)
     revoke: RevokeReport | None = None
+    conditions: tuple[Condition, ...] = ()
+    findings: list[Finding] = field(default_factory=list)
 
     def refuse(self, code: str, what: str, why: str = "", remedy: str = "") -> None:
         """Add a reason not to do it."""

@@ -1,0 +1,342 @@
+"""The other side of a jump, and what a control process that died in a handoff left behind.
+
+    resume record in custody       it landed: regions are other inodes, VMMs other processes; the ledger learns it
+    rehearsal, VMMs ended          it is carried on: they are started from what was saved
+    anything else                  it is taken back: sessions are let go of, guests go on, the image is unloaded
+
+After that, adoption is the one after any restart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+from msgspec.structs import replace
+
+from memconsole.actions import Handoff, HandoffRehearse
+from memconsole.backend.desk import STOP_S, Desk, custody_name
+from memconsole.backend.guests.canary import CanaryGuest
+from memconsole.backend.handoff import bootplan, image, manifest, report, verify
+from memconsole.backend.handoff.bootplan import MANIFEST, RESUME, Moment, Resume, Resumed
+from memconsole.backend.handoff.manifest import Manifest
+from memconsole.backend.handoff.report import Progress
+from memconsole.backend.state import Change, Intent
+from memconsole.backend.stores import memfd
+from memconsole.errors import BadFile, Gone, GuestError, MemconsoleError, NotFound
+from memconsole.model import (
+    Finding,
+    Guest,
+    GuestKind,
+    GuestState,
+    HandoffReport,
+    HandoffState,
+    Region,
+    RegionState,
+    Severity,
+)
+from memconsole.native import program
+
+RESUME_S = 120.0
+"""Seconds memconsole-resume has to start every VMM of a rehearsal."""
+_OK = {0, 4}
+
+
+@dataclass
+class Landing:
+    """What a handoff came to: what the ledger learns, what does not match, and the report."""
+
+    change: Change
+    report: HandoffReport
+    findings: list[Finding] = field(default_factory=list)
+    manifest: Manifest | None = None
+    moved: frozenset[str] = frozenset()
+
+
+def landed(desk: Desk) -> bool:
+    """Whether memconsole-resume was here, and nobody has taken over yet what it did."""
+    return RESUME in desk.custody.names()
+
+
+def land(desk: Desk, progress: Progress | None = None, at_ns: int = 0) -> Landing:
+    """What the ledger is to learn after memconsole-resume; ``progress``: of a rehearsal in this very process.
+
+    Raises:
+        NotFound: there is no record of a resume. BadFile: it cannot be read.
+    """
+    arrived = bootplan.moment()
+    resume = bootplan.read_resume(_content(desk, RESUME))
+    described, findings = _described(desk)
+    jumped = resume.mode != "rehearse"
+    regions = _regions(desk, restored=jumped)
+    guests = {each.guest: each for each in resume.guests}
+    known = tuple(_guest(guest, guests.get(guest.name), jumped=jumped) for guest in desk.state.guests.values())
+    change = Change(
+        regions=tuple(region for region in regions if region is not None),
+        guests=known,
+        without_quarantine=tuple(desk.state.quarantine) if jumped else (),
+    )
+    findings += list(_findings(resume, described))
+    made = _report(described, resume, progress, arrived, at_ns)
+    moved = frozenset(each.subject for each in resume.findings if each.id == "pages-moved")
+    return Landing(change, made, findings, described, moved)
+
+
+def settle(desk: Desk, landing: Landing) -> None:
+    """After the ledger learnt it: compare, let guests go on that waited for that, keep the report, tidy custody."""
+    made = landing.report
+    if landing.manifest is not None:
+        kept, found = verify.compare(desk, landing.manifest, landing.moved)
+        landing.findings += found
+        made = replace(made, regions=kept)
+        wrong = {each.name for each in kept if each.contents is False}
+        _let_go_on(desk, landing.manifest, wrong)
+    store(desk, replace(made, state=HandoffState.DONE))
+    held = {guest.name for guest in made.guests if not guest.back}
+    for name in desk.custody.names():
+        used = name.startswith("state:") and name.removeprefix("state:") not in held
+        if used or name == RESUME or name.startswith("session:"):
+            desk.custody.drop(name)
+
+
+def take_back(desk: Desk, intent: Intent) -> None:
+    """Undo what a control process that died did of a handoff, before the jump."""
+    for guest in desk.state.guests.values():
+        live = desk.live(guest.name)
+        if live is None or guest.kind is GuestKind.PROCESS or guest.state is GuestState.PAUSED:
+            continue
+        with contextlib.suppress(MemconsoleError):
+            desk.connected(guest.name)
+            if live.state() is not GuestState.RUNNING:
+                live.resume()
+    for name in desk.custody.names():
+        if name.startswith(("session:", "state:")) or name == MANIFEST:
+            desk.custody.drop(name)
+    if not isinstance(intent.action, HandoffRehearse):
+        with contextlib.suppress(MemconsoleError):
+            image.unload()
+
+
+def interrupted(desk: Desk, action: Handoff) -> bool:
+    """Whether a rehearsal died after it had ended a VMM that it had saved."""
+    if not isinstance(action, HandoffRehearse) or MANIFEST not in desk.custody.names():
+        return False
+    described, _ = _described(desk)
+    return described is not None and any(desk.live(each.guest.name) is None for each in described.guests)
+
+
+def carry_on(desk: Desk) -> Landing:
+    """Start what an interrupted rehearsal had ended, and land."""
+    described, _ = _described(desk)
+    guests = [each.guest for each in described.guests] if described is not None else []
+    end(desk, guests)
+    revive(desk)
+    return land(desk)
+
+
+def end(desk: Desk, guests: Iterable[Guest]) -> None:
+    """Kill the VMMs of guests that were saved."""
+    for guest in guests:
+        live = desk.live(guest.name)
+        if live is not None:
+            live.kill(STOP_S)
+            desk.part(guest.name)
+
+
+def revive(desk: Desk) -> None:
+    """Start every VMM of the manifest from what was saved.
+
+    Raises:
+        GuestError: nothing could be started.
+    """
+    words = [program("memconsole-resume"), "--rehearse", "--runtime", str(desk.runtime_dir.absolute())]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=RESUME_S, check=False)
+    if done.returncode not in _OK:
+        why = done.stderr.strip().splitlines()
+        raise GuestError("the VMMs could not be started again", why[-1] if why else "", "their state is in custody")
+
+
+def take_hold(desk: Desk, guests: Sequence[Guest]) -> None:
+    """Adopt the processes of guests that were started again by this control process's own rehearsal."""
+    for guest in guests:
+        if guest.pid is not None and guest.kind is not GuestKind.PROCESS:
+            desk.part(guest.name)
+            with contextlib.suppress(Gone):
+                desk.adopt_guest(guest)
+
+
+# --- the report in custody ------------------------------------------------------------------------------------------
+
+
+def store(desk: Desk, made: HandoffReport) -> None:
+    """Show a report, and keep it in custody for the next control process."""
+    desk.handoff = made
+    fd = manifest.memfd("memconsole-report", msgspec.json.encode(made))
+    try:
+        desk.custody.put(report.CUSTODY, fd)
+    finally:
+        os.close(fd)
+
+
+def stored(desk: Desk) -> HandoffReport | None:
+    """The report of the last handoff, as custody holds it."""
+    if report.CUSTODY not in desk.custody.names():
+        return None
+    with contextlib.suppress(msgspec.DecodeError, NotFound):
+        return msgspec.json.decode(_content(desk, report.CUSTODY).rstrip(b"\0"), type=HandoffReport)
+    return None
+
+
+def reported(desk: Desk) -> HandoffReport | None:
+    """The report, with what guests say of their own blackout; asked until they have said it."""
+    made = desk.handoff
+    if made is None or made.state is not HandoffState.DONE:
+        return made
+    waiting = [guest for guest in made.guests if guest.back and guest.kind is GuestKind.CANARY and guest.by != "guest"]
+    said = []
+    for guest in waiting:
+        live = desk.live(guest.name)
+        with contextlib.suppress(MemconsoleError):
+            if isinstance(live, CanaryGuest) and live.agent():
+                restored, blackout_ns = live.blackout()
+                if restored and blackout_ns:
+                    said.append((guest.name, blackout_ns))
+    if said:
+        made = report.filled(made, said)
+        store(desk, made)
+    return made
+
+
+# --- inside ---------------------------------------------------------------------------------------------------------
+
+
+def _content(desk: Desk, name: str) -> bytes:
+    fd, _ = desk.custody.get(name)
+    try:
+        return manifest.content(fd)
+    finally:
+        os.close(fd)
+
+
+def _described(desk: Desk) -> tuple[Manifest | None, list[Finding]]:
+    try:
+        return manifest.read(_content(desk, MANIFEST)), []
+    except (BadFile, NotFound) as error:
+        what = f"the manifest of the handoff is not known: {error.why or error.what}"
+        return None, [Finding("manifest-unknown", Severity.WARNING, MANIFEST, what, "custody", error.remedy)]
+
+
+def _regions(desk: Desk, *, restored: bool) -> Iterator[Region | None]:
+    """Every region with the inodes its segments have now."""
+    held = set(desk.custody.names())
+    for region in desk.state.regions.values():
+        names = [custody_name(region.name, index) for index in range(len(region.segments))]
+        if not held.issuperset(names):
+            yield None
+            continue
+        fds = [desk.custody.get(name)[0] for name in names]
+        try:
+            found = replace(region, segments=memfd.segments(fds))
+            yield replace(found, state=RegionState.RESTORED) if restored else found
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+
+def _guest(guest: Guest, back: Resumed | None, *, jumped: bool) -> Guest:
+    """A guest as the process it is now; one that is no more has none."""
+    if back is not None and back.state != "held":
+        return replace(guest, pid=back.pid, start_ticks=back.start_ticks)
+    if back is None and not jumped:
+        return guest
+    return replace(guest, pid=None, start_ticks=None, state=GuestState.GONE)
+
+
+def _findings(resume: Resume, described: Manifest | None) -> Iterator[Finding]:
+    for each in resume.findings:
+        severity = Severity.WARNING if each.id in {"name-taken", "session-unfinished"} else Severity.ERROR
+        remedy = "its regions and its state are in custody"
+        if each.id == "guest-held":
+            remedy = f"memconsole guest resume {each.subject} tries again; its log says more"
+        yield Finding(f"handoff-{each.id}", severity, each.subject, f"{each.subject}: {each.text}", "resume", remedy)
+    if described is None:
+        return
+    for stopped in described.guests:
+        if all(each.guest != stopped.guest.name for each in resume.guests):
+            name = stopped.guest.name
+            what = f"guest {name} was handed over and not started: the boot plan does not know it"
+            yield Finding("handoff-guest-held", Severity.ERROR, name, what, "resume", "its state is in custody")
+
+
+_RESUME = {
+    "keeper": "start the keeper",
+    "planned": "read the boot plan",
+    "retrieved": "take everything into custody",
+    "verified": "compare where every page is",
+    "started": "start the VMMs",
+    "resumed": "let the guests go on",
+    "finished": "finish the sessions",
+}
+
+
+def _report(
+    described: Manifest | None, resume: Resume, progress: Progress | None, arrived: Moment, at_ns: int
+) -> HandoffReport:
+    if described is None:
+        release = os.uname().release
+        kind = "rehearse" if resume.mode == "rehearse" else "run"
+        made = HandoffReport(kind, HandoffState.DONE, at_ns or time.time_ns(), to_kernel=release)  # type: ignore[arg-type]
+        return replace(made, notes=("the manifest could not be read: what went before the jump is not known",))
+    clock = report.Clock(described.began, _pairs(described, resume, arrived))
+    base = progress.report if progress is not None else described.report
+    phases = [phase for phase in base.phases if phase.id not in {"early", "adopt"}]
+    begun = clock.at(resume.phases[0].at) if resume.phases else clock.at(described.written)
+    if progress is None:
+        written = clock.at(described.written)
+        phases[-1] = replace(phases[-1], end_ns=written)
+        if resume.mode != "rehearse":
+            phases.append(
+                report.phase("jump", "preserve them, boot the next kernel, reach memconsole-resume", written, begun)
+            )
+    last = begun
+    for each in resume.phases[1:]:
+        now = clock.at(each.at)
+        blackout = each.name != "finished"
+        phases.append(report.phase(each.name, _RESUME.get(each.name, each.name), last, now, blackout=blackout))
+        last = now
+    now = clock.at(bootplan.moment())
+    phases.append(report.phase("adopt", "the control process takes over", clock.at(arrived), now, blackout=False))
+    return replace(
+        base,
+        phases=tuple(phases),
+        to_kernel=os.uname().release,
+        guests=tuple(report.carried(base.guests, described, resume, clock)),
+        notes=tuple(f"{each.subject}: {each.text}" for each in resume.findings),
+        state=HandoffState.RUNNING,
+    )
+
+
+def _pairs(described: Manifest, resume: Resume, arrived: Moment) -> list[tuple[Moment, Moment]]:
+    pairs = [(described.began, described.written)]
+    if resume.phases:
+        pairs.append((resume.phases[0].at, arrived))
+    return pairs
+
+
+def _let_go_on(desk: Desk, described: Manifest, wrong: set[str]) -> None:
+    """Resume the guests that were kept waiting until their contents were compared, and are whole."""
+    if not any(placed.contents for placed in described.regions):
+        return
+    for stopped in described.guests:
+        mine = {grant.region for grant in desk.state.grants_of(guest=stopped.guest.name)}
+        live = desk.live(stopped.guest.name)
+        if live is None or mine & wrong or stopped.guest.state is GuestState.PAUSED:
+            continue
+        with contextlib.suppress(MemconsoleError):
+            desk.connected(stopped.guest.name)
+            live.resume()

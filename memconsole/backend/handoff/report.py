@@ -1,0 +1,112 @@
+"""The report of a handoff: its phases as they pass, each guest's blackout, and all of it as a picture of time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from msgspec.structs import replace
+
+from memconsole.backend.handoff import bootplan
+from memconsole.backend.handoff.bootplan import Moment, Resume
+from memconsole.backend.handoff.manifest import Manifest
+from memconsole.model import Carried, HandoffReport, HandoffState, Phase
+
+CUSTODY = "report"
+"""What the report of the last handoff is called in custody."""
+
+BEFORE = (
+    ("check", "look for everything that could fail"),
+    ("load", "load the next kernel"),
+    ("preserve", "preserve the regions while guests run"),
+    ("place", "read again where their pages are"),
+    ("pause", "stop the guests"),
+    ("save", "write down what the guests are besides their RAM"),
+    ("manifest", "preserve state, ledger and manifest"),
+    ("jump", "boot the next kernel"),
+)
+"""The phases on this side, in order."""
+BLACKOUT = frozenset({"pause", "save", "manifest", "jump", "end", "early"})
+
+
+class Progress:
+    """A report that is being made; ``show`` gets it whole each time it changes."""
+
+    def __init__(self, report: HandoffReport, show: Callable[[HandoffReport], None]) -> None:
+        self._show = show
+        self._began = time.monotonic_ns()
+        self.report = report
+        show(report)
+
+    def phase(self, id: str, text: str) -> None:
+        """The phase of this name begins, unless it is the present one; the one before it ends."""
+        if self.report.phases and self.report.phases[-1].id == id:
+            return
+        now = time.monotonic_ns() - self._began
+        begun = Phase(id, text, now, blackout=id in BLACKOUT)
+        self._put(replace(self.report, phases=(*_ended(self.report.phases, now), begun)))
+
+    def fail(self, why: str) -> None:
+        """The last phase ends, and so does the handoff."""
+        phases = _ended(self.report.phases, time.monotonic_ns() - self._began)
+        self._put(replace(self.report, phases=phases, state=HandoffState.FAILED, why=why))
+
+    def _put(self, report: HandoffReport) -> None:
+        self.report = report
+        self._show(report)
+
+
+class Clock:
+    """Nanoseconds since a handoff began, of moments under either kernel."""
+
+    def __init__(self, began: Moment, pairs: Sequence[tuple[Moment, Moment]]) -> None:
+        self._began = began
+        self._pairs = pairs
+
+    def at(self, moment: Moment) -> int:
+        """Since it began."""
+        return self.between(self._began, moment)
+
+    def between(self, start: Moment, stop: Moment) -> int:
+        """From one moment to another."""
+        return bootplan.between(start, stop, self._pairs)
+
+
+def phase(id: str, text: str, start: int, end: int, *, blackout: bool = True) -> Phase:
+    """A phase that has passed."""
+    return Phase(id, text, start, max(start, end), blackout)
+
+
+def carried(guests: Iterable[Carried], manifest: Manifest, resume: Resume, clock: Clock) -> Iterator[Carried]:
+    """What became of each guest; its blackout as it looked from outside, until it says itself."""
+    back = {each.guest: each for each in resume.guests}
+    stopped = {each.guest.name: each.at for each in manifest.guests}
+    for guest in guests:
+        now = back.get(guest.name)
+        if now is None or now.state == "held":
+            yield replace(guest, back=False, why=now.why if now is not None else "it was not started")
+            continue
+        blackout = clock.between(stopped[guest.name], now.at) if guest.name in stopped else None
+        yield replace(guest, back=True, pid=now.pid, blackout_ns=blackout, by="its VMM")
+
+
+def _ended(phases: tuple[Phase, ...], now: int) -> tuple[Phase, ...]:
+    if not phases or phases[-1].end_ns is not None:
+        return phases
+    return (*phases[:-1], replace(phases[-1], end_ns=now))
+
+
+def filled(report: HandoffReport, blackouts: Iterable[tuple[str, int]]) -> HandoffReport:
+    """A report with what guests say of their own blackout."""
+    said = dict(blackouts)
+    guests = tuple(
+        replace(guest, blackout_ns=said[guest.name], by="guest") if guest.back and guest.name in said else guest
+        for guest in report.guests
+    )
+    return report if guests == report.guests else replace(report, guests=guests)
+
+
+def longest(report: HandoffReport) -> Carried | None:
+    """The guest that stood still the longest."""
+    known = [guest for guest in report.guests if guest.blackout_ns is not None]
+    return max(known, key=lambda guest: guest.blackout_ns or 0, default=None)

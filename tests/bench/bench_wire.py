@@ -54,6 +54,17 @@ sys.stdin.read()
 serving.close()
 """
 
+ATTACHED = """
+import sys, time
+from memconsole.backend.wire.client import Client
+consoles = [Client(sys.argv[1] + "/control") for _ in range(int(sys.argv[3]))]
+print("ready", flush=True)
+while True:
+    for console in consoles:
+        console.snapshot()
+        time.sleep(1 / len(consoles))
+"""
+
 ECHO = """
 import socket, sys
 listener = socket.socket(socket.AF_UNIX)
@@ -80,6 +91,19 @@ def running(program: str) -> Iterator[Path]:
             finally:
                 process.stdin.close()
                 process.wait(30)
+
+
+@contextlib.contextmanager
+def attached(path: Path, count: int) -> Iterator[None]:
+    """So many consoles with nobody at their keys: each takes a Snapshot a second."""
+    command = [sys.executable, "-c", ATTACHED, str(path.parent), "", str(count)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            yield
+        finally:
+            process.kill()
 
 
 def latencies(call: Callable[[], object], seconds: float = SECONDS) -> list[float]:
@@ -117,9 +141,7 @@ def bench_calls() -> list[Result]:
     with running(SERVICE) as path, contextlib.ExitStack() as stack:
         client = stack.enter_context(contextlib.closing(Client(path)))
         last = client.events(0)[-1].seq if client.events(0) else 0
-        for _ in range(CONSOLES):  # attached: each waits for events
-            console = stack.enter_context(contextlib.closing(Raw(path)))
-            console.send("Events", {"after": last}, more=True)
+        stack.enter_context(attached(path, CONSOLES))
         whole = stack.enter_context(contextlib.closing(Raw(path)))
         for name, call in (
             ("snapshot (sent when it changed)", client.snapshot),

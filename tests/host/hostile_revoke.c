@@ -41,6 +41,7 @@ static sigjmp_buf back;
 static int sock = -1, fd = -1;
 static char *map = MAP_FAILED, *alias = MAP_FAILED;
 static size_t length;
+static char held[AGENT_NAME];	/* the grant it has */
 static bool obeys;
 
 static int flight[2];		/* a socket in whose queue the fd waits */
@@ -410,14 +411,18 @@ static void hide(void)
 static void reach(const char *path)
 {
 	struct sockaddr_un to = { .sun_family = AF_UNIX };
-	struct agent_hello m = { .head = { AGENT_MAGIC, AGENT_VERSION, AGENT_HELLO, 0, 24 } };
+	struct agent_hello m = { .count = held[0] != 0 };
+	uint32_t size = 24 + m.count * AGENT_NAME;
 	char one;
+
+	m.head = (struct agent_head){ AGENT_MAGIC, AGENT_VERSION, AGENT_HELLO, 0, size };
+	memcpy(m.held[0], held, AGENT_NAME);
 
 	strncpy(to.sun_path, path, sizeof(to.sun_path) - 1);
 	/* Until it was attached as a guest nobody lets it in. */
 	for (;;) {
 		sock = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-		if (connect(sock, (struct sockaddr *)&to, sizeof(to)) == 0 && send(sock, &m, 24, MSG_NOSIGNAL) == 24) {
+		if (connect(sock, (struct sockaddr *)&to, sizeof(to)) == 0 && send(sock, &m, size, MSG_NOSIGNAL) == size) {
 			struct pollfd p = { .fd = sock, .events = POLLIN };
 
 			if (poll(&p, 1, 300) == 0 || recv(sock, &one, 1, MSG_PEEK) > 0)
@@ -454,11 +459,13 @@ static void serve(void)
 	if (m.head.type == AGENT_GRANT && fd < 0) {
 		fd = found;
 		length = m.grant.length;
+		memcpy(held, m.grant.grant, AGENT_NAME);
 		keep();
 		answer(m.head.id);
 		printf("ready\n");
 	} else if (m.head.type == AGENT_UNMAP && obeys) {
 		hide();
+		held[0] = 0;
 		answer(m.head.id);
 	}
 }
@@ -483,6 +490,8 @@ int main(int argc, char **argv)
 		poll(p, 2, -1);
 		if (p[1].revents)
 			serve();
+		if (sock < 0)
+			reach(argv[1]);
 		if (!p[0].revents)
 			continue;
 		if (!fgets(line, sizeof(line), stdin))

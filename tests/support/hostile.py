@@ -53,7 +53,8 @@ class Hostile:
         assert self._process.stdin is not None
         self._process.stdin.write(word + "\n")
         self._process.stdin.flush()
-        return list(iter(self._line, "end"))
+        # It is granted its memory again by a control process that does not know that it was given back.
+        return [line for line in iter(self._line, "end") if line != "ready"]
 
     def _line(self) -> str:
         assert self._process.stdout is not None

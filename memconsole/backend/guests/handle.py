@@ -61,6 +61,10 @@ class Handle:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def fileno(self) -> int:
+        """Its pidfd."""
+        return self._pidfd
+
     def alive(self) -> bool:
         """Whether it runs; a process that ended and was not waited for by its parent does not."""
         return not self.wait(0)

@@ -1,7 +1,9 @@
 """Processes stopped while the contents move, so that what is copied is of one moment.
 
-SIGSTOP, not the freezer of cgroups: it reaches every process whatever group it is in, and a process that dies with us
-in the middle is let go on by SIGCONT from anybody. Somebody may send that meanwhile; what is written then, after it was
+SIGSTOP, not the freezer of cgroups: it reaches every process whatever group it is in. The pidfd of each lies in custody
+(``halted:PID``) while it is stopped, so that a control process that dies meanwhile leaves nobody stopped for good.
+
+Somebody may send that meanwhile; what is written then, after it was
 copied, is lost with the old file: the contents kept are those of some moment of the copy for each page. No process
 gains access that way.
 """
@@ -9,45 +11,43 @@ gains access that way.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from memconsole.backend.guests.handle import Handle
-from memconsole.errors import Gone, KernelRefused
-from memconsole.model import GuestState
+from memconsole.errors import Gone
 
 if TYPE_CHECKING:
     from memconsole.backend.desk import Desk
 
+_KIND = "halted"
 _LOOK_S = 0.001
 _MANNERS_S = 1.0
 """Seconds a process has to stop; one that waits in the kernel does so when it comes back."""
 
 
 @contextlib.contextmanager
-def halted(
-    desk: Desk, who: Callable[[], tuple[int, ...]], within: float, *, again: bool
-) -> Iterator[Callable[[], str]]:
+def halted(desk: Desk, who: Callable[[], tuple[int, ...]], within: float) -> Iterator[Callable[[], str]]:
     """Stop everybody in ``who()``, again and again until it names nobody new; let them go on at the end.
 
-    Those who were stopped before stay stopped; with ``again`` only those whose guest is paused, for the others were
-    stopped by a control process that died. Yields what says, afterwards, who could not be stopped.
+    Those who were stopped before stay stopped. Yields what says, afterwards, who could not be stopped.
     """
     deadline = time.monotonic() + within
     stopped: dict[int, Handle] = {}
     running: set[int] = set()
-    asleep = {guest.pid for guest in desk.state.guests.values() if guest.state is GuestState.PAUSED}
     with contextlib.ExitStack() as stack:
         while (new := [pid for pid in who() if pid not in stopped]) and time.monotonic() < deadline:
             for pid in new:
                 with contextlib.suppress(Gone):
                     stopped[pid] = handle = stack.enter_context(Handle(pid))
-                    if pid == 1 or (handle.stopped() and not (again and pid not in asleep)):
+                    if pid == 1 or handle.stopped():
                         continue
+                    desk.custody.put(_name(pid), handle.fileno())
+                    stack.callback(_go_on, desk, pid, handle.fileno())
                     handle.signal(signal.SIGSTOP)
-                    stack.callback(_go_on, handle)
             ends = min(deadline, time.monotonic() + _MANNERS_S)
             running = {pid for pid in new if pid in stopped and not _stops(stopped[pid], ends)}
         yield lambda: f"not stopped meanwhile: {', '.join(map(str, sorted(running)))}" if running else ""
@@ -62,6 +62,23 @@ def _stops(handle: Handle, deadline: float) -> bool:
     return True
 
 
-def _go_on(handle: Handle) -> None:
-    with contextlib.suppress(Gone, KernelRefused):
-        handle.signal(signal.SIGCONT)
+def release(desk: Desk) -> None:
+    """Let those go on whom an earlier control process stopped."""
+    for name in desk.custody.names():
+        kind, _, pid = name.partition(":")
+        if kind == _KIND:
+            pidfd, _ = desk.custody.get(name)
+            try:
+                _go_on(desk, int(pid), pidfd)
+            finally:
+                os.close(pidfd)
+
+
+def _go_on(desk: Desk, pid: int, pidfd: int) -> None:
+    with contextlib.suppress(OSError):  # it has ended
+        signal.pidfd_send_signal(pidfd, signal.SIGCONT)
+    desk.custody.drop(_name(pid))
+
+
+def _name(pid: int) -> str:
+    return f"{_KIND}:{pid}"

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from memconsole.actions import Revoke
 from memconsole.backend.desk import Desk
 from memconsole.backend.guests.handle import Handle
 from memconsole.backend.reach import Reach
@@ -43,11 +42,6 @@ class Ladder:
         self._segment = grant.offset // memfd.SEGMENT
         self._killed: set[int] = set()
         self._others: tuple[Grant, ...] = ()
-        # A climb that a dead control process began may have left processes stopped.
-        self._again = any(
-            isinstance(intent.action, Revoke) and intent.action.grant == grant.id
-            for intent in desk.state.unfinished.values()
-        )
 
     def climb(self) -> RevokeReport:
         """Climb until nobody reaches the range.
@@ -140,7 +134,7 @@ class Ladder:
             strange = {grant.guest for grant in others} - {self._grant.guest}
             if pids := {pid for pid in self._reach(whole=True).pids if pid in map(self._pid, strange)}:
                 return _Passed(f"process {min(pids)}, another guest, keeps hold of the same file")
-            with halted(self._desk, lambda: self._reach(whole=True).pids, self._within, again=self._again) as note:
+            with halted(self._desk, lambda: self._reach(whole=True).pids, self._within) as note:
                 pass_by("copy", "stopped")
                 end = move.move(self._desk, self._grant, self._segment)
                 reach = self._reach()

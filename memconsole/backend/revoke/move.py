@@ -48,9 +48,9 @@ def _fresh_name(region: str, segment: int) -> str:
     return f"fresh:{region}:{segment}"
 
 
-def frames_name(grant: str) -> str:
-    """What the table of the frames that a revoked grant left in quarantine is called in custody."""
-    return f"quarantine:{grant}"
+def frames_name(id: str) -> str:
+    """What the table of quarantined frames is called in custody."""
+    return f"quarantine:{id}"
 
 
 def why_not(desk: Desk, region: Region, segment: int) -> str:
@@ -93,7 +93,7 @@ def move(desk: Desk, grant: Grant, segment: int) -> End:
             segments[segment] = memfd.segments([fresh])[0]
             moved = msgspec.structs.replace(region, segments=tuple(segments))
             kept = Quarantine(
-                grant.id,
+                _quarantine_id(desk, grant.id),
                 region.name,
                 grant.guest,
                 memfd.resident([old]),
@@ -102,7 +102,7 @@ def move(desk: Desk, grant: Grant, segment: int) -> End:
             )
             desk.custody.put(_fresh_name(region.name, segment), fresh, msgspec.json.encode(moved))
             if frames is not None:
-                desk.custody.put(frames_name(grant.id), frames.fd)
+                desk.custody.put(frames_name(kept.id), frames.fd)
             pass_by("move", "held")
             text = f"the contents of {region.name} moved to fresh frames"
             quarantine = (kept,) if frames is not None else ()
@@ -112,7 +112,7 @@ def move(desk: Desk, grant: Grant, segment: int) -> End:
             try:
                 _empty(old)
             except KernelRefused:
-                back = Change(regions=(region,), without_quarantine=(grant.id,))
+                back = Change(regions=(region,), without_quarantine=(kept.id,))
                 desk.record(Happened(time.time_ns(), "moved", region.name, "... and back", change=back))
                 raise
             pass_by("move", "emptied")
@@ -123,13 +123,13 @@ def move(desk: Desk, grant: Grant, segment: int) -> End:
             if frames is None:
                 return End(RevokeOutcome.CUT, f"whether a pin is left cannot be said: {_UNKNOWN}")
             if region.page_size != PAGE:
-                _let_go(desk, grant.id)
+                _let_go(desk, kept.id)
                 return End(RevokeOutcome.CUT, "whether a pin is left cannot be said of hugetlb pages")
             return settle(desk, kept, frames)
     except BaseException:
         with contextlib.suppress(MemconsoleError):
             if desk.state.regions[region.name].segments == region.segments:
-                _forget_copy(desk, grant.id, region.name, segment)
+                _forget_copy(desk, region.name, segment)
         raise
     finally:
         os.close(fresh)
@@ -206,8 +206,8 @@ def finish(desk: Desk) -> None:
         finally:
             os.close(fresh)
     for name in desk.custody.names():
-        kind, _, grant = name.partition(":")
-        if kind == "quarantine" and grant not in desk.state.quarantine:
+        kind, _, id = name.partition(":")
+        if kind == "quarantine" and id not in desk.state.quarantine:
             desk.custody.drop(name)
 
 
@@ -244,14 +244,24 @@ def _empty(old: int) -> None:
         raise KernelRefused("ftruncate", error.errno or 0, what="the old file cannot be emptied") from None
 
 
-def _forget_copy(desk: Desk, grant: str, region: str, segment: int) -> None:
-    for name in (_fresh_name(region, segment), frames_name(grant)):
+def _quarantine_id(desk: Desk, grant: str) -> str:
+    """The grant's id, or one more where a control process died and the next one moved the contents again."""
+    taken = [id for id in desk.state.quarantine if id.partition(".")[0] == grant]
+    return f"{grant}.{len(taken) + 1}" if taken else grant
+
+
+def _forget_copy(desk: Desk, region: str, segment: int) -> None:
+    """Drop the copy, and tables of frames that are in no quarantine."""
+    tables = [name for name in desk.custody.names() if name.startswith(frames_name(""))]
+    orphans = [name for name in tables if name.partition(":")[2] not in desk.state.quarantine]
+    for name in (_fresh_name(region, segment), *orphans):
         with contextlib.suppress(NotFound):
             desk.custody.drop(name)
 
 
-def _let_go(desk: Desk, grant: str) -> None:
+def _let_go(desk: Desk, id: str) -> None:
     with contextlib.suppress(NotFound):
-        desk.custody.drop(frames_name(grant))
-    change = Change(without_quarantine=(grant,))
+        desk.custody.drop(frames_name(id))
+    change = Change(without_quarantine=(id,))
+    grant = id.partition(".")[0]
     desk.record(Happened(time.time_ns(), "unpinned", grant, f"no old frame of {grant} is pinned", change=change))

@@ -1,0 +1,97 @@
+"""A keeper and a runtime directory, in which control processes come, die at a fault point, and come again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from support import keepers
+from support.controls import ours, runtime_dir
+
+from memconsole import actions as do
+from memconsole import native
+from memconsole.backend.control import LEDGER, Control
+from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.kernel import census
+from memconsole.backend.steps import FAULT_VARIABLE
+from memconsole.errors import MemconsoleError
+
+CHILD = f"""
+import json, os, sys
+from pathlib import Path
+from memconsole import actions
+from memconsole.backend.control import Control
+from memconsole.backend.custody import KeeperCustody
+control = Control(Path(sys.argv[1]), KeeperCustody(Path(sys.argv[2])))
+os.environ["{FAULT_VARIABLE}"] = sys.argv[4]
+control.apply(actions.decode(json.loads(sys.argv[3])))
+print("survived")
+control.close()
+"""
+
+
+class World(NamedTuple):
+    """A keeper and a runtime directory; control processes come and go."""
+
+    runtime: Path
+    keeper: Path
+
+    @contextlib.contextmanager
+    def control(self) -> Iterator[Control]:
+        with contextlib.closing(Control(self.runtime, KeeperCustody(self.keeper))) as control:
+            yield control
+
+    def dies(self, action: do.Action, at: str) -> None:
+        """Apply an action in a process of its own that kills itself at a fault point."""
+        words = [sys.executable, "-c", CHILD, self.runtime, self.keeper, json.dumps(do.encode(action)), at]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == -signal.SIGKILL, (at, done.stdout, done.stderr)
+
+    def processes(self) -> list[int]:
+        """The guests' processes, whoever knows of them."""
+        found = []
+        for pid in census.take().processes:
+            with contextlib.suppress(MemconsoleError):
+                if any(str(self.runtime) in word for word in census.command("/", pid)):
+                    found.append(pid)
+        return [pid for pid in found if pid not in {os.getpid(), *_keepers(self.keeper)}]
+
+    def essence(self, control: Control) -> tuple[object, ...]:
+        """What there is, by name, in the Snapshot, in custody and among processes."""
+        snapshot = control.snapshot()
+        return (
+            [(found.name, found.state) for found in snapshot.regions],
+            [(found.name, found.state) for found in snapshot.guests if found.name in ours(snapshot)],
+            [(found.id, found.region, found.guest, len(found.seen)) for found in snapshot.grants],
+            [name for name in control._desk.custody.names() if name != LEDGER],
+            len(self.processes()),
+        )
+
+
+def _keepers(path: Path) -> set[int]:
+    return {pid for pid in census.take().processes if str(path) in _words(pid)}
+
+
+def _words(pid: int) -> str:
+    with contextlib.suppress(MemconsoleError):
+        return " ".join(census.command("/", pid))
+    return ""
+
+
+@contextlib.contextmanager
+def worlds() -> Iterator[World]:
+    with runtime_dir() as directory, keepers.running(native.program("memconsole-keeper")) as keeper:
+        world = World(directory / "run", keeper.path)
+        try:
+            yield world
+        finally:
+            for pid in world.processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)

@@ -56,8 +56,10 @@ def _add_field(parser: argparse.ArgumentParser, field: Field) -> None:
         )
 
 
-def add_actions(subparsers: Subparsers, parents: Sequence[argparse.ArgumentParser] = (), **defaults: Any) -> None:
-    """Add a command for every action of the registry; ``defaults`` are set on each."""
+def add_actions(
+    subparsers: Subparsers, parents: Sequence[argparse.ArgumentParser] = (), **defaults: Any
+) -> dict[str, Subparsers]:
+    """Add a command for every action of the registry, ``defaults`` set on each; the groups of two-word ones by name."""
     groups: dict[str, Subparsers] = {}
     for cls in actions.REGISTRY.values():
         spec = cls.spec
@@ -76,6 +78,7 @@ def add_actions(subparsers: Subparsers, parents: Sequence[argparse.ArgumentParse
             else:
                 _add_field(parser, field)
         parser.set_defaults(action=spec.id, **defaults)
+    return groups
 
 
 def split_rest(words: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:

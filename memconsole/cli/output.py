@@ -9,9 +9,11 @@ from typing import Any
 
 import msgspec
 
+from memconsole import timeline
 from memconsole.errors import MemconsoleError
 from memconsole.fields import Field
-from memconsole.model import Outcome, Plan
+from memconsole.model import Condition, HandoffReport, Outcome, Plan, Severity
+from memconsole.units import format_size
 
 
 def text(line: str = "") -> None:
@@ -75,6 +77,35 @@ def plan(value: Plan) -> None:
         text(f"  refused {refusal.code}: {refusal.what}{why}")
         if refusal.remedy:
             text(f"    remedy: {refusal.remedy}")
+    conditions([each for each in value.conditions if not each.ok and each.severity is not Severity.ERROR])
+
+
+def conditions(values: Iterable[Condition], *, every: bool = False) -> None:
+    """Conditions of a handoff: those that do not hold with evidence and remedy; with ``every`` the others too."""
+    for each in values:
+        if each.ok and not every:
+            continue
+        word = "ok" if each.ok else "REFUSES" if each.severity is Severity.ERROR else "warns"
+        text(f"  {word:<8} {each.id}: {'' if each.ok else 'wanted: '}{each.what}")
+        if each.evidence:
+            text(f"           {each.evidence}")
+        if each.remedy and not each.ok:
+            text(f"           remedy: {each.remedy}")
+
+
+def handoff(report: HandoffReport) -> None:
+    """A report: a line that says it all, the picture of its time, and its regions."""
+    back = sum(guest.back for guest in report.guests)
+    head = f"{report.kind} {report.state}: {report.from_kernel} to {report.to_kernel}"
+    text(f"{head}, {back} of {len(report.guests)} guests back" + (f": {report.why}" if report.why else ""))
+    for line in timeline.lines(report):
+        text(f"  {line}")
+    for region in report.regions:
+        place = {True: "every page where it was", False: "PAGES MOVED", None: "not compared"}[region.same]
+        contents = {True: ", contents the same", False: ", CONTENTS DIFFER", None: ""}[region.contents]
+        text(f"  {region.name}: {format_size(region.size)} in {region.runs} runs, {place}{contents}")
+    for line in report.notes:
+        text(f"  note: {line}")
 
 
 def outcome(value: Outcome) -> None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from memconsole import __version__
+from memconsole import __version__, actions
 from memconsole.cli.serving import add_options
 from memconsole.command import Parser, add_actions, reader, split_rest
 from memconsole.fields import TABLES
@@ -128,6 +128,19 @@ def _macros(commands: Any, json_too: argparse.ArgumentParser, act: argparse.Argu
     record.set_defaults(run=_lazily("hosting", "macro_record"))
 
 
+def _handoff(commands: Any, json_too: argparse.ArgumentParser) -> None:
+    check = commands.add_parser("check", help="everything that could go wrong at a handoff", parents=[json_too])
+    for field in actions.fields(actions.HandoffRun):
+        if field.name != "contents":
+            check.add_argument(
+                field.option, dest=field.name, default="", metavar=field.arg.kind.upper(), help=field.arg.help
+            )
+    check.set_defaults(run=_lazily("handing", "check"))
+    report = commands.add_parser("report", help="the last handoff: phases and blackouts", parents=[json_too])
+    report.add_argument("--picture", metavar="FILE", help="also write its timeline as SVG")
+    report.set_defaults(run=_lazily("handing", "report"))
+
+
 def _hosting(commands: Any) -> None:
     demo = commands.add_parser("demo", help="the console on an embedded control process with live guests")
     demo.add_argument("--interval", type=_interval, default=1.0, metavar="S", help="seconds between refreshes (1)")
@@ -162,7 +175,8 @@ def build() -> Parser:
     _headless(commands, json_too)
     _history(commands, json_too)
     _tables(commands, [json_too])
-    add_actions(commands, [act], run=_lazily("acting", "act"))
+    groups = add_actions(commands, [act], run=_lazily("acting", "act"))
+    _handoff(groups["handoff"], json_too)
     _macros(commands, json_too, act)
     return parser
 

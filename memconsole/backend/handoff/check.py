@@ -35,7 +35,7 @@ def check(facts: Facts) -> tuple[Condition, ...]:
 def refusals(conditions: Iterable[Condition]) -> list[Refusal]:
     """What refuses: every error that does not hold."""
     return [
-        Refusal(code(each.id), each.what, each.evidence, each.remedy)
+        Refusal(code(each.id), f"wanted: {each.what}", each.evidence, each.remedy)
         for each in conditions
         if not each.ok and each.severity is ERROR
     ]

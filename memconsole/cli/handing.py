@@ -1,0 +1,57 @@
+"""``handoff check`` and ``handoff report``; what acts (``run``, ``rehearse``) is in the registry of actions."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from memconsole import timeline
+from memconsole.actions import HandoffRun
+from memconsole.cli import output
+from memconsole.cli.connect import source
+from memconsole.errors import ExitCode, MemconsoleError, NotFound
+from memconsole.model import Condition, Severity
+
+
+def check(options: argparse.Namespace) -> int:
+    """Every condition of a handoff; exit code 3 when one refuses it."""
+    action = HandoffRun(options.kernel, options.initrd, options.append)
+    with source(options, need="plan") as found:
+        plan = found.plan(action)
+    if options.json:
+        output.json(plan.conditions)
+    else:
+        output.conditions(plan.conditions, every=True)
+        output.text(_verdict(plan.conditions))
+    return ExitCode.REFUSED if any(_refuses(each) for each in plan.conditions) else ExitCode.DONE
+
+
+def _refuses(condition: Condition) -> bool:
+    return not condition.ok and condition.severity is Severity.ERROR
+
+
+def _verdict(conditions: tuple[Condition, ...]) -> str:
+    refusing = sum(_refuses(each) for each in conditions)
+    warning = sum(not each.ok for each in conditions) - refusing
+    if refusing:
+        return f"a handoff is refused by {refusing} of {len(conditions)} conditions"
+    return f"a handoff can be made; {warning} of {len(conditions)} conditions warn"
+
+
+def report(options: argparse.Namespace) -> int:
+    """The last handoff: phases, each guest's blackout, regions; exit code 4 when not everything came back."""
+    with source(options) as found:
+        made = found.snapshot().handoff
+    if made is None:
+        raise NotFound("there is no handoff to report on", "none was made since this memory was reserved", "")
+    if options.picture:
+        try:
+            Path(options.picture).write_text(timeline.svg(made), encoding="utf-8")
+        except OSError as error:
+            raise MemconsoleError(f"{options.picture} cannot be written", error.strerror or "") from None
+    if options.json:
+        output.json(made)
+    else:
+        output.handoff(made)
+    whole = all(guest.back for guest in made.guests) and all(region.same is not False for region in made.regions)
+    return ExitCode.DONE if whole and not made.why else ExitCode.FINDINGS

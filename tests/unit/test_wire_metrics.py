@@ -24,6 +24,7 @@ from memconsole.model import Snapshot
 HEAD = re.compile(r"# TYPE (?P<name>[a-z_]+) (?P<kind>gauge|counter|info)")
 LABEL = r'[a-z_]+="(?:[^"\\\n]|\\\\|\\"|\\n)*"'
 SAMPLE = re.compile(rf"(?P<name>[a-z_]+)(?:\{{(?P<labels>{LABEL}(?:,{LABEL})*)\}})? (?P<value>-?[0-9.]+(?:e[+-]?\d+)?)")
+DOCUMENT = Path(__file__).parents[2] / "docs" / "service.md"
 SUFFIX = {"gauge": "", "counter": "_total", "info": "_info"}
 
 
@@ -158,3 +159,14 @@ def until(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
+
+
+def test_every_metric_is_documented_with_its_kind_and_labels() -> None:
+    rows = re.findall(r"^\| `(memconsole_\w+)` \| (\w+) \| ([\w, ]*?) ?\|", DOCUMENT.read_text(), re.MULTILINE)
+    documented = {name: (kind, labels.replace(" ", "")) for name, kind, labels in rows}
+    kinds = dict(re.findall(r"# TYPE (\w+) (\w+)", metrics.text(snapshot())))
+    families = parse(metrics.text(snapshot()))
+    for name, samples in families.items():
+        labels = ",".join(re.findall(r'(\w+)="', next(iter(samples))))
+        assert documented.pop(name) == (kinds[name], labels)
+    assert set(documented) <= {"memconsole_window_holders"}  # nobody holds one here

@@ -404,6 +404,9 @@ def test_the_varlink_package_introspects_and_calls_everything(
             events = console.Events(0)["events"]
             assert events[-1]["subject"] == "theirs"
             assert console.Watch()["snapshot"]["host"]["name"] == source.snapshot().host.name
+            source.recorded = [source.snapshot()]
+            assert console.History(0)["times"] == source.history()
+            assert console.GetPast(source.history()[0])["snapshot"]["taken_ns"] == source.history()[0]
             assert {found["level"] for found in console.Doctor()["capabilities"]} <= {"yes", "partly", "no"}
             with pytest.raises(varlink.VarlinkError) as caught:
                 console.GetExtents("region:nowhere")

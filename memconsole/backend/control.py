@@ -29,7 +29,7 @@ from memconsole.backend.kernel import kho, tree
 from memconsole.backend.ledger import Ledger
 from memconsole.backend.state import KINDS, Change, Done, Failed, Happened, Intent, Record, fold
 from memconsole.backend.survey import Meant
-from memconsole.errors import MemconsoleError, NotFound, Refused
+from memconsole.errors import Gone, MemconsoleError, NotFound, Refused
 from memconsole.model import (
     Access,
     Danger,
@@ -41,6 +41,7 @@ from memconsole.model import (
     Outcome,
     Plan,
     Refusal,
+    Severity,
     Snapshot,
 )
 from memconsole.source import nothing_at
@@ -149,6 +150,7 @@ class Control:
             self._desk.exempt,
             (
                 *self._standing,
+                *self._custody_gone(),
                 *(self._audit.findings() if self._audit is not None else ()),
                 *(self._past.findings() if self._past is not None else ()),
             ),
@@ -319,6 +321,17 @@ class Control:
             with self._rechecking:
                 move.recheck(self._desk)
 
+    def _custody_gone(self) -> tuple[Finding, ...]:
+        """That what holds the memory is no more, and so does not outlive this process; nothing otherwise."""
+        try:
+            if not self._closed:
+                self._custody.check()
+        except Gone as error:
+            what = f"nobody but this process holds the regions: {error.what}"
+            remedy = "do not restart it before what matters was copied out of the regions that no guest maps"
+            return (Finding("custody-gone", Severity.ERROR, "custody", what, error.why, remedy),)
+        return ()
+
     def _scanned(self) -> dict[str, Scanned]:
         return dict(self._tables.scanned) if self._tables is not None else {}
 
@@ -340,6 +353,7 @@ class Control:
         if self._tables is not None:
             self._tables.forget()
         self._desk.uffds.forget()
+        self._desk.spaces.settle()
         gone = set(change.without_regions)
         self._standing = [finding for finding in self._standing if finding.subject not in gone]
         for guest in {grant.guest for grant in change.grants if grant.state is GrantState.OFFERED}:

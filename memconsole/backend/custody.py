@@ -73,6 +73,13 @@ class Custody(Protocol):
             Denied: no CAP_SYS_BOOT. KernelRefused: NotLoaded, or why the kernel stays (``NotJumped``).
         """
 
+    def check(self) -> None:
+        """Ask the holder whether it is there.
+
+        Raises:
+            Gone: it is no more.
+        """
+
     def close(self) -> None:
         """Let go of the holder; a holder that survives keeps what it holds."""
 
@@ -161,12 +168,18 @@ class OwnCustody:
         """See :class:`Custody`."""
         boot_loaded()
 
+    def check(self) -> None:
+        """See :class:`Custody`; it is this process."""
+
     def close(self) -> None:
         """Close every fd held."""
         with self._lock:
             held, self._held = self._held, {}
         for fd, _ in held.values():
             os.close(fd)
+
+
+_CLOSE_TO_LOST = "copy out what no guest maps, then restart the control process: it adopts what guests still hold"
 
 
 class KeeperStatus(NamedTuple):
@@ -275,6 +288,10 @@ class KeeperCustody:
         """What the keeper says of itself."""
         return _status(self._request(_Op.STAT).payload)
 
+    def check(self) -> None:
+        """See :class:`Custody`."""
+        self.status()
+
     def end(self, *, holding: bool = False) -> None:
         """Tell the keeper to end; with ``holding`` even if fds are held, which then go.
 
@@ -316,7 +333,7 @@ class KeeperCustody:
             raise Gone(
                 f"the keeper with pid {self.pid} ended",
                 f"another one, pid {pid}, serves {self.path} and does not hold what it held",
-                "restart the control process: it adopts what is left, and says what is not",
+                _CLOSE_TO_LOST,
                 code="CustodyGone",
             )
         self.pid = pid
@@ -345,7 +362,7 @@ class KeeperCustody:
                 raise Gone(
                     f"the keeper with pid {self.pid} does not answer",
                     str(error) or "it ended, and what nobody else holds went with it",
-                    "restart the control process: it adopts what is left, and says what is not",
+                    _CLOSE_TO_LOST,
                     code="CustodyGone",
                 ) from None
             except WireError:

@@ -161,6 +161,9 @@ class SystemdCustody:
         """See :class:`~.custody.Custody`; the service manager holds until the end, whoever makes the jump."""
         boot_loaded()
 
+    def check(self) -> None:
+        """See :class:`~.custody.Custody`; it is asked at every change, and does not go without this process."""
+
     def close(self) -> None:
         """Close this process's copies; the service manager keeps its own."""
         with self._lock:

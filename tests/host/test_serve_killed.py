@@ -23,7 +23,7 @@ from memconsole.backend.custody import KeeperCustody
 from memconsole.backend.steps import FAULT_VARIABLE, fault_points
 from memconsole.backend.wire.client import Client
 from memconsole.errors import NoControl
-from memconsole.model import GuestKind, Snapshot
+from memconsole.model import GuestKind, Severity, Snapshot
 
 M = 1 << 20
 STALLED_NS = 5 * 10**9
@@ -177,6 +177,8 @@ def test_a_keeper_that_is_killed_takes_nothing_of_running_guests_and_is_said(ser
         with pytest.raises(Exception, match="keeper") as caught:
             client.apply(actions.Reserve("new", M))
         assert getattr(caught.value, "code", "") == "CustodyGone"
-        assert [region.name for region in client.snapshot().regions] == ["watch"]
+        shown = client.snapshot()
+        assert [region.name for region in shown.regions] == ["watch"]
+        assert [found.id for found in shown.findings if found.severity is Severity.ERROR] == ["custody-gone"]
         canary.look(client)
         service.guests.add(canary.pid or 0)

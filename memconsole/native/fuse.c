@@ -31,6 +31,7 @@
 #include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <sys/vfs.h>
 #include <sys/wait.h>
@@ -227,6 +228,7 @@ static void *work(void *argument)
 		;
 	if (error != -ENODEV)
 		fprintf(stderr, "memconsole-fuse: /dev/fuse: %s\n", strerror(-error));
+	worker_free(worker);
 	eventfd_write(loop.ended, 1);
 	return NULL;
 }

@@ -15,7 +15,7 @@ from memconsole import native
 from memconsole.errors import NotFound
 
 TREE = Path(__file__).parents[2]
-PROGRAMS = ["memconsole-canary", "memconsole-keeper", "memconsole-resume"]
+PROGRAMS = ["memconsole-canary", "memconsole-fuse", "memconsole-keeper", "memconsole-resume"]
 NEEDED = ["pyproject.toml", "README.md", "LICENSE", "memconsole"]
 
 

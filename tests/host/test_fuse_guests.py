@@ -45,7 +45,7 @@ class Qemu:
         command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg"]
         command += ["-machine", "q35,memory-backend=ram", "-m", f"size={RAM}B", "-object", backend]
         self.process = subprocess.Popen([*command, "-qmp", f"unix:{self._socket_path},server=on,wait=off"])
-        until(lambda: self.process.poll() is not None or self._socket_path.exists(), "QEMU's monitor")
+        until(lambda: self.process.poll() is not None or self.goes_on(), "QEMU's monitor")
         self.pid = self.process.pid
 
     def execute(self, *commands: str) -> list[dict]:
@@ -68,10 +68,10 @@ class Qemu:
         return self.process.poll() is None and self.execute("query-status")[0]["return"]["running"]
 
     def goes_on(self) -> bool:
-        """As ``running``, of a QEMU that may end while it is asked."""
+        """As ``running``, of a QEMU that may not listen yet, or end while it is asked."""
         try:
             return self.running()
-        except (ConnectionError, json.JSONDecodeError):
+        except (OSError, json.JSONDecodeError):
             return False
 
     def ram_at(self) -> int:

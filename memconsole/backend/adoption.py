@@ -54,6 +54,7 @@ def adopt(desk: Desk, write: Write) -> list[Finding]:
     landing, found = _landed(desk, write)
     found += _regions(desk)
     desk.uffds.adopt()
+    desk.spaces.adopt()
     for guest in desk.state.guests.values():
         with contextlib.suppress(Gone):
             if guest.pid is not None:
@@ -65,6 +66,7 @@ def adopt(desk: Desk, write: Write) -> list[Finding]:
         found += landing.findings
     found += _unknown(desk, write)
     desk.uffds.forget()
+    desk.spaces.settle()
     return found
 
 
@@ -195,6 +197,9 @@ def _back(desk: Desk, number: int, intent: Intent) -> Record:
         drop_custody(desk, action.name)
     if isinstance(action, actions.Map):
         for grant in intent.aims.grants:
+            if grant.dma is not None:
+                desk.spaces.unmap(grant)
+                grant = msgspec.structs.replace(grant, dma=None)  # noqa: PLW2901 - it is what is left of it
             if _still_mapped(desk, grant):
                 text = f"{grant.guest} maps {grant.region} as {grant.id} (found after a restart)"
                 return Done(

@@ -25,6 +25,7 @@ from memconsole.units import PAGE
 # A survey needs none of these: they are imported by those who act.
 if TYPE_CHECKING:
     from memconsole.backend.custody import Custody
+    from memconsole.backend.dma.spaces import Spaces
     from memconsole.backend.exports.fd import Hub
     from memconsole.backend.guests.base import Guest as LiveGuest
     from memconsole.backend.guests.base import Offer
@@ -75,6 +76,7 @@ class Desk:
         self.handoff: HandoffReport | None = None
         self._uffds: Uffds | None = None
         self._rwp: bool | None = None
+        self._spaces: Spaces | None = None
         self._hub: Hub | None = None
         self._looking = threading.RLock()
         self._fds: dict[str, tuple[int, ...]] = {}
@@ -249,6 +251,16 @@ class Desk:
                 faces=self.faces,
                 shields=self.shields,
             )
+
+    # --- devices --------------------------------------------------------------------------------------------------
+
+    @property
+    def spaces(self) -> Spaces:
+        """The address spaces in which devices reach what their guests were granted."""
+        from memconsole.backend.dma.spaces import Spaces
+
+        self._spaces = self._spaces or Spaces(self)
+        return self._spaces
 
     # --- windows --------------------------------------------------------------------------------------------------
 

@@ -124,6 +124,8 @@ class Ladder:
         if why := move.why_not(self._desk, region, self._segment):
             return _Passed(why, tried=False)
         others = [grant for grant in self._desk.state.grants_of(region=region.name) if self._is_beside(grant)]
+        if pinned := next((grant for grant in others if grant.dma is not None), None):
+            return _Passed(f"device {pinned.dma} has {pinned.id}, which lies in the same file", tried=False)
         asked: list[Grant] = []
         try:
             for grant in others:

@@ -16,9 +16,9 @@ import msgspec
 
 from memconsole.actions import Map, Revoke
 from memconsole.backend.desk import Desk
-from memconsole.backend.kernel import tree
 from memconsole.backend.revoke import Ladder
 from memconsole.backend.stores import memfd
+from memconsole.backend.verbs import dma
 from memconsole.backend.verbs.common import known_guest, known_region, not_frozen
 from memconsole.backend.verbs.work import Work
 from memconsole.errors import Gone, GuestError
@@ -57,8 +57,6 @@ def map(desk: Desk, action: Map) -> Work:
     _in_range(work, region, action.offset, length, action.gpa)
     _alive(work, desk, guest)
     _access(work, desk, region, action.access)
-    if action.dma is not None:
-        _no_dma(work, desk, action.dma)
     if guest.kind is GuestKind.QEMU:
         work.refuse(
             "FixedRam",
@@ -75,12 +73,20 @@ def map(desk: Desk, action: Map) -> Work:
         access=action.access,
         state=GrantState.OFFERED,
         gpa=action.gpa,
+        dma=action.dma,
         created_ns=time.time_ns(),
         lazy=action.lazy,
     )
     _apart(work, desk, grant)
-    if not work.refusals:
-        offer(work, desk, grant)
+    if grant.dma is not None:
+        dma.refuse(work, desk, grant, grant.dma)
+    if work.refusals:
+        return work
+    if grant.dma is not None:
+        dma.attach(work, desk, grant, grant.dma)
+    offer(work, desk, grant)
+    if grant.dma is not None:
+        dma.let(work, desk, grant, grant.dma)
     return work
 
 
@@ -192,31 +198,11 @@ def _meet(a: int, a_length: int, b: int, b_length: int) -> bool:
     return a < b + b_length and b < a + a_length
 
 
-def _no_dma(work: Work, desk: Desk, bdf: str) -> None:
-    """Mapping for a device needs the device, an IOMMU that confines it, and iommufd; then it is still to be built."""
-    device = f"/sys/bus/pci/devices/{bdf}"
-    if not tree.exists(desk.root, device):
-        work.refuse("NoSuchDevice", f"there is no device {bdf}", "", "memconsole windows lists the devices")
-    elif not tree.exists(desk.root, f"{device}/iommu_group"):
-        work.refuse(
-            "NoIommu",
-            f"device {bdf} cannot be given memory",
-            "no IOMMU confines it: it would reach all of the host's memory",
-            "boot with intel_iommu=on or amd_iommu=on, with VT-d or AMD-Vi enabled in the firmware",
-        )
-    elif not tree.exists(desk.root, "/dev/iommu"):
-        why = "this kernel offers no /dev/iommu (CONFIG_IOMMUFD)"
-        work.refuse("NoIommu", f"device {bdf} cannot be given memory", why, "modprobe iommufd")
-    else:
-        why = "this memconsole does not map memory for devices"
-        work.refuse("NoIommu", f"device {bdf} cannot be given memory", why, "leave --dma out")
-
-
 # --- revoke -----------------------------------------------------------------------------------------------------
 
 
 def revoke(desk: Desk, action: Revoke) -> Work:
-    """Take a grant back: one step, ``cut``, which climbs the ladder (:mod:`memconsole.backend.revoke`)."""
+    """Take a grant back: from devices first; then ``cut`` climbs the ladder (:mod:`memconsole.backend.revoke`)."""
     work = Work(action.grant, "")
     grant = desk.state.grants.get(action.grant)
     if grant is None:
@@ -238,5 +224,6 @@ def revoke(desk: Desk, action: Revoke) -> Work:
     order = list(RUNGS)
     rungs = ", else ".join(RUNGS[rung] for rung in order[: order.index(action.at_most) + 1])
     part = f"{format_size(grant.length)} of {grant.region}"
+    dma.cut(work, desk, [grant])
     work.step("cut", f"take {part} back from {grant.guest}: {rungs}; the contents stay", cut)
     return work

@@ -20,6 +20,7 @@ from memconsole.backend.guests.qemu import BINARY, QemuGuest
 from memconsole.backend.kernel import census
 from memconsole.backend.revoke import Ladder
 from memconsole.backend.state import Change
+from memconsole.backend.verbs import dma
 from memconsole.backend.verbs.common import free_name, is_vm, known_guest
 from memconsole.backend.verbs.grants import OFFER_S, offer
 from memconsole.backend.verbs.regions import creation
@@ -162,6 +163,7 @@ def stop(desk: Desk, action: GuestStop) -> Work:
     grants = desk.state.grants_of(guest=guest.name)
     windows = [grant for grant in desk.state.windows.values() if grant.guest == guest.name]
     if is_vm(guest):
+        dma.cut(work, desk, grants)
         if live is not None:
             work.step("end", f"end process {guest.pid}, by force after {STOP_S:g} s", partial(live.stop, STOP_S))
     else:
@@ -170,6 +172,7 @@ def stop(desk: Desk, action: GuestStop) -> Work:
             work.refuse("Granted", what, "", f"memconsole window revoke {windows[0].window}")
             return work
         work.text = f"process {guest.pid} is let go; its grants ended"
+        dma.cut(work, desk, grants)
         for grant in grants:
             work.step(f"cut-{grant.id}", f"ask {grant.id} ({grant.region}) back", partial(_cut, work, desk, grant))
     work.step("part", "let go of it, and remove its sockets and log", lambda: forget(desk, guest.name))

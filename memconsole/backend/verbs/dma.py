@@ -1,0 +1,128 @@
+"""What ``map --dma`` adds to ``map``, and what taking a grant back begins with where a device has it too.
+
+map      bind      vfio-pci takes the device, if no driver has it
+         attach    the device is attached to the guest's address space: it reaches what its grants say
+         (offer)   the guest maps it
+         dma       the device reaches it, at the guest's own addresses
+revoke,  dma       no device reaches it any more; it is not undone if the guest then keeps its own mapping
+stop     (cut...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from msgspec.structs import replace
+
+from memconsole.backend.desk import Desk
+from memconsole.backend.dma import iommufd, vfio
+from memconsole.backend.kernel import iommu, pci, tree
+from memconsole.backend.verbs.work import Work
+from memconsole.errors import MemconsoleError
+from memconsole.model import Device, Grant
+from memconsole.units import format_address, format_size
+
+_BRIDGE = 0x06
+_PASSIVE = {None, vfio.DRIVER, "pci-stub", "pcieport"}
+"""Drivers that do no DMA themselves."""
+
+
+def refuse(work: Work, desk: Desk, grant: Grant, bdf: str) -> None:
+    """Refuse what no device can be given, or not this one: each reason by its name."""
+    root = desk.root
+    base = f"/sys/bus/pci/devices/{bdf}"
+    what = f"device {bdf} cannot be given memory"
+    if not tree.exists(root, base):
+        work.refuse("NoSuchDevice", f"there is no device {bdf}", "", "memconsole windows lists the devices")
+    elif not tree.exists(root, f"{base}/iommu_group"):
+        why = "no IOMMU confines it: it would reach all of the host's memory"
+        remedy = "boot with intel_iommu=on or amd_iommu=on, with VT-d or AMD-Vi enabled in the firmware"
+        work.refuse("NoIommu", what, why, remedy)
+    elif not tree.exists(root, iommufd.DEVICE):
+        work.refuse("NoIommu", what, "this kernel offers no /dev/iommu (CONFIG_IOMMUFD)", "modprobe iommufd")
+    elif not tree.exists(root, f"/sys/bus/pci/drivers/{vfio.DRIVER}"):
+        work.refuse("NoVfio", what, f"there is no driver {vfio.DRIVER}", f"modprobe {vfio.DRIVER}")
+    elif grant.gpa is None:
+        why = "a device finds its guest's memory by guest physical address"
+        work.refuse("NoGpa", what, why, "add --gpa")
+    else:
+        _group(work, desk, grant, bdf, grant.gpa)
+
+
+def _group(work: Work, desk: Desk, grant: Grant, bdf: str, gpa: int) -> None:
+    """Everything in a group reaches what one of it reaches: no driver and no other guest may have any of it."""
+    devices = {function.device.bdf: function.device for function in pci.functions(desk.root)}
+    group = devices[bdf].group
+    inside = [device for device in devices.values() if device.group == group]
+    for device in inside:
+        if device.driver not in _PASSIVE and (device.bdf == bdf or not _is_bridge(device)):
+            also = "" if device.bdf == bdf else f", which is in IOMMU group {group} with {bdf},"
+            work.refuse(
+                "DeviceInUse",
+                f"device {device.bdf}{also} is in use",
+                f"the kernel's {device.driver} has it",
+                f"echo {device.bdf} > /sys/bus/pci/devices/{device.bdf}/driver/unbind",
+            )
+    attached = desk.spaces.devices
+    for device in inside:
+        owner = attached.get(device.bdf, grant.guest)
+        if owner != grant.guest:
+            why = f"guest {owner} has device {device.bdf} of IOMMU group {group}"
+            work.refuse("DeviceInUse", f"device {bdf} cannot be given to {grant.guest}", why, "revoke its grants")
+    domain = next((each for each in iommu.domains(desk.root, leaves_max=0) if each.group == group), None)
+    for reserved in domain.reserved if domain is not None else ():
+        if gpa < reserved.end and reserved.start < gpa + grant.length:
+            where = f"{format_address(reserved.start)}-{format_address(reserved.end)}"
+            work.refuse(
+                "BadIova",
+                f"{grant.id} cannot be there for {bdf}",
+                f"{where} is {reserved.kind}",
+                "choose another --gpa",
+            )
+
+
+def _is_bridge(device: Device) -> bool:
+    return device.class_code >> 16 == _BRIDGE
+
+
+def attach(work: Work, desk: Desk, grant: Grant, bdf: str) -> None:
+    """The steps before the guest maps it: after them the device is confined to the guest's address space."""
+    if vfio.driver(desk.root, bdf) is None:
+        text = f"give device {bdf} to {vfio.DRIVER}"
+        undo = partial(vfio.unbind, desk.root, bdf)
+        work.step("bind", text, partial(vfio.bind, desk.root, bdf), undo, "take it back")
+    if desk.spaces.devices.get(bdf) == grant.guest:
+        return
+
+    def do() -> None:
+        try:
+            desk.spaces.attach(grant.guest, bdf)
+        except MemconsoleError:
+            desk.spaces.settle()
+            raise
+
+    text = f"attach device {bdf} to the address space of {grant.guest}: it reaches nothing else"
+    work.step("attach", text, do, desk.spaces.settle, "close it")
+
+
+def let(work: Work, desk: Desk, grant: Grant, bdf: str) -> None:
+    """The step after the guest maps it: its devices reach it."""
+    at = "" if grant.gpa is None else f" at IOVA {format_address(grant.gpa)}"
+    text = f"let device {bdf} reach {format_size(grant.length)} of {grant.region}{at}, pages pinned"
+    work.step("dma", text, lambda: desk.spaces.map(grant), lambda: desk.spaces.unmap(grant), "unmap it")
+
+
+def cut(work: Work, desk: Desk, grants: Sequence[Grant]) -> None:
+    """The step that takes grants from devices, before anybody else is asked; none where no device has any."""
+    given = [grant for grant in grants if grant.dma is not None]
+    if not given:
+        return
+
+    def do() -> None:
+        for grant in given:
+            desk.spaces.unmap(grant)
+            work.lasting = replace(work.lasting, grants=(*work.lasting.grants, replace(grant, dma=None)))
+
+    names = ", ".join(f"{grant.id} from {grant.dma}" for grant in given)
+    work.step("dma", f"take {names}: no byte arrives from then on", do)

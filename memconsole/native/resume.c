@@ -378,6 +378,7 @@ static void start(struct guest *g)
 				 g->start->fds[i].name);
 			return;
 		}
+		lseek(fds[i], 0, SEEK_SET);	/* a QEMU reads its state from where the file stands */
 	}
 	guest_start(g, fds);
 }

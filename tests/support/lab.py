@@ -119,10 +119,12 @@ def run(
     devices: Sequence[str] = (),
     options: Sequence[str] = (),
     arguments: Sequence[str] = (),
+    early: str = "",
 ) -> Verdicts:
     """Boot the lab, run a scenario through its stages, return what it said; never later than ``timeout`` seconds.
 
-    ``devices`` and ``options`` are QEMU's, ``arguments`` the scenario's.
+    ``devices`` and ``options`` are QEMU's, ``arguments`` the scenario's; ``early`` is a line of shell that every stage
+    begins with, before any Python.
     """
     if not BUSYBOX.is_file() or shutil.which("qemu-system-x86_64") is None:
         pytest.skip(
@@ -135,6 +137,7 @@ def run(
     (share / "start").write_text(
         "export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8\n"
         f"export PYTHONPATH={ROOT}/tests/support PYTHONDONTWRITEBYTECODE=1 TERM=dumb\n"
+        f"{early}\n"
         f"cd {ROOT}; {sys.executable} {words}\n"
         "sync; /bin/busybox poweroff -f\n"
     )

@@ -154,6 +154,7 @@ class QemuGuest:
                 self._execute("migrate_cancel")
                 raise GuestError(f"the state of guest {self.name} cannot be saved", why, "see what devices it has")
             time.sleep(0.002)
+        os.lseek(fd, 0, os.SEEK_SET)  # whoever goes on reads from where the file stands
 
     def restart(self, state: str, ram: str, *, paused: bool = False) -> Restart:
         """How it goes on from its ``state`` and its ``ram``, as custody calls them: as it was started, but waiting.

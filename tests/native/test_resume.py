@@ -1,0 +1,387 @@
+"""memconsole-resume on this host: the same program, the keeper in LUO's place, under ASan and UBSan."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+import pytest
+from support import keepers
+from support.guests import given, hubs, own_frames, region, until
+
+from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.guests.canary import CanaryGuest
+from memconsole.backend.guests.handle import Handle
+from memconsole.backend.handoff import bootplan
+from memconsole.backend.handoff.bootplan import Hold, Plan, Resume, Resumed, Say, Start, Verify
+from memconsole.extents import ExtentTable
+
+NATIVE = Path(__file__).parents[2] / "memconsole" / "native"
+SOURCES = [NATIVE / name for name in ("resume.c", "extents.c", "pagescan.c", "runs.c", "query.c")]
+FLAGS = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-g", "-O1", "-pthread", "-fsanitize=address,undefined"]
+M = 1 << 20
+PHASES = ["begun", "planned", "retrieved", "verified", "started", "resumed"]
+STAYS = "import time; print('up', flush=True); time.sleep(600)"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    path = tmp_path_factory.mktemp("resume") / "memconsole-resume"
+    subprocess.run([compiler, *FLAGS, "-fno-sanitize-recover=all", "-o", path, *SOURCES], check=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def keeper_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return keepers.build_sanitized(tmp_path_factory.mktemp("keeper"))
+
+
+class Stage:
+    """A keeper with things in it, and what memconsole-resume makes of a plan with them."""
+
+    def __init__(self, program: Path, keeper: keepers.Running, directory: Path) -> None:
+        self.directory = directory
+        self.custody = KeeperCustody(keeper.path)
+        self._program = program
+        self._runtime = keeper.path.parent
+        self._started: list[Handle] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._started:
+            handle.kill(10)
+            handle.close()
+        self.custody.close()
+
+    def put(self, name: str, contents: bytes = b"") -> None:
+        fd = os.memfd_create(name)
+        os.write(fd, contents)
+        self.custody.put(name, fd)
+        os.close(fd)
+
+    def start(self, guest: str, *words: str, fds: dict[str, int] | None = None, uid: int = 0, gid: int = 0) -> Start:
+        """A guest's VMM; without words one that stays."""
+        command = words or (sys.executable, "-c", STAYS)
+        place = self.directory / "guests" / guest
+        return Start(guest, command, str(place), str(place / "log"), tuple((fds or {}).items()), uid, gid)
+
+    def log(self, guest: str) -> str:
+        return (self.directory / "guests" / guest / "log").read_text()
+
+    def resume(self, plan: Plan | bytes) -> tuple[int, str, Resume]:
+        self.put(bootplan.MANIFEST, plan if isinstance(plan, bytes) else bootplan.encode(plan))
+        code, err = self.run()
+        fd, _ = self.custody.get(bootplan.RESUME)
+        resume = bootplan.read_resume(os.pread(fd, M, 0))
+        os.close(fd)
+        for guest in resume.guests:
+            if guest.pid:
+                self._started.append(Handle(guest.pid, guest.start_ticks))
+        return code, err, resume
+
+    def run(self) -> tuple[int, str]:
+        command = [self._program, "--rehearse", "--runtime", self._runtime]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert "runtime error" not in done.stderr
+        assert "Sanitizer" not in done.stderr
+        return done.returncode, done.stderr
+
+
+@pytest.fixture
+def stage(program: Path, keeper_program: Path, tmp_path: Path) -> Iterator[Stage]:
+    with keepers.running(keeper_program) as keeper, Stage(program, keeper, tmp_path) as made:
+        yield made
+
+
+def of(resume: Resume, guest: str) -> Resumed:
+    return next(found for found in resume.guests if found.guest == guest)
+
+
+def ids(resume: Resume) -> list[tuple[str, str]]:
+    return [(finding.id, finding.subject) for finding in resume.findings]
+
+
+def test_without_a_manifest_there_is_nothing_to_adopt(stage: Stage) -> None:
+    code, err = stage.run()
+    assert (code, err) == (6, "memconsole-resume: nothing was handed over\n")
+    assert stage.custody.names() == []
+
+
+def test_without_a_keeper_a_rehearsal_fails(program: Path, tmp_path: Path) -> None:
+    command = [program, "--rehearse", "--runtime", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "keeper: No such file or directory" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--bird"], ["--runtime"], ["--runtime", "here"], ["--runtime", "/" + "x" * 200]]
+)
+def test_bad_arguments_are_a_usage_error(program: Path, arguments: list[str]) -> None:
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: ")
+
+
+def test_vmms_get_their_fds_by_number_and_nothing_else(stage: Stage) -> None:
+    stage.put("a", b"first")
+    stage.put("b", b"second")
+    code = """
+import os, time
+fds = {int(name) for name in os.listdir("/proc/self/fd")}
+said = [os.pread(4, 9, 0).decode(), os.pread(3, 9, 0).decode(), os.pread(900, 9, 0).decode()]
+opened = {fd for fd in fds if os.path.exists(f"/proc/self/fd/{fd}")}
+print(*said, *sorted(opened), os.getcwd(), os.getsid(0) == os.getpid(), flush=True)
+time.sleep(600)
+"""
+    start = stage.start("vm", sys.executable, "-c", code, fds={"a": 4, "b": 3})
+    start = Start(start.guest, start.words, start.directory, start.log, (*start.fds, ("a", 900)))
+    holds = (Hold("s", 1, "a"), Hold("s", 2, "b"))
+    assert stage.resume(Plan(holds, (), (start,)))[0] == 0
+    until(lambda: stage.log("vm").endswith("\n"), "its words")
+    assert stage.log("vm").split() == [
+        *("first", "second", "first", "0", "1", "2", "3", "4", "900"),
+        str(stage.directory / "guests" / "vm"),
+        "True",
+    ]
+
+
+def test_a_vmm_runs_as_whom_the_plan_says(stage: Stage) -> None:
+    if os.geteuid():
+        pytest.skip("only root can start a VMM as another user")
+    code = "import os, time; print(os.getresuid(), os.getresgid(), os.getgroups(), flush=True); time.sleep(600)"
+    stage.directory.chmod(0o755)
+    for parent in stage.directory.parents[:-2]:
+        parent.chmod(parent.stat().st_mode | 0o111)
+    start = stage.start("vm", "/usr/bin/env", "python3", "-c", code, uid=65534, gid=65534)
+    assert stage.resume(Plan((), (), (start,)))[0] == 0
+    until(lambda: stage.log("vm").endswith("\n"), "its words")
+    assert stage.log("vm") == "(65534, 65534, 65534) (65534, 65534, 65534) []\n"
+
+
+def test_the_record_says_who_runs_and_when(stage: Stage) -> None:
+    stage.put("a")
+    code, err, resume = stage.resume(Plan((Hold("s", 1, "a"),), (), (stage.start("vm", fds={"a": 3}),)))
+    assert (code, err, resume.findings, resume.held, resume.mode) == (0, "", (), ("a",), "rehearse")
+    assert [phase.name for phase in resume.phases] == PHASES
+    moments = [phase.at.boottime_ns for phase in resume.phases]
+    assert moments == sorted(moments)
+    found = of(resume, "vm")
+    assert (found.state, found.why) == ("started", "")
+    with Handle(found.pid, found.start_ticks) as process:
+        assert process.alive()
+    assert sorted(stage.custody.names()) == ["a", "manifest", "resume"]
+
+
+def test_a_guest_without_all_of_its_memory_is_held_and_the_others_run(stage: Stage) -> None:
+    stage.put("a")
+    starts = (stage.start("whole", fds={"a": 3}), stage.start("half", fds={"a": 3, "b": 4}))
+    code, err, resume = stage.resume(Plan((Hold("s", 1, "a"), Hold("s", 2, "b")), (), starts))
+    assert code == 4
+    assert of(resume, "whole").state == "started"
+    assert (of(resume, "half").state, of(resume, "half").pid) == ("held", 0)
+    assert of(resume, "half").why == "b is not in custody"
+    assert ids(resume) == [("not-in-custody", "b"), ("guest-held", "half")]
+    assert "guest-held: half: b is not in custody" in err
+
+
+def test_a_broken_plan_starts_nothing(stage: Stage) -> None:
+    stage.put("a", b"kept")
+    raw = bytearray(bootplan.encode(Plan((Hold("s", 1, "a"),), (), (stage.start("vm", fds={"a": 3}),))))
+    raw[-1] ^= 1
+    code, _, resume = stage.resume(bytes(raw))
+    assert (code, resume.guests, resume.held) == (4, (), ("a",))
+    assert ids(resume) == [("plan-broken", "manifest")]
+    assert not (stage.directory / "guests").exists()
+
+
+def test_an_empty_manifest_is_a_broken_plan(stage: Stage) -> None:
+    code, _, resume = stage.resume(b"")
+    assert (code, ids(resume)) == (4, [("plan-broken", "manifest")])
+
+
+def test_a_vmm_that_cannot_start_or_ends_at_once_is_held_and_says_why(stage: Stage) -> None:
+    starts = (
+        stage.start("nowhere", "/nowhere/vmm"),
+        stage.start("fails", sys.executable, "-c", "import sys; print('no'); sys.exit(7)"),
+        stage.start("dies", sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"),
+        stage.start("stays"),
+    )
+    code, _, resume = stage.resume(Plan((), (), starts))
+    assert code == 4
+    assert of(resume, "nowhere").why == "/nowhere/vmm: No such file or directory"
+    assert of(resume, "fails").why == f"its VMM ended with status 7; see {starts[1].log}"
+    assert of(resume, "dies").why == f"its VMM was killed by signal 9; see {starts[2].log}"
+    assert [found.state for found in resume.guests] == ["held", "held", "held", "started"]
+    assert stage.log("fails") == "no\n"
+
+
+def test_pages_are_compared_and_in_a_rehearsal_may_have_moved(stage: Stage) -> None:
+    fd = os.memfd_create("ram")
+    os.truncate(fd, 16 * M)
+    own_frames(fd, 16 * M)
+    stage.custody.put("ram", fd)
+    with ExtentTable.scan_fd(fd, 16 * M) as table:
+        digest = table.digest()
+    os.close(fd)
+    holds, starts = (Hold("s", 1, "ram"),), (stage.start("vm", fds={"ram": 3}),)
+    assert stage.resume(Plan(holds, (Verify("ram", 16 * M, digest),), starts))[2].findings == ()
+    code, _, resume = stage.resume(Plan(holds, (Verify("ram", 16 * M, "00" * 16),), starts))
+    assert (code, ids(resume)) == (4, [("pages-moved", "ram")])
+    assert of(resume, "vm").state == "started"
+    code, _, resume = stage.resume(Plan(holds, (Verify("ram", 16 * M + 1, digest),), starts))
+    assert [finding.text for finding in resume.findings] == ["the size is not whole pages"]
+
+
+class Monitor(threading.Thread):
+    """A QMP server with canned answers, one a line it hears; None is silence."""
+
+    def __init__(self, path: Path, answers: list[str | None], *, greets: bool = True) -> None:
+        super().__init__(daemon=True)
+        self.heard: list[str] = []
+        self._answers = answers
+        self._greets = greets
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self.start()
+
+    def run(self) -> None:
+        connection, _ = self._listener.accept()
+        with connection, connection.makefile("r") as lines:
+            if self._greets:
+                connection.sendall(b'{"QMP": {}}\n{"event": "RESUME"}\n')
+            for answer in self._answers:
+                line = ""
+                with contextlib.suppress(OSError):
+                    line = lines.readline()
+                if not line:
+                    return
+                self.heard.append(line.strip())
+                if answer is not None:
+                    with contextlib.suppress(OSError):  # it has heard enough
+                        connection.sendall(answer.encode() + b"\n")
+            with contextlib.suppress(OSError):
+                lines.readline()
+
+    def end(self) -> None:
+        self.join(30)
+        assert not self.is_alive()
+        self._listener.close()
+
+
+LINES = (('{"execute": "qmp_capabilities"}', "return"), ('{"execute": "query-status"}', '"running"'))
+CONVERSATIONS: dict[str, tuple[list[str | None], str]] = {
+    "said": (['{"return": {}}', '{"return": {"status": "inmigrate"}}', '{"return": {"status": "running"}}'], ""),
+    "events": (
+        ['{"event": "error"}\n{"return": {}}', '{"event": "STOP"}\n{"return": "running"}'],
+        "",
+    ),
+    "refused": (['{"error": {"class": "GenericError"}}'], "qmp_capabilities"),
+    "silent": ([None], "does not answer within 400 ms"),
+    "other": (['{"return": {}}', *['{"return": {"status": "paused"}}'] * 2000], "does not answer within 400 ms"),
+    "gone": ([], "its monitor went away"),
+}
+
+
+@pytest.mark.parametrize("how", CONVERSATIONS)
+def test_a_monitor_is_talked_to_until_it_says_what_is_awaited(stage: Stage, how: str) -> None:
+    answers, why = CONVERSATIONS[how]
+    path = stage.directory / "qmp"
+    if how == "gone":
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        listener.listen()
+
+        def hang_up() -> None:
+            listener.accept()[0].close()
+
+        closer = threading.Thread(target=hang_up, daemon=True)
+        closer.start()
+    else:
+        monitor = Monitor(path, answers)
+    say = Say("vm", str(path), LINES, 400 if why else 30_000)
+    code, _, resume = stage.resume(Plan((), (), (stage.start("vm"),), (say,)))
+    found = of(resume, "vm")
+    if why:
+        assert (code, found.state) == (4, "started")
+        assert why in found.why
+        assert found.pid  # it is there, to be looked at
+    else:
+        assert (code, found.state, found.why) == (0, "resumed", "")
+        assert monitor.heard[0] == LINES[0][0]
+        assert set(monitor.heard[1:]) == {LINES[1][0]}
+        assert found.at.boottime_ns <= resume.phases[-1].at.boottime_ns
+    if how == "gone":
+        closer.join(30)
+        listener.close()
+    else:
+        monitor.end()
+
+
+def test_a_vmm_that_ends_before_its_monitor_is_there_is_not_waited_for(stage: Stage) -> None:
+    say = Say("vm", str(stage.directory / "qmp"), LINES, 120_000)
+    start = stage.start("vm", sys.executable, "-c", "raise SystemExit(3)")
+    code, _, resume = stage.resume(Plan((), (), (start,), (say,)))
+    assert code == 4
+    assert (of(resume, "vm").state, of(resume, "vm").pid) == ("held", 0)
+    assert of(resume, "vm").why.startswith("its VMM ended with status 3")
+
+
+def test_a_canary_goes_on_through_a_rehearsal(stage: Stage) -> None:
+    with contextlib.ExitStack() as stack:
+        hub = stack.enter_context(hubs())()
+        fd = stack.enter_context(region(M))
+        offer = stack.enter_context(given(fd, "g-1", M))
+        guest = CanaryGuest.start("bird", hub, stage.directory, args=["--as", "process"])
+        first = stack.enter_context(Handle(guest.pid, child=True))
+        stack.callback(first.kill, 10)
+        assert guest.offer(offer, 10)
+        until(lambda: (now := guest.progress()) is not None and now.checked > 1024, "sweeps")
+        state = os.memfd_create("state")
+        guest.save(state, 10)
+        stood = guest.progress()
+        assert stood is not None
+        stage.custody.put("state:bird", state)
+        stage.custody.put("region:bird:0", fd)
+        os.close(state)
+        again = guest.restart(hub.path, "state:bird", [("g-1", "region:bird:0")])
+        first.kill(10)
+        guest.close()
+        start = Start("bird", again.words, str(stage.directory), str(stage.directory / "log"), again.fds)
+        holds = (Hold("memconsole:bird", 1, "region:bird:0"), Hold("memconsole:manifest", 2, "state:bird"))
+        code, err, resume = stage.resume(Plan(holds, (), (start,)))
+        assert (code, err) == (0, "")
+        found = of(resume, "bird")
+        guest = CanaryGuest.adopt("bird", found.pid, found.start_ticks, hub, [offer])
+        stack.callback(guest.close)
+        assert hub.connected("bird", 30)
+        assert guest.sweep(10) == (M // 4096 - 4, 0)
+        until(lambda: (now := guest.progress()) is not None and now.beats > stood.beats, "beats")
+        assert guest.blackout()[0] == 1
+        os.kill(found.pid, signal.SIGKILL)
+
+
+def test_the_record_is_json_whatever_a_monitor_says(stage: Stage) -> None:
+    path = stage.directory / "qmp"
+    monitor = Monitor(path, ['{"error": "\\"quoted\\" \\\\ \x01 \x1f"}'])
+    code, _, resume = stage.resume(Plan((), (), (stage.start("vm"),), (Say("vm", str(path), LINES, 30_000),)))
+    assert code == 4
+    assert json.dumps(of(resume, "vm").why)
+    assert "quoted" in of(resume, "vm").why
+    monitor.end()

@@ -1,0 +1,53 @@
+"""Canaries that a kexec takes along: the keeper jumps, memconsole-resume adopts them, they count on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lab
+
+from memconsole.native import program
+
+GUESTS = ("one", "two", "three")
+
+
+def run(directory: Path, how: str = "") -> lab.Verdicts:
+    """The scenario, with something gone wrong on purpose or not."""
+    first = f"{program('memconsole-resume')} 2>/run/resume.err; echo $? >/run/resume.code"  # as a host's init would
+    said = lab.run("resume", directory, timeout=600, arguments=[how] if how else [], early=first)
+    said.check()
+    return said
+
+
+def test_canaries_go_on_over_two_kexecs_with_every_page_where_it_was(tmp_path: Path) -> None:
+    said = run(tmp_path)
+    assert said.stages == 3
+    for stage in (2, 3):
+        verdicts = {verdict["name"]: verdict for verdict in said.said if verdict["stage"] == stage}
+        for name in GUESTS:
+            assert verdicts[f"guest-{name}"]["restored"] == stage - 1
+            assert verdicts[f"frames-{name}"]["ok"]
+
+
+def test_a_broken_plan_loses_nothing_and_guests_can_be_resumed_by_hand(tmp_path: Path) -> None:
+    said = run(tmp_path, "broken")
+    resume = said.of("resume")
+    assert [finding["id"] for finding in resume["findings"]] == ["plan-broken"]
+    assert resume["guests"] == []
+    assert "plan-broken: manifest: its checksum does not match" in resume["err"]
+    assert {name for name in GUESTS if said.of(f"later-{name}")["ok"]} == set(GUESTS)
+
+
+def test_a_guest_whose_pages_are_not_where_they_were_is_not_resumed_by_itself(tmp_path: Path) -> None:
+    said = run(tmp_path, "moved")
+    found = {guest["guest"]: guest for guest in said.of("resume")["guests"]}
+    assert found["two"]["state"] == "held"
+    assert found["two"]["why"] == "the pages of region:two:0 are not where they were"
+    assert said.of("later-two")["ok"]
+
+
+def test_a_spoiled_state_and_a_missing_session_are_findings_and_the_others_go_on(tmp_path: Path) -> None:
+    said = run(tmp_path, "unfit")
+    findings = {(finding["id"], finding["subject"]) for finding in said.of("resume")["findings"]}
+    missing = {("session-missing", "memconsole:nobody"), ("lost", "region:nobody:0")}
+    assert findings == missing | {("guest-held", "one")}

@@ -127,12 +127,15 @@ class Desk:
 
     def _take_uffd(self, guest: str, grant: str, uffd: int, modes: int, address: int) -> None:
         """A guest handed an uffd over; without us it goes on as if it had not."""
-        aims = (grant for intent in self.state.unfinished.values() for grant in intent.aims.grants)
-        meant = next((each for each in (*self.state.grants.values(), *aims) if each.id == grant), None)
-        live = self.live(guest)
-        if meant is not None and live is not None:
+        state, live = self.state, self.live(guest)
+        aims = [intent.aims for intent in state.unfinished.values()]
+        grants = {each.id: each for change in aims for each in change.grants} | state.grants
+        regions = {each.name: each for change in aims for each in change.regions} | state.regions
+        if grant in grants and live is not None:
+            meant = grants[grant]
             with contextlib.suppress(MemconsoleError):
-                self.uffds.take(meant, (live.pid, live.start_ticks), uffd, modes, address)
+                page = regions[meant.region].page_size
+                self.uffds.take(meant, page, (live.pid, live.start_ticks), uffd, modes, address)
 
     # --- regions --------------------------------------------------------------------------------------------------
 

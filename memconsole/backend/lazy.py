@@ -124,13 +124,14 @@ class Uffds:
         self._handed: dict[str, Handed] = {}
         self._services: dict[str, Service] = {}
 
-    def take(self, grant: Grant, process: tuple[int, int], uffd: int, modes: int, address: int) -> None:
+    def take(  # noqa: PLR0917 - what a guest says of a mapping is this much
+        self, grant: Grant, page: int, process: tuple[int, int], uffd: int, modes: int, address: int
+    ) -> None:
         """Take an uffd over from a ``process`` (PID, start time) that mapped a grant at ``address``; the fd stays its.
 
         Raises:
             KernelRefused, Refused, Gone: its faults cannot be served, or nobody can hold it.
         """
-        region = self._desk.state.regions[grant.region]
         handed = Handed(
             grant.id,
             grant.region,
@@ -138,7 +139,7 @@ class Uffds:
             address,
             grant.length,
             grant.offset % memfd.SEGMENT,
-            region.page_size,
+            page,
             modes,
             grant.lazy,
         )

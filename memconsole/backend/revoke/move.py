@@ -218,7 +218,8 @@ def _copy(old: int, fresh: int, size: int, *, by_map: bool) -> None:
     from memconsole import native
 
     copied = native.ffi.new("uint64_t *")
-    threads = len(os.sched_getaffinity(0))
+    # Writers of one file wait for each other: more than one only waste the time of the rest.
+    threads = len(os.sched_getaffinity(0)) if by_map else 1
     native.call("the contents cannot be copied", native.lib.mc_copy, old, fresh, size, int(by_map), threads, copied)
 
 

@@ -117,6 +117,9 @@ def test_guests_end_with_their_console(directory: Path, terminals: list[Terminal
         client.apply(actions.GuestStart("canary", memory=4 * M))
         (guest,) = [guest for guest in client.snapshot().guests if guest.name == "canary"]
         assert guest.state is GuestState.RUNNING
+        begun = client.snapshot().taken_ns
+        until(lambda: bool(client.history(begun)), "the console records")
+        assert [each.name for each in client.at(client.history()[-1]).guests if each.pid == guest.pid] == ["canary"]
     assert guest.pid is not None
     until(lambda: b"canary" in terminal.said or b"live" in terminal.said, "the console shows something")
     if how == "closed terminal":
@@ -130,6 +133,7 @@ def test_guests_end_with_their_console(directory: Path, terminals: list[Terminal
     assert status == 128 + (signal.SIGTERM if how == "SIGTERM" else signal.SIGHUP), terminal.said[-2000:]
     assert not alive(guest.pid)
     assert not (directory / "run" / "control").exists()
+    assert list(Path("/run").glob(f"memconsole-{terminal.process.pid}-*")) == []
 
 
 def test_consoles_that_start_at_once_share_one_control_process(directory: Path, terminals: list[Terminal]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from typing import TYPE_CHECKING
 
+from memconsole import recording
 from memconsole.model import Snapshot
 from memconsole.source import Moment
 from memconsole.units import format_duration
@@ -29,7 +30,7 @@ def headline(app: ConsoleApp) -> tuple[list[Part], list[Part]]:
     left.append((f"  {app.source.label}", "$secondary"))
     if app.snapshot is not None:
         left.append((f"  {app.snapshot.host.kernel}", "$text-muted"))
-    if app.source.read_only and not past:
+    if app.source.read_only not in {"", recording.REASON} and not past:
         left.append((f"  {app.source.read_only}", "$warning"))
     right: list[Part] = []
     if app.recording_from is not None:
@@ -51,6 +52,8 @@ def _liveness(app: ConsoleApp) -> Part:
         return (f" ✖ {app.trouble}{old} ", "bold reverse $error")
     if app.snapshot is None:
         return (" ◌ waiting ", "$warning")
+    if app.source.read_only == recording.REASON:
+        return (" ■ recorded ", "$warning")
     return (" ‖ paused ", "bold $warning") if app.paused else (" ● live ", "$success")
 
 

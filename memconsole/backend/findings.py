@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from memconsole.backend.kernel import pci
 from memconsole.model import Finding, GrantState, Guest, GuestKind, GuestState, Region, Severity, Snapshot
 from memconsole.units import format_size
 
@@ -139,7 +140,7 @@ def _quarantine(snapshot: Snapshot) -> Iterator[Finding]:
 
 def _windows(snapshot: Snapshot) -> Iterator[Finding]:
     for window in snapshot.windows:
-        if window.grant is not None and window.claimed is not None:
+        if window.grant is not None and window.claimed not in {None, *pci.VFIO_CLAIMS}:
             yield Finding(
                 "window-claimed",
                 Severity.ERROR,

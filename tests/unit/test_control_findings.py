@@ -73,6 +73,11 @@ def test_a_difference_has_a_name(host: Callable[[], Snapshot], id: str, severity
     assert (id, severity, subject) in found(host())
 
 
+def test_a_window_that_vfio_keeps_for_its_guest_is_as_meant() -> None:
+    host = changed("windows", grant="g99", guest=GUEST, claimed="vfio")
+    assert "window-claimed" not in [id for id, _, _ in found(host)]
+
+
 def test_wrong_bytes_are_an_error() -> None:
     guest = next(guest for guest in HOST.guests if guest.progress is not None)
     assert guest.progress is not None

@@ -31,6 +31,8 @@ _UNSET, _DISABLED = 0x20000000, 0x10000000
 _SYSFS = re.compile(r".*/([0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7])/resource(\d)(?:_wc)?")
 _VFIO_ANON, _VFIO_CDEV, _VFIO_GROUP = "anon_inode:[vfio-device]", "/dev/vfio/devices/", "/dev/vfio/"
 _VFIO_INDEX = 40
+VFIO_CLAIMS = frozenset({"vfio", "vfio-pci"})
+"""What /proc/iomem calls a BAR that vfio-pci keeps for whoever has the device."""
 
 
 class Function(msgspec.Struct, frozen=True):

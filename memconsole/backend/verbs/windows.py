@@ -13,7 +13,7 @@ import time
 from memconsole.actions import WindowMap, WindowRevoke
 from memconsole.backend.desk import Desk
 from memconsole.backend.guests.base import Offer
-from memconsole.backend.kernel import tree
+from memconsole.backend.kernel import pci, tree
 from memconsole.backend.state import Change, WindowGrant
 from memconsole.backend.verbs.common import known_guest
 from memconsole.backend.verbs.grants import OFFER_S
@@ -22,7 +22,7 @@ from memconsole.errors import Gone, GuestError
 from memconsole.model import Access, GuestKind, Window
 from memconsole.units import PAGE, format_address, format_size
 
-_PASSIVE_DRIVERS = {None, "vfio-pci", "pci-stub", "uio_pci_generic"}
+_PASSIVE_DRIVERS = {None, *pci.VFIO_CLAIMS, "pci-stub", "uio_pci_generic"}
 """Drivers that do not touch a BAR themselves."""
 
 

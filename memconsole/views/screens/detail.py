@@ -217,10 +217,11 @@ class DeviceDetail(Detail):
 
 
 class DomainDetail(Detail):
-    """An IOMMU domain: the devices attached to it and what it must not use."""
+    """An IOMMU domain: the devices attached to it, what they were granted, and what it must not use."""
 
     TABLE = TABLES["domains"]
     SECTIONS = (
+        Section(TABLES["grants"], lambda snapshot, domain: [g for g in snapshot.grants if g.dma in domain.devices]),
         Section(TABLES["devices"], lambda snapshot, domain: [d for d in snapshot.devices if d.bdf in domain.devices]),
         Section(tables.RESERVED, lambda _, domain: [(domain.group, item) for item in domain.reserved]),
     )

@@ -1,0 +1,93 @@
+"""Which devices are given memory: a host of synthetic devices and groups, each refusal by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+from support.controls import M, runtime_dir
+from support.guests import AgentProcess
+from support.trees import Tree
+
+from memconsole import actions as do
+from memconsole.backend.control import Control, embedded
+from memconsole.errors import Refused
+
+FREE, BUSY, BESIDE, BRIDGED = (f"0000:00:0{number}.0" for number in range(4, 8))
+MSI = (0xFEE00000, 0xFEEFFFFF, "msi")
+
+
+@pytest.fixture
+def tree() -> Iterator[Tree]:
+    """A host with an IOMMU: a device alone, one a driver has, one beside a driver's, one beside a bridge."""
+    with runtime_dir() as directory:
+        made = Tree(directory / "host")
+        made.link("/proc", "/proc")
+        made.write("/sys/devices/system/cpu/online", "0\n")
+        made.write("/dev/iommu", "")
+        made.directory("/sys/bus/pci/drivers/vfio-pci")
+        for group in range(4):
+            made.group(group, "DMA", [MSI])
+        made.pci(FREE, ids=(1, 1), class_code=0xFF0000, group=0)
+        made.pci(BUSY, ids=(1, 2), class_code=0x020000, driver="e1000", group=1)
+        made.pci(BESIDE, ids=(1, 3), class_code=0xFF0000, group=2)
+        made.pci("0000:00:08.0", ids=(1, 4), class_code=0x010000, driver="ahci", group=2)
+        made.pci(BRIDGED, ids=(1, 5), class_code=0xFF0000, driver="vfio-pci", group=3)
+        made.pci("0000:00:09.0", ids=(1, 6), class_code=0x060400, driver="shpchp", group=3)
+        yield made
+
+
+@pytest.fixture
+def control(tree: Tree) -> Iterator[Control]:
+    """A control process of that host, with a region and a guest."""
+    with closing(embedded(tree.root.parent / "run", root=tree.root)) as made:
+        made.apply(do.Reserve("ram", M))
+        with AgentProcess(made.runtime_dir / "agents") as process:
+            made.apply(do.GuestAttach("driver", process.pid))
+            yield made
+
+
+def codes(control: Control, bdf: str, gpa: int | None = 0x100000) -> list[str]:
+    return [refusal.code for refusal in control.plan(do.Map("ram", "driver", gpa=gpa, dma=bdf)).refusals]
+
+
+def test_a_device_in_use_is_refused_by_who_has_it(control: Control) -> None:
+    assert codes(control, BUSY) == codes(control, BESIDE) == ["DeviceInUse"]
+    for bdf, driver, busy in ((BUSY, "e1000", BUSY), (BESIDE, "ahci", "0000:00:08.0")):
+        (refusal,) = control.plan(do.Map("ram", "driver", gpa=0x100000, dma=bdf)).refusals
+        assert driver in refusal.why
+        assert refusal.remedy == f"echo {busy} > /sys/bus/pci/devices/{busy}/driver/unbind"
+    with pytest.raises(Refused, match="e1000"):
+        control.apply(do.Map("ram", "driver", gpa=0x100000, dma=BUSY))
+
+
+def test_bridges_do_not_count(control: Control) -> None:
+    assert codes(control, BRIDGED) == []
+
+
+def test_addresses_a_device_cannot_have_are_refused(control: Control) -> None:
+    assert codes(control, FREE, None) == ["NoGpa"]
+    assert codes(control, FREE, 0xFEE00000) == codes(control, FREE, 0xFED80000) == ["BadIova"]
+    assert codes(control, FREE, 0xFED00000) == codes(control, FREE, 0xFEF00000) == []
+
+
+def test_without_its_driver_no_device_is_given(control: Control, tree: Tree) -> None:
+    (tree.root / "sys/bus/pci/drivers/vfio-pci").rmdir()
+    assert codes(control, FREE) == ["NoVfio"]
+
+
+def test_devices_come_before_the_guest_and_go_before_it(control: Control) -> None:
+    steps = [effect.id for effect in control.plan(do.Map("ram", "driver", gpa=0, dma=FREE)).effects]
+    assert steps == ["bind", "attach", "offer", "dma"]
+    assert all(effect.undo for effect in control.plan(do.Map("ram", "driver", gpa=0, dma=FREE)).effects)
+
+
+def test_a_driver_that_does_not_take_the_device_leaves_nothing(control: Control, tree: Tree) -> None:
+    override = f"/sys/bus/pci/devices/{FREE}/driver_override"
+    tree.write(override, "(null)\n")
+    tree.write("/sys/bus/pci/drivers_probe", "")
+    with pytest.raises(Exception, match="does not take"):
+        control.apply(do.Map("ram", "driver", gpa=0, dma=FREE))
+    assert (tree.root / override[1:]).read_text().startswith("\n"), "no driver is preferred any more"
+    assert control.snapshot().grants == ()

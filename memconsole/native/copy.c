@@ -58,33 +58,56 @@ static void copy_run(struct job *job, uint64_t at, uint64_t end)
 	}
 }
 
+/* A run of the source without holes, as it was last found: to look for its end takes the longer the farther it is. */
+struct run {
+	uint64_t start, end;
+};
+
+/* The first run that ends behind `at`; one that starts at UINT64_MAX where there is none. Returns 0 or an errno. */
+static int find_run(struct job *job, uint64_t at, struct run *run)
+{
+	off_t data, hole;
+
+	if (at >= run->start && at < run->end)
+		return 0;
+	data = lseek(job->from, (off_t)at, SEEK_DATA);
+	if (data < 0 && errno != ENXIO)
+		return errno;
+	*run = (struct run){ UINT64_MAX, UINT64_MAX };
+	if (data < 0)
+		return 0;
+	hole = lseek(job->from, data, SEEK_HOLE);
+	if (hole < 0)
+		return errno;
+	*run = (struct run){ (uint64_t)data, (uint64_t)hole };
+	return 0;
+}
+
 /* Copies what the source holds of at..end. */
-static void copy_block(struct job *job, uint64_t at, uint64_t end)
+static void copy_block(struct job *job, uint64_t at, uint64_t end, struct run *run)
 {
 	while (at < end && !job->code) {
-		off_t data = lseek(job->from, (off_t)at, SEEK_DATA), hole;
+		int err = find_run(job, at, run);
 
-		if (data < 0 && errno == ENXIO)
+		if (err)
+			return give_up(job, err, "lseek");
+		if (run->start >= end)
 			return;
-		if (data < 0)
-			return give_up(job, errno, "lseek");
-		if ((uint64_t)data >= end)
-			return;
-		hole = lseek(job->from, data, SEEK_HOLE);
-		if (hole < 0)
-			return give_up(job, errno, "lseek");
-		at = (uint64_t)hole < end ? (uint64_t)hole : end;
-		copy_run(job, (uint64_t)data, at);
+		if (at < run->start)
+			at = run->start;
+		copy_run(job, at, run->end < end ? run->end : end);
+		at = run->end < end ? run->end : end;
 	}
 }
 
 static void *work(void *argument)
 {
 	struct job *job = argument;
+	struct run run = { 0 };
 	uint64_t at;
 
 	while (!job->code && (at = atomic_fetch_add(&job->next, BLOCK)) < job->size)
-		copy_block(job, at, at + BLOCK < job->size ? at + BLOCK : job->size);
+		copy_block(job, at, at + BLOCK < job->size ? at + BLOCK : job->size, &run);
 	return NULL;
 }
 

@@ -13,7 +13,7 @@ from memconsole.backend.stores import memfd
 from memconsole.backend.verbs.common import free_name, known_region, not_frozen
 from memconsole.backend.verbs.work import Work
 from memconsole.model import Region, RegionState
-from memconsole.units import format_size
+from memconsole.units import format_duration, format_size
 
 
 def reserve(desk: Desk, action: Reserve) -> Work:
@@ -98,11 +98,16 @@ def release(desk: Desk, action: Release) -> Work:
         )
     if work.refusals:
         return work
-    work.step(
-        "free",
-        f"free its {format_size(region.size)} for everybody; the kernel zeroes the memory",
-        lambda: desk.free(region.name),
-    )
+
+    def free() -> None:
+        held, began = desk.has(region.name), time.monotonic_ns()
+        desk.free(region.name)
+        took = format_duration(time.monotonic_ns() - began)
+        # Frames that nobody has any more are zeroed by the kernel before it gives them to anybody: not in this time.
+        if held:
+            work.text = f"region {region.name} is released: its frames are free after {took}, zeroed before reuse"
+
+    work.step("free", f"free its {format_size(region.size)} for everybody; the kernel zeroes frames before reuse", free)
     work.step("forget", "take it out of custody", lambda: drop_custody(desk, region.name))
     work.change = Change(without_regions=(region.name,))
     return work

@@ -141,7 +141,7 @@ static int start_keeper(void)
 	if (child < 0 || waitpid(child, &status, 0) < 0)
 		return -errno;
 	if (!WIFEXITED(status) || (WEXITSTATUS(status) && WEXITSTATUS(status) != 3))
-		return -ECHILD;
+		return -ECANCELED;	/* it said why */
 	r.keeper = keeper_connect(r.keeper_path);
 	return r.keeper < 0 ? r.keeper : 0;
 }
@@ -163,7 +163,10 @@ static bool keep(const char *name, int fd, const void *payload, size_t length)
 	if (code == OK)
 		return true;
 	r.homeless = true;
-	finding("not-in-custody", name, "the keeper did not take it (%s %d)", code < 0 ? "errno" : "code", abs(code));
+	if (code < 0)
+		finding("not-in-custody", name, "the keeper did not take it: %s", strerror(-code));
+	else
+		finding("not-in-custody", name, "the keeper did not take it (code %d)", code);
 	return false;
 }
 
@@ -273,7 +276,7 @@ static int get_manifest(void)
 	}
 	err = start_keeper();
 	if (err)
-		finding("no-keeper", r.keeper_path, "%s", strerror(-err));
+		finding("no-keeper", r.keeper_path, "%s", err == -ECANCELED ? "it does not start" : strerror(-err));
 	phase("keeper");
 	s = &r.sessions[r.nr_sessions++];
 	*s = (struct session){ .name = MANIFEST_SESSION, .fd = fd };

@@ -14,6 +14,8 @@ GUESTS = ("one", "two", "three")
 def run(directory: Path, how: str = "") -> lab.Verdicts:
     """The scenario, with something gone wrong on purpose or not."""
     first = f"{program('memconsole-resume')} 2>/run/resume.err; echo $? >/run/resume.code"  # as a host's init would
+    if how == "homeless":  # where the keeper's socket belongs, there is something that cannot go
+        first = f"grep -q stage=2 /proc/cmdline && mkdir -p /run/memconsole/keeper/x; {first}"
     said = lab.run("resume", directory, timeout=600, arguments=[how] if how else [], early=first)
     said.check()
     return said
@@ -51,3 +53,9 @@ def test_a_spoiled_state_and_a_missing_session_are_findings_and_the_others_go_on
     findings = {(finding["id"], finding["subject"]) for finding in said.of("resume")["findings"]}
     missing = {("session-missing", "memconsole:nobody"), ("lost", "region:nobody:0")}
     assert findings == missing | {("guest-held", "one")}
+
+
+def test_without_a_keeper_a_process_holds_everything_and_the_guests_run(tmp_path: Path) -> None:
+    said = run(tmp_path, "homeless")
+    assert "no-keeper" in said.of("resume")["err"]
+    assert said.of("holder")["ok"]

@@ -1,7 +1,8 @@
 """Canaries over two kexecs: preserved, saved, planned; the keeper jumps; memconsole-resume is the first thing to run.
 
 Argument: what goes wrong on purpose (``broken``: the boot plan has a wrong byte; ``moved``: one guest's frames are not
-what the plan says; ``unfit``: one guest's state is spoiled, and one session is not there), or nothing.
+what the plan says; ``unfit``: one guest's state is spoiled, and one session is not there; ``homeless``: there cannot be
+a keeper in the second kernel), or nothing.
 """
 
 from __future__ import annotations
@@ -280,9 +281,36 @@ def start_of(name: str) -> Start:
     return Start(name, words, "/tmp", f"/tmp/{name}.log", ((state(name), 3), (region(name), 4)))
 
 
+def homeless(code: int, err: str) -> None:
+    """No keeper could be had: a process that does nothing else has every fd, and the guests run."""
+    lab.say("resume", code == 4, code=code, err=err)
+    holders = [path.parent for path in Path("/proc").glob("[0-9]*/comm") if _read(path) == "mc-holder"]
+    links = [path.readlink().name for path in (holders[0] / "fd").iterdir()] if holders else []
+    sizes = {path.stat().st_size for path in (holders[0] / "fd").iterdir()} if holders else set()
+    sessions = sum("luo_session" in link for link in links)
+    lab.say(
+        "holder",
+        len(holders) == 1 and sizes >= set(GUESTS.values()) and sessions == len(GUESTS) + 1,
+        links=links,
+        sizes=sorted(sizes),
+    )
+    running = [path for path in Path("/proc").glob("[0-9]*/comm") if _read(path) in GUESTS]
+    lab.say("goes-on", len(running) == len(GUESTS))
+    lab.say("end")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""  # it ended
+
+
 def main() -> None:
     if lab.stage() == 1:
         return first()
+    if HOW == "homeless":
+        return homeless(int(Path("/run/resume.code").read_text()), Path("/run/resume.err").read_text())
     return later(int(Path("/run/resume.code").read_text()), Path("/run/resume.err").read_text())
 
 

@@ -50,6 +50,8 @@ class Ladder:
             GuestError: somebody still does (``StillMapped``), and no harder rung is allowed or left.
         """
         began = time.monotonic_ns()
+        if self._desk.mount is not None:
+            self._desk.mount.bar(self._grant)
         rungs: dict[Rung, Callable[[], End | _Passed]] = {
             Rung.ASK: self._ask,
             Rung.PROTECT: self._protect,
@@ -117,7 +119,9 @@ class Ladder:
         if why := self._desk.uffds.bar(self._grant.id):
             return _Passed(why, tried=False)
         reach = self._reach()
-        return _Passed(str(reach)) if reach.pids else End(RevokeOutcome.CUT, "its mapping stays, and leads nowhere")
+        if reach.pids or (opened := self._opened()):
+            return _Passed(str(reach) if reach.pids else opened)
+        return End(RevokeOutcome.CUT, "its mapping stays, and leads nowhere")
 
     def _copy(self) -> End | _Passed:
         region = self._desk.state.regions[self._grant.region]
@@ -171,10 +175,14 @@ class Ladder:
 
     # --- how strong the end is ------------------------------------------------------------------------------------
 
-    def _settled(self, reach: Reach) -> End:
-        """Nobody reaches the range; move the contents away from pins, where there may be some and nobody minds."""
-        unsure = End(RevokeOutcome.QUARANTINED, reach.unseen) if reach.unseen else None
-        if not self._is_doubtful():
+    def _settled(self, reach: Reach) -> End | _Passed:
+        """Nobody reaches the range; move the contents away from pins, where there may be some and nobody minds.
+
+        A file on the mount that somebody unseen has open can be mapped until the contents have moved.
+        """
+        opened = self._opened()
+        unsure = _Passed(opened) if opened else End(RevokeOutcome.QUARANTINED, reach.unseen) if reach.unseen else None
+        if not self._is_doubtful() and not opened:
             return unsure or End(RevokeOutcome.CUT)
         region = self._desk.state.regions[self._grant.region]
         why = move.why_not(self._desk, region, self._segment)
@@ -189,6 +197,10 @@ class Ladder:
             return move.move(self._desk, self._grant, self._segment)
         except MemconsoleError as error:
             return unsure or End(RevokeOutcome.CUT, f"pins are not ruled out: {error}")
+
+    def _opened(self) -> str:
+        """Why the grant's file on the mount may be open in nobody's hands that are seen; empty if it is not."""
+        return self._desk.mount.opened(self._grant) if self._desk.mount is not None else ""
 
     def _is_doubtful(self) -> bool:
         """Whether a process was involved whose code is not ours, and which may have handed pages or the fd on."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -83,12 +84,11 @@ def move(desk: Desk, grant: Grant, segment: int) -> End:
     size = region.segments[segment].size
     fresh = memfd.fresh(region.name, segment, size, region.page_size, region.node)
     try:
-        _copy(old, fresh, size, by_map=region.page_size != PAGE or _huge_by_advice(desk))
-        pass_by("move", "copied")
         with contextlib.ExitStack() as stack:
-            frames = _frames(old, size)
+            frames = _copy_and_look(old, fresh, size, by_map=region.page_size != PAGE or _huge_by_advice(desk))
             if frames is not None:
                 stack.enter_context(frames)
+            pass_by("move", "copied")
             segments = list(region.segments)
             segments[segment] = memfd.segments([fresh])[0]
             moved = msgspec.structs.replace(region, segments=tuple(segments))
@@ -212,6 +212,20 @@ def finish(desk: Desk) -> None:
 
 
 # --- inside -----------------------------------------------------------------------------------------------------
+
+
+def _copy_and_look(old: int, fresh: int, size: int, *, by_map: bool) -> ExtentTable | None:
+    """Copy the contents, and look meanwhile where they lie."""
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(_frames, old, size)
+        try:
+            _copy(old, fresh, size, by_map=by_map)
+        except BaseException:
+            frames = looking.result()
+            if frames is not None:
+                frames.close()
+            raise
+        return looking.result()
 
 
 def _copy(old: int, fresh: int, size: int, *, by_map: bool) -> None:

@@ -20,10 +20,11 @@ import ctypes
 import os
 import struct
 from collections.abc import Iterable, Iterator
-from errno import EPERM
+from errno import EACCES, EPERM
 
+from memconsole import native
 from memconsole.errors import Denied, KernelRefused
-from memconsole.extents import Extent, ExtentTable, Flag
+from memconsole.extents import Extent, ExtentTable, Flag, Folded
 
 KPF_DIRTY, KPF_SLAB, KPF_BUDDY, KPF_MMAP, KPF_ANON = 1 << 4, 1 << 7, 1 << 10, 1 << 11, 1 << 12
 KPF_SWAPCACHE, KPF_SWAPBACKED, KPF_NOPAGE = 1 << 13, 1 << 14, 1 << 20
@@ -41,12 +42,16 @@ def pinned(frames: ExtentTable) -> list[Extent]:
         Denied: the kernel does not show page flags to this user (CAP_SYS_ADMIN).
         KernelRefused: they cannot be read.
     """
-    rows = frames.rows()
-    suspects = [
-        row
-        for row, flags in zip(rows, frames.join_page_flags(), strict=True)
-        if row.flags & Flag.PRESENT and flags.any & KPF_SWAPBACKED
-    ]
+    # A table may have a row a page: its flags stay numbers until one of them looks suspicious.
+    folded = [native.ffi.new("uint64_t[]", len(frames)) for _ in Folded._fields]
+    fd = _open()
+    try:
+        native.call(f"{_KPAGEFLAGS} cannot be read", native.lib.mc_join, frames.handle, fd, 0, len(frames), *folded)
+    finally:
+        os.close(fd)
+    flags = native.ffi.unpack(folded[0], len(frames))
+    likely = (frames[index] for index, word in enumerate(flags) if word & KPF_SWAPBACKED)
+    suspects = [row for row in likely if row.flags & Flag.PRESENT]
     found = list(_kept(suspects))
     if found:
         _settle_batches()
@@ -54,13 +59,17 @@ def pinned(frames: ExtentTable) -> list[Extent]:
     return found
 
 
-def _kept(rows: Iterable[Extent]) -> Iterator[Extent]:
+def _open() -> int:
     try:
-        fd = os.open(_KPAGEFLAGS, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(_KPAGEFLAGS, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        if error.errno in {EPERM, 13}:
+        if error.errno in {EPERM, EACCES}:
             raise Denied(_KPAGEFLAGS, "the kernel shows it to CAP_SYS_ADMIN only", "run as root") from None
         raise KernelRefused(_KPAGEFLAGS, error.errno or 0, what="page flags cannot be read") from None
+
+
+def _kept(rows: Iterable[Extent]) -> Iterator[Extent]:
+    fd = _open()
     try:
         for row in rows:
             for first in range(0, row.count, _PART):

@@ -297,14 +297,14 @@ static void serve_save(struct canary *c, uint32_t id, int fd)
 	char why[AGENT_TEXT] = "";
 	int err;
 
+	if (fd < 0) {
+		answer(c, id, EBADMSG, "");
+		return;
+	}
 	c->paused = true;
 	c->last_beat = 0;
-	if (fd < 0)
-		err = EBADMSG;
-	else if (c->why[0])	/* what cannot go on here cannot go on elsewhere */
-		err = EIO;
-	else
-		err = state_save(c, fd, why, sizeof(why));
+	/* what cannot go on here cannot go on elsewhere */
+	err = c->why[0] ? EIO : state_save(c, fd, why, sizeof(why));
 	answer(c, id, err, c->why[0] ? c->why : why);
 }
 

@@ -110,9 +110,12 @@ static const char *state_fault(const struct state *s, size_t got)
 
 		if (r->flags > 3 || r->flags == 2 || r->grant[AGENT_NAME - 1] || (r->gpa | r->length | r->offset) % PAGE)
 			return "it says what cannot be";
+		if (r->flags && (r->length < MIN_PAGES * PAGE || r->length > GPA_END || r->gpa > GPA_END - r->length ||
+				 (r->access != AGENT_RO && r->access != AGENT_RW)))
+			return "it says what cannot be";
 		used |= (uint64_t)(r->flags & 1) << i;
 	}
-	if (s->home < AGENT_GRANTS && !(used >> s->home & 1))
+	if (s->home < AGENT_GRANTS && (!(used >> s->home & 1) || s->ranges[s->home].access != AGENT_RW))
 		return "it says what cannot be";
 	return NULL;
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
+import random
 import shutil
 import signal
 import socket
@@ -12,6 +14,7 @@ import struct
 import subprocess
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,15 +45,19 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Canary:
     """A canary and the control process's end of its connection."""
 
-    def __init__(self, program: Path, runs_as: str) -> None:
+    def __init__(self, program: Path, runs_as: str = "", state: int | None = None, **given: int) -> None:
+        """One that begins as ``runs_as``, or goes on from a ``state`` with these grants' fds."""
         self.directory = Path(tempfile.mkdtemp(prefix="mc-"))
         path = self.directory / "agents"
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.listener.settimeout(30)
         self.listener.bind(str(path))
         self.listener.listen()
-        command = [program, "--socket", path, "--name", "bird", "--as", runs_as]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        command = [program, "--socket", path, "--name", "bird", *(["--as", runs_as] if runs_as else [])]
+        command += [] if state is None else ["--restore", str(state)]
+        command += [word for grant, fd in given.items() for word in ("--give", f"{grant}={fd}")]
+        fds = [*given.values()] if state is None else [state, *given.values()]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, pass_fds=fds)
         self.id = 0
         self.accept()
 
@@ -211,6 +218,63 @@ def test_counters_live_in_the_memory_and_another_canary_goes_on_with_them(progra
             canary.close()
 
 
+@pytest.fixture
+def state() -> Iterator[int]:
+    fd = os.memfd_create("state")
+    yield fd
+    os.close(fd)
+
+
+def test_its_state_goes_on_in_another_canary(program: Path, canary: Canary, memory: int, state: int) -> None:
+    assert canary.ask(Type.SAVE) == (errno.EBADMSG,)
+    assert canary.grant("g", memory) == 0
+    canary.sweep()
+    assert canary.ask(Type.SAVE, b"", state) == (0,)
+    assert canary.report()[0] == 2
+    beats = canary.report()[1]
+    ended_well(canary)
+    assert os.fstat(state).st_size == len(os.pread(state, M, 0))
+    heir = Canary(program, state=state, g=memory)
+    try:
+        heir.sweep()
+        assert heir.report()[1] > beats
+        assert heir.report()[3] == 0
+        assert heir.ask(Type.SAVE, b"", state) == (0,)
+        ended_well(heir)
+    finally:
+        heir.close()
+
+
+def test_a_state_with_anything_in_it_is_refused_or_lived_with(
+    program: Path, canary: Canary, memory: int, state: int
+) -> None:
+    canary.grant("g", memory)
+    canary.sweep()
+    canary.ask(Type.SAVE, b"", state)
+    ended_well(canary)
+    good = os.pread(state, M, 0)
+    rng = random.Random(9)
+    refused = 0
+    for _ in range(60):
+        raw = bytearray(good)
+        for _ in range(rng.choice([1, 3, 30])):
+            raw[rng.randrange(16, rng.choice([80, 300, len(raw)]))] = rng.choice([0, 1, 255, rng.randrange(256)])
+        raw[12:16] = bytes(4)
+        raw[12:16] = zlib.crc32(raw).to_bytes(4, "little")
+        os.pwrite(state, raw, 0)
+        command = [program, "--socket", "/nowhere", "--name", "bird", "--restore", str(state), "--give", f"g={memory}"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, pass_fds=[state, memory])
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.15)
+        process.terminate()
+        said = process.communicate(timeout=30)[1].decode()
+        assert process.returncode in {0, 1, -signal.SIGTERM}, said
+        assert "Sanitizer" not in said
+        assert "runtime error" not in said
+        refused += process.returncode == 1 and said.startswith("bird: it cannot go on: ")
+    assert 0 < refused < 60
+
+
 def _stopped(canary: Canary, memory: int) -> mmap.mmap:
     canary.grant("g", memory)
     canary.sweep()
@@ -296,6 +360,12 @@ def test_the_probe_and_a_vcpu_under_the_sanitizers(program: Path, memory: int) -
         ["--socket", "x" * 200, "--name", "x"],
         ["--bird"],
         ["--as", "x", "--socket", "x", "--name", "x"],
+        ["--socket", "x", "--name", "x", "--restore", "2"],
+        ["--socket", "x", "--name", "x", "--restore", "3", "--as", "kvm"],
+        ["--socket", "x", "--name", "x", "--give", "g=4"],
+        ["--socket", "x", "--name", "x", "--restore", "3", "--give", "g=x"],
+        ["--socket", "x", "--name", "x", "--restore", "3", "--give", "=4"],
+        ["--socket", "x", "--name", "x", "--restore", "3", "--paused", "no"],
     ],
 )
 def test_a_wrong_command_line_is_status_two(program: Path, arguments: list[str]) -> None:

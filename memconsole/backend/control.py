@@ -153,6 +153,7 @@ class Control:
                 *self._custody_gone(),
                 *(self._audit.findings() if self._audit is not None else ()),
                 *(self._past.findings() if self._past is not None else ()),
+                *self._devices(),
             ),
             self._desk.faces,
             self._desk.shields,
@@ -331,6 +332,14 @@ class Control:
             remedy = "do not restart it before what matters was copied out of the regions that no guest maps"
             return (Finding("custody-gone", Severity.ERROR, "custody", what, error.why, remedy),)
         return ()
+
+    def _devices(self) -> tuple[Finding, ...]:
+        """Where devices reach other memory than the ledger grants them."""
+        if not any(grant.dma is not None for grant in self._state.grants.values()):
+            return ()
+        from memconsole.backend.dma import check
+
+        return check.check(self._desk)
 
     def _scanned(self) -> dict[str, Scanned]:
         return dict(self._tables.scanned) if self._tables is not None else {}

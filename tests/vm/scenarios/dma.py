@@ -1,0 +1,309 @@
+"""A guest with a device of its own: a process drives QEMU's edu device through its window, and its memory through DMA.
+
+edu (docs/specs/edu.rst of QEMU): a DMA of COUNT bytes from SRC to DST begins with a write of CMD (1 from memory to the
+device's buffer at 0x40000, 3 back), and has ended when bit 0 of CMD is clear.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import mmap
+import os
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import lab_guest as lab
+from services import Service, services
+
+from memconsole import actions as do
+from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.dma import iommufd, vfio
+from memconsole.backend.kernel import vtd
+from memconsole.backend.steps import FAULT_VARIABLE
+from memconsole.backend.wire.client import Client
+from memconsole.errors import MemconsoleError, NoControl
+from memconsole.extents import ExtentTable
+from memconsole.model import Grant
+
+EDU = "0000:00:04.0"
+PAGE = 4096
+SIZE = 1 << 20
+SRC, DST = 0x100000, 0x8000000
+
+GUEST = """
+import struct, sys, threading
+from memconsole.agent import Agent
+
+agent = Agent(sys.argv[1])
+state = {"rounds": 0, "run": False}
+
+def dma(source, target, count, command):
+    bar = state["bar"]
+    bar[0x80 // 8], bar[0x88 // 8], bar[0x90 // 8], bar[0x98 // 8] = source, target, count, command
+    while bar[0x98 // 8] & 1:
+        pass
+
+def rounds(src, dst):
+    # Each round writes its number into guest memory; the device carries it to the other grant.
+    while state["run"]:
+        state["rounds"] += 1
+        memory = agent.grants["g1"].memory
+        memory[:8] = struct.pack("<Q", state["rounds"])
+        dma(src, 0x40000, 4096, 1)
+        dma(0x40000, dst, 4096, 3)
+
+for line in sys.stdin:
+    words = line.split()
+    said = "done"
+    if words[0] == "wait":
+        agent.wait(words[1], 60)
+    elif words[0] == "window":
+        memory = agent.wait(words[1], 60).memory
+        with memory.cast("I") as registers:  # below 0x80 it knows accesses of four bytes only
+            said = hex(registers[0])
+        state["bar"] = memory.cast("Q")
+    elif words[0] == "start":
+        state["run"] = True
+        thread = threading.Thread(target=rounds, args=(int(words[1]), int(words[2])))
+        thread.start()
+    elif words[0] == "stop":
+        state["run"] = False
+        thread.join()
+    elif words[0] == "rounds":
+        said = str(state["rounds"])
+    elif words[0] == "close":
+        state.pop("bar").release()
+    print(said, flush=True)
+agent.close()
+"""
+
+
+class Guest:
+    """The process that drives the device."""
+
+    def __init__(self, agents: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", GUEST, str(agents)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.pid = self._process.pid
+
+    def say(self, *words: object) -> str:
+        """Tell it to do something; what it answers."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(*words, file=self._process.stdin, flush=True)
+        return self._process.stdout.readline().strip()
+
+    def rounds(self, more: int) -> int:
+        """Its rounds once it did so many more."""
+        begin = int(self.say("rounds"))
+        while (now := int(self.say("rounds"))) < begin + more:
+            time.sleep(0.1)
+        return now
+
+
+def started(service: Service, fault: str = "") -> Client:
+    """A service that ends at a fault point, and a client; Python starts slowly where every instruction is emulated."""
+    service.start(wait=False, env={FAULT_VARIABLE: fault})
+    while True:
+        try:
+            return service.client()
+        except NoControl:
+            assert service.process is not None
+            assert service.process.poll() is None
+
+
+def dies(service: Service, client: Client, action: do.Action) -> bool:
+    """Whether the service ends in the middle of an action."""
+    try:
+        client.apply(action)
+    except MemconsoleError:
+        assert service.process is not None
+        return service.process.wait(60) == -9
+    return False
+
+
+def refused(client: Client, action: do.Action) -> list[str]:
+    return [refusal.code for refusal in client.plan(action).refusals]
+
+
+@contextlib.contextmanager
+def bytes_of(client: Client, region: str) -> Iterator[mmap.mmap]:
+    """A region as root reads it."""
+    (fd,) = client.open_region(region)
+    try:
+        with mmap.mmap(fd, SIZE, prot=mmap.PROT_READ) as view:
+            yield view
+    finally:
+        os.close(fd)
+
+
+def counted(view: mmap.mmap) -> int:
+    """The round that last arrived."""
+    return int(struct.unpack_from("<Q", view)[0])
+
+
+def grants(client: Client) -> dict[str, Grant]:
+    return {grant.id: grant for grant in client.snapshot().grants}
+
+
+def tables() -> dict[int, tuple[int, str]]:
+    """Every page of the device's address space by IOVA page: the frame it leads to, and how (debugfs)."""
+    return {run.iova + n: (run.pfn + n, run.access) for run in vtd.iovas("/", EDU) for n in range(run.pages)}
+
+
+def frames(table: ExtentTable, gpa: int, access: str) -> dict[int, tuple[int, str]]:
+    """What the device's tables must say for a region that is mapped at a GPA."""
+    return {gpa // PAGE + row.offset + n: (row.pfn + n, access) for row in table for n in range(row.count)}
+
+
+def found(client: Client) -> list[tuple[str, str]]:
+    """The findings about devices, in a Snapshot that was begun after this was asked."""
+    begun = time.time_ns()
+    while (snapshot := client.snapshot()).taken_ns < begun:
+        time.sleep(0.1)
+    return [(each.id, each.subject) for each in snapshot.findings if each.id.startswith(("dma", "device"))]
+
+
+def faults() -> list[str]:
+    said = subprocess.run(["dmesg"], capture_output=True, text=True, check=True).stdout
+    return [line for line in said.splitlines() if "fault addr" in line]
+
+
+def check(name: str, ok: bool, **more: object) -> None:
+    lab.say(name, ok, **more)
+
+
+with services() as service:
+    client = started(service)
+    for region in ("src", "dst", "other"):
+        client.apply(do.Reserve(region, SIZE))
+    guest = Guest(service.runtime / "agents")
+    service.guests.add(guest.pid)
+    client.apply(do.GuestAttach("driver", guest.pid))
+    client.apply(do.GuestAttach("second", os.getpid()))
+
+    # --- what is refused, each by its name
+    used = next(
+        device.bdf
+        for device in client.snapshot().devices
+        if device.driver not in {None, "pcieport"} and device.group is not None
+    )
+    check("in-use", refused(client, do.Map("src", "driver", gpa=SRC, dma=used)) == ["DeviceInUse"], bdf=used)
+    check("no-gpa", refused(client, do.Map("src", "driver", dma=EDU)) == ["NoGpa"])
+    msi = refused(client, do.Map("src", "driver", gpa=0xFEE00000, dma=EDU))
+    check("reserved", msi == ["BadIova"], codes=msi)
+
+    # --- map
+    steps = [effect.id for effect in client.plan(do.Map("src", "driver", gpa=SRC, dma=EDU)).effects]
+    check("steps", steps == ["bind", "attach", "offer", "dma"], steps=steps)
+    client.apply(do.Map("src", "driver", gpa=SRC, dma=EDU))
+    client.apply(do.Map("dst", "driver", gpa=DST, dma=EDU))
+    client.apply(do.WindowMap(f"{EDU}:0", "driver"))
+    check("driver", vfio.driver("/", EDU) == "vfio-pci")
+    codes = refused(client, do.WindowMap(f"{EDU}:0", "second"))
+    check("window-twice", codes == ["Granted"], codes=codes)
+    codes = refused(client, do.Map("other", "second", gpa=SRC, dma=EDU))
+    check("device-twice", codes == ["DeviceInUse"], codes=codes)
+
+    with client.extents("region:src") as src, client.extents("region:dst") as dst:
+        want = frames(src, SRC, "rw") | frames(dst, DST, "rw")
+    have = tables()
+    check("tables", have == want and len(have) == 2 * SIZE // PAGE, have=len(have), want=len(want))
+
+    # --- DMA through the region
+    said = guest.say("wait", "g1"), guest.say("wait", "g2"), guest.say("window", "g3")
+    check("edu", said == ("done", "done", "0x10000ed"), said=said)
+    guest.say("start", SRC, DST)
+    with bytes_of(client, "dst") as view:
+        now = guest.rounds(3)
+        check("dma", 0 < counted(view) >= now - 2, rounds=now, arrived=counted(view))
+
+        # --- the control process dies: DMA goes on, and the next one takes over
+        client.close()
+        service.end(9)
+        before = counted(view)
+        guest.rounds(3)
+        check("goes-on", counted(view) > before, before=before, after=counted(view))
+        client = started(service, "map.dma.after")
+        known = grants(client)
+        check("adopted", [known[id].dma for id in ("g1", "g2")] == [EDU, EDU])
+        check("tables-after-restart", tables() == want)
+
+        # --- revoke while DMA runs
+        before = counted(view)
+        guest.rounds(2)
+        earlier = faults()
+        outcome = client.apply(do.Revoke("g2"))
+    # The region lies in another file now, and the guest's old one is empty.
+    with bytes_of(client, "dst") as view:
+        last = bytes(view)
+        check("revoked-in-order", [effect.id for effect in outcome.effects] == ["dma", "cut"])
+        check("flowed-until-then", counted(view) > before, before=before, last=counted(view))
+        now = guest.rounds(4)
+        check("no-byte-after", bytes(view) == last and now > counted(view) + 3, arrived=counted(view), rounds=now)
+        new = [line for line in faults() if line not in earlier]
+        check("faults", any(f"0x{DST:x}" in line for line in new), lines=new[:2])
+    want = {page: target for page, target in want.items() if page < DST // PAGE}
+    check("tables-after-revoke", tables() == want)
+    guest.say("stop")
+
+    # --- it dies when the device reaches a grant that nobody was told of
+    check("died-mapping", dies(service, client, do.Map("other", "driver", gpa=DST, dma=EDU)))
+    check("was-mapped", len(tables()) == len(want) + SIZE // PAGE)
+    client = started(service, "revoke.dma.after")
+    check("taken-back", tables() == want and set(grants(client)) == {"g1"}, known=list(grants(client)))
+
+    # --- what devices reach and should not is found
+    client.apply(do.Map("other", "driver", gpa=DST, dma=EDU))
+    check("clean", found(client) == [], found=found(client))
+    keeper = KeeperCustody(service.runtime / "keeper")
+    memory, _ = keeper.get("region:other:0")
+    lib = ctypes.CDLL(None, use_errno=True)
+    punched = lib.fallocate(memory, 3, ctypes.c_long(4 * PAGE), ctypes.c_long(2 * PAGE))
+    check("found-elsewhere", punched == 0 and found(client) == [("dma-elsewhere", "g5")], found=found(client))
+    space, payload = keeper.get("iommu:driver")
+    stray = os.memfd_create("stray")
+    os.ftruncate(stray, PAGE)
+    number = json.loads(payload)["space"]
+    iommufd.map_file(space, number, iommufd.Mapping(stray, 0, PAGE, 0x20000000, True))
+    check("found-unknown", ("dma-unknown", EDU) in found(client), found=found(client))
+    os.close(space)
+
+    # --- it dies when the device was cut off, and the guest was not
+    check("died-revoking", dies(service, client, do.Revoke("g5")))
+    client = started(service)
+    check("carried-through", set(grants(client)) == {"g1"}, known=list(grants(client)))
+    check("settled", tables() == want and found(client) == [], found=found(client))
+
+    # --- the last grant takes the device with it
+    client.apply(do.Revoke("g1"))
+    check("nothing-left", not [grant for grant in grants(client).values() if grant.dma])
+    check("closed", not [name for name in keeper.names() if name.startswith(("iommu:", "vfio:"))], held=keeper.names())
+    guest.say("close")
+    client.apply(do.WindowRevoke(f"{EDU}:0"))
+
+    # --- the call of older kernels
+    device, fd, file = vfio.open_device("/", EDU), iommufd.create(), os.memfd_create("old")
+    os.ftruncate(file, SIZE)
+    space = iommufd.make_space(fd)
+    iommufd.bind(device, EDU, fd)
+    iommufd.attach(device, space)
+    iommufd.map_memory(fd, space, iommufd.Mapping(file, 0, SIZE, SRC, False))
+    with ExtentTable.scan_fd(file, SIZE) as table:
+        check("map-memory", tables() == frames(table, SRC, "r"), pages=table.pages)
+    try:
+        iommufd.map_file(fd, space, iommufd.Mapping(file, 0, PAGE, SRC, True))
+        check("taken", False)
+    except MemconsoleError as error:
+        check("taken", error.code == "IovaTaken", error=str(error))
+    check("unmapped", iommufd.unmap(fd, space, SRC, SIZE) == SIZE and iommufd.unmap(fd, space, SRC, SIZE) == 0)
+    keeper.close()
+    client.close()
+lab.say("end")

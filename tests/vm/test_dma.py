@@ -1,0 +1,18 @@
+"""DMA of a real device through a real IOMMU into a region: given, adopted, taken back while it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lab
+import pytest
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> lab.Verdicts:
+    directory: Path = tmp_path_factory.mktemp("dma")
+    return lab.run("dma", directory, timeout=400)
+
+
+def test_every_verdict_is_good(said: lab.Verdicts) -> None:
+    said.check()

@@ -63,7 +63,8 @@ def running(program: Path | str, *, before: Callable[[], None] | None = None) ->
 
     with tempfile.TemporaryDirectory(prefix="keeper-") as directory:
         path = Path(directory) / "keeper"
-        process = subprocess.Popen([program, "-f", path], stderr=subprocess.PIPE, preexec_fn=prepare)
+        # threads do no harm to what it calls between fork and exec: system calls, no locks
+        process = subprocess.Popen([program, "-f", path], stderr=subprocess.PIPE, preexec_fn=prepare)  # noqa: PLW1509
         try:
             deadline = time.monotonic() + 20
             while not _listens(path):

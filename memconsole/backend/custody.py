@@ -233,19 +233,19 @@ class KeeperCustody:
 
         from memconsole import native
 
-        started = subprocess.run(
-            [native.program("memconsole-keeper"), path], stdin=subprocess.DEVNULL, capture_output=True, check=False
-        )
-        if started.returncode not in {0, _ALREADY_SERVED}:
-            raise MemconsoleError("the keeper did not start", started.stderr.decode(errors="replace").strip())
         deadline = time.monotonic() + 2.0
         while True:
+            started = subprocess.run(
+                [native.program("memconsole-keeper"), path], stdin=subprocess.DEVNULL, capture_output=True, check=False
+            )
+            if started.returncode not in {0, _ALREADY_SERVED}:
+                raise MemconsoleError("the keeper did not start", started.stderr.decode(errors="replace").strip())
             try:
                 return cls(path)
-            except Gone:  # another process started it at the same moment, and it does not listen yet
+            except Gone:  # one started at the same moment does not listen yet, or one that was killed is not gone yet
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(0.01)
+                time.sleep(0.02)
 
     @property
     def label(self) -> str:

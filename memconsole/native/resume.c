@@ -25,6 +25,7 @@
 #include "core.h"
 #include "keeper_client.h"
 #include "liveupdate.h"
+#include "resume_json.h"
 #include "starter.h"
 
 #define MANIFEST_SESSION "memconsole:manifest"
@@ -74,28 +75,6 @@ static void phase(const char *name)
 {
 	r.phases[r.nr_phases].name = name;
 	r.phases[r.nr_phases++].at = moment_now();
-}
-
-static void put_text(FILE *out, const char *text)
-{
-	fputc('"', out);
-	for (; *text; text++) {
-		unsigned char c = (unsigned char)*text;
-
-		if (c == '"' || c == '\\')
-			fprintf(out, "\\%c", c);
-		else if (c < 32)
-			fprintf(out, "\\u%04x", c);
-		else
-			fputc(c, out);
-	}
-	fputc('"', out);
-}
-
-static void put_moment(FILE *out, const struct moment *at)
-{
-	fprintf(out, "{\"ticks\":%llu,\"boottime_ns\":%llu,\"realtime_ns\":%llu}", (unsigned long long)at->ticks,
-		(unsigned long long)at->boottime_ns, (unsigned long long)at->realtime_ns);
 }
 
 __attribute__((format(printf, 3, 4))) static void finding(const char *id, const char *subject, const char *format, ...)
@@ -454,20 +433,6 @@ static void watch_guests(void)
 }
 
 /* --- the record ------------------------------------------------------------------------------------------ */
-
-static void put_guest(FILE *out, const struct guest *g)
-{
-	static const char *const states[] = { "held", "started", "resumed" };
-
-	fputs("{\"guest\":", out);
-	put_text(out, g->start->guest);
-	fprintf(out, ",\"state\":\"%s\",\"pid\":%d,\"start_ticks\":%llu,\"why\":", states[g->state], (int)g->pid,
-		(unsigned long long)g->start_ticks);
-	put_text(out, g->why);
-	fputs(",\"at\":", out);
-	put_moment(out, &g->at);
-	fputc('}', out);
-}
 
 /* Write what was done into custody. Returns whether it is there. */
 static bool record(void)

@@ -20,7 +20,7 @@ from textual.binding import Binding, BindingType
 from textual.command import Provider
 from textual.screen import Screen
 from textual.widget import Widget
-from textual.widgets import ContentSwitcher, Input
+from textual.widgets import Input
 
 from memconsole import macros
 from memconsole.errors import MemconsoleError, UsageError
@@ -31,6 +31,7 @@ from memconsole.views import settings as settings_module
 from memconsole.views.commands import Commands, LineSuggester, run_line
 from memconsole.views.headline import headline
 from memconsole.views.looks import THEME
+from memconsole.views.painting import Views
 from memconsole.views.screens import listing
 from memconsole.views.screens.detail import DETAILS
 from memconsole.views.screens.dialogs import Columns, Confirm, Help, KeyHelp, Pick
@@ -75,7 +76,7 @@ class ConsoleApp(Traveling):
     COMMANDS: ClassVar[set[type[Provider] | Callable[[], type[Provider]]]] = {Commands}
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (NARROW, "-wide")]  # noqa: RUF012 - the base has it so
     CSS = """
-    ContentSwitcher { height: 1fr; }
+    Views { height: 1fr; }
     Toast { padding: 0 1; max-width: 72; }
     """
     VIEWS: ClassVar[tuple[Named, ...]] = (
@@ -142,7 +143,7 @@ class ConsoleApp(Traveling):
         yield Header()
         yield Tabs()
         yield Title()
-        with ContentSwitcher(initial="overview"):
+        with Views(initial="overview"):
             for view in self.VIEWS:
                 yield view.cls(id=view.name)
             for kind, detail in DETAILS.items():
@@ -301,12 +302,12 @@ class ConsoleApp(Traveling):
     def _to_front(self, focus: Widget | None = None) -> None:
         place = self.trail[-1]
         view = self.view
-        self.screen_stack[0].query_one(ContentSwitcher).current = place.view
+        self.screen_stack[0].query_one(Views).current = place.view
         view.about(place.subject)
         self._show_in(view)
         target = focus or view.first_focus
         if target is not None and self.screen is self.screen_stack[0]:
-            target.focus(scroll_visible=False)
+            self.screen.set_focus(target, scroll_visible=False)
         self.show_state()
 
     def on_virtual_table_opened(self, event: VirtualTable.Opened) -> None:

@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable
 
 from textual import work
-from textual.app import App
 from textual.message import Message
 from textual.worker import Worker, WorkerState, get_current_worker
 
 from memconsole.errors import MemconsoleError
 from memconsole.model import Snapshot
 from memconsole.source import Source
+from memconsole.views.painting import Painting
 from memconsole.views.refresh import settle
 
 GROUP = "follow"
@@ -37,7 +37,7 @@ class Lost(Message):
         self.error = error
 
 
-class Following(App[None]):
+class Following(Painting):
     """An App that follows a Source.
 
     ``live`` is the Source that is followed, ``latest`` its last Snapshot, ``trouble`` why there is none newer,

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from textual.containers import Container
+from textual.strip import Strip
 
 from memconsole.model import Snapshot
 from memconsole.views.widgets.table import VirtualTable
 
 if TYPE_CHECKING:
+    from textual.geometry import Region
     from textual.widget import Widget
 
     from memconsole.views.app import ConsoleApp
@@ -24,10 +26,22 @@ class View(Container):
 
     subject = ""
 
+    def render_lines(self, crop: Region) -> list[Strip]:
+        """Blank lines, all alike: little of them is seen, and every view that comes in front is asked for all."""
+        strip = Strip.blank(crop.width, self.rich_style)
+        for each in self.get_line_filters():
+            strip = strip.apply_filter(each, self.background_colors[1])
+        return [strip] * crop.height
+
     @property
     def console(self) -> ConsoleApp:
         """The app, which has the Source, the Snapshot and ``open_view``."""
         return cast("ConsoleApp", self.app)
+
+    @property
+    def room(self) -> int:
+        """Columns there are for a view; known before it is laid out, when ``size`` is still nothing."""
+        return self.app.size.width
 
     def about(self, subject: str) -> None:
         """Be about this subject (``region:NAME``, ``guest:NAME``...; empty for none); :meth:`show` follows."""
@@ -55,6 +69,12 @@ class View(Container):
     def first_focus(self) -> Widget | None:
         """What gets the keys when the view opens."""
         return self.current_table
+
+
+def entitle(widget: Widget, title: str) -> None:
+    """Write a title into a widget's frame, which is painted again only when it differs."""
+    if widget.border_title != title:
+        widget.border_title = title
 
 
 def table_status(table: VirtualTable) -> str:

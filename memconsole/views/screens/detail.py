@@ -16,7 +16,7 @@ from memconsole.fields import TABLES, Table
 from memconsole.model import Snapshot
 from memconsole.views import tables
 from memconsole.views.screens.listing import PFN_KEY, action_bindings, make_table, prefill
-from memconsole.views.view import View
+from memconsole.views.view import View, entitle
 from memconsole.views.widgets.facts import Lines, facts_of, laid_out
 from memconsole.views.widgets.table import VirtualTable
 
@@ -64,6 +64,7 @@ class Detail(View):
         super().__init__(**kwargs)
         self.item: Any | None = None
         self._gone = False
+        self._laid_for = 0
 
     def compose(self) -> ComposeResult:
         """Facts and sections."""
@@ -86,18 +87,19 @@ class Detail(View):
         item = next((each for each in self.TABLE.rows(snapshot) if self.TABLE.key(each) == key), None)
         self._gone = item is None
         before, self.item = self.item, item or self.item
+        self._laid_for = self.room
         lines = self.query_one(Lines)
         if self.item is None:
             lines.say([Content.styled(f"there is no {self.subject} in this snapshot", "$warning")])
         else:
             facts = facts_of(self.TABLE.fields, self.item, before if before is not self.item else None)
-            lines.say(self._head() + laid_out(facts, max(self.size.width - 2, 20)))
+            lines.say(self._head() + laid_out(facts, max(self.room - 2, 20)))
         for widget, section in zip(self.query(VirtualTable), self.SECTIONS, strict=True):
             rows = section.parts(snapshot, self.item) if self.item is not None else ()
             widget.load(rows)
             widget.display = bool(rows)
             widget.styles.height = min(len(rows), MOST_ROWS) + 2
-            widget.border_title = f" {section.title or section.table.title} {len(rows):,} "
+            entitle(widget, f" {section.title or section.table.title} {len(rows):,} ")
 
     def _head(self) -> list[Content]:
         if not self._gone:
@@ -105,8 +107,8 @@ class Detail(View):
         return [Content.styled(f"✖ {self.subject} is gone; this is what it was", "bold $error")]
 
     def on_resize(self) -> None:
-        """Lay the facts out anew."""
-        if self.console.snapshot is not None and self.subject:
+        """Lay the facts out anew, if there is other room for them; a view that comes in front is resized, too."""
+        if self.console.snapshot is not None and self.subject and self.room != self._laid_for:
             self.show(self.console.snapshot)
 
     @property

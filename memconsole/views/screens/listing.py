@@ -12,7 +12,7 @@ from memconsole import actions
 from memconsole.fields import TABLES, Table
 from memconsole.model import Snapshot
 from memconsole.views import tables
-from memconsole.views.view import View
+from memconsole.views.view import View, entitle
 from memconsole.views.widgets.table import VirtualTable
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class Listing(View):
             rows = widget.table.rows(snapshot)
             widget.load(rows)
             if len(self.TABLES) > 1:
-                widget.border_title = f" {widget.table.title} {len(rows):,} "
+                entitle(widget, f" {widget.table.title} {len(rows):,} ")
 
     def about(self, subject: str) -> None:
         """Filter by this subject's name."""

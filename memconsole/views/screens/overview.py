@@ -15,7 +15,7 @@ from memconsole.model import Memory, Snapshot, Survival
 from memconsole.units import format_duration, format_size
 from memconsole.views import tables
 from memconsole.views.looks import bar, look
-from memconsole.views.view import View
+from memconsole.views.view import View, entitle
 from memconsole.views.widgets.bars import line
 from memconsole.views.widgets.facts import STYLES, Lines
 from memconsole.views.widgets.table import VirtualTable, fit
@@ -178,6 +178,9 @@ class Overview(View):
     Overview .-pair > Panel { height: 100%; }
     """
 
+    _shown: tuple[Snapshot, int] | None = None
+    """What the panels were last filled with: a Snapshot and a width."""
+
     def compose(self) -> ComposeResult:
         """Panels above, tables below."""
         with VerticalScroll(can_focus=False):
@@ -210,24 +213,29 @@ class Overview(View):
 
     def show(self, snapshot: Snapshot) -> None:
         """Fill panels and tables."""
+        was, self._shown = self._shown, (snapshot, max(self.room - 5, 40))
+        if was is None or was[0] is not snapshot or was[1] != self._shown[1]:
+            self._say(*self._shown)
+        self._fill("findings", snapshot.findings, "Findings")
+        self._fill("events", snapshot.events, "Events")
+        self._fill("gaps", snapshot.gaps, "What could not be read")
+
+    def _say(self, snapshot: Snapshot, width: int) -> None:
         memory = self.query_one("#memory", Panel)
-        memory.say(memory_lines(snapshot.memory, max(self.size.width - 5, 40)))
+        memory.say(memory_lines(snapshot.memory, width))
         thp = f"shmem huge pages: {snapshot.memory.shmem_thp}" if snapshot.memory.shmem_thp else ""
         memory.border_subtitle = thp
         held, survival = held_lines(snapshot), survival_lines(snapshot.survival)
         self.query_one("#held", Panel).say(held)
         self.query_one("#survival", Panel).say(survival)
         self.query_one(".-pair").styles.height = max(len(held), len(survival)) + 2
-        self._fill("findings", snapshot.findings, "Findings")
-        self._fill("events", snapshot.events, "Events")
-        self._fill("gaps", snapshot.gaps, "What could not be read")
 
     def _fill(self, id: str, rows: tuple[Any, ...], title: str) -> None:
         table = self.query_one(f"#{id}", VirtualTable)
         table.load(rows)
         if id != "events":
             table.styles.height = min(max(len(rows), 1), MOST_ROWS) + 3
-        table.border_title = f"{title} {len(rows):,}" if rows else title
+        entitle(table, f"{title} {len(rows):,}" if rows else title)
 
     def on_resize(self) -> None:
         """Draw the bars anew."""

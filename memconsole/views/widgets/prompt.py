@@ -19,6 +19,7 @@ class Prompt(Input):
 
     DEFAULT_CSS = """
     Prompt { height: 1; border: none; padding: 0 1; background: $panel; display: none; }
+    Prompt { layer: prompt; dock: bottom; margin-bottom: 1; }
     Prompt:focus { border: none; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -51,7 +52,7 @@ class Prompt(Input):
             self._back_to = self.screen.focused
         self._write(value)
         self.display = True
-        self.focus()
+        self.screen.set_focus(self, scroll_visible=False)
 
     def leave(self) -> None:
         """Hide, and give the keys back."""
@@ -59,7 +60,7 @@ class Prompt(Input):
             self._history.append(self.value)
         self.display = False
         if self._back_to is not None:
-            self._back_to.focus()
+            self.screen.set_focus(self._back_to, scroll_visible=False)
 
     def action_cancel(self) -> None:
         """Leave things as they were."""

@@ -162,6 +162,7 @@ class VirtualTable(ScrollView, can_focus=True):
         self._columns: tuple[Column, ...] = ()
         self._layout_for: tuple[int, int] = (-1, -1)
         self._width = 0
+        self._scrolled_for: tuple[Size, Size, Size] | None = None
         self._strips: LRUCache[tuple[str, int], tuple[Line, Strip]] = LRUCache(KEPT_STRIPS)
         self._painted: dict[int, Line | None] = {}
         self._style_table: dict[str, Style] = {}
@@ -220,6 +221,7 @@ class VirtualTable(ScrollView, can_focus=True):
     def _follow(self) -> None:
         """Keep the cursor on its entity, else near where it was."""
         self.virtual_size = Size(0, len(self.rows) + 1)
+        self._scroll_update(self.virtual_size)  # not only with the layout, when it is too late for this frame
         row = self.rows.row_of(self._key) if self._key is not None else None
         self._move_to(min(self.cursor, max(len(self.rows) - 1, 0)) if row is None else row, keep=row is None)
 
@@ -271,10 +273,18 @@ class VirtualTable(ScrollView, can_focus=True):
         self._relayout()
         self._move_to(self.cursor, keep=True)
 
+    def _scroll_update(self, virtual_size: Size) -> None:
+        """Leave the scrollbar alone where no size differs: every layout asks for it, and it is a frame of its own."""
+        sizes = (virtual_size, self.container_size, self.size)
+        if sizes != self._scrolled_for:
+            self._scrolled_for = sizes
+            super()._scroll_update(virtual_size)
+
     def watch_has_focus(self, has_focus: bool) -> None:
-        """Show whether keys go here."""
-        super().watch_has_focus(has_focus)
-        self.refresh()
+        """Show whether keys go here; only a table in a frame has a rule for it, and is looked up in the style sheet."""
+        if self.styles.border_top[0]:
+            super().watch_has_focus(has_focus)
+        self.refresh_row(self.cursor)
         if has_focus:
             self.post_message(self.Changed())
 

@@ -1,0 +1,56 @@
+"""The app's hand on the brush: one key, one frame.
+
+Left alone, Textual paints as soon as the first widget asks for it, and again a sixtieth of a second later what others
+said in answer to it. Here a frame waits until the widgets have told each other what there was to tell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from textual import events
+from textual.app import App
+from textual.reactive import Reactive, reactive
+from textual.screen import Screen
+from textual.widget import Widget
+from textual.widgets import ContentSwitcher
+
+ROUNDS = 16
+"""Rounds of the event loop that a key's frame waits: well under a millisecond where nothing else is to be done."""
+
+
+class Base(Screen[None]):
+    """The screen below all dialogs. That the focus moved is said by the widgets it left and reached, not by all."""
+
+    DEFAULT_CSS = "Base { layers: default prompt; }"
+
+    focused: Reactive[Widget | None] = Reactive(None, repaint=False)
+
+
+class Views(ContentSwitcher):
+    """The views, one of them in front; it covers this, which is why this is not painted again."""
+
+    current: reactive[str | None] = reactive(None, init=False, repaint=False)
+
+
+class Painting(App[None]):
+    """An App that answers a key with one frame."""
+
+    def get_default_screen(self) -> Screen[None]:
+        """The screen below all dialogs."""
+        return Base(id="_default")
+
+    async def on_event(self, event: events.Event) -> None:
+        """Hold the frame back until all that a key does has been done."""
+        if isinstance(event, events.Key) and not event.is_forwarded:
+            self._begin_batch()
+            self._let_go(ROUNDS)
+        await super().on_event(event)
+
+    def _let_go(self, rounds: int) -> None:
+        if rounds:
+            asyncio.get_running_loop().call_soon(self._let_go, rounds - 1)
+            return
+        self._end_batch()
+        if self._running:
+            self.screen.check_idle()

@@ -14,7 +14,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -24,7 +24,7 @@ from msgspec.structs import replace
 from memconsole import actions
 from memconsole.actions import Action, AnyAction
 from memconsole.backend import ledger, survey
-from memconsole.backend.desk import STOP_S, Desk
+from memconsole.backend.desk import MOUNT, STOP_S, Desk
 from memconsole.backend.kernel import kho, tree
 from memconsole.backend.ledger import Ledger
 from memconsole.backend.state import KINDS, Change, Done, Failed, Happened, Intent, Record, fold
@@ -50,6 +50,7 @@ from memconsole.source import nothing_at
 if TYPE_CHECKING:
     from memconsole.backend.audit import Audit
     from memconsole.backend.custody import Custody
+    from memconsole.backend.mounting import Mounting
     from memconsole.backend.past import Past
     from memconsole.backend.survey import Scanned
     from memconsole.backend.tables import Tables
@@ -81,13 +82,16 @@ class Control:
         label: str = "",
         read_only: str = "",
         root: Path = Path("/"),
+        mountpoint: Path | None = None,
     ) -> None:
         """Take over what custody holds, or begin with nothing; ``custody`` is closed with this.
 
         Sockets and files of guests lie in ``runtime_dir``, which is made when the first is needed; the audit trail in
         ``state_dir``, if there is one. ``past``, if there is one, records the Snapshots, and is closed with this.
+        Grants are shown as files at ``mountpoint``, if there is one, or where an earlier control process showed them.
 
         Raises:
+            Refused, MemconsoleError: nothing can be mounted there.
             BadFile: the ledger in custody cannot be believed, or is of a newer version; or the audit trail is.
             KernelRefused: there is no memory for a ledger.
         """
@@ -111,11 +115,14 @@ class Control:
                 undo.callback(self._audit.close)
             self._desk = Desk(runtime_dir, custody, lambda: self._state, self._guest_changed, self._record, root)
             undo.callback(self._desk.close)
+            self._desk.mount = _mount(self._desk, mountpoint)
             self._standing: list[Finding] = [self._ledger.dropped.finding()] if self._ledger.dropped else []
             if custody.names() != [LEDGER] or self._state.unfinished or self._state.guests:
                 from memconsole.backend import adoption
 
                 self._standing += adoption.adopt(self._desk, self._record)
+            if self._desk.mount is not None:
+                self._desk.mount.sync()
             undo.pop_all()
 
     # --- looking --------------------------------------------------------------------------------------------------
@@ -153,6 +160,7 @@ class Control:
                 *self._custody_gone(),
                 *(self._audit.findings() if self._audit is not None else ()),
                 *(self._past.findings() if self._past is not None else ()),
+                *(self._desk.mount.findings() if self._desk.mount is not None else ()),
                 *self._devices(),
             ),
             self._desk.faces,
@@ -163,6 +171,7 @@ class Control:
         taken = survey.survey(meant, self._root)
         if self._past is not None:
             self._past.note(taken)
+        self._show(taken)
         return taken
 
     def extents(self, key: str) -> ExtentTable:
@@ -222,7 +231,7 @@ class Control:
         """
         from memconsole.backend import steps
 
-        with self._acting:
+        with self._acting, self._mounted():
             began = time.monotonic_ns()
             if self._read_only or self._closed:
                 raise _refused(self._not_here(action))
@@ -341,6 +350,28 @@ class Control:
 
         return check.check(self._desk)
 
+    @contextlib.contextmanager
+    def _mounted(self) -> Iterator[None]:
+        """The mount shows what the ledger means, however an action ends."""
+        try:
+            yield
+        finally:
+            if self._desk.mount is not None and not self._closed:
+                self._desk.mount.sync()
+
+    def _show(self, taken: Snapshot) -> None:
+        """The mount says what a Snapshot does, and follows guests that run as another user now."""
+        mount = self._desk.mount
+        if mount is None:
+            return
+        if self._acting.acquire(blocking=False):  # an action under way shows its own end
+            try:
+                if not self._closed:
+                    mount.sync({guest.name: guest.seen.uid for guest in taken.guests if guest.seen is not None})
+            finally:
+                self._acting.release()
+        mount.note(taken)
+
     def _scanned(self) -> dict[str, Scanned]:
         return dict(self._tables.scanned) if self._tables is not None else {}
 
@@ -414,6 +445,15 @@ def _ledger(custody: Custody, root: Path) -> Ledger:
         ledger.close()
         raise
     return ledger
+
+
+def _mount(desk: Desk, mountpoint: Path | None) -> Mounting | None:
+    """The mount that is asked for, or that an earlier control process left; none costs nothing."""
+    if mountpoint is None and not (desk.custody.survives and MOUNT in desk.custody.names()):
+        return None
+    from memconsole.backend.mounting import Mounting
+
+    return Mounting(desk, mountpoint)
 
 
 def _audit(state_dir: Path, ledger: Ledger, root: Path) -> Audit:

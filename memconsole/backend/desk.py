@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from memconsole.backend.guests.base import Guest as LiveGuest
     from memconsole.backend.guests.base import Offer
     from memconsole.backend.lazy import Uffds
+    from memconsole.backend.mounting import Mounting
     from memconsole.backend.reach import Reach
     from memconsole.backend.state import Record, State, WindowGrant
 
@@ -39,6 +40,10 @@ STOP_S = 5.0
 
 RECONNECT_S = 1.0
 """Seconds an agent has to find a new control process (it tries every 100 to 200 ms)."""
+
+
+MOUNT = "mount"
+"""What the table of files on the mount is called in custody."""
 
 
 def custody_name(region: str, segment: int) -> str:
@@ -72,7 +77,7 @@ class Desk:
         self._state = state
         self._on_guest = on_guest
         self.record = record
-        self.faces: tuple[Face, ...] = ()
+        self.mount: Mounting | None = None
         self.handoff: HandoffReport | None = None
         self._uffds: Uffds | None = None
         self._rwp: bool | None = None
@@ -89,9 +94,15 @@ class Desk:
 
     @property
     def exempt(self) -> frozenset[int]:
-        """Processes that hold regions for us: this one, and whoever has custody (PID 1 where it does not say)."""
+        """Who holds regions for us: this process, the mount's server, who has custody (PID 1 where it does not say)."""
         manager = 1 if self.custody.survives else os.getpid()
-        return frozenset({os.getpid(), getattr(self.custody, "pid", manager)})
+        server = self.mount.pid if self.mount is not None else None
+        return frozenset({os.getpid(), getattr(self.custody, "pid", manager)} | ({server} if server else set()))
+
+    @property
+    def faces(self) -> tuple[Face, ...]:
+        """The files on the mount through which regions may be mapped."""
+        return self.mount.faces if self.mount is not None else ()
 
     @property
     def hub(self) -> Hub:
@@ -396,6 +407,8 @@ class Desk:
             self._hub = None
         if self._uffds is not None:
             self._uffds.close()
+        if self.mount is not None:
+            self.mount.close()
         for name in list(self._fds):
             self.let_go(name)
 

@@ -2,6 +2,7 @@
 
     a VMA over the range          reaches it now
     an fd of the region's memfd   can map it any time; it is fair only in a guest that has a grant on that region
+    an fd of a file on the mount  the same: what it maps is the memfd
     a process not shown to us     may do either: then the frames themselves are asked (/proc/kpagecount)
 
 What no file of the kernel shows is not found here: an fd in flight in a socket's queue, an io_uring's fixed buffer, a
@@ -10,14 +11,16 @@ page in a pipe. Moving the contents away from all of them is what :mod:`memconso
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from memconsole.backend import survey
 from memconsole.backend.kernel import census as census_of
 from memconsole.backend.kernel import memfds
+from memconsole.backend.kernel.census import Census
 from memconsole.backend.survey import Face, Over, Shield
-from memconsole.errors import Denied, MemconsoleError
+from memconsole.errors import Denied, Gone, MemconsoleError, NotFound
 from memconsole.model import Region
 
 
@@ -62,6 +65,7 @@ def find(
     Raises:
         Denied, KernelRefused, BadFile: the processes of this host cannot be read.
     """
+    faces = tuple(faces)
     census = census_of.take(closed=exempt)
     mapped = tuple(
         over
@@ -69,11 +73,29 @@ def find(
         if over.offset < offset + length and offset < over.offset + over.vma.size
     )
     objects = {(segment.device, segment.inode) for segment in region.segments}
-    held = tuple((pid, fd) for pid, fd in memfds.holders(census, objects) if pid not in may_hold)
+    holders = (
+        *memfds.holders(census, objects),
+        *_openers(census, [face for face in faces if face.region == region.name]),
+    )
+    held = tuple((pid, fd) for pid, fd in holders if pid not in may_hold)
     unseen = ""
     if census.hidden and not mapped and not held:
         unseen = _ask_frames(region, fds, offset, length, len(census.hidden))
     return Reach(mapped, held, unseen)
+
+
+def _openers(census: Census, faces: Iterable[Face]) -> Iterator[tuple[int, int]]:
+    """Who has a file on the mount open: by the inode, which no other file of any mount of ours has or had.
+
+    The file is not asked: whoever serves it may not answer.
+    """
+    inodes = {face.inode: face.path for face in faces}
+    for process in census.processes.values():
+        for fd, link in process.fds.items():
+            if any(path in link for path in inodes.values()):
+                with contextlib.suppress(Gone, NotFound):
+                    if memfds.inode(census, process.pid, fd) in inodes:
+                        yield process.pid, fd
 
 
 def _ask_frames(region: Region, fds: Sequence[int], offset: int, length: int, hidden: int) -> str:

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from memconsole.backend import metrics
+from memconsole.backend import metrics, mounting
 from memconsole.backend.control import Control
 from memconsole.backend.custody import Custody, KeeperCustody
 from memconsole.backend.fdstore import SystemdCustody, inherited
@@ -43,7 +43,7 @@ METRICS_S = 15.0
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``memconsole serve`` was asked for; ``record_s`` 0: no history; groups None: the default ones."""
+    """What ``memconsole serve`` was asked for; ``record_s`` 0: no history; groups None: the default ones; no mount."""
 
     socket: Path
     state_dir: Path
@@ -53,13 +53,15 @@ class Settings:
     viewers: str | None = None
     record_s: float = 1.0
     metrics_textfile: Path | None = None
+    mountpoint: Path | None = None
 
 
 def serve(settings: Settings) -> int:
     """Run the control process until it is asked to stop; without ``foreground`` in the background, once it is ready.
 
     Raises:
-        Refused: another serves this state or socket (``AlreadyServing``, ``SocketInUse``).
+        Refused: another serves this state or socket (``AlreadyServing``, ``SocketInUse``), or a mount would hide its
+            files (``MountHidesRuntime``).
         UsageError: a group does not exist.
         MemconsoleError: custody or ledger cannot be read.
     """
@@ -114,6 +116,8 @@ def _start(settings: Settings, passed: list[tuple[str, int]], stack: contextlib.
     """Everything between the lock and the first call; what was begun is ended by ``stack``, in reverse."""
     runtime = settings.socket.parent
     roles = Roles(settings.operators, settings.viewers)
+    if settings.mountpoint is not None:
+        mounting.check(settings.mountpoint, runtime=runtime, state_dir=settings.state_dir)
     places.make_directory(runtime, 0o755)
     places.make_directory(settings.state_dir, 0o700)
     for directory in {runtime, settings.state_dir}:
@@ -141,13 +145,28 @@ def _start(settings: Settings, passed: list[tuple[str, int]], stack: contextlib.
 def _control(settings: Settings, past: Past, stored: list[tuple[str, int]], stack: contextlib.ExitStack) -> Control:
     custody = _custody(settings, stored)
     try:
-        control = Control(settings.socket.parent, custody, state_dir=settings.state_dir, past=past)
+        control = Control(
+            settings.socket.parent,
+            custody,
+            state_dir=settings.state_dir,
+            past=past,
+            mountpoint=_mountpoint(settings.mountpoint),
+        )
     except BaseException:
         custody.close()
         raise
     stack.callback(control.close)
     log.info("memory is in custody of %s", custody.label)
     return control
+
+
+def _mountpoint(asked: Path | None) -> Path | None:
+    """The directory to mount at, made if it is missing; what a dead server left there is not looked at."""
+    if asked is not None:
+        with contextlib.suppress(FileExistsError):
+            asked.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            asked.mkdir(mode=0o755)
+    return asked
 
 
 def _custody(settings: Settings, stored: list[tuple[str, int]]) -> Custody:

@@ -167,6 +167,7 @@ def survey(meant: Meant, root: Root = "/") -> Snapshot:
     state = meant.state
     overs = mappings(census, state.regions.values(), meant.faces, meant.shields)
     seen = _by_grant(state, overs)
+    state = _as_mapped(state, seen)
     mappers: dict[str, set[int]] = defaultdict(set)
     for over in overs:
         mappers[over.region].add(over.pid)
@@ -256,6 +257,16 @@ def _by_grant(state: State, overs: Iterable[Over]) -> dict[str, tuple[GrantMappi
     return found
 
 
+def _as_mapped(state: State, seen: Mapping[str, tuple[GrantMapping, ...]]) -> State:
+    """The state in which a grant that its guest maps is mapped, whether or not an agent said so."""
+    now = {
+        id: replace(grant, state=GrantState.MAPPED)
+        for id, grant in state.grants.items()
+        if grant.state is GrantState.OFFERED and id in seen
+    }
+    return replace(state, grants=state.grants | now) if now else state
+
+
 # --- entities ---------------------------------------------------------------------------------------------------
 
 
@@ -305,23 +316,29 @@ def _guest(guest: Guest, grants: Sequence[Grant], meant: Meant, census: Census, 
         windows=tuple(grant.window for grant in state.windows.values() if grant.guest == guest.name),
         agent=answer.agent,
         progress=answer.progress,
-        seen=_guest_seen(grants, state, census, process, read) if process else None,
+        seen=_guest_seen(grants, meant, census, process, read) if process else None,
     )
 
 
 def _guest_seen(
-    grants: Sequence[Grant], state: State, census: Census, process: Process, read: Readers
+    grants: Sequence[Grant], meant: Meant, census: Census, process: Process, read: Readers
 ) -> GuestSeen | None:
     """The guest's process, with those of its mappings that are regions of ours, each with the gpa it was granted."""
     machine = read(f"/proc/{process.pid}", lambda: kvm.machine(census, process), None)
     if machine is None:
         return None
+    state = meant.state
     of = {
         (segment.device, segment.inode): region
         for name in {grant.region for grant in grants}
         if (region := state.regions.get(name)) is not None
         for segment in region.segments
     }
+    of.update(
+        ((face.device, face.inode), state.regions[face.region])
+        for face in meant.faces
+        if any(grant.region == face.region for grant in grants)
+    )
     blocks = []
     for vma, block in zip(machine.vmas, machine.seen.ram, strict=True):
         region = of.get((vma.device, vma.inode))

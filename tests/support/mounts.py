@@ -22,6 +22,7 @@ from typing import Self
 import pytest
 
 from memconsole.backend.exports.fuse import FuseTree
+from memconsole.errors import Gone
 from memconsole.native import program
 
 NOBODY = 65534
@@ -100,14 +101,29 @@ def _end(mount: Mount) -> None:
     for tree in mount.trees:
         tree.close()
     for pid, connection in mount.servers:
-        abort(connection)
-        if _is_ours(pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            wait_gone(pid)
-    while str(mount.point) in {line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()}:
-        subprocess.run(["umount", "-l", mount.point], check=True)
+        _end_server(pid, connection)
+    _unmount(mount.point)
     shutil.rmtree(mount.runtime)
+
+
+def _end_server(pid: int, connection: int) -> None:
+    abort(connection)
+    if _is_ours(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        wait_gone(pid)
+
+
+def _unmount(point: Path) -> None:
+    while str(point) in {line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()}:
+        subprocess.run(["umount", "-l", point], check=True)
+
+
+def end_at(runtime: Path, point: Path) -> None:
+    """End the server of a runtime directory, if there is one, and whatever is mounted at a directory."""
+    with contextlib.suppress(Gone), contextlib.closing(FuseTree(runtime / "fuse")) as tree:
+        _end_server(tree.pid, tree.status().connection)
+    _unmount(point)
 
 
 @contextlib.contextmanager

@@ -97,7 +97,7 @@ def _held(census: Census) -> Iterator[tuple[int, int, str]]:
 
 def _memfd(census: Census, pid: int, fd: int, name: str) -> Memfd:
     if not tree.live(census.root):
-        return Memfd(_MEMFD_DEVICE, _inode(census, pid, fd), name)
+        return Memfd(_MEMFD_DEVICE, inode(census, pid, fd), name)
     path = f"/proc/{pid}/fd/{fd}"
     try:
         status = os.stat(path)
@@ -118,7 +118,12 @@ _MEMFD_DEVICE = os.makedev(0, 1)
 """The kernel's own shmem mount, the first of its unnamed devices; a recorded tree cannot be asked."""
 
 
-def _inode(census: Census, pid: int, fd: int) -> int:
+def inode(census: Census, pid: int, fd: int) -> int:
+    """The inode an fd of a process is open on (/proc/PID/fdinfo/FD:ino).
+
+    Raises:
+        Gone, NotFound, Denied, KernelRefused, BadFile: it cannot be read.
+    """
     source = f"/proc/{pid}/fdinfo/{fd}"
     for row in tree.read(census.root, source).split(b"\n"):
         if row.startswith(b"ino:"):

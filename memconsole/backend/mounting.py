@@ -1,0 +1,421 @@
+"""What the ledger means, as files on the mount of ``memconsole serve --mount`` (DESIGN section 9).
+
+    whole grant of a region     guests/GUEST/ram/REGION, of the user the guest's process runs as
+    every guest                 guests/GUEST/status, as of the last Snapshot; pfnmap, while it has grants
+    window grant                guests/GUEST/mmio/BDF-barN, a link
+    region of one segment       regions/REGION, for root
+
+:meth:`Mounting.sync` makes the tree what it should be, whatever it is: after each action, with each Snapshot, for a
+control process that comes back, and for a server that had to be started anew.
+
+The kernel shows who maps such a file by the file's own device and inode, not by the memfd's. Both end with the server,
+mappings do not: so which file showed which memfd is written into custody (``mount``) before anybody but root can open
+it, and kept until the memfd is no more what the region is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+from msgspec.structs import replace
+
+from memconsole.backend.desk import MOUNT
+from memconsole.backend.exports.fuse import Entry, FuseTree, MapPart
+from memconsole.backend.guests.handle import Handle
+from memconsole.backend.kernel import census
+from memconsole.backend.stores import memfd
+from memconsole.backend.survey import Face
+from memconsole.errors import Gone, MemconsoleError, NotFound, Refused
+from memconsole.model import Access, Finding, Grant, Guest, Region, Severity, Snapshot, Value
+
+if TYPE_CHECKING:
+    from memconsole.backend.desk import Desk
+    from memconsole.backend.state import State
+
+SOCKET = "fuse"
+"""The server's socket in the runtime directory."""
+MAX_PARTS = 64
+
+
+class Shown(Value, frozen=True):
+    """A file of the mount that showed a memfd, both by device and inode; ``closed``: nobody had it open at its end."""
+
+    path: str
+    region: str
+    memfd: tuple[int, int]
+    device: int
+    inode: int
+    closed: bool = False
+
+
+class _Wanted(NamedTuple):
+    """An entry as it should be; ``put`` makes it, of a user and with a mode. ``memfd``, ``region``: of a RAM file."""
+
+    uid: int
+    mode: int
+    put: Callable[[int, int], object]
+    memfd: tuple[int, int] | None = None
+    region: str = ""
+
+
+def check(mountpoint: Path, *, runtime: Path, state_dir: Path) -> None:
+    """Nothing, for a directory that can be mounted over.
+
+    Raises:
+        Refused: a mount there would hide the service's own files (``MountHidesRuntime``).
+    """
+    place = mountpoint.parent.resolve() / mountpoint.name
+    for hidden in (runtime.resolve(), state_dir.resolve()):
+        if hidden.is_relative_to(place):
+            raise Refused(
+                f"nothing can be mounted at {mountpoint}",
+                f"it would hide {hidden}, where the service has its own files",
+                f"memconsole serve --mount {default(runtime)}",
+                code="MountHidesRuntime",
+            )
+
+
+def default(runtime: Path) -> Path:
+    """Where ``--mount`` alone mounts: beside the runtime directory."""
+    return runtime.with_name(f"{runtime.name}-mount")
+
+
+class Mounting:
+    """The mount of one control process; ``mountpoint`` None: the one that is there, and none once its server ended.
+
+    Raises:
+        Refused, MemconsoleError: it cannot be mounted (:meth:`FuseTree.start`).
+    """
+
+    def __init__(self, desk: Desk, mountpoint: Path | None) -> None:
+        self._desk = desk
+        self._mountpoint = mountpoint
+        self._lock = threading.RLock()
+        self._shown = _stored(desk)
+        self._tree: FuseTree | None = None
+        self._server: Handle | None = None
+        self._statuses: dict[str, bytes] = {}
+        self._maps: dict[str, list[tuple[object, ...]]] = {}
+        self._device = 0
+        self._passes = False
+        self._without: tuple[Finding, ...] = ()
+        self._trouble: tuple[Finding, ...] = ()
+        self._open()
+
+    @property
+    def pid(self) -> int | None:
+        """The server's PID, while it runs: it holds what is shown."""
+        server = self._server
+        return server.pid if server is not None and server.alive() else None
+
+    @property
+    def faces(self) -> tuple[Face, ...]:
+        """The files through which regions may be mapped, those of servers that ended among them."""
+        now = _memfds(self._desk.state)
+        return tuple(
+            Face(shown.region, shown.device, shown.inode, 0, f"/{shown.path}")
+            for shown in tuple(self._shown)
+            if now.get(shown.region) == shown.memfd
+        )
+
+    def findings(self) -> tuple[Finding, ...]:
+        """Why the mount is not as it should be."""
+        return self._trouble
+
+    def sync(self, owners: Mapping[str, int] | None = None) -> None:
+        """Make the tree what the ledger means; what prevents it is a finding. One thread at a time may act then.
+
+        ``owners``: the users of guests' processes, as far as they are known.
+        """
+        with self._lock:
+            try:
+                if self._tree is None:
+                    self._open()
+                try:
+                    self._sync(owners or {})
+                except Gone:
+                    self._open()
+                    self._sync(owners or {})
+            except MemconsoleError as error:
+                what = f"the mount is not as it should be: {error.what}"
+                remedy = error.remedy or "what is mapped stays mapped; the fd export goes on"
+                self._trouble = (Finding("mount-behind", Severity.ERROR, "mount", what, error.why, remedy),)
+
+    def note(self, snapshot: Snapshot) -> None:
+        """Have every guest's ``status`` say what a Snapshot does."""
+        grants = {grant.id: grant for grant in snapshot.grants}
+        windows = {window.id: window for window in snapshot.windows}
+        with self._lock, contextlib.suppress(MemconsoleError):  # the next sync says what is wrong
+            for guest in snapshot.guests:
+                if guest.name not in self._desk.state.guests or self._tree is None:
+                    continue
+                text = msgspec.json.format(
+                    msgspec.json.encode({
+                        "guest": guest,
+                        "grants": [grants[id] for id in guest.grants if id in grants],
+                        "windows": [windows[id] for id in guest.windows if id in windows],
+                    })
+                )  # fmt: skip
+                if self._statuses.get(guest.name) != text:
+                    uid = guest.seen.uid if guest.seen is not None else 0
+                    self._tree.set_status(guest.name, text + b"\n", uid)
+                    self._statuses[guest.name] = text
+
+    def bar(self, grant: Grant) -> None:
+        """Nobody opens a grant's file any more, until :meth:`sync` finds that the ledger still means it."""
+        with self._lock, contextlib.suppress(NotFound, Gone):
+            if self._tree is not None:
+                self._tree.revoke(_path(grant))
+
+    def opened(self, grant: Grant) -> str:
+        """Why somebody may still be able to map a grant's file, whom no process shows; empty if nobody is."""
+        now = _memfds(self._desk.state).get(grant.region)
+        with self._lock:
+            listed: dict[int, Entry] = {}
+            if self._tree is not None:
+                with contextlib.suppress(Gone):
+                    listed = {entry.inode: entry for entry in self._tree.list()}
+            for shown in self._shown:
+                if shown.memfd != now or not shown.path.startswith("guests/") or shown.closed:
+                    continue
+                entry = listed.get(shown.inode) if shown.device == self._device else None
+                if entry is None:
+                    return f"an earlier {shown.path} of the mount may still be open"
+                if entry.open:
+                    return f"{shown.path} of the mount is still open ({entry.open} descriptions)"
+        return ""
+
+    def close(self) -> None:
+        """Let go of the server, which goes on."""
+        with self._lock:
+            self._let_go()
+
+    # --- inside -------------------------------------------------------------------------------------------------
+
+    def _let_go(self) -> None:
+        if self._tree is not None:
+            self._tree.close()
+            self._tree = None
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    def _open(self) -> None:
+        self._let_go()
+        self._statuses, self._maps, self._device = {}, {}, 0
+        if self._mountpoint is not None:
+            tree = FuseTree.start(self._desk.runtime_dir, self._mountpoint)
+        else:
+            try:
+                tree = FuseTree(self._desk.runtime_dir / SOCKET)
+            except Gone:
+                return
+        try:
+            status = tree.status()
+            self._server = Handle(tree.pid)
+        except BaseException:
+            tree.close()
+            raise
+        self._tree, self._device, self._passes = tree, status.device, not status.passthrough
+        capability = status.capability()
+        what = f"the mount shows no memory: {capability.why}"
+        finding = Finding("mount-without-ram", Severity.WARNING, "mount", what, "/dev/fuse", capability.remedy)
+        self._without = () if self._passes else (finding,)
+
+    def _sync(self, owners: Mapping[str, int]) -> None:
+        tree = self._tree
+        if tree is None:
+            return
+        listed = {entry.path: entry for entry in tree.list()}
+        wanted = dict(self._wanted(tree, owners, listed))
+        for path in sorted(listed, reverse=True):  # what is in a directory before the directory
+            if path not in wanted and not _is_kept(path, wanted):
+                self._remove(tree, listed.pop(path))
+        fresh = []
+        for path, want in wanted.items():
+            entry = listed.get(path)
+            if entry is not None and (entry.revoked or (want.memfd and not self._shows(entry, want.memfd))):
+                self._remove(tree, entry)
+                entry = None
+            if entry is None and want.memfd is not None:
+                fresh.append(path)
+            elif entry is None or (entry.uid, entry.mode & 0o777) != (want.uid, want.mode):
+                want.put(want.uid, want.mode)
+        self._put_ram(tree, {path: wanted[path] for path in fresh})
+        self._map_pages(tree, owners, listed)
+        self._forget()
+        self._trouble = self._without
+
+    def _wanted(
+        self, tree: FuseTree, owners: Mapping[str, int], listed: Mapping[str, Entry]
+    ) -> Iterator[tuple[str, _Wanted]]:
+        """Every entry but ``status``, ``pfnmap`` and ``state/*``, directories before what is in them."""
+        state = self._desk.state
+        yield "guests", _Wanted(0, 0o755, _directory(tree, "guests"))
+        yield "regions", _Wanted(0, 0o700, _directory(tree, "regions"))
+        for guest in state.guests.values():
+            top = f"guests/{guest.name}"
+            uid = self._owner(guest, owners, listed.get(top))
+            for path in (top, *(f"{top}/{name}" for name in ("ram", "state", "mmio"))):
+                yield path, _Wanted(uid, 0o550, _directory(tree, path))
+            for grant in state.grants_of(guest=guest.name):
+                region = state.regions.get(grant.region)
+                if region is not None and self._can_be_shown(region) and _is_whole(grant, region):
+                    mode = 0o600 if grant.access is Access.RW else 0o400
+                    put = partial(self._put_grant, tree, grant)
+                    yield _path(grant), _Wanted(uid, mode, put, _memfd(region), region.name)
+        for window in state.windows.values():
+            bdf, _, bar = window.window.rpartition(":")
+            yield (
+                f"guests/{window.guest}/mmio/{bdf}-bar{bar}",
+                _Wanted(0, 0o777, _link(tree, window.guest, bdf, int(bar))),
+            )
+        for region in state.regions.values():
+            if self._can_be_shown(region):
+                put = partial(self._put_region, tree, region.name)
+                yield f"regions/{region.name}", _Wanted(0, 0o600, put, _memfd(region), region.name)
+
+    def _can_be_shown(self, region: Region) -> bool:
+        return self._passes and len(region.segments) == 1 and self._desk.has(region.name)
+
+    def _put_grant(self, tree: FuseTree, grant: Grant, uid: int, mode: int) -> None:
+        fd = memfd.give(self._desk.fds(grant.region)[0], grant.access)
+        try:
+            tree.add_ram(grant.guest, grant.region, fd, uid=uid, mode=mode)
+        finally:
+            os.close(fd)
+
+    def _put_region(self, tree: FuseTree, region: str, _uid: int, _mode: int) -> None:
+        fd = memfd.give(self._desk.fds(region)[0], Access.RW)
+        try:
+            tree.add_region(region, fd)
+        finally:
+            os.close(fd)
+
+    def _owner(self, guest: Guest, owners: Mapping[str, int], entry: Entry | None) -> int:
+        """Who the guest's process is; of one that ended, who it was."""
+        if guest.name in owners:
+            return owners[guest.name]
+        with contextlib.suppress(MemconsoleError):
+            if guest.pid is not None:
+                process = census.process(self._desk.root, guest.pid)
+                if process.start_ticks == guest.start_ticks:
+                    return census.uid(self._desk.root, guest.pid)
+        return entry.uid if entry is not None else 0
+
+    def _shows(self, entry: Entry, of: tuple[int, int]) -> bool:
+        return any(
+            each.device == self._device and each.inode == entry.inode and each.memfd == of for each in self._shown
+        )
+
+    def _put_ram(self, tree: FuseTree, fresh: Mapping[str, _Wanted]) -> None:
+        """New RAM files: root's alone until custody knows them."""
+        if not fresh:
+            return
+        for want in fresh.values():
+            want.put(0, 0)
+        for entry in tree.list():
+            if entry.path in fresh and (of := fresh[entry.path].memfd) is not None:
+                self._shown.append(Shown(entry.path, fresh[entry.path].region, of, self._device, entry.inode))
+        self._store()
+        for want in fresh.values():
+            want.put(want.uid, want.mode)
+
+    def _map_pages(self, tree: FuseTree, owners: Mapping[str, int], listed: Mapping[str, Entry]) -> None:
+        state = self._desk.state
+        for guest in state.guests.values():
+            parts, key = [], []
+            for grant in state.grants_of(guest=guest.name)[:MAX_PARTS]:
+                if grant.region in state.regions and self._desk.has(grant.region):
+                    index, offset = divmod(grant.offset, memfd.SEGMENT)
+                    fd = self._desk.fds(grant.region)[index]
+                    parts.append(MapPart(fd, offset, grant.length, grant.gpa))
+                    key.append((os.fstat(fd).st_ino, offset, grant.length, grant.gpa))
+            path = f"guests/{guest.name}/pfnmap"
+            uid = self._owner(guest, owners, listed.get(f"guests/{guest.name}"))
+            if parts and self._maps.get(guest.name) != [(uid,), *key]:
+                tree.set_pfnmap(guest.name, parts, uid)
+                self._maps[guest.name] = [(uid,), *key]
+            elif not parts and (path in listed or guest.name in self._maps):
+                with contextlib.suppress(NotFound):
+                    tree.remove(path)
+                self._maps.pop(guest.name, None)
+        for name in (*self._maps, *self._statuses):
+            if name not in state.guests:
+                self._maps.pop(name, None)
+                self._statuses.pop(name, None)
+
+    def _remove(self, tree: FuseTree, entry: Entry) -> None:
+        with contextlib.suppress(NotFound):
+            left = tree.remove(entry.path, recursive=True)
+            for at, shown in enumerate(self._shown):
+                if shown.device == self._device and shown.inode == entry.inode:
+                    self._shown[at] = replace(shown, closed=not left.open)
+
+    def _forget(self) -> None:
+        """Files of memfds that no region is made of any more: those were emptied."""
+        now = _memfds(self._desk.state)
+        kept = [shown for shown in self._shown if now.get(shown.region) == shown.memfd]
+        if kept != self._shown:
+            self._shown = kept
+            self._store()
+
+    def _store(self) -> None:
+        fd = os.memfd_create("memconsole-mount", os.MFD_CLOEXEC)
+        try:
+            with open(fd, "wb", closefd=False) as file:
+                file.write(msgspec.json.encode(self._shown))
+            self._desk.custody.put(MOUNT, fd)
+        finally:
+            os.close(fd)
+
+
+def _stored(desk: Desk) -> list[Shown]:
+    if MOUNT not in desk.custody.names():
+        return []
+    fd, _ = desk.custody.get(MOUNT)
+    try:
+        return msgspec.json.decode(os.pread(fd, os.fstat(fd).st_size, 0), type=list[Shown])
+    finally:
+        os.close(fd)
+
+
+def _directory(tree: FuseTree, path: str) -> Callable[[int, int], object]:
+    return lambda uid, mode: tree.directory(path, uid, mode=mode)
+
+
+def _link(tree: FuseTree, guest: str, bdf: str, bar: int) -> Callable[[int, int], object]:
+    target = Path(f"/sys/bus/pci/devices/{bdf}/resource{bar}")
+    return lambda _uid, _mode: tree.link_window(guest, bdf, bar, target)
+
+
+def _path(grant: Grant) -> str:
+    return f"guests/{grant.guest}/ram/{grant.region}"
+
+
+def _is_whole(grant: Grant, region: Region) -> bool:
+    return grant.offset == 0 and grant.length == region.size
+
+
+def _memfd(region: Region) -> tuple[int, int]:
+    return region.segments[0].device, region.segments[0].inode
+
+
+def _memfds(state: State) -> dict[str, tuple[int, int]]:
+    """The memfd of every region that has one segment, and so can be a file."""
+    return {region.name: _memfd(region) for region in state.regions.values() if len(region.segments) == 1}
+
+
+def _is_kept(path: str, wanted: Mapping[str, _Wanted]) -> bool:
+    """Whether an entry stays that is made elsewhere: of a guest that is still there."""
+    words = path.split("/")
+    if words[0] != "guests" or len(words) < 3 or "/".join(words[:2]) not in wanted:
+        return False
+    return words[2:] in (["status"], ["pfnmap"]) or (words[2] == "state" and len(words) == 4)

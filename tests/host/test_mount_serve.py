@@ -1,0 +1,373 @@
+"""``memconsole serve --mount``: grants as files, through the deaths of the service and of the mount's server."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import controls
+from support.guests import until
+from support.mounts import NOBODY, STRANGER, end_at, wait_gone
+from support.services import Service, services
+
+from memconsole import actions as do
+from memconsole.backend.exports.fuse import FuseTree
+from memconsole.backend.wire.client import Client
+from memconsole.cli import main
+from memconsole.errors import ExitCode, GuestError
+from memconsole.model import Access, GrantState, RevokeOutcome, RevokeReport, Rung, Snapshot
+
+M = controls.M
+SIZE = 4 * M
+RAM = 32 * M
+
+USER = """
+import mmap, os, socket, sys
+os.setgroups([]); os.setgid(int(sys.argv[1])); os.setuid(int(sys.argv[1]))
+ours, theirs = socket.socketpair()
+fd = memory = None
+for line in sys.stdin:
+    word, *more = line.split()
+    said = "done"
+    try:
+        if word == "open":
+            fd = os.open(more[0], os.O_RDWR)
+        elif word == "close":
+            os.close(fd)
+        elif word == "map":
+            memory = mmap.mmap(fd, os.fstat(fd).st_size)
+        elif word == "unmap":
+            memory.close()
+        elif word == "write":
+            memory[: len(more[0])] = more[0].encode()
+        elif word == "read":
+            said = bytes(memory[:6]).decode().strip("\\0") or "nothing"
+        elif word == "send":
+            socket.send_fds(ours, [b"."], [fd])
+        elif word == "receive":
+            fd = socket.recv_fds(theirs, 1, 1)[1][0]
+    except OSError as error:
+        said = error.strerror
+    print(said, flush=True)
+"""
+
+
+class User:
+    """A process of some user that does what it is told; it ends with the test."""
+
+    def __init__(self, uid: int = NOBODY) -> None:
+        command = [sys.executable, "-c", USER, str(uid)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.pid = self.process.pid
+
+    def do(self, *words: object) -> str:
+        """What it says; an empty string if it died of it."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(" ".join(map(str, words)) + "\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline().strip()
+
+    def end(self) -> int:
+        self.process.kill()
+        self.process.communicate()
+        return self.process.returncode
+
+
+class Place:
+    """A service with a mount, its client, and processes that end with the test."""
+
+    def __init__(self, service: Service, stack: contextlib.ExitStack) -> None:
+        self.service = service
+        self.point = service.directory / "mnt"
+        self._stack = stack
+        self.client = self.start()
+
+    def start(self) -> Client:
+        self.service.start("--mount", str(self.point))
+        self.client = self.service.client()
+        self._stack.callback(self.client.close)
+        return self.client
+
+    def stop(self) -> None:
+        """kill -9."""
+        self.client.close()
+        if self.service.process is not None:
+            self.service.process.kill()
+            self.service.process.communicate()
+            self.service.process = None
+
+    def restart(self) -> None:
+        """kill -9, and another one."""
+        self.stop()
+        self.start()
+
+    def shown(self) -> Snapshot:
+        """A Snapshot begun from now on, which the mount has followed: the one after one begun from now on."""
+        for _ in range(2):
+            now = time.time_ns()
+            until(lambda now=now: self.client.snapshot().taken_ns > now, "a new Snapshot")  # type: ignore[misc]
+        return self.client.snapshot()
+
+    def kill_server(self) -> int:
+        """The mount's server dies; its PID."""
+        with contextlib.closing(FuseTree(self.service.runtime / "fuse")) as tree:
+            os.kill(tree.pid, signal.SIGKILL)
+            wait_gone(tree.pid)
+            return tree.pid
+
+    def user(self, uid: int = NOBODY) -> User:
+        user = User(uid)
+        self._stack.callback(user.end)
+        return user
+
+    def path(self, guest: str, region: str) -> Path:
+        return self.point / "guests" / guest / "ram" / region
+
+    def owners(self, region: str) -> Path:
+        return self.point / "regions" / region
+
+    def grant(self, user: User, *, name: str = "web", region: str = "pool") -> Path:
+        """A process becomes a guest with a whole region: the file."""
+        until(lambda: user.do("nothing") == "done", "the process runs as its user")
+        self.client.apply(do.Reserve(region, SIZE))
+        self.client.apply(do.GuestAttach(name, user.pid))
+        self.client.apply(do.Map(region, name))
+        return self.path(name, region)
+
+    def revoke(self, grant: str = "g1", at_most: Rung = Rung.KILL) -> RevokeReport:
+        report = self.client.apply(do.Revoke(grant, within=2.0, at_most=at_most)).revoke
+        assert report is not None
+        return report
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    if os.geteuid():
+        pytest.skip("mounting is for root")
+    if not Path("/dev/fuse").exists():
+        pytest.skip("there is no /dev/fuse")
+    with services() as service, contextlib.ExitStack() as stack:
+        service.directory.chmod(0o755)
+        stack.callback(lambda: end_at(service.runtime, service.directory / "mnt"))
+        place = Place(service, stack)
+        stack.callback(place.stop)
+        with contextlib.closing(FuseTree(service.runtime / "fuse")) as tree:
+            if tree.status().passthrough:
+                pytest.skip(tree.status().capability().why)
+        yield place
+
+
+def unexpected(snapshot: Snapshot) -> list[str]:
+    return [finding.what for finding in snapshot.findings if finding.id.startswith(("mapping-", "grant-", "mount-"))]
+
+
+def test_a_process_maps_its_grant_by_path_without_an_agent(place: Place) -> None:
+    user, stranger = place.user(), place.user(STRANGER)
+    path = place.grant(user)
+    found = path.stat()
+    assert (found.st_uid, found.st_mode & 0o777, found.st_size) == (NOBODY, 0o600, SIZE)
+    assert place.shown().grants[0].state is GrantState.OFFERED
+    assert [user.do("open", path), user.do("map"), user.do("write", "hello")] == ["done"] * 3
+    assert stranger.do("open", path) == "Permission denied"
+    shown = place.shown()
+    grant, guest = shown.grants[0], controls.guest(shown, "web")
+    assert grant.state is GrantState.MAPPED
+    assert [(seen.pid, seen.end - seen.start, seen.offset) for seen in grant.seen] == [(user.pid, SIZE, 0)]
+    assert controls.region(shown, "pool").seen is not None
+    assert controls.region(shown, "pool").seen.mappers == (user.pid,)  # type: ignore[union-attr]
+    assert guest.seen is not None
+    assert [(block.region, block.size) for block in guest.seen.ram if block.region] == [("pool", SIZE)]
+    assert not unexpected(shown)
+    assert place.owners("pool").read_bytes()[:5] == b"hello"
+    status = json.loads((path.parents[1] / "status").read_text())
+    assert (status["guest"]["name"], status["grants"][0]["seen"][0]["pid"]) == ("web", user.pid)
+    assert (path.parents[1] / "pfnmap").read_text().strip()
+    assert user.do("unmap") == "done"
+    assert place.shown().grants[0].state is GrantState.OFFERED
+
+
+def test_what_is_no_whole_region_is_no_file_and_goes_by_fd(place: Place) -> None:
+    user = place.user()
+    place.client.apply(do.Reserve("pool", SIZE))
+    place.client.apply(do.GuestAttach("web", user.pid))
+    place.client.apply(do.Map("pool", "web", length=M, access=Access.RO))
+    assert not place.path("web", "pool").exists()
+    assert place.owners("pool").stat().st_size == SIZE
+    place.revoke()
+    place.client.apply(do.Map("pool", "web", access=Access.RO))
+    assert place.path("web", "pool").stat().st_mode & 0o777 == 0o400
+    place.revoke("g2")
+    place.client.apply(do.GuestStop("web"))
+    place.client.apply(do.Release("pool"))
+    assert list((place.point / "guests").iterdir()) == list((place.point / "regions").iterdir()) == []
+
+
+def test_revoke_takes_a_mapping_by_path_and_keeps_the_contents(place: Place) -> None:
+    user = place.user()
+    path = place.grant(user)
+    assert [user.do("open", path), user.do("map"), user.do("write", "secret")] == ["done"] * 3
+    with pytest.raises(GuestError) as error:
+        place.revoke(at_most=Rung.ASK)
+    assert error.value.code == "StillMapped"
+    assert user.do("open", path) == "done", "a revoke that failed leaves the path as it was"
+    report = place.revoke()
+    assert report.rung is Rung.COPY
+    assert report.outcome in {RevokeOutcome.PROVED, RevokeOutcome.CUT}
+    assert user.do("open", path) == "No such file or directory"
+    assert place.owners("pool").read_bytes()[:6] == b"secret"
+    assert not unexpected(place.shown())
+    assert user.do("read") == ""
+    assert user.end() == -signal.SIGBUS
+
+
+def test_a_file_that_is_only_open_is_no_way_back(place: Place) -> None:
+    user = place.user()
+    path = place.grant(user)
+    assert [user.do("open", path), user.do("map"), user.do("write", "secret"), user.do("unmap")] == ["done"] * 4
+    with pytest.raises(GuestError, match=f"held by {user.pid}"):
+        place.revoke(at_most=Rung.ASK)
+    assert user.do("send") == "done"
+    user.do("close")  # the descriptor is in a socket now, in nobody's table
+    report = place.revoke()
+    assert report.outcome is RevokeOutcome.PROVED
+    assert user.do("receive") == "done"
+    mapped = user.do("map")
+    assert mapped != "done" or user.do("read") == "", "there is nothing behind it"
+    assert place.owners("pool").read_bytes()[:6] == b"secret"
+
+
+def test_service_and_server_die_and_the_tree_comes_back(place: Place) -> None:
+    user = place.user()
+    path = place.grant(user)
+    assert [user.do("open", path), user.do("map"), user.do("write", "kept")] == ["done"] * 3
+    inode = path.stat().st_ino
+    place.restart()
+    assert path.stat().st_ino == inode, "the server went on"
+    assert place.shown().grants[0].state is GrantState.MAPPED
+    old = place.kill_server()
+    place.shown()
+    assert path.exists(), "the service mounted anew"
+    with contextlib.closing(FuseTree(place.service.runtime / "fuse")) as tree:
+        assert tree.pid != old
+    shown = place.shown()
+    assert [seen.pid for seen in shown.grants[0].seen] == [user.pid], "a mapping made under the dead server"
+    assert not unexpected(shown)
+    place.kill_server()
+    place.restart()
+    assert [seen.pid for seen in place.shown().grants[0].seen] == [user.pid]
+    assert place.owners("pool").read_bytes()[:4] == b"kept"
+    assert user.do("read") == "kept"
+    assert place.revoke().rung is Rung.COPY
+    assert user.do("read") == ""
+    assert user.end() == -signal.SIGBUS
+    assert place.owners("pool").read_bytes()[:4] == b"kept"
+
+
+def test_the_owner_of_a_file_follows_the_process(place: Place) -> None:
+    """A daemon is attached as root, and gives that up later."""
+    code = "import os,sys; print(1,flush=True); input(); os.setuid(int(sys.argv[1])); print(2,flush=True); input()"
+    command = [sys.executable, "-c", code, str(NOBODY)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as daemon:
+        assert daemon.stdout is not None
+        assert daemon.stdin is not None
+        assert daemon.stdout.readline() == "1\n"
+        place.client.apply(do.Reserve("pool", SIZE))
+        place.client.apply(do.GuestAttach("db", daemon.pid))
+        place.client.apply(do.Map("pool", "db"))
+        path = place.path("db", "pool")
+        assert path.stat().st_uid == 0
+        daemon.stdin.write("\n")
+        daemon.stdin.flush()
+        assert daemon.stdout.readline() == "2\n"
+        place.shown()
+        assert path.stat().st_uid == NOBODY
+        daemon.kill()
+
+
+def qmp(path: Path, command: str) -> dict:
+    with socket.socket(socket.AF_UNIX) as monitor:
+        monitor.settimeout(30)
+        monitor.connect(str(path))
+        with monitor.makefile("rw") as lines:
+            lines.readline()
+            for each in ("qmp_capabilities", command):
+                lines.write(json.dumps({"execute": each}) + "\n")
+                lines.flush()
+                while "event" in (reply := json.loads(lines.readline())):
+                    pass
+    return reply["return"]
+
+
+def running(path: Path) -> bool:
+    try:
+        return bool(qmp(path, "query-status")["running"])
+    except (OSError, json.JSONDecodeError):
+        return False
+
+
+def test_a_stock_qemu_started_by_hand_on_the_path(place: Place) -> None:
+    """As docs/service.md has it: a shell is attached, gets its grant, and becomes QEMU."""
+    if shutil.which("qemu-system-x86_64") is None:
+        pytest.skip("qemu-system-x86_64 is not installed")
+    monitor = place.service.directory / "qmp"
+    path = place.path("vm", "vmram")
+    words = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg"]
+    words += ["-machine", "q35,memory-backend=ram", "-m", f"size={RAM}B", "-qmp", f"unix:{monitor},server=on,wait=off"]
+    words += ["-object", f"memory-backend-file,id=ram,size={RAM},mem-path={path},share=on"]
+    with subprocess.Popen(["sh", "-c", 'read go; exec "$@"', "sh", *words], stdin=subprocess.PIPE, text=True) as qemu:
+        try:
+            place.client.apply(do.Reserve("vmram", RAM))
+            place.client.apply(do.GuestAttach("vm", qemu.pid))
+            place.client.apply(do.Map("vmram", "vm", gpa=0))
+            assert qemu.stdin is not None
+            qemu.stdin.write("\n")
+            qemu.stdin.flush()
+            until(lambda: running(monitor), "QEMU's monitor")
+            shown = place.shown()
+            assert shown.grants[0].state is GrantState.MAPPED
+            guest = controls.guest(shown, "vm")
+            assert guest.seen is not None
+            assert [(block.region, block.gpa) for block in guest.seen.ram if block.region] == [("vmram", 0)]
+            place.restart()
+            place.kill_server()
+            place.restart()
+            qmp(monitor, "system_reset")
+            assert running(monitor), "it keeps its memory"
+            shown = place.shown()
+            assert [seen.pid for seen in shown.grants[0].seen] == [qemu.pid]
+            assert not unexpected(shown)
+            assert place.revoke().rung in {Rung.COPY, Rung.KILL}
+            with contextlib.suppress(OSError, json.JSONDecodeError):
+                qmp(monitor, "system_reset")
+            assert qemu.wait(30) == -signal.SIGBUS
+            assert place.shown().grants == ()
+        finally:
+            qemu.kill()
+
+
+def test_a_mount_never_hides_the_service(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    runtime = tmp_path / "run"
+    for point in (runtime, tmp_path, tmp_path / "state"):
+        words = ["--socket", f"{runtime}/control", "serve", "--foreground", "--state-dir", f"{tmp_path}/state"]
+        assert main([*words, "--mount", str(point)]) == ExitCode.REFUSED
+        said = capfd.readouterr().err
+        assert "would hide" in said
+        assert f"--mount {runtime}-mount" in said
+
+
+def test_the_doctor_says_that_memory_can_be_files(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    main(["doctor", "--json"])
+    checks = json.loads(capfd.readouterr().out)
+    found = checks if isinstance(checks, list) else checks["capabilities"]
+    assert next(each["level"] for each in found if each["id"] == "fuse-passthrough") == "yes"

@@ -24,7 +24,6 @@ from memconsole.backend import steps, verbs
 from memconsole.backend.desk import STOP_S, Desk, custody_name
 from memconsole.backend.handoff import adopt as handoff
 from memconsole.backend.handoff.adopt import Landing
-from memconsole.backend.handoff.bootplan import RESUME
 from memconsole.backend.revoke import halt, move
 from memconsole.backend.state import Change, Done, Failed, Happened, Intent, Record
 from memconsole.backend.stores import memfd
@@ -61,6 +60,8 @@ def adopt(desk: Desk, write: Write) -> list[Finding]:
                 desk.adopt_guest(guest)
     for number, intent in list(desk.state.unfinished.items()):
         found += _finish(desk, write, number, intent)
+    if landing is None and handoff.landed(desk):  # a rehearsal was carried on
+        landing = handoff.land(desk)
     if landing is not None:
         handoff.settle(desk, landing)
         found += landing.findings
@@ -74,19 +75,16 @@ def _landed(desk: Desk, write: Write) -> tuple[Landing | None, list[Finding]]:
     """The other side of a jump: the ledger learns which inodes its regions, which processes its guests are now."""
     if not handoff.landed(desk):
         return None, []
-    begun = [item for item in desk.state.unfinished.items() if isinstance(item[1].action, actions.Handoff)]
-    if not begun:
-        desk.custody.drop(RESUME)  # its handoff is over, and the ledger knows
-        return None, []
-    number, intent = begun[0]
     try:
-        landing = handoff.land(desk, at_ns=intent.at_ns)
+        landing = handoff.land(desk)
     except MemconsoleError as error:
         what = f"a handoff landed, and what became of it cannot be read: {error}"
-        return None, [Finding("handoff-unread", Severity.ERROR, intent.subject, what, "custody", error.remedy)]
-    back = sum(guest.back for guest in landing.report.guests)
-    text = f"{intent.subject} was handed off: {back} of {len(landing.report.guests)} guests are back"
-    write(Done(number, time.time_ns(), text, landing.change))
+        return None, [Finding("handoff-unread", Severity.ERROR, "handoff", what, "custody", error.remedy)]
+    for number, intent in list(desk.state.unfinished.items()):  # none: the ledger knew already
+        if isinstance(intent.action, actions.Handoff):
+            back = sum(guest.back for guest in landing.report.guests)
+            text = f"{intent.subject} was handed off: {back} of {len(landing.report.guests)} guests are back"
+            write(Done(number, time.time_ns(), text, landing.change))
     return landing, []
 
 
@@ -214,7 +212,6 @@ def _back(desk: Desk, number: int, intent: Intent) -> Record:
 def _carried_on(desk: Desk, number: int, intent: Intent) -> Record:
     landing = handoff.carry_on(desk)
     handoff.take_hold(desk, landing.change.guests)
-    handoff.settle(desk, landing)
     text = f"{intent.subject} has rehearsed a handoff (carried through after a restart)"
     return Done(number, time.time_ns(), text, landing.change)
 

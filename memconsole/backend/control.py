@@ -247,6 +247,8 @@ class Control:
                 raise
             self._record(Done(number, time.time_ns(), work.text, work.change))
             self._settle(work.change)
+            if work.after is not None:
+                work.after()
             self._standing += work.findings
         return Outcome(
             action.spec.id,

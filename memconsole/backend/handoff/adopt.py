@@ -63,7 +63,7 @@ def landed(desk: Desk) -> bool:
     return RESUME in desk.custody.names()
 
 
-def land(desk: Desk, progress: Progress | None = None, at_ns: int = 0) -> Landing:
+def land(desk: Desk, progress: Progress | None = None) -> Landing:
     """What the ledger is to learn after memconsole-resume; ``progress``: of a rehearsal in this very process.
 
     Raises:
@@ -82,21 +82,27 @@ def land(desk: Desk, progress: Progress | None = None, at_ns: int = 0) -> Landin
         without_quarantine=tuple(desk.state.quarantine) if jumped else (),
     )
     findings += list(_findings(resume, described))
-    made = _report(described, resume, progress, arrived, at_ns)
+    made = _report(described, resume, progress, arrived)
     moved = frozenset(each.subject for each in resume.findings if each.id == "pages-moved")
     return Landing(change, made, findings, described, moved)
 
 
 def settle(desk: Desk, landing: Landing) -> None:
-    """After the ledger learnt it: compare, let guests go on that waited for that, keep the report, tidy custody."""
-    made = landing.report
-    if landing.manifest is not None:
-        kept, found = verify.compare(desk, landing.manifest, landing.moved)
+    """Once the ledger knows of it: compare, keep the report, let guests go on that waited for that, tidy custody.
+
+    Who is interrupted here does it again; contents are compared once, for guests change them as soon as they go on.
+    """
+    made, described = landing.report, landing.manifest
+    before = desk.handoff
+    if before is not None and before.began_ns == made.began_ns and before.state is HandoffState.DONE:
+        made = before
+    elif described is not None:
+        kept, found = verify.compare(desk, described, landing.moved)
         landing.findings += found
         made = replace(made, regions=kept)
-        wrong = {each.name for each in kept if each.contents is False}
-        _let_go_on(desk, landing.manifest, wrong)
     store(desk, replace(made, state=HandoffState.DONE))
+    if described is not None:
+        _let_go_on(desk, described, {each.name for each in made.regions if each.contents is False})
     held = {guest.name for guest in made.guests if not guest.back}
     for name in desk.custody.names():
         used = name.startswith("state:") and name.removeprefix("state:") not in held
@@ -284,13 +290,11 @@ _RESUME = {
 }
 
 
-def _report(
-    described: Manifest | None, resume: Resume, progress: Progress | None, arrived: Moment, at_ns: int
-) -> HandoffReport:
+def _report(described: Manifest | None, resume: Resume, progress: Progress | None, arrived: Moment) -> HandoffReport:
     if described is None:
         release = os.uname().release
         kind = "rehearse" if resume.mode == "rehearse" else "run"
-        made = HandoffReport(kind, HandoffState.DONE, at_ns or time.time_ns(), to_kernel=release)  # type: ignore[arg-type]
+        made = HandoffReport(kind, HandoffState.DONE, time.time_ns(), to_kernel=release)  # type: ignore[arg-type]
         return replace(made, notes=("the manifest could not be read: what went before the jump is not known",))
     clock = report.Clock(described.began, _pairs(described, resume, arrived))
     base = progress.report if progress is not None else described.report

@@ -21,13 +21,14 @@ from memconsole.backend.handoff.image import Image
 from memconsole.backend.kernel import census, kho, tree
 from memconsole.backend.kernel.memory import memory as read_memory
 from memconsole.backend.survey import foreign
-from memconsole.errors import MemconsoleError, NotFound
+from memconsole.errors import GuestError, MemconsoleError, NotFound
 from memconsole.extents import ExtentTable, Flag
 from memconsole.model import Guest, GuestKind, GuestState, Memory, Range, Region, Survival
 from memconsole.units import PAGE
 
 if TYPE_CHECKING:
     from memconsole.backend.desk import Desk
+    from memconsole.backend.guests.base import Guest as LiveGuest
 
 ABIS = ("kho-v4", "luo-v5", "memfd-v2")
 """What the layouts of KHO, LUO and its memfds are called in the kernels this memconsole knows."""
@@ -232,12 +233,22 @@ def _overlap(start: int, end: int, range: Range) -> int:
     return max(0, min(end, range.end) - max(start, range.start))
 
 
+def _state(desk: Desk, live: LiveGuest) -> GuestState:
+    """A guest's state; an agent that lost us is given the time to find us again."""
+    try:
+        return live.state()
+    except GuestError:
+        if not desk.connected(live.name):
+            raise
+        return live.state()
+
+
 def _met(desk: Desk, guest: Guest) -> Met:
     live = desk.live(guest.name)
     if live is None:
         return Met(guest, GuestState.GONE)
     try:
-        state = live.state()
+        state = _state(desk, live)
         incapable = "" if guest.kind is GuestKind.PROCESS or state is GuestState.GONE else vmm.incapable(live)
     except MemconsoleError as error:
         return Met(guest, guest.state, why_not=str(error))

@@ -29,7 +29,8 @@ from memconsole.model import Range, Value
 from memconsole.units import PAGE, format_size
 
 _LARGEST = 1 << 30
-_ABI = re.compile(rb"(?<![a-z0-9-])(?:kho|luo|memfd)-v\d+(?=\0)")
+_ABI_WORDS = (b"kho-v", b"luo-v", b"memfd-v")
+_ABI = re.compile(rb"(?<![a-z0-9-])[a-z]+-v\d+(?=\0)")
 _SMALL_PARTS = 1 << 20
 """Bytes for purgatory, boot parameters, command line and the table of scratch regions, which go there too."""
 _UNLOAD, _NO_INITRAMFS = 1, 4
@@ -89,13 +90,24 @@ def inspect(path: str) -> Image:
     release = tree.text(data[0x200 + release_at :][:256].split(bytes(1))[0]).split(" ")[0]
     compression = next((name for magic, name in _MAGICS.items() if payload.startswith(magic)), "unknown")
     try:
-        abis: tuple[str, ...] | None = tuple(
-            sorted({m[0].decode() for m in _ABI.finditer(_unpacked(compression, payload))})
-        )
+        abis: tuple[str, ...] | None = _abis(_unpacked(compression, payload))
         why = ""
     except (OSError, EOFError, ValueError) as error:
         abis, why = None, str(error)
     return Image(path, len(data), release, compression, alignment, init_size, abis, why)
+
+
+def _abis(kernel: bytes) -> tuple[str, ...]:
+    """The ABI strings in an unpacked kernel; looked for by plain words first, which is much faster than a pattern."""
+    found = set()
+    for word in _ABI_WORDS:
+        at = kernel.find(word)
+        while at >= 0:
+            match = _ABI.match(kernel, at)
+            if match is not None:
+                found.add(match[0].decode())
+            at = kernel.find(word, at + 1)
+    return tuple(sorted(found))
 
 
 def shortage(image: Image, initrd: int, scratch: Sequence[Range]) -> str:

@@ -357,6 +357,9 @@ class _Sequence:
             landing = adopt.land(desk, self.progress)
             work.change = landing.change
             adopt.take_hold(desk, landing.change.guests)
+            work.after = partial(settle, landing)
+
+        def settle(landing: adopt.Landing) -> None:
             adopt.settle(desk, landing)
             work.findings = landing.findings
 

@@ -1,6 +1,6 @@
 """Whether memory is what it was: PFN by PFN for free, by contents where digests were taken before.
 
-memconsole-resume has compared the placement before any guest ran. After a jump it cannot change as long as the memory is
+memconsole-resume has compared the placement before any guest ran. After a jump it cannot change while the memory is
 whole, so it is compared once more; on one kernel pages come and go with the guests, and the early word counts.
 """
 

@@ -14,7 +14,8 @@ from memconsole.model import Condition, Finding, Refusal, RevokeReport
 class Work:
     """An Action on its way: ``aims`` is known before the first step, the other fields are after the last.
 
-    ``lasting`` is what stays changed even if a later step fails. With refusals there are no steps.
+    ``lasting`` is what stays changed even if a later step fails; ``after`` is called once the ledger knows it is done.
+    With refusals there are no steps.
     """
 
     subject: str
@@ -27,6 +28,7 @@ class Work:
     revoke: RevokeReport | None = None
     conditions: tuple[Condition, ...] = ()
     findings: list[Finding] = field(default_factory=list)
+    after: Callable[[], None] | None = None
 
     def refuse(self, code: str, what: str, why: str = "", remedy: str = "") -> None:
         """Add a reason not to do it."""

@@ -1,0 +1,203 @@
+"""A rehearsal on this machine: VMMs end and come back on the same memory, whatever dies or fails in the middle."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.controls import goes_on, guest, runtime_dir
+from support.guests import until
+
+from memconsole.actions import GuestPause, GuestStart, HandoffRehearse, HandoffRun
+from memconsole.backend import steps
+from memconsole.backend.control import Control
+from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.guests.qemu import BINARY
+from memconsole.errors import MemconsoleError, Refused
+from memconsole.model import GuestState, HandoffState
+
+M = 1 << 20
+SIZES = {"one": 16 * M, "two": 8 * M}
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="reads PFNs and rules guests: root")
+
+
+@contextlib.contextmanager
+def kept(directory: Path) -> Iterator[None]:
+    """A keeper that ends with the test, and every process whose memory it kept."""
+    KeeperCustody.start(directory).close()
+    try:
+        yield
+    finally:
+        with contextlib.closing(control(directory)) as found:
+            for each in found.snapshot().guests:
+                if each.kind != "foreign" and each.pid is not None and each.seen is not None:
+                    os.kill(each.pid, signal.SIGKILL)
+        with keeper(directory) as last:
+            last.end(holding=True)
+
+
+def keeper(directory: Path) -> contextlib.closing[KeeperCustody]:
+    return contextlib.closing(KeeperCustody(directory / "keeper"))
+
+
+def left(directory: Path) -> list[str]:
+    """What of a handoff is still in custody."""
+    with keeper(directory) as found:
+        return [name for name in found.names() if name.startswith(("state:", "session:", "resume"))]
+
+
+def held(directory: Path) -> int:
+    with keeper(directory) as found:
+        return found.status().held
+
+
+def files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    with runtime_dir() as directory, kept(directory):
+        yield directory
+
+
+def control(directory: Path) -> Control:
+    return Control(directory, KeeperCustody(directory / "keeper"))
+
+
+def begin(directory: Path) -> Control:
+    found = control(directory)
+    for name, size in SIZES.items():
+        found.apply(GuestStart(name, memory=size))
+        goes_on(found, name)
+    return found
+
+
+def pids(found: Control) -> dict[str, int | None]:
+    return {each.name: each.pid for each in found.snapshot().guests if each.kind != "foreign"}
+
+
+def test_every_guest_is_another_process_on_the_same_memory(place: Path) -> None:
+    with contextlib.closing(begin(place)) as found:
+        before = pids(found)
+        outcome = found.apply(HandoffRehearse())
+        assert outcome.effects[0].id == "check"
+        after = pids(found)
+        assert all(after[name] not in {None, before[name]} for name in SIZES)
+        for name in SIZES:
+            goes_on(found, name)
+        until(lambda: all(each.by == "guest" for each in report(found).guests), "the canaries tell their blackout")
+        made = report(found)
+        assert made.state is HandoffState.DONE
+        assert all(each.back and each.blackout_ns for each in made.guests)
+        assert {(each.name, each.same) for each in made.regions} == {(name, True) for name in SIZES}
+        assert not [each for each in found.snapshot().findings if each.id.startswith("handoff")]
+        ends = [phase.end_ns for phase in made.phases]
+        assert None not in ends
+        assert [phase.start_ns for phase in made.phases] == sorted(phase.start_ns for phase in made.phases)
+        assert left(place) == []
+
+
+def report(found: Control):
+    made = found.snapshot().handoff
+    assert made is not None
+    return made
+
+
+def test_contents_are_compared_before_a_guest_may_touch_them(place: Path) -> None:
+    with contextlib.closing(begin(place)) as found:
+        found.apply(GuestPause("two"))
+        found.apply(HandoffRehearse(contents=True))
+        assert {each.contents for each in report(found).regions} == {True}
+        goes_on(found, "one")
+        assert guest(found.snapshot(), "two").state is GuestState.PAUSED
+
+
+def test_it_can_be_done_again_and_again_and_leaves_nothing(place: Path) -> None:
+    with contextlib.closing(begin(place)) as found:
+        found.apply(HandoffRehearse())
+        before = files(), held(place)
+        for _ in range(3):
+            found.apply(HandoffRehearse())
+        assert (files(), held(place)) == before
+        for name in SIZES:
+            goes_on(found, name)
+
+
+@pytest.mark.skipif(shutil.which(BINARY) is None, reason=f"{BINARY} is not installed")
+def test_qemu_goes_along(place: Path) -> None:
+    with contextlib.closing(begin(place)) as found:
+        found.apply(GuestStart("vm", vmm="qemu", memory=32 * M))
+        before = pids(found)
+        for _ in range(2):
+            found.apply(HandoffRehearse())
+            assert guest(found.snapshot(), "vm").state is GuestState.RUNNING
+        assert pids(found)["vm"] != before["vm"]
+        assert all(each.back for each in report(found).guests)
+
+
+def test_a_guest_that_cannot_be_saved_stops_it_and_all_go_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.closing(begin(place)) as found:
+        before = pids(found)
+
+        def refuse(*_: object) -> None:
+            raise MemconsoleError("it cannot be saved", "said the test")
+
+        monkeypatch.setattr("memconsole.backend.handoff.vmm.save", refuse)
+        with pytest.raises(MemconsoleError, match="cannot be saved"):
+            found.apply(HandoffRehearse())
+        assert pids(found) == before
+        assert report(found).state is HandoffState.FAILED
+        assert "said the test" in report(found).why
+        for name in SIZES:
+            goes_on(found, name)
+
+
+def test_a_jump_is_refused_by_name_where_the_kernel_has_no_live_update(place: Path) -> None:
+    if Path("/dev/liveupdate").exists():
+        pytest.skip("this kernel has live update")
+    with contextlib.closing(begin(place)) as found:
+        codes = {each.code for each in found.plan(HandoffRun()).refusals}
+        assert "LiveUpdate" in codes
+        with pytest.raises(Refused) as refused:
+            found.apply(HandoffRun())
+        assert refused.value.code in codes
+        for name in SIZES:
+            goes_on(found, name)
+
+
+DIES = """
+import sys
+from pathlib import Path
+from memconsole.actions import HandoffRehearse
+from memconsole.backend.control import Control
+from memconsole.backend.custody import KeeperCustody
+directory = Path(sys.argv[1])
+Control(directory, KeeperCustody(directory / "keeper")).apply(HandoffRehearse())
+"""
+
+
+def test_killed_at_every_point_every_guest_goes_on(place: Path) -> None:
+    """The one that dies is another process; whoever comes after it finds every guest running, or starts it."""
+    with contextlib.closing(begin(place)) as found:
+        points = steps.fault_points(found.plan(HandoffRehearse()))
+    assert len(set(points)) == len(points) >= 16
+    for point in points:
+        words = [sys.executable, "-c", DIES, str(place)]
+        env = os.environ | {steps.FAULT_VARIABLE: point}
+        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == -signal.SIGKILL, f"{point}: {done.stderr}"
+        with contextlib.closing(control(place)) as after:
+            for name in SIZES:
+                until(lambda name=name: guest(after.snapshot(), name).state is GuestState.RUNNING, f"{name} at {point}")
+                goes_on(after, name)
+            assert left(place) == [], point
+            assert not after.plan(HandoffRehearse()).refusals

@@ -35,6 +35,7 @@ from memconsole.views.painting import Views
 from memconsole.views.screens import listing
 from memconsole.views.screens.detail import DETAILS
 from memconsole.views.screens.dialogs import Columns, Confirm, Help, KeyHelp, Pick
+from memconsole.views.screens.handoff import Handoff
 from memconsole.views.screens.overview import Overview
 from memconsole.views.screens.pfnmap import PfnMap
 from memconsole.views.settings import Settings
@@ -89,6 +90,7 @@ class ConsoleApp(Traveling):
         Named("iommu", "IOMMU", listing.Iommu, "domains"),
         Named("events", "Events", listing.Events),
         Named("audit", "Audit", listing.Audit, "findings"),
+        Named("handoff", "Handoff", Handoff),
     )
     ALIASES: ClassVar[Mapping[str, str]] = {
         "windows": "mmio",
@@ -99,7 +101,7 @@ class ConsoleApp(Traveling):
     }
     BINDINGS: ClassVar[list[BindingType]] = [
         *(
-            Binding(str(number), f"go({number})", f"{view.title}", show=False, id=f"view-{view.name}")
+            Binding(str(number % 10), f"go({number})", f"{view.title}", show=False, id=f"view-{view.name}")
             for number, view in enumerate(VIEWS, 1)
         ),
         Binding("escape,backspace", "leave", "Back", show=False, id="back"),

@@ -33,7 +33,7 @@ class Entry(NamedTuple):
 def entries(app: ConsoleApp) -> Iterator[Entry]:
     """Every entry of the palette: views, actions (on the chosen row), macros, and the console itself."""
     for view in app.VIEWS:
-        yield Entry(f"Go to {view.title}", f"key {app.VIEWS.index(view) + 1}", partial(app.open_view, view.name))
+        yield Entry(f"Go to {view.title}", f"key {(app.VIEWS.index(view) + 1) % 10}", partial(app.open_view, view.name))
     for id, cls in actions.REGISTRY.items():
         why = app.why_not(id, "", None)
         help = f"not now: {why}" if why else cls.spec.help

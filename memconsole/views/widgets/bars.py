@@ -73,7 +73,8 @@ class Tabs(Bar):
         for index, (title, count) in enumerate(names):
             here = index == current
             style = "reverse $primary" if here else ""
-            lead = f" {index + 1} " if wide else f" {index + 1}"
+            number = (index + 1) % 10
+            lead = f" {number} " if wide else f" {number}"
             parts += [
                 (lead, "bold reverse $primary" if here else "bold $accent"),
                 (title, f"bold {style}" if here else ""),

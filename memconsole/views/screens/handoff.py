@@ -1,0 +1,171 @@
+"""The handoff: what stands in its way, and the last one as it passes, phase by phase, with each guest's blackout."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING, ClassVar
+
+from textual import work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.content import Content
+from textual.message import Message
+
+from memconsole import timeline
+from memconsole.actions import HandoffRun
+from memconsole.errors import MemconsoleError
+from memconsole.model import Condition, HandoffReport, Plan, Severity, Snapshot
+from memconsole.units import format_duration, format_size
+from memconsole.views.screens.overview import Panel
+from memconsole.views.view import View
+from memconsole.views.widgets.bars import Part, line
+
+if TYPE_CHECKING:
+    from textual.widget import Widget
+
+_MARKS = {"phase": "━", "blackout": "█", "guest": "█"}
+_STYLES = {"phase": "$primary", "blackout": "$error", "guest": "$warning"}
+LABEL = 12
+
+
+def condition_lines(conditions: tuple[Condition, ...], width: int) -> list[Content]:
+    """What stands in the way first, with evidence and remedy; then how many conditions hold."""
+    lines: list[Content] = []
+    for each in sorted(
+        (each for each in conditions if not each.ok), key=lambda each: each.severity is not Severity.ERROR
+    ):
+        refuses = each.severity is Severity.ERROR
+        mark: Part = ("✖ ", "bold $error") if refuses else ("▲ ", "bold $warning")
+        first, *rest = textwrap.wrap(f"{each.id}: wanted: {each.what}", max(width - 2, 20))
+        lines.append(line([mark, (first, "")]))
+        lines += [line([("  ", ""), (part, "")]) for part in rest]
+        for lead, text, style in (("  ", each.evidence, "$text-muted"), ("▸ ", each.remedy, "")):
+            wrapped = textwrap.wrap(text, max(width - 4, 20))
+            lines += [
+                line([(f"  {lead if not row else '  '}", "$primary"), (part, style)])
+                for row, part in enumerate(wrapped)
+            ]
+    holds = sum(each.ok for each in conditions)
+    lines.append(line([("✔ ", "$success"), (f"{holds} of {len(conditions)} conditions hold", "")]))
+    return lines
+
+
+def report_lines(report: HandoffReport, width: int) -> list[Content]:
+    """A report: how it ended, its phases and guests over time, and its regions."""
+    tone = {"done": "$success", "failed": "$error"}.get(report.state, "$warning")
+    back = sum(guest.back for guest in report.guests)
+    words = f"{report.kind} {report.state}, {back} of {len(report.guests)} guests back"
+    lines = [line([(words, f"bold {tone}"), (f"  {report.from_kernel} ▸ {report.to_kernel}", "$text-muted")])]
+    if report.why:
+        lines.append(line([("✖ ", "$error"), (report.why, "")]))
+    room = max(10, width // 3)
+    total = timeline.span(report)
+    for bar in timeline.bars(report):
+        left = min(bar.start * room // total, room - 1)
+        right = max(left + 1, -(-(total if bar.end is None else bar.end) * room // total))
+        drawn = " " * left + _MARKS[bar.kind] * (right - left)
+        lines.append(
+            line(
+                [
+                    (f"{bar.label[:LABEL]:<{LABEL}} ", "$secondary"),
+                    (f"{drawn:<{room}} ", _STYLES[bar.kind]),
+                    (bar.text, ""),
+                ]
+            )
+        )
+    for region in report.regions:
+        verdict: Part = (
+            ("✖ pages moved", "$error") if region.same is False else ("✔ every page where it was", "$success")
+        )
+        if region.contents is False:
+            verdict = ("✖ contents differ", "$error")
+        words = f"{format_size(region.size)} in {region.runs:,} runs  "
+        lines.append(line([(f"{region.name[:LABEL]:<{LABEL}} ", "$secondary"), (words, ""), verdict]))
+    lines += [line([("▲ ", "$warning"), (note, "")]) for note in report.notes]
+    return lines
+
+
+class Handoff(View):
+    """What a handoff would meet (key ``c`` looks again), and how the last one went."""
+
+    DEFAULT_CSS = """
+    Handoff > VerticalScroll { scrollbar-size-vertical: 1; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("c", "check", "Check", id="handoff-check", tooltip="look for everything that could fail"),
+        Binding("J", "begin('handoff-run')", "Hand off", id="handoff-run"),
+        Binding("B", "begin('handoff-rehearse')", "Rehearse", id="handoff-rehearse"),
+    ]
+
+    class Checked(Message):
+        """The source has looked."""
+
+        def __init__(self, plan: Plan | None, why: str) -> None:
+            super().__init__()
+            self.plan = plan
+            self.why = why
+
+    def compose(self) -> ComposeResult:
+        """The last handoff above, conditions below."""
+        with VerticalScroll(id="handoff-scroll"):
+            yield Panel(id="last")
+            yield Panel(id="conditions")
+
+    def on_mount(self) -> None:
+        """Titles; nothing was looked at yet."""
+        self.query_one("#last", Panel).border_title = "Last handoff"
+        conditions = self.query_one("#conditions", Panel)
+        conditions.border_title = "Conditions"
+        conditions.say([Content("press c to look for everything that could fail")])
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Show the report of a Snapshot."""
+        made = snapshot.handoff
+        nothing = [Content("none was made since this memory was reserved; press B to rehearse one")]
+        self.query_one("#last", Panel).say(nothing if made is None else report_lines(made, self._width))
+
+    @property
+    def _width(self) -> int:
+        return max(self.size.width - 6, 40)
+
+    def action_check(self) -> None:
+        """Ask what a handoff would meet now."""
+        self.query_one("#conditions", Panel).say([Content("looking…")])
+        self._look()
+
+    def action_begin(self, id: str) -> None:
+        """Begin a handoff: its arguments, its plan, its confirmation."""
+        self.console.begin(id, {}, options=True)
+
+    @work(thread=True, group="check", exclusive=True)
+    def _look(self) -> None:
+        try:
+            plan, why = self.console.source.plan(HandoffRun()), ""
+        except MemconsoleError as error:
+            plan, why = None, str(error)
+        self.post_message(self.Checked(plan, why))
+
+    def on_handoff_checked(self, event: Checked) -> None:
+        """Show what was found."""
+        lines = [Content(event.why)] if event.plan is None else condition_lines(event.plan.conditions, self._width)
+        self.query_one("#conditions", Panel).say(lines)
+
+    def on_resize(self) -> None:
+        """Draw the picture anew."""
+        if self.console.snapshot is not None:
+            self.show(self.console.snapshot)
+
+    @property
+    def status(self) -> str:
+        """The longest blackout of the last handoff."""
+        snapshot = self.console.snapshot
+        if snapshot is None or snapshot.handoff is None:
+            return ""
+        known = [guest.blackout_ns for guest in snapshot.handoff.guests if guest.blackout_ns is not None]
+        return f"blackout {format_duration(max(known))}" if known else snapshot.handoff.state
+
+    @property
+    def first_focus(self) -> Widget | None:
+        """What scrolls."""
+        return self.query_one("#handoff-scroll", VerticalScroll)

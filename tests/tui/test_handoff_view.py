@@ -1,0 +1,82 @@
+"""The handoff screen: conditions on request, a report as it passes, and both keys that begin one."""
+
+from __future__ import annotations
+
+import msgspec
+from support.synthetic import SyntheticSource, snapshot
+
+from memconsole.model import (
+    Carried,
+    Condition,
+    GuestKind,
+    HandoffReport,
+    HandoffState,
+    Kept,
+    Phase,
+    Severity,
+    Snapshot,
+)
+from memconsole.views.app import ConsoleApp
+from memconsole.views.headless import render
+from memconsole.views.screens.acting import Form
+from memconsole.views.screens.handoff import condition_lines
+
+MS = 1_000_000
+RUNNING = HandoffReport(
+    "run",
+    HandoffState.RUNNING,
+    1,
+    "7.3.4",
+    "7.3.5",
+    phases=(Phase("preserve", "preserve", 0, 80 * MS), Phase("pause", "stop the guests", 80 * MS, None, blackout=True)),
+    guests=(Carried("web0", GuestKind.CANARY, 64 << 20),),
+)
+DONE = msgspec.structs.replace(
+    RUNNING,
+    state=HandoffState.DONE,
+    phases=(RUNNING.phases[0], Phase("pause", "stop the guests", 80 * MS, 90 * MS, blackout=True)),
+    guests=(Carried("web0", GuestKind.CANARY, 64 << 20, back=True, blackout_ns=700 * MS, by="guest"),),
+    regions=(Kept("web0", 64 << 20, 12, same=True), Kept("db", 64 << 20, 12, same=False)),
+)
+
+
+def shown(report: HandoffReport) -> Snapshot:
+    return msgspec.structs.replace(snapshot(), handoff=report)
+
+
+def test_a_handoff_under_way_shows_the_phase_it_is_in() -> None:
+    text = render(SyntheticSource(shown(RUNNING)), "handoff", "text", (100, 30))
+    assert "run running, 0 of 1 guests back" in text
+    assert "preserve" in text
+    assert "..." in text
+
+
+def test_a_report_shows_blackout_and_moved_pages() -> None:
+    text = render(SyntheticSource(shown(DONE)), "handoff", "text", (100, 30))
+    assert "blackout 700.0ms" in text
+    assert "✔ every page where it was" in text
+    assert "✖ pages moved" in text
+
+
+def test_what_refuses_comes_first_and_what_holds_is_counted() -> None:
+    conditions = (
+        Condition("base-pages", Severity.WARNING, False, "huge folios", "never", "echo advise"),
+        Condition("custody", Severity.ERROR, True, "a keeper"),
+        Condition("hugetlb", Severity.ERROR, False, "no hugetlb", "db", "reserve it again"),
+    )
+    lines = [each.plain for each in condition_lines(conditions, 80)]
+    assert lines[0].startswith("✖ hugetlb")
+    assert "  ▸ reserve it again" in lines
+    assert lines[-1] == "✔ 1 of 3 conditions hold"
+
+
+async def test_keys_open_the_view_check_and_begin() -> None:
+    app = ConsoleApp(SyntheticSource(shown(DONE)))
+    async with app.run_test(size=(100, 30)) as pilot:
+        await pilot.pause()
+        await pilot.press("0")
+        assert app.trail[-1].view == "handoff"
+        await pilot.press("c")
+        await pilot.press("B")
+        await pilot.pause()
+        assert isinstance(app.screen, Form)

@@ -1,0 +1,140 @@
+"""A handoff as an operator makes it: serve, guests, `handoff run`; in the next kernel memconsole-resume, then serve.
+
+handoff [JUMPS] [MB,MB...] [qemu]       as many kexecs in a row; a canary of each size; a QEMU too
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import lab_guest as lab
+import msgspec
+
+from memconsole import paths, timeline
+from memconsole.actions import GuestStart, GuestStop, HandoffRun, Map, Release, Reserve, Revoke
+from memconsole.backend.wire.client import Client
+from memconsole.model import Guest, GuestState, Progress
+from memconsole.native import program
+
+builtins = msgspec.to_builtins
+
+JUMPS = int(sys.argv[1]) if len(sys.argv) > 1 else 1
+SIZES = [int(word) for word in sys.argv[2].split(",")] if len(sys.argv) > 2 else [32, 16]
+QEMU = "qemu" in sys.argv
+NOTES = lab.SHARE / "notes.json"
+STATE = "/run/state"
+PATIENCE = 120.0
+TOOL = str(Path(sys.executable).parent / "memconsole")
+
+
+def serve() -> Client:
+    """The control process, in the background, and a connection to it."""
+    done = subprocess.run([TOOL, "serve", "--state-dir", STATE], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise AssertionError(f"serve: {done.stderr}")
+    return Client(paths.control_socket())
+
+
+def names() -> list[str]:
+    return [f"c{row}" for row in range(len(SIZES))] + (["vm"] if QEMU else [])
+
+
+def guest(client: Client, name: str) -> Guest:
+    return next(each for each in client.snapshot().guests if each.name == name)
+
+
+def beaten(client: Client, name: str, least: int = 0) -> Progress:
+    """A canary's own word, once it counts on."""
+    deadline = time.monotonic() + PATIENCE
+    first = None
+    while time.monotonic() < deadline:
+        progress = guest(client, name).progress
+        if progress is not None:
+            if first is not None and progress.beats > max(first, least):
+                return progress
+            first = progress.beats if first is None else first
+        time.sleep(0.1)
+    raise AssertionError(f"{name} does not count: {guest(client, name)}")
+
+
+def begin() -> Client:
+    client = serve()
+    for row, size in enumerate(SIZES):
+        client.apply(GuestStart(f"c{row}", memory=size << 20))
+    if QEMU:
+        client.apply(GuestStart("vm", vmm="qemu", memory=64 << 20))
+    client.apply(Reserve("spare", 4 << 20))
+    return client
+
+
+def action() -> HandoffRun:
+    share = str(lab.SHARE)
+    return HandoffRun(f"{share}/bzImage", f"{share}/initrd", lab.next_command_line())
+
+
+def jump(client: Client) -> None:
+    """Check, plan, and go; the last that is heard of this kernel."""
+    plan = client.plan(action())
+    bad = [each for each in plan.conditions if not each.ok]
+    lab.say("check", not plan.refusals, conditions=len(plan.conditions), not_ok=builtins(bad))
+    beats = {name: beaten(client, name) for name in names() if name != "vm"}
+    lab.say("before", all(each.wrong == 0 for each in beats.values()), **{k: v.beats for k, v in beats.items()})
+    NOTES.write_text(json.dumps({name: each.beats for name, each in beats.items()}))
+    client.apply(action())
+    raise AssertionError("the handoff returned")
+
+
+def landed() -> Client:
+    """Adopt as init and the unit would, and hold everybody to what was."""
+    began = time.monotonic()
+    early = subprocess.run([program("memconsole-resume")], capture_output=True, text=True, check=False)
+    lab.say("early", early.returncode == 0, code=early.returncode, err=early.stderr, s=time.monotonic() - began)
+    client = serve()
+    notes = json.loads(NOTES.read_text())
+    for name in names():
+        lab.say(f"runs-{name}", guest(client, name).state is GuestState.RUNNING, guest=str(guest(client, name)))
+        if name in notes:
+            progress = beaten(client, name, notes[name])
+            lab.say(f"goes-on-{name}", progress.wrong == 0, before=notes[name], progress=str(progress))
+    snapshot = client.snapshot()
+    report = snapshot.handoff
+    assert report is not None
+    lab.say("report", report.state == "done" and all(each.back for each in report.guests), report=builtins(report))
+    lab.say("same", len(report.regions) == len(names()) + 1 and all(each.same for each in report.regions))
+    lab.say("blackout", all(each.blackout_ns for each in report.guests), shown=timeline.lines(report, 140))
+    spare = next(each for each in snapshot.regions if each.name == "spare")
+    lab.say("restored", spare.state == "restored", spare=str(spare))
+    bad = [each for each in snapshot.findings if each.severity != "info"]
+    lab.say("findings", not bad, findings=builtins(bad))
+    return client
+
+
+def last(client: Client) -> None:
+    """What was carried is ordinary memory again: it is mapped, given up and freed."""
+    made = client.apply(Map("spare", "c0"))
+    client.apply(Revoke(made.subject))
+    client.apply(Release("spare"))
+    for name in names():
+        client.apply(GuestStop(name))
+        client.apply(Release(name))
+    lab.say("freed", client.snapshot().regions == ())
+
+
+def main() -> None:
+    client = begin() if lab.stage() == 1 else landed()
+    if lab.stage() <= JUMPS:
+        jump(client)
+    last(client)
+    lab.say("end")
+
+
+try:
+    main()
+except Exception as error:  # noqa: BLE001 - whatever it is, the host is told
+    logs = {path.name: path.read_text()[-3000:] for path in Path(STATE).glob("*.log")}
+    lab.say("exception", ok=False, text=f"{error}", trace=traceback.format_exc()[-3000:], logs=logs)

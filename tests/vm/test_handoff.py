@@ -1,0 +1,48 @@
+"""Guests live through a real kexec, made as an operator makes it; faults before the jump leave every guest running."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import lab
+import pytest
+
+JUMPS = 20 if os.environ.get("MEMCONSOLE_SOAK") else 3
+
+
+def test_canaries_go_on_where_they_were_over_kexecs_in_a_row(tmp_path: Path) -> None:
+    said = lab.run("handoff", tmp_path, timeout=120 + 120 * JUMPS, arguments=[str(JUMPS), "16,8"])
+    said.check()
+    assert said.stages == JUMPS + 1
+    assert said.of("freed")["ok"]
+
+
+def test_qemu_goes_along(tmp_path: Path) -> None:
+    said = lab.run("handoff", tmp_path, timeout=400, arguments=["1", "8", "qemu"])
+    said.check()
+    assert said.stages == 2
+
+
+def test_every_fault_before_the_jump_leaves_every_guest_running(tmp_path: Path) -> None:
+    sample = "all" if os.environ.get("MEMCONSOLE_SOAK") else "3"
+    said = lab.run("handoff_faults", tmp_path, timeout=900, arguments=[sample])
+    said.check()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("command-line-kho", "command-line-liveupdate", "command-line-memmap", "image-kho-abi", "image-too-large"),
+        *("image-unreadable", "hugetlb", "memory-max", "device-taken", "guest-silent", "kexec-disabled"),
+    ],
+)
+def test_a_condition_is_provoked_and_refused_by_its_name(refused: lab.Verdicts, name: str) -> None:
+    verdict = refused.of(f"refused-{name}")
+    assert verdict["ok"], verdict
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory: pytest.TempPathFactory) -> lab.Verdicts:
+    directory: Path = tmp_path_factory.mktemp("refused")
+    return lab.run("handoff_refused", directory, timeout=400, append="memmap=16M!1G")

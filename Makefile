@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TIER ?= all
 NATIVE := $(wildcard memconsole/native/*.[ch] memconsole/native/*.py memconsole/native/*.cdef memconsole/native/third_party/*)
 
-.PHONY: demo test bench lint format schema clean
+.PHONY: demo test soak lab-shell bench lint format schema clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,14 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	$(BIN)/python tools/run_tests.py $(TIER)
+
+# What does not fit into an ordinary run: every fault point, twenty kexecs in a row.
+soak: $(VENV)/installed-test
+	MEMCONSOLE_SOAK=1 $(BIN)/python -m pytest -q tests/vm tests/host/test_handoff_rehearse.py
+
+# A hypervisor host in a VM, with guests that run, on this terminal: try a handoff by hand.
+lab-shell: $(VENV)/installed-test
+	$(BIN)/python tools/lab_shell.py
 
 bench: $(VENV)/installed-test
 	$(BIN)/python tests/bench/bench.py

@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SCENARIOS = ROOT / "tests" / "vm" / "scenarios"
 BUSYBOX = Path("/bin/busybox")
 # no_timer_check: a busy machine's TCG misses the ticks the kernel counts to see whether its timer works
+RESUME = f"{ROOT}/memconsole/native/bin/memconsole-resume > /run/early.log 2>&1; echo $? > /run/early.code"
+"""What a lab host begins with where guests are handed over, as its unit would have it."""
 COMMAND_LINE = "console=ttyS0 panic=-1 quiet kho=on liveupdate=on intel_iommu=on no_timer_check"
 
 INIT = """#!/bin/busybox sh
@@ -110,6 +112,59 @@ def initrd() -> bytes:
     return bytes(out)
 
 
+def prepare(
+    scenario: str,
+    share: Path,
+    *,
+    memory: str = "2G",
+    append: str = "",
+    serial: str = "stdio",
+    devices: Sequence[str] = (),
+    options: Sequence[str] = (),
+    arguments: Sequence[str] = (),
+    early: str = "",
+) -> list[str]:
+    """The QEMU command that boots the lab over a shared directory, which is filled; see :func:`run`."""
+    if not BUSYBOX.is_file() or shutil.which("qemu-system-x86_64") is None:
+        pytest.skip(
+            "the lab wants qemu-system-x86_64 and a static /bin/busybox (Debian: qemu-system-x86, busybox-static)"
+        )
+    share.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(kernel(), share / "bzImage")
+    (share / "initrd").write_bytes(initrd())
+    words = " ".join([str(SCENARIOS / f"{scenario}.py"), *arguments])
+    (share / "start").write_text(
+        "export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8\n"
+        f"export PYTHONPATH={ROOT}/tests/support PYTHONDONTWRITEBYTECODE=1 TERM=dumb\n"
+        f"{early}\n"
+        f"cd {ROOT}; {sys.executable} {words}\n"
+        "sync; /bin/busybox poweroff -f\n"
+    )
+    line = f"{COMMAND_LINE} stage=1 {append}".strip()
+    return [
+        *(
+            "qemu-system-x86_64",
+            "-machine",
+            "q35",
+            "-accel",
+            "tcg,thread=multi",
+            "-cpu",
+            "max",
+            "-m",
+            memory,
+            "-smp",
+            "2",
+        ),
+        *("-nographic", "-nodefaults", "-no-reboot", "-serial", serial),
+        *("-device", "intel-iommu,intremap=on", "-device", "edu,addr=4,dma_mask=0xffffffffffff"),
+        *(word for device in devices for word in ("-device", device)),
+        *options,
+        *("-kernel", str(share / "bzImage"), "-initrd", str(share / "initrd"), "-append", line),
+        *("-virtfs", "local,path=/,mount_tag=host0,security_model=none,readonly=on,multidevs=remap"),
+        *("-virtfs", f"local,path={share},mount_tag=lab,security_model=none,multidevs=remap"),
+    ]
+
+
 def run(
     scenario: str,
     share: Path,
@@ -127,44 +182,16 @@ def run(
     ``devices`` and ``options`` are QEMU's, ``arguments`` the scenario's; ``early`` is a line of shell that every stage
     begins with, before any Python.
     """
-    if not BUSYBOX.is_file() or shutil.which("qemu-system-x86_64") is None:
-        pytest.skip(
-            "the lab wants qemu-system-x86_64 and a static /bin/busybox (Debian: qemu-system-x86, busybox-static)"
-        )
-    share.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(kernel(), share / "bzImage")
-    (share / "initrd").write_bytes(initrd())
-    words = " ".join([str(SCENARIOS / f"{scenario}.py"), *arguments])
-    (share / "start").write_text(
-        "export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8\n"
-        f"export PYTHONPATH={ROOT}/tests/support PYTHONDONTWRITEBYTECODE=1 TERM=dumb\n"
-        f"{early}\n"
-        f"cd {ROOT}; {sys.executable} {words}\n"
-        "sync; /bin/busybox poweroff -f\n"
+    command = prepare(
+        scenario,
+        share,
+        memory=memory,
+        append=append,
+        devices=devices,
+        options=options,
+        arguments=arguments,
+        early=early,
     )
-    line = f"{COMMAND_LINE} stage=1 {append}".strip()
-    command = [
-        *(
-            "qemu-system-x86_64",
-            "-machine",
-            "q35",
-            "-accel",
-            "tcg,thread=multi",
-            "-cpu",
-            "max",
-            "-m",
-            memory,
-            "-smp",
-            "2",
-        ),
-        *("-nographic", "-nodefaults", "-no-reboot", "-serial", "stdio"),
-        *("-device", "intel-iommu,intremap=on", "-device", "edu,addr=4,dma_mask=0xffffffffffff"),
-        *(word for device in devices for word in ("-device", device)),
-        *options,
-        *("-kernel", str(share / "bzImage"), "-initrd", str(share / "initrd"), "-append", line),
-        *("-virtfs", "local,path=/,mount_tag=host0,security_model=none,readonly=on,multidevs=remap"),
-        *("-virtfs", f"local,path={share},mount_tag=lab,security_model=none,multidevs=remap"),
-    ]
     began = time.monotonic()
     log = share / "console"
     with (

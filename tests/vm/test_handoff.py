@@ -12,14 +12,14 @@ JUMPS = 20 if os.environ.get("MEMCONSOLE_SOAK") else 3
 
 
 def test_canaries_go_on_where_they_were_over_kexecs_in_a_row(tmp_path: Path) -> None:
-    said = lab.run("handoff", tmp_path, timeout=120 + 120 * JUMPS, arguments=[str(JUMPS), "16,8"])
+    said = lab.run("handoff", tmp_path, early=lab.RESUME, timeout=120 + 120 * JUMPS, arguments=[str(JUMPS), "16,8"])
     said.check()
     assert said.stages == JUMPS + 1
     assert said.of("freed")["ok"]
 
 
 def test_qemu_goes_along(tmp_path: Path) -> None:
-    said = lab.run("handoff", tmp_path, timeout=400, arguments=["1", "8", "qemu"])
+    said = lab.run("handoff", tmp_path, early=lab.RESUME, timeout=400, arguments=["1", "8", "qemu"])
     said.check()
     assert said.stages == 2
 

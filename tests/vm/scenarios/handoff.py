@@ -1,4 +1,4 @@
-"""A handoff as an operator makes it: serve, guests, `handoff run`; in the next kernel memconsole-resume, then serve.
+"""A handoff as an operator makes it: serve, guests, `handoff run`; in the next kernel memconsole-resume, first of all, then serve.
 
 handoff [JUMPS] [MB,MB...] [qemu]       as many kexecs in a row; a canary of each size; a QEMU too
 """
@@ -19,7 +19,6 @@ from memconsole import paths, timeline
 from memconsole.actions import GuestStart, GuestStop, HandoffRun, Map, Release, Reserve, Revoke
 from memconsole.backend.wire.client import Client
 from memconsole.model import Guest, GuestState, Progress
-from memconsole.native import program
 
 builtins = msgspec.to_builtins
 
@@ -91,9 +90,8 @@ def jump(client: Client) -> None:
 
 def landed() -> Client:
     """Adopt as init and the unit would, and hold everybody to what was."""
-    began = time.monotonic()
-    early = subprocess.run([program("memconsole-resume")], capture_output=True, text=True, check=False)
-    lab.say("early", early.returncode == 0, code=early.returncode, err=early.stderr, s=time.monotonic() - began)
+    code, err = (Path(f"/run/early.{what}").read_text().strip() for what in ("code", "log"))
+    lab.say("early", code == "0", code=code, err=err)
     client = serve()
     notes = json.loads(NOTES.read_text())
     for name in names():

@@ -1,0 +1,25 @@
+"""A shell in a lab host with guests running, to try a handoff by hand: ``make lab-shell``; Ctrl-A X ends it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "tests" / part) for part in (".", "support")]
+
+import lab  # noqa: E402 - found by the line before
+
+
+def main() -> int:
+    """Boot it on this terminal."""
+    early = f"{lab.RESUME}; export LAB_TERM={os.environ.get('TERM', 'vt220')}"
+    with tempfile.TemporaryDirectory(prefix="memconsole-lab-") as share:
+        command = lab.prepare("shell", Path(share), memory="3G", serial="mon:stdio", early=early)
+        print("the lab boots; that takes a minute under emulation", flush=True)
+        return subprocess.run(command, check=False).returncode
+
+
+sys.exit(main())

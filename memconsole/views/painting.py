@@ -10,8 +10,10 @@ import asyncio
 
 from textual import events
 from textual.app import App
+from textual.geometry import Size
 from textual.reactive import Reactive, reactive
 from textual.screen import Screen
+from textual.scroll_view import ScrollView
 from textual.widget import Widget
 from textual.widgets import ContentSwitcher
 
@@ -31,6 +33,31 @@ class Views(ContentSwitcher):
     """The views, one of them in front; it covers this, which is why this is not painted again."""
 
     current: reactive[str | None] = reactive(None, init=False, repaint=False)
+
+
+class Sheet(ScrollView):
+    """A ScrollView that is laid out and focused without being painted twice."""
+
+    _frame_alone = False
+    _scrolled_for: tuple[Size, Size, Size] | None = None
+
+    def _scroll_update(self, virtual_size: Size) -> None:
+        """Leave the scrollbar alone where no size differs: every layout asks for it, and it is a frame of its own."""
+        sizes = (virtual_size, self.container_size, self.size)
+        if sizes != self._scrolled_for:
+            self._scrolled_for = sizes
+            super()._scroll_update(virtual_size)
+
+    def _get_component_classes(self) -> frozenset[str]:  # type: ignore[override]  # of this one, not of the class
+        """What is looked up in the style sheet besides the widget itself."""
+        return frozenset() if self._frame_alone else super()._get_component_classes()
+
+    def watch_has_focus(self, has_focus: bool) -> None:
+        """Look the frame up, if there is one: rules for the focus are of the frame alone, not of what it holds."""
+        if self.styles.border_top[0]:
+            self._frame_alone = True
+            super().watch_has_focus(has_focus)
+            self._frame_alone = False
 
 
 class Painting(App[None]):

@@ -3,10 +3,12 @@
 How it is measured: the console runs in a process of its own on a pseudo-terminal of 132x50. The terminal (this
 process) says that it knows synchronized output, so that the console ends every frame with ``ESC [ ? 2 0 2 6 l``. The
 clock starts before a key's bytes are written to the terminal and stops when the end of the first frame that follows has
-been read: it holds parsing the key, the action, the compositor, the driver, the pty. *Settled* is the end of the last
-frame, when none follows for 60 ms. The floor is the same for a Textual app with one line that a key changes. Memory is
-VmHWM, the most that was ever resident. Escape is not among the keys: no program can tell it from the begin of an arrow
-key without waiting for what follows.
+been read: it holds parsing the key, the action, the compositor, the driver, the pty. A *painted frame* is everything
+between two such ends: the console holds a key's frame until its widgets have answered each other, so that the first
+frame is what the key leads to, echo, table, title and keys; *settled* is the end of the last frame, when none follows
+for 60 ms; where it is later than the first, something came after. The floor is the same for a Textual app with one
+line that a key changes. Memory is VmHWM, the most that was ever resident. Escape is not among the keys: no program can
+tell it from the begin of an arrow key without waiting for what follows (25 ms here; ESCDELAY).
 
 ``python tests/bench/bench_console.py`` prints median and maximum of every key.
 """

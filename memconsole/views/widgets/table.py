@@ -19,11 +19,11 @@ from textual.binding import Binding, BindingType
 from textual.cache import LRUCache
 from textual.geometry import Region, Size
 from textual.message import Message
-from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
 from memconsole.fields import Field, Table
 from memconsole.views.looks import glyphs, look
+from memconsole.views.painting import Sheet
 from memconsole.views.widgets.rowset import RowSet
 
 GUTTER = 2
@@ -67,7 +67,7 @@ def fit(text: str, width: int, *, right: bool = False) -> str:
     return " " * (width - length) + text if right else text + " " * (width - length)
 
 
-class VirtualTable(ScrollView, can_focus=True):
+class VirtualTable(Sheet, can_focus=True):
     """The rows of one ``fields.Table``, with a cursor that stays on its entity through refresh, sort and filter."""
 
     DEFAULT_CSS = """
@@ -162,7 +162,6 @@ class VirtualTable(ScrollView, can_focus=True):
         self._columns: tuple[Column, ...] = ()
         self._layout_for: tuple[int, int] = (-1, -1)
         self._width = 0
-        self._scrolled_for: tuple[Size, Size, Size] | None = None
         self._strips: LRUCache[tuple[str, int], tuple[Line, Strip]] = LRUCache(KEPT_STRIPS)
         self._painted: dict[int, Line | None] = {}
         self._style_table: dict[str, Style] = {}
@@ -273,17 +272,9 @@ class VirtualTable(ScrollView, can_focus=True):
         self._relayout()
         self._move_to(self.cursor, keep=True)
 
-    def _scroll_update(self, virtual_size: Size) -> None:
-        """Leave the scrollbar alone where no size differs: every layout asks for it, and it is a frame of its own."""
-        sizes = (virtual_size, self.container_size, self.size)
-        if sizes != self._scrolled_for:
-            self._scrolled_for = sizes
-            super()._scroll_update(virtual_size)
-
     def watch_has_focus(self, has_focus: bool) -> None:
-        """Show whether keys go here; only a table in a frame has a rule for it, and is looked up in the style sheet."""
-        if self.styles.border_top[0]:
-            super().watch_has_focus(has_focus)
+        """Show whether keys go here."""
+        super().watch_has_focus(has_focus)
         self.refresh_row(self.cursor)
         if has_focus:
             self.post_message(self.Changed())

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 SOCKET = "fuse"
 """The server's socket in the runtime directory."""
 MAX_PARTS = 64
+"""Grants of a guest that its ``pfnmap`` lists."""
 
 
 class Shown(Value, frozen=True):

@@ -31,7 +31,7 @@ from memconsole.backend.past import Past
 from memconsole.backend.wire import places
 from memconsole.backend.wire.embedded import Serving, serve_in_thread
 from memconsole.backend.wire.roles import Roles
-from memconsole.errors import ExitCode, Gone, MemconsoleError
+from memconsole.errors import ExitCode, Gone, KernelRefused, MemconsoleError
 
 log = logging.getLogger("memconsole.serve")
 
@@ -161,11 +161,19 @@ def _control(settings: Settings, past: Past, stored: list[tuple[str, int]], stac
 
 
 def _mountpoint(asked: Path | None) -> Path | None:
-    """The directory to mount at, made if it is missing; what a dead server left there is not looked at."""
+    """The directory to mount at, made if it is missing; what a dead server left there is not looked at.
+
+    Raises:
+        KernelRefused: it cannot be made.
+    """
     if asked is not None:
-        with contextlib.suppress(FileExistsError):
-            asked.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        try:
             asked.mkdir(mode=0o755)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            remedy = "make a directory that guests may walk to"
+            raise KernelRefused(f"mkdir {asked}", error.errno or 0, remedy=remedy) from None
     return asked
 
 

@@ -22,9 +22,10 @@ from support.services import Service, services
 
 from memconsole import actions as do
 from memconsole.backend.exports.fuse import FuseTree
+from memconsole.backend.steps import FAULT_VARIABLE
 from memconsole.backend.wire.client import Client
 from memconsole.cli import main
-from memconsole.errors import ExitCode, GuestError
+from memconsole.errors import ExitCode, GuestError, MemconsoleError
 from memconsole.model import Access, GrantState, RevokeOutcome, RevokeReport, Rung, Snapshot
 
 M = controls.M
@@ -93,8 +94,8 @@ class Place:
         self._stack = stack
         self.client = self.start()
 
-    def start(self) -> Client:
-        self.service.start("--mount", str(self.point))
+    def start(self, fault: str = "") -> Client:
+        self.service.start("--mount", str(self.point), env={FAULT_VARIABLE: fault})
         self.client = self.service.client()
         self._stack.callback(self.client.close)
         return self.client
@@ -107,10 +108,10 @@ class Place:
             self.service.process.communicate()
             self.service.process = None
 
-    def restart(self) -> None:
-        """kill -9, and another one."""
+    def restart(self, fault: str = "") -> None:
+        """kill -9, and another one, which dies at a fault point."""
         self.stop()
-        self.start()
+        self.start(fault)
 
     def shown(self) -> Snapshot:
         """A Snapshot begun from now on, which the mount has followed: the one after one begun from now on."""
@@ -247,6 +248,21 @@ def test_a_file_that_is_only_open_is_no_way_back(place: Place) -> None:
     assert place.owners("pool").read_bytes()[:6] == b"secret"
 
 
+def test_a_file_in_flight_is_no_way_back_from_a_guest_of_ours_either(place: Place) -> None:
+    """A canary gives back what it maps; who opened its file, and hid that, must not keep it."""
+    root = place.user(0)
+    place.client.apply(do.GuestStart("vm", memory=SIZE))
+    place.service.guests.add(controls.guest(place.shown(), "vm").pid or 0)
+    assert root.do("open", place.path("vm", "vm")) == "done"
+    root.do("send")
+    root.do("close")
+    before = place.owners("vm").stat().st_ino
+    place.revoke()
+    assert place.owners("vm").stat().st_ino != before, "the contents are elsewhere"
+    assert root.do("receive") == "done"
+    assert root.do("map") != "done" or root.do("read") == ""
+
+
 def test_service_and_server_die_and_the_tree_comes_back(place: Place) -> None:
     user = place.user()
     path = place.grant(user)
@@ -272,6 +288,27 @@ def test_service_and_server_die_and_the_tree_comes_back(place: Place) -> None:
     assert user.do("read") == ""
     assert user.end() == -signal.SIGBUS
     assert place.owners("pool").read_bytes()[:4] == b"kept"
+
+
+@pytest.mark.parametrize("point", ["ask.before", "copy.stopped", "move.committed", "move.replaced"])
+def test_a_revoke_whose_service_dies_ends_on_the_mount_too(place: Place, point: str) -> None:
+    user = place.user()
+    path = place.grant(user)
+    assert [user.do("open", path), user.do("map"), user.do("write", "secret")] == ["done"] * 3
+    place.restart(f"revoke.{point}")
+    with pytest.raises(MemconsoleError):
+        place.revoke()
+    assert place.service.process is not None
+    assert place.service.process.wait(30) == -signal.SIGKILL
+    assert place.user(0).do("open", path) == "Permission denied", "not even root, from the first rung on"
+    place.restart()
+    shown = place.shown()
+    assert shown.grants == ()
+    assert not unexpected(shown)
+    assert user.do("open", path) == "No such file or directory"
+    assert place.owners("pool").read_bytes()[:6] == b"secret"
+    assert user.do("read") == ""
+    assert user.end() == -signal.SIGBUS
 
 
 def test_the_owner_of_a_file_follows_the_process(place: Place) -> None:

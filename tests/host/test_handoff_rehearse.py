@@ -10,18 +10,22 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from support.controls import goes_on, guest, runtime_dir
 from support.guests import until
 
-from memconsole.actions import GuestPause, GuestStart, HandoffRehearse, HandoffRun
+from memconsole.actions import GuestPause, GuestResume, GuestStart, HandoffRehearse, HandoffRun
 from memconsole.backend import steps
 from memconsole.backend.control import Control
 from memconsole.backend.custody import KeeperCustody
 from memconsole.backend.guests.qemu import BINARY
+from memconsole.backend.handoff import vmm
 from memconsole.errors import MemconsoleError, Refused
 from memconsole.model import GuestState, HandoffState
+from memconsole.native import program
 
 M = 1 << 20
 SIZES = {"one": 16 * M, "two": 8 * M}
@@ -159,6 +163,32 @@ def test_a_guest_that_cannot_be_saved_stops_it_and_all_go_on(place: Path, monkey
         assert "said the test" in report(found).why
         for name in SIZES:
             goes_on(found, name)
+
+
+def test_a_guest_that_did_not_come_back_is_kept_and_can_be_resumed_later(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.closing(begin(place)) as found:
+        revival, missing = vmm.revival, place / "canary"
+
+        def elsewhere(*arguments: Any, **named: Any) -> Any:
+            start, say = revival(*arguments, **named)
+            return (replace(start, words=(str(missing), *start.words[1:])) if start.guest == "two" else start), say
+
+        monkeypatch.setattr(vmm, "revival", elsewhere)
+        found.apply(HandoffRehearse())
+        goes_on(found, "one")
+        shown = found.snapshot()
+        assert guest(shown, "two").state is GuestState.GONE
+        assert [each.subject for each in shown.findings if each.id == "handoff-guest-held"] == ["two"]
+        assert left(place) == ["state:two"]
+        with pytest.raises(MemconsoleError, match="did not come back"):
+            found.apply(GuestResume("two"))
+        missing.symlink_to(program("memconsole-canary"))
+        found.apply(GuestResume("two"))
+        goes_on(found, "two")
+        goes_on(found, "one")
+        assert left(place) == []
 
 
 def test_a_jump_is_refused_by_name_where_the_kernel_has_no_live_update(place: Path) -> None:

@@ -167,6 +167,45 @@ def revive(desk: Desk) -> None:
         raise GuestError("the VMMs could not be started again", why[-1] if why else "", "their state is in custody")
 
 
+def waits(desk: Desk, guest: str) -> bool:
+    """Whether a guest was saved and did not come back: its state and the manifest are in custody."""
+    return desk.live(guest) is None and {f"state:{guest}", MANIFEST} <= set(desk.custody.names())
+
+
+def again(desk: Desk, guest: Guest) -> Guest:
+    """Start one guest that waits from what was saved; who it is now.
+
+    Raises:
+        GuestError: it did not come back this time either. BadFile: the boot plan cannot be read.
+    """
+    whole, payload = desk.custody.get(MANIFEST)
+    try:
+        raw = manifest.content(whole)
+        plan = bootplan.decode(raw)
+        starts = tuple(each for each in plan.starts if each.guest == guest.name)
+        says = tuple(each for each in plan.says if each.guest == guest.name)
+        alone = manifest.write(bootplan.Plan(plan.holds, (), starts, says, bootplan.moment()), manifest.read(raw))
+        try:
+            desk.custody.put(MANIFEST, alone)
+            revive(desk)
+        finally:
+            os.close(alone)
+            desk.custody.put(MANIFEST, whole, payload)
+    finally:
+        os.close(whole)
+    found = next(
+        (each for each in bootplan.read_resume(_content(desk, RESUME)).guests if each.guest == guest.name), None
+    )
+    desk.custody.drop(RESUME)
+    if found is None or found.state == "held":
+        why = found.why if found is not None else "the boot plan does not know it"
+        raise GuestError(f"guest {guest.name} did not come back", why, f"look into {desk.directory(guest.name)}/log")
+    back = replace(guest, pid=found.pid, start_ticks=found.start_ticks, state=GuestState.RUNNING)
+    take_hold(desk, [back])
+    desk.custody.drop(f"state:{guest.name}")
+    return back
+
+
 def take_hold(desk: Desk, guests: Sequence[Guest]) -> None:
     """Adopt the processes of guests that were started again by this control process's own rehearsal."""
     for guest in guests:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -167,7 +168,7 @@ def _of_the_jump(action: Handoff, root: tree.Root) -> dict[str, object]:
     try:
         if not aim.kernel:
             raise NotFound("there is no kernel below /boot", "none was named either", "name one: --kernel FILE")
-        found["image"] = image.inspect(aim.kernel)
+        found["image"] = _inspected(aim.kernel)
     except MemconsoleError as error:
         found["image_why"] = str(error)
     try:
@@ -175,6 +176,20 @@ def _of_the_jump(action: Handoff, root: tree.Root) -> dict[str, object]:
     except OSError as error:
         found["initrd_why"] = f"{aim.initrd}: {error.strerror}"
     return found
+
+
+def _inspected(path: str) -> Image:
+    """The image at a path; unpacking takes a second, and is done once for the same file."""
+    try:
+        stat = Path(path).stat()
+    except OSError as error:
+        raise tree.failure(path, error) from error
+    return _of_file(path, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=4)
+def _of_file(path: str, *_identity: int) -> Image:
+    return image.inspect(path)
 
 
 def _number(root: tree.Root, path: str) -> int:

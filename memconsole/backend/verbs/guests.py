@@ -20,7 +20,7 @@ from memconsole.backend.guests.qemu import BINARY, QemuGuest
 from memconsole.backend.kernel import census
 from memconsole.backend.revoke import Ladder
 from memconsole.backend.state import Change
-from memconsole.backend.verbs import dma
+from memconsole.backend.verbs import dma, handoff
 from memconsole.backend.verbs.common import free_name, is_vm, known_guest
 from memconsole.backend.verbs.grants import OFFER_S, offer
 from memconsole.backend.verbs.regions import creation
@@ -202,7 +202,10 @@ def pause(desk: Desk, action: GuestPause) -> Work:
 
 
 def resume(desk: Desk, action: GuestResume) -> Work:
-    """Let it go on."""
+    """Let it go on; one that did not come back from a handoff is tried again."""
+    guest = desk.state.guests.get(action.name)
+    if guest is not None and handoff.waits(desk, guest.name):
+        return handoff.again(desk, guest)
     return _switch(desk, action.name, GuestState.PAUSED, GuestState.RUNNING)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from memconsole.actions import HandoffRehearse, HandoffRun
 from memconsole.backend.desk import Desk
+from memconsole.backend.state import Change
 from memconsole.backend.verbs.work import Work
+from memconsole.model import Guest
 
 
 def run(desk: Desk, action: HandoffRun) -> Work:
@@ -12,6 +14,28 @@ def run(desk: Desk, action: HandoffRun) -> Work:
     from memconsole.backend.handoff import sequence
 
     return sequence.run(desk, action)
+
+
+def again(desk: Desk, guest: Guest) -> Work:
+    """``guest resume`` of one that did not come back from a handoff: ``again`` starts it from what was saved."""
+    from memconsole.backend.handoff import adopt
+
+    work = Work(guest.name, f"guest {guest.name} goes on")
+
+    def do() -> None:
+        work.change = Change(guests=(adopt.again(desk, guest),))
+
+    work.step("again", f"start {guest.name} from what was saved before the handoff", do)
+    return work
+
+
+def waits(desk: Desk, guest: str) -> bool:
+    """Whether a guest did not come back from a handoff, and can be tried again."""
+    if f"state:{guest}" not in desk.custody.names():
+        return False
+    from memconsole.backend.handoff import adopt
+
+    return adopt.waits(desk, guest)
 
 
 def rehearse(desk: Desk, action: HandoffRehearse) -> Work:

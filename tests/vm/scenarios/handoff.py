@@ -1,4 +1,4 @@
-"""A handoff as an operator makes it: serve, guests, `handoff run`; in the next kernel memconsole-resume, first of all, then serve.
+"""A handoff as an operator makes it; in the next kernel memconsole-resume comes first of all, then serve.
 
 handoff [JUMPS] [MB,MB...] [qemu]       as many kexecs in a row; a canary of each size; a QEMU too
 """

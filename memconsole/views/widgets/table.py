@@ -8,6 +8,8 @@ its cursor and the layout are the same; those four are also what a painted line 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple
 
 import msgspec
@@ -33,6 +35,8 @@ KEPT_STRIPS = 1024
 CURSORS = (" ", "▹", "▸")
 """No cursor, a cursor where keys do not go, and one where they do."""
 TRENDS = {0: " ", 1: "↑", -1: "↓", 2: "•"}
+PLAIN = ("", "", "")
+STYLE = itemgetter(1)
 TONES = ("good", "warn", "bad", "dim", "calm")
 
 
@@ -379,23 +383,19 @@ class VirtualTable(Sheet, can_focus=True):
         item, before, cursor, _ = line
         touched = before is not None and before is not self
         mark = "+" if before is None else "•" if touched else " "
-        parts: list[tuple[str, tuple[str, ...]]] = [(CURSORS[cursor], ("calm",)), (mark, ("mark",))]
+        on, plain = cursor == 2, self._style(cursor == 2, ())
+        parts = [(CURSORS[cursor], self._style(on, ("calm",))), (mark, self._style(on, ("mark",)))]
         for index, (field, _, cells) in enumerate(self._columns):
             value = field.get(item)
             glyph, tone = look(field.id, value)
             text = f"{glyph} {field.show(value)}" if glyph else field.show(value)
             trend = self.rows.changed(key, field) if touched else 0
-            style_names = (tone, "key" if index == 0 else "", "changed" if trend else "")
-            parts.append((fit(text, cells, right=field.right), style_names))
-            parts.append((TRENDS[trend] + " " * (GAP - 1), ("mark",) if trend else ()))
-        segments: list[Segment] = []
-        for text, names in parts:
-            style = self._style(cursor == 2, names)
-            if segments and segments[-1].style is style:
-                segments[-1] = Segment(segments[-1].text + text, style)
-            else:
-                segments.append(Segment(text, style))
-        return Strip(segments).adjust_cell_length(width, self._style(cursor == 2, ()))
+            names = (tone, "" if index else "key", "changed" if trend else "")
+            style = plain if names == PLAIN else self._style(on, names)
+            parts.append((fit(text, cells, right=field.right), style))
+            parts.append((TRENDS[trend] + " " * (GAP - 1), self._style(on, ("mark",)) if trend else plain))
+        segments = [Segment("".join([text for text, _ in run]), style) for style, run in groupby(parts, STYLE)]
+        return Strip(segments).adjust_cell_length(width, plain)
 
     def _style(self, cursor: bool, names: tuple[str, ...]) -> Style:
         """The style of some component classes, on the cursor's row or off it; equal ones are the same object."""

@@ -34,6 +34,7 @@ from memconsole.model import Grant
 EDU = "0000:00:04.0"
 PAGE = 4096
 SIZE = 1 << 20
+LARGE = 256 << 20
 SRC, DST = 0x100000, 0x8000000
 
 GUEST = """
@@ -171,6 +172,11 @@ def found(client: Client) -> list[tuple[str, str]]:
     return [(each.id, each.subject) for each in snapshot.findings if each.id.startswith(("dma", "device"))]
 
 
+def held(keeper: KeeperCustody) -> list[str]:
+    """What custody has of address spaces and devices."""
+    return [name for name in keeper.names() if name.startswith(("iommu:", "vfio:"))]
+
+
 def faults() -> list[str]:
     said = subprocess.run(["dmesg"], capture_output=True, text=True, check=True).stdout
     return [line for line in said.splitlines() if "fault addr" in line]
@@ -285,9 +291,25 @@ with services() as service:
     # --- the last grant takes the device with it
     client.apply(do.Revoke("g1"))
     check("nothing-left", not [grant for grant in grants(client).values() if grant.dma])
-    check("closed", not [name for name in keeper.names() if name.startswith(("iommu:", "vfio:"))], held=keeper.names())
+    check("closed", held(keeper) == [], held=keeper.names())
     guest.say("close")
     client.apply(do.WindowRevoke(f"{EDU}:0"))
+
+    # --- another guest has the device; it is stopped with it
+    client.apply(do.GuestStart("vm", memory=SIZE))
+    client.apply(do.Map("src", "vm", gpa=SRC, dma=EDU))
+    with client.extents("region:src") as src:
+        check("of-a-vm", tables() == frames(src, SRC, "rw") and len(held(keeper)) == 2, held=held(keeper))
+    steps = [effect.id for effect in client.plan(do.GuestStop("vm")).effects]
+    client.apply(do.GuestStop("vm"))
+    check("stopped", steps[0] == "dma" and not grants(client) and held(keeper) == [], steps=steps)
+
+    # --- what it costs beside the call alone; pages are put in place by both
+    client.apply(do.Reserve("large", LARGE))
+    began = time.monotonic()
+    client.apply(do.Map("large", "driver", gpa=SRC, dma=EDU))
+    took = time.monotonic() - began
+    client.apply(do.Revoke("g8"))
 
     # --- the call of older kernels
     device, fd, file = vfio.open_device("/", EDU), iommufd.create(), os.memfd_create("old")
@@ -304,6 +326,12 @@ with services() as service:
     except MemconsoleError as error:
         check("taken", error.code == "IovaTaken", error=str(error))
     check("unmapped", iommufd.unmap(fd, space, SRC, SIZE) == SIZE and iommufd.unmap(fd, space, SRC, SIZE) == 0)
+    large = os.memfd_create("large")
+    os.ftruncate(large, LARGE)
+    began = time.monotonic()
+    iommufd.map_file(fd, space, iommufd.Mapping(large, 0, LARGE, SRC, True))
+    alone = time.monotonic() - began
+    check("cost", iommufd.unmap(fd, space, SRC, LARGE) == LARGE, seconds=took, alone=alone)
     keeper.close()
     client.close()
 lab.say("end")

@@ -25,7 +25,7 @@ from memconsole.backend.guests.canary import CanaryGuest
 from memconsole.backend.handoff import bootplan, image, manifest, report, verify
 from memconsole.backend.handoff.bootplan import MANIFEST, RESUME, Moment, Resume, Resumed
 from memconsole.backend.handoff.manifest import Manifest
-from memconsole.backend.handoff.report import Progress
+from memconsole.backend.handoff.report import Clock, Progress
 from memconsole.backend.state import Change, Intent
 from memconsole.backend.stores import memfd
 from memconsole.errors import BadFile, Gone, GuestError, MemconsoleError, NotFound
@@ -56,6 +56,7 @@ class Landing:
     findings: list[Finding] = field(default_factory=list)
     manifest: Manifest | None = None
     moved: frozenset[str] = frozenset()
+    clock: Clock | None = None
 
 
 def landed(desk: Desk) -> bool:
@@ -84,7 +85,8 @@ def land(desk: Desk, progress: Progress | None = None) -> Landing:
     findings += list(_findings(resume, described))
     made = _report(described, resume, progress, arrived)
     moved = frozenset(each.subject for each in resume.findings if each.id == "pages-moved")
-    return Landing(change, made, findings, described, moved)
+    clock = None if described is None else Clock(described.began, _pairs(described, resume, arrived))
+    return Landing(change, made, findings, described, moved, clock)
 
 
 def settle(desk: Desk, landing: Landing) -> None:
@@ -101,8 +103,11 @@ def settle(desk: Desk, landing: Landing) -> None:
         landing.findings += found
         made = replace(made, regions=kept)
     store(desk, replace(made, state=HandoffState.DONE))
-    if described is not None:
-        _let_go_on(desk, described, {each.name for each in made.regions if each.contents is False})
+    if described is not None and landing.clock is not None:
+        late = _let_go_on(desk, described, {each.name for each in made.regions if each.contents is False})
+        if late:
+            said = [(name, landing.clock.between(stood, bootplan.moment())) for name, stood in late.items()]
+            store(desk, replace(report.filled(made, said, "its VMM"), state=HandoffState.DONE))
     held = {guest.name for guest in made.guests if not guest.back}
     for name in desk.custody.names():
         used = name.startswith("state:") and name.removeprefix("state:") not in held
@@ -335,7 +340,7 @@ def _report(described: Manifest | None, resume: Resume, progress: Progress | Non
         kind = "rehearse" if resume.mode == "rehearse" else "run"
         made = HandoffReport(kind, HandoffState.DONE, time.time_ns(), to_kernel=release)  # type: ignore[arg-type]
         return replace(made, notes=("the manifest could not be read: what went before the jump is not known",))
-    clock = report.Clock(described.began, _pairs(described, resume, arrived))
+    clock = Clock(described.began, _pairs(described, resume, arrived))
     base = progress.report if progress is not None else described.report
     phases = [phase for phase in base.phases if phase.id not in {"early", "adopt"}]
     begun = clock.at(resume.phases[0].at) if resume.phases else clock.at(described.written)
@@ -371,10 +376,11 @@ def _pairs(described: Manifest, resume: Resume, arrived: Moment) -> list[tuple[M
     return pairs
 
 
-def _let_go_on(desk: Desk, described: Manifest, wrong: set[str]) -> None:
-    """Resume the guests that were kept waiting until their contents were compared, and are whole."""
+def _let_go_on(desk: Desk, described: Manifest, wrong: set[str]) -> dict[str, Moment]:
+    """Resume the guests that waited until their contents were compared, and are whole; when each was stopped."""
+    late: dict[str, Moment] = {}
     if not any(placed.contents for placed in described.regions):
-        return
+        return late
     for stopped in described.guests:
         mine = {grant.region for grant in desk.state.grants_of(guest=stopped.guest.name)}
         live = desk.live(stopped.guest.name)
@@ -383,3 +389,5 @@ def _let_go_on(desk: Desk, described: Manifest, wrong: set[str]) -> None:
         with contextlib.suppress(MemconsoleError):
             desk.connected(stopped.guest.name)
             live.resume()
+            late[stopped.guest.name] = stopped.at
+    return late

@@ -96,11 +96,11 @@ def _ended(phases: tuple[Phase, ...], now: int) -> tuple[Phase, ...]:
     return (*phases[:-1], replace(phases[-1], end_ns=now))
 
 
-def filled(report: HandoffReport, blackouts: Iterable[tuple[str, int]]) -> HandoffReport:
-    """A report with what guests say of their own blackout."""
+def filled(report: HandoffReport, blackouts: Iterable[tuple[str, int]], by: str = "guest") -> HandoffReport:
+    """A report with the blackouts of guests, as they say themselves, or who ``by`` names."""
     said = dict(blackouts)
     guests = tuple(
-        replace(guest, blackout_ns=said[guest.name], by="guest") if guest.back and guest.name in said else guest
+        replace(guest, blackout_ns=said[guest.name], by=by) if guest.back and guest.name in said else guest
         for guest in report.guests
     )
     return report if guests == report.guests else replace(report, guests=guests)

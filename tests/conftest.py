@@ -6,6 +6,11 @@ import os
 from collections.abc import Generator
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes is the machine's affair: a timed assertion is never a test.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 def _required(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -223,7 +223,7 @@ def _still_mapped(desk: Desk, grant: Grant) -> bool:
         return False
     desk.connected(grant.guest)
     deadline = time.monotonic() + OFFER_S
-    while desk.reach(region, grant.offset, grant.length, without=grant.id).pids:
+    while desk.reach(region, grant.offset // memfd.SEGMENT).pids:
         if time.monotonic() > deadline:
             return True
         time.sleep(0.02)

@@ -238,33 +238,12 @@ class Desk:
             if region.page_size == PAGE
         )
 
-    def reach(self, region: Region, offset: int, length: int, *, without: str = "", alone: bool = False) -> Reach:
-        """Who reaches a range by kernel truth; processes of guests with a grant other than ``without`` may hold it.
-
-        ``alone``: nobody may.
-        """
+    def reach(self, region: Region, segment: int | None = None) -> Reach:
+        """Who reaches a region, or one segment of it, by kernel truth."""
         from memconsole.backend.reach import find
 
-        state = self.state
-        may_hold = {
-            guest.pid
-            for grant in state.grants_of(region=region.name)
-            if not alone
-            and grant.id != without
-            and (guest := state.guests.get(grant.guest)) is not None
-            and guest.pid is not None
-        }
         with self.borrowed(region.name) if self.has(region.name) else contextlib.nullcontext(()) as fds:
-            return find(
-                region,
-                fds,
-                offset,
-                length,
-                exempt=self.exempt,
-                may_hold=may_hold,
-                faces=self.faces,
-                shields=self.shields,
-            )
+            return find(region, fds, segment, exempt=self.exempt, faces=self.faces, shields=self.shields)
 
     # --- devices --------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
-"""Who can still reach a range of a region: the kernel's answer, never the ledger's or a guest's.
+"""Who can still reach a segment of a region: the kernel's answer, never the ledger's or a guest's.
 
-    a VMA over the range          reaches it now
-    an fd of the region's memfd   can map it any time; it is fair only in a guest that has a grant on that region
+    a VMA of its memfd            reaches it now
+    an fd of its memfd            can map all of it any time
     an fd of a file on the mount  the same: what it maps is the memfd
     a process not shown to us     may do either: then the frames themselves are asked (/proc/kpagecount)
 
@@ -21,12 +21,12 @@ from memconsole.backend.kernel import memfds
 from memconsole.backend.kernel.census import Census
 from memconsole.backend.survey import Face, Over, Shield
 from memconsole.errors import Denied, Gone, MemconsoleError, NotFound
-from memconsole.model import Region
+from memconsole.model import Region, Segment
 
 
 @dataclass(frozen=True)
 class Reach:
-    """``mapped``: VMAs over the range; ``held``: (PID, fd) of its memfd; ``unseen``: why this may not be all."""
+    """``mapped``: VMAs of it; ``held``: (PID, fd) of its memfd; ``unseen``: why this may not be all."""
 
     mapped: tuple[Over, ...]
     held: tuple[tuple[int, int], ...]
@@ -49,38 +49,33 @@ class Reach:
 def find(
     region: Region,
     fds: Sequence[int],
-    offset: int,
-    length: int,
+    segment: int | None = None,
     *,
     exempt: Collection[int],
-    may_hold: Collection[int] = (),
     faces: Iterable[Face] = (),
     shields: Iterable[Shield] = (),
 ) -> Reach:
-    """Who reaches ``length`` bytes from ``offset`` of a region, apart from ``exempt`` processes (us and our custody).
+    """Who reaches a segment of a region (all of it if left out), apart from ``exempt`` processes (us and our custody).
 
-    ``may_hold`` are processes with a right to the region's memfd (another grant on it); ``faces`` are other files that
-    show the region, and ``shields`` mappings that lead nowhere.
+    ``faces`` are other files that show the region, and ``shields`` mappings that lead nowhere.
 
     Raises:
         Denied, KernelRefused, BadFile: the processes of this host cannot be read.
     """
     faces = tuple(faces)
     census = census_of.take(closed=exempt)
-    mapped = tuple(
-        over
-        for over in survey.mappings(census, [region], faces, shields)
-        if over.offset < offset + length and offset < over.offset + over.vma.size
-    )
-    objects = {(segment.device, segment.inode) for segment in region.segments}
-    holders = (
+    index = slice(0, None) if segment is None else slice(segment, segment + 1)
+    start = sum(each.size for each in region.segments[: index.start])
+    end = start + sum(each.size for each in region.segments[index])
+    mapped = tuple(over for over in survey.mappings(census, [region], faces, shields) if start <= over.offset < end)
+    objects = {(each.device, each.inode) for each in region.segments[index]}
+    held = (
         *memfds.holders(census, objects),
         *_openers(census, [face for face in faces if face.region == region.name]),
     )
-    held = tuple((pid, fd) for pid, fd in holders if pid not in may_hold)
     unseen = ""
     if census.hidden and not mapped and not held:
-        unseen = _ask_frames(region, fds, offset, length, len(census.hidden))
+        unseen = _ask_frames(region.segments[index], fds[index], len(census.hidden))
     return Reach(mapped, held, unseen)
 
 
@@ -98,23 +93,16 @@ def _openers(census: Census, faces: Iterable[Face]) -> Iterator[tuple[int, int]]
                         yield process.pid, fd
 
 
-def _ask_frames(region: Region, fds: Sequence[int], offset: int, length: int, hidden: int) -> str:
-    """Why it cannot be said that no hidden process maps the range; empty when its frames are mapped nowhere."""
+def _ask_frames(segments: Sequence[Segment], fds: Sequence[int], hidden: int) -> str:
+    """Why it cannot be said that no hidden process maps segments; empty when their frames are mapped nowhere."""
     from memconsole.extents import ExtentTable
 
     who = f"{hidden} processes are not shown to this user"
-    base = 0
-    for fd, segment in zip(fds, region.segments, strict=True):
-        start, end = max(offset - base, 0), min(offset + length - base, segment.size)
-        base += segment.size
-        if start >= end:
-            continue
+    for fd, segment in zip(fds, segments, strict=True):
         try:
             with ExtentTable.scan_fd(fd, segment.size) as table:
-                for row, count in zip(table, table.join_page_counts(), strict=True):
-                    first = row.offset * table.page_size
-                    if count.most and first < end and start < first + row.count * table.page_size:
-                        return f"{who}, and one of them maps it"
+                if any(count.most for count in table.join_page_counts()):
+                    return f"{who}, and one of them maps it"
         except Denied:
             return f"{who}, and its frames cannot be asked (/proc/kpagecount)"
         except MemconsoleError as error:

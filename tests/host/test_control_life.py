@@ -18,6 +18,7 @@ from support.guests import AgentProcess, frames, mapping_of, open_fds, until
 
 from memconsole import actions as do
 from memconsole.backend.control import Control, embedded
+from memconsole.backend.stores import memfd
 from memconsole.errors import GuestError, MemconsoleError, NotFound, Refused
 from memconsole.model import Access, GrantState, GuestKind, GuestState, RegionState, RevokeOutcome, Rung, Severity
 
@@ -395,10 +396,57 @@ def test_two_guests_never_get_the_same_frames(control: Control, database: AgentP
         with pytest.raises(Refused) as refused:
             control.apply(do.Map("cache", "c1", gpa=1 << 30, access=access))
         assert refused.value.code == "Shared"
+    assert database.say("wait g2") == "g2"
+    control.apply(do.Revoke("g2", at_most=Rung.ASK))
     control.apply(do.Map("cache", "c1", offset=2 * M, gpa=1 << 30))
     assert control.snapshot().findings == ()
     goes_on(control, "c1")
-    assert database.say("grants") == "g2"
+    assert database.say("grants") == "none"
+
+
+def test_a_grant_of_a_part_reaches_its_segment_and_says_so(control: Control, database: AgentProcess) -> None:
+    """The other part is nobody's meanwhile, and a revoke does not end before it is given up as well."""
+    control.apply(do.Reserve("cache", 4 * M))
+    part, whole = do.Map("cache", "db", length=M), do.Map("cache", "db")
+    said = "its file descriptor reaches all 4M of the segment"
+    effects = [control.plan(action).effects[0].text for action in (part, whole)]
+    assert [said in text for text in effects] == [True, False]
+    control.apply(part)
+    assert database.say("wait g1") == "g1"
+    assert database.say(f"spread {2 * M}") == "done"
+    with pytest.raises(GuestError, match=f"mapped by {database.pid}") as kept:
+        control.apply(do.Revoke("g1", within=0.5, at_most=Rung.ASK))
+    assert kept.value.code == "StillMapped"
+    report = control.apply(do.Revoke("g1")).revoke
+    assert report is not None
+    assert (report.rung, report.outcome) == (Rung.COPY, RevokeOutcome.PROVED)
+    (fd,) = control._desk.fds("cache")
+    assert os.pread(fd, 6, 2 * M) == b"spread"
+    os.pwrite(fd, b"others", 2 * M)
+    assert database.say("look") == "", "what it kept leads nowhere"
+    until(lambda: is_gone(control, "db"), "SIGBUS ended it")
+
+
+def test_segments_of_a_region_are_granted_and_taken_back_each_for_itself(
+    control: Control, database: AgentProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memfd, "SEGMENT", 2 * M)
+    control.apply(do.Reserve("large", 4 * M))
+    control.apply(do.Map("large", "db", length=M))
+    second = do.Map("large", "db", offset=M, length=M)
+    assert [refusal.code for refusal in control.plan(second).refusals] == ["Shared"]
+    control.apply(do.Map("large", "db", offset=2 * M))
+    assert [database.say("wait g1"), database.say("wait g2")] == ["g1", "g2"]
+    assert [database.say("write g2 kept"), database.say("hold g2")] == ["done", "done"]
+    report = control.apply(do.Revoke("g1", at_most=Rung.ASK)).revoke
+    assert report is not None
+    assert report.outcome is RevokeOutcome.PROVED
+    assert [database.say("grants"), database.say("read g2 4")] == ["g2", "kept"]
+    with pytest.raises(GuestError) as kept:
+        control.apply(do.Revoke("g2", within=0.5, at_most=Rung.ASK))
+    assert kept.value.code == "StillMapped"
+    control.apply(second)
+    assert database.say("wait g3") == "g3"
 
 
 def test_what_fails_in_the_middle_is_undone(control: Control, database: AgentProcess) -> None:

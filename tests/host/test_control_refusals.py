@@ -24,11 +24,16 @@ GONE = 2**22 + 1
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[Control]:
-    """A region ``web`` of 4 MiB, and a process ``db`` that was granted its first MiB at gpa 0 as ``g1``."""
-    with controls() as control, AgentProcess(control.runtime_dir / "agents") as process:
+    """A region ``web`` of 4 MiB, and a process ``db`` that was granted its first MiB at gpa 0 as ``g1``; ``other``."""
+    with (
+        controls() as control,
+        AgentProcess(control.runtime_dir / "agents") as process,
+        AgentProcess(control.runtime_dir / "agents") as other,
+    ):
         control.apply(do.Reserve("web", 4 * M))
         control.apply(do.Reserve("ram", 4 * M))
         control.apply(do.GuestAttach("db", process.pid))
+        control.apply(do.GuestAttach("other", other.pid))
         control.apply(do.Map("web", "db", length=M, gpa=0))
         until(lambda: control.snapshot().grants[0].state is GrantState.MAPPED, "it is mapped")
         yield control
@@ -96,7 +101,9 @@ CASES: list[tuple[str, do.Action]] = [
     ("BadRange", do.Map("ram", "db", gpa=5)),
     ("BadRange", do.Map("ram", "db", gpa=-4096)),
     ("BadRange", do.Map("ram", "db", gpa=1 << 52)),
-    ("Overlap", do.Map("web", "db")),
+    ("Shared", do.Map("web", "db")),
+    ("Shared", do.Map("web", "db", offset=M, length=M)),
+    ("Shared", do.Map("web", "other", offset=2 * M, access=do.Access.RO)),
     ("Overlap", do.Map("ram", "db", gpa=0)),
     ("Overlap", do.Map("ram", "db", gpa=M - 4096)),
     ("NoSuchDevice", do.Map("ram", "db", dma="ffff:ff:1f.7")),

@@ -48,6 +48,8 @@ def lent(control: Control, process: AgentProcess, size: int = 8 * M, *, lazy: bo
     control.apply(do.GuestAttach("db", process.pid))
     control.apply(do.Map("cache", "db", lazy=lazy))
     assert process.say("wait g1") == "g1"
+    if lazy:
+        until(lambda: control._desk.uffds.has("g1"), "its faults are served")
     return fd
 
 

@@ -94,6 +94,19 @@ for line in sys.stdin:
     elif words[0] == "let-go":
         view.release()
         said = "done"
+    elif words[0] == "spread":  # another part of the same file, by a mapping that needs no descriptor
+        import ctypes, os
+        paths = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+        path = next(p for p in paths if os.path.lexists(p) and os.readlink(p).startswith("/memfd:memconsole:"))
+        fd = int(path.rpartition("/")[2])
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        spread = libc.mmap(None, 4096, 3, 1, fd, int(words[1]))
+        ctypes.memmove(spread, b"spread", 6)
+        said = "done"
+    elif words[0] == "look":
+        said = ctypes.string_at(spread, 6).decode()
     elif words[0] == "grants":
         said = " ".join(sorted(agent.grants)) or "none"
     print(said, flush=True)

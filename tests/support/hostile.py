@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,17 @@ def build(directory: Path) -> Path:
     source = TREE / "tests/host/hostile_revoke.c"
     subprocess.run(["cc", *strict, "-I", TREE / "memconsole/native", "-o", program, source], check=True)
     return program
+
+
+@contextlib.contextmanager
+def no_fresh_files() -> Iterator[None]:
+    """This process, and what it starts, can make no memory file as large as the region: contents cannot be moved."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class Hostile:

@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from msgspec.structs import replace
-
 from memconsole.backend.desk import Desk
 from memconsole.backend.guests.handle import Handle
 from memconsole.backend.reach import Reach
@@ -19,7 +17,7 @@ from memconsole.backend.revoke.points import pass_by
 from memconsole.backend.state import Change
 from memconsole.backend.stores import memfd
 from memconsole.errors import Gone, GuestError, MemconsoleError
-from memconsole.model import Grant, GrantState, GuestKind, RevokeOutcome, RevokeReport, Rung
+from memconsole.model import Grant, GuestKind, RevokeOutcome, RevokeReport, Rung
 
 _LOOK_S = 0.02
 
@@ -41,10 +39,9 @@ class Ladder:
         self._at_most = at_most
         self._segment = grant.offset // memfd.SEGMENT
         self._killed: set[int] = set()
-        self._others: tuple[Grant, ...] = ()
 
     def climb(self) -> RevokeReport:
-        """Climb until nobody reaches the range.
+        """Climb until nobody reaches the segment the range lies in: who had its descriptor may have mapped any of it.
 
         Raises:
             GuestError: somebody still does (``StillMapped``), and no harder rung is allowed or left.
@@ -90,7 +87,6 @@ class Ladder:
         for name in dead:
             self._desk.part(name)
         return Change(
-            grants=tuple(grant for grant in self._others if grant.id not in grants),
             without_grants=tuple(sorted(grants)),
             without_guests=tuple(dead),
             without_windows=tuple(windows),
@@ -127,20 +123,8 @@ class Ladder:
         region = self._desk.state.regions[self._grant.region]
         if why := move.why_not(self._desk, region, self._segment):
             return _Passed(why, tried=False)
-        others = [grant for grant in self._desk.state.grants_of(region=region.name) if self._is_beside(grant)]
-        if pinned := next((grant for grant in others if grant.dma is not None), None):
-            return _Passed(f"device {pinned.dma} has {pinned.id}, which lies in the same file", tried=False)
-        asked: list[Grant] = []
         try:
-            for grant in others:
-                if self._gave_back(grant):
-                    asked.append(grant)
-                elif grant.guest != self._grant.guest:
-                    return _Passed(f"guest {grant.guest} does not unmap {grant.id}, which lies in the same file")
-            strange = {grant.guest for grant in others} - {self._grant.guest}
-            if pids := {pid for pid in self._reach(whole=True).pids if pid in map(self._pid, strange)}:
-                return _Passed(f"process {min(pids)}, another guest, keeps hold of the same file")
-            with halted(self._desk, lambda: self._reach(whole=True).pids, self._within) as note:
+            with halted(self._desk, lambda: self._reach().pids, self._within) as note:
                 pass_by("copy", "stopped")
                 end = move.move(self._desk, self._grant, self._segment)
                 reach = self._reach()
@@ -149,10 +133,6 @@ class Ladder:
             return End(end.outcome, "; ".join(filter(None, [end.note, note()])))
         except MemconsoleError as error:
             return _Passed(str(error))
-        finally:
-            # A guest that would not unmap is offered its other grants again where their contents went.
-            moved = self._desk.state.regions[region.name].segments != region.segments
-            self._others = tuple(self._back_to(grant) for grant in others if moved or grant in asked)
 
     def _kill(self) -> End | _Passed:
         deadline = time.monotonic() + self._within
@@ -176,7 +156,7 @@ class Ladder:
     # --- how strong the end is ------------------------------------------------------------------------------------
 
     def _settled(self, reach: Reach) -> End | _Passed:
-        """Nobody reaches the range; move the contents away from pins, where there may be some and nobody minds.
+        """Nobody reaches the segment; move the contents away from pins, where there may be some.
 
         A file on the mount that somebody unseen has open can be mapped until the contents have moved.
         """
@@ -185,13 +165,7 @@ class Ladder:
         if not self._is_doubtful() and not opened:
             return unsure or End(RevokeOutcome.CUT)
         region = self._desk.state.regions[self._grant.region]
-        why = move.why_not(self._desk, region, self._segment)
-        beside = [grant.id for grant in self._desk.state.grants_of(region=region.name) if self._is_beside(grant)]
-        if beside:
-            why = f"{', '.join(beside)} lies in the same file"
-        elif not why and (others := self._reach(whole=True).pids):
-            why = f"process {others[0]} has other parts of the same file"
-        if why:
+        if why := move.why_not(self._desk, region, self._segment):
             return unsure or End(RevokeOutcome.CUT, f"pins are not ruled out: {why}")
         try:
             return move.move(self._desk, self._grant, self._segment)
@@ -209,41 +183,13 @@ class Ladder:
         guest = guests.get(self._grant.guest)
         return guest is None or guest.pid not in ours or not self._killed <= ours
 
-    # --- other grants on the same file ----------------------------------------------------------------------------
-
-    def _is_beside(self, grant: Grant) -> bool:
-        return grant.id != self._grant.id and grant.offset // memfd.SEGMENT == self._segment
-
-    def _gave_back(self, grant: Grant) -> bool:
-        live = self._desk.live(grant.guest)
-        with contextlib.suppress(MemconsoleError):
-            return live is not None and live.ask_unmap(grant.id, self._within)
-        return False
-
-    def _back_to(self, grant: Grant) -> Grant:
-        """Offer a grant again, from where its contents are now."""
-        live = self._desk.live(grant.guest)
-        mapped = False
-        with contextlib.suppress(MemconsoleError), self._desk.offered(grant) as offered:
-            mapped = live is not None and live.offer(offered, self._within)
-        return replace(grant, state=GrantState.MAPPED if mapped else GrantState.OFFERED)
-
-    def _pid(self, guest: str) -> int | None:
-        found = self._desk.state.guests.get(guest)
-        return found.pid if found is not None else None
-
     # --- what the kernel says -------------------------------------------------------------------------------------
 
-    def _reach(self, *, whole: bool = False) -> Reach:
-        """Who reaches the range; ``whole``: anything of the file it lies in, by whatever right."""
-        region = self._desk.state.regions[self._grant.region]
-        if not whole:
-            return self._desk.reach(region, self._grant.offset, self._grant.length, without=self._grant.id)
-        size = region.segments[self._segment].size
-        return self._desk.reach(region, self._segment * memfd.SEGMENT, size, alone=True)
+    def _reach(self) -> Reach:
+        return self._desk.reach(self._desk.state.regions[self._grant.region], self._segment)
 
     def _look(self, within: float) -> Reach:
-        """Who reaches the range, once nobody does or the time is over: what was unmapped just now may linger."""
+        """Who reaches the segment, once nobody does or the time is over: what was unmapped just now may linger."""
         deadline = time.monotonic() + within
         while True:
             reach = self._reach()

@@ -2,9 +2,9 @@
 
 Who may have what:
 
-* A frame belongs to one guest: a range that one guest was granted is granted to no other, not even to read
-  (``Shared``). Parts of a region that do not overlap may go to several guests.
-* In one guest, two grants overlap neither in the region nor in guest physical addresses (``Overlap``).
+* A segment of a region has one grant at most, be it of a part and only to read (``Shared``): it is handed out as a file
+  descriptor, which reaches all of its segment.
+* In one guest, two grants do not overlap in guest physical addresses (``Overlap``).
 """
 
 from __future__ import annotations
@@ -119,10 +119,13 @@ def offer(work: Work, desk: Desk, grant: Grant) -> None:
 
     at = "" if grant.gpa is None else f" at gpa {format_address(grant.gpa)}"
     at += ", its pages put in place when first touched," if grant.lazy else ""
+    region = desk.state.regions.get(grant.region)
+    size = region.segments[_segment(grant)].size if region is not None else grant.length
+    reaches = f"; its file descriptor reaches all {format_size(size)} of the segment" if grant.length < size else ""
     work.step(
         "offer",
         f"offer {format_size(grant.length)} of {grant.region} from {format_address(grant.offset)}, {grant.access},"
-        f" to {grant.guest}{at} as {grant.id}",
+        f" to {grant.guest}{at} as {grant.id}{reaches}",
         do,
         undo,
         "ask for it back",
@@ -172,30 +175,31 @@ def _access(work: Work, desk: Desk, region: Region, access: Access) -> None:
 
 def _apart(work: Work, desk: Desk, grant: Grant) -> None:
     for other in desk.state.grants.values():
-        same_frames = other.region == grant.region and _meet(other.offset, other.length, grant.offset, grant.length)
-        if other.guest != grant.guest:
-            if same_frames:
-                work.refuse(
-                    "Shared",
-                    f"a part of it is granted to {other.guest} already ({other.id})",
-                    "a frame belongs to one guest",
-                    f"memconsole revoke {other.id}, or map another range",
-                )
-        elif same_frames or (
-            grant.gpa is not None and other.gpa is not None and _meet(other.gpa, other.length, grant.gpa, grant.length)
+        if (other.region, _segment(other)) == (grant.region, _segment(grant)):
+            work.refuse(
+                "Shared",
+                f"{format_size(other.length)} of it is granted to {other.guest} already ({other.id})",
+                "a file descriptor reaches all of its segment",
+                f"reserve a region of its own, or memconsole revoke {other.id} first",
+            )
+        if (
+            other.guest == grant.guest
+            and grant.gpa is not None
+            and other.gpa is not None
+            and grant.gpa < other.gpa + other.length
+            and other.gpa < grant.gpa + grant.length
         ):
-            where = "range" if same_frames else "guest physical addresses"
             work.refuse(
                 "Overlap",
-                f"{grant.guest} has {other.id} in the same {where}",
+                f"{grant.guest} has {other.id} in the same guest physical addresses",
                 f"{other.id} is {format_size(other.length)} of {other.region} from {format_address(other.offset)}"
-                + ("" if other.gpa is None else f" at gpa {format_address(other.gpa)}"),
-                "choose another --offset or --gpa",
+                f" at gpa {format_address(other.gpa)}",
+                "choose another --gpa",
             )
 
 
-def _meet(a: int, a_length: int, b: int, b_length: int) -> bool:
-    return a < b + b_length and b < a + a_length
+def _segment(grant: Grant) -> int:
+    return grant.offset // memfd.SEGMENT
 
 
 # --- revoke -----------------------------------------------------------------------------------------------------

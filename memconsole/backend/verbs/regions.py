@@ -88,7 +88,7 @@ def release(desk: Desk, action: Release) -> Work:
         work.refuse("Granted", f"region {region.name} is granted", ids, f"memconsole revoke {grants[0].id}")
     elif not desk.has(region.name):
         work.text = f"region {region.name} is forgotten; its memory was lost already"
-    elif mapped := desk.reach(region, 0, region.size).mapped:
+    elif mapped := desk.reach(region).mapped:
         pids = ", ".join(str(pid) for pid in sorted({over.pid for over in mapped}))
         work.refuse(
             "StillMapped",

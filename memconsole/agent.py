@@ -34,6 +34,9 @@ MAX_GRANTS = 64
 MAX_NAME = 63
 NO_GPA = (1 << 64) - 1
 RETRY = 0.15
+WINDOW = 3
+"""The access of a grant that is a device's registers, and no RAM."""
+_WRITABLE = {2, WINDOW}
 
 HEAD = struct.Struct("<IHHII")
 HELLO = struct.Struct("<II")
@@ -288,7 +291,7 @@ class Agent:
             return _Answer(0)
         if len(self.grants) >= MAX_GRANTS:
             return _Answer(errno.ENOSPC, f"it holds {MAX_GRANTS} grants")
-        writable = access == 2
+        writable = access in _WRITABLE
         try:
             mapping = mmap.mmap(fd, length, offset=offset, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
         except (OSError, ValueError, OverflowError) as error:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from memconsole.backend import survey
-from memconsole.backend.kernel import census, pci
+from memconsole.backend.kernel import census, pci, tree
 from memconsole.backend.survey import Answer, Backing, Face, Readers, Shield
 from memconsole.errors import GuestError, MemconsoleError, NotFound, UsageError
-from memconsole.model import Faults, Grant, Guest, GuestKind, GuestState, HandoffReport, Region, Window
+from memconsole.model import Access, Faults, Grant, Guest, GuestKind, GuestState, HandoffReport, Region, Window
 from memconsole.units import PAGE
 
 # A survey needs none of these: they are imported by those who act.
@@ -318,8 +318,8 @@ class Desk:
         """The VMs that run here without us."""
         return survey.foreign(census.take(self.root, closed=self.exempt), self.state)
 
-    def adopt_guest(self, guest: Guest) -> LiveGuest:
-        """Take hold of a guest's process again, with the grants it has.
+    def adopt_guest(self, guest: Guest, *, windows: bool = True) -> LiveGuest:
+        """Take hold of a guest's process again, with the grants it has; ``windows``: those of devices too.
 
         Raises:
             Gone: it ended, or its PID belongs to another process.
@@ -339,6 +339,10 @@ class Desk:
             kind = CanaryGuest if guest.kind is GuestKind.CANARY else ProcessGuest
             with contextlib.ExitStack() as stack:
                 offers = [stack.enter_context(self.offered(grant)) for grant in grants if grant.region in self._fds]
+                for window in self.state.windows.values():
+                    if windows and window.guest == guest.name:
+                        with contextlib.suppress(MemconsoleError):  # its device is gone, which the survey says
+                            offers.append(stack.enter_context(self.shown(window)))
                 live = kind.adopt(guest.name, guest.pid, guest.start_ticks, self.hub, offers)
         self.meet(live)
         return live
@@ -358,6 +362,26 @@ class Desk:
         fd = memfd.give(fds[index], grant.access)
         try:
             yield Offer(grant.id, fd, offset, grant.length, grant.access, grant.gpa, self._wants(grant))
+        finally:
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def shown(self, grant: WindowGrant) -> Iterator[Offer]:
+        """A window as its guest receives it: the BAR's resource file of sysfs, closed when it was handed over.
+
+        Raises:
+            NotFound, Denied, KernelRefused: the device is gone, or its file cannot be opened.
+        """
+        from memconsole.backend.guests.base import Offer
+
+        bdf, _, bar = grant.window.rpartition(":")
+        path = f"/sys/bus/pci/devices/{bdf}/resource{bar}"
+        try:
+            fd = os.open(tree.below(self.root, path), os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise tree.failure(path, error) from error
+        try:
+            yield Offer(grant.id, fd, 0, os.fstat(fd).st_size, Access.RW, None, window=True)
         finally:
             os.close(fd)
 

@@ -54,7 +54,8 @@ enum agent_type {
 	AGENT_SWEEP = 23,
 };
 
-enum agent_access { AGENT_RO = 1, AGENT_RW = 2 };
+/* WINDOW: registers of a device, to be read and written, and no RAM. */
+enum agent_access { AGENT_RO = 1, AGENT_RW = 2, AGENT_WINDOW = 3 };
 /* What the uffd of a grant is wanted for: its missing and minor faults; taking read and write access away. */
 enum agent_wants { AGENT_WANTS_FAULTS = 1, AGENT_WANTS_SHIELD = 2 };
 enum agent_runs_as { AGENT_AS_KVM = 1, AGENT_AS_PROCESS = 2 };

@@ -191,6 +191,9 @@ static void hello(struct canary *c)
 	for (int i = 0; i < AGENT_GRANTS; i++)
 		if (c->ranges[i].mapped)
 			memcpy(m.held[m.count++], c->ranges[i].grant, AGENT_NAME);
+	for (int i = 0; i < WINDOWS && m.count < AGENT_GRANTS; i++)
+		if (c->windows[i].at)
+			memcpy(m.held[m.count++], c->windows[i].grant, AGENT_NAME);
 	post(c, &m, offsetof(struct agent_hello, held) + (size_t)m.count * AGENT_NAME, AGENT_HELLO, 0);
 }
 
@@ -263,13 +266,18 @@ static void answer(struct canary *c, uint32_t id, int err, const char *why)
 static void serve_grant(struct canary *c, const struct agent_grant *m, int fd)
 {
 	struct agent_mapped with = { .status = 0 };
+	char why[AGENT_TEXT] = "";
 	struct range *r;
 	int err, uffd;
 
 	if (m->grant[AGENT_NAME - 1] || fd < 0)
 		return answer(c, m->head.id, EBADMSG, "");
-	if (range_find(c, m->grant))
+	if (range_find(c, m->grant) || window_find(c, m->grant))
 		return answer(c, m->head.id, 0, "");
+	if (m->access == AGENT_WINDOW) {
+		err = window_map(c, m, fd, why, sizeof(why));
+		return answer(c, m->head.id, err, why);
+	}
 	err = range_map(c, m, fd);
 	r = err ? NULL : range_find(c, m->grant);
 	if (!r)
@@ -288,8 +296,9 @@ static void serve_grant(struct canary *c, const struct agent_grant *m, int fd)
 static int serve_unmap(struct canary *c, const struct agent_unmap *m)
 {
 	struct range *r = m->grant[AGENT_NAME - 1] ? NULL : range_find(c, m->grant);
+	struct window *w = m->grant[AGENT_NAME - 1] ? NULL : window_find(c, m->grant);
 
-	return r ? range_unmap(c, r) : 0;
+	return r ? range_unmap(c, r) : w ? window_unmap(w) : 0;
 }
 
 static void serve_save(struct canary *c, uint32_t id, int fd)

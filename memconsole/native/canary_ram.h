@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -32,6 +33,15 @@ struct range {
 	struct header last;	/* what the header said at its last beat */
 };
 
+#define WINDOWS		8		/* it has at most */
+
+/* A device's registers, in this process alone: the vCPU has no driver. They are not saved, but granted again. */
+struct window {
+	char grant[AGENT_NAME];
+	uint64_t length;
+	volatile uint32_t *at;	/* NULL while there is none */
+};
+
 struct canary {
 	const char *path;
 	int sock;
@@ -42,6 +52,7 @@ struct canary {
 	bool paused;
 	bool stop;
 	struct range ranges[AGENT_GRANTS];
+	struct window windows[WINDOWS];
 	int home;		/* index of the range the vCPU runs in; -1 before there was one */
 	int visit;		/* index of the range visited last */
 	uint64_t quantum;
@@ -238,6 +249,54 @@ static int range_unmap(struct canary *c, struct range *r)
 	r->header = NULL;
 	r->mapped = false;
 	c->last_beat = 0;
+	return 0;
+}
+
+static struct window *window_find(struct canary *c, const char *grant)
+{
+	for (int i = 0; i < WINDOWS; i++)
+		if (c->windows[i].at && strcmp(c->windows[i].grant, grant) == 0)
+			return &c->windows[i];
+	return NULL;
+}
+
+/* Map a device's registers, and read the first: all ones mean that no device answers. Returns 0 or an errno, and why. */
+static int window_map(struct canary *c, const struct agent_grant *m, int fd, char *why, size_t size)
+{
+	struct window *w = NULL;
+	struct stat st;
+	void *at;
+
+	if (m->offset % PAGE || !m->length || m->length % PAGE)
+		return EINVAL;
+	if (fstat(fd, &st) < 0)
+		return errno;
+	if (m->offset > (uint64_t)st.st_size || m->length > (uint64_t)st.st_size - m->offset)
+		return ERANGE;
+	for (int i = 0; i < WINDOWS && !w; i++)
+		if (!c->windows[i].at)
+			w = &c->windows[i];
+	if (!w)
+		return ENOSPC;
+	at = mmap(NULL, m->length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (off_t)m->offset);
+	if (at == MAP_FAILED)
+		return errno;
+	if (*(volatile uint32_t *)at == UINT32_MAX) {
+		munmap(at, m->length);
+		snprintf(why, size, "no device answers behind it: its memory is not enabled");
+		return EIO;
+	}
+	memcpy(w->grant, m->grant, AGENT_NAME);
+	w->length = m->length;
+	w->at = at;
+	return 0;
+}
+
+static int window_unmap(struct window *w)
+{
+	if (munmap((void *)(uintptr_t)w->at, w->length) < 0)
+		return errno;
+	w->at = NULL;
 	return 0;
 }
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from support.controls import M, runtime_dir
+from support.controls import M, goes_on, runtime_dir
 from support.guests import AgentProcess
 from support.trees import Tree
 
 from memconsole import actions as do
 from memconsole.backend.control import Control, embedded
+from memconsole.backend.guests.qemu import BINARY
 from memconsole.errors import GuestError, Refused
 from memconsole.model import Window
 
@@ -80,14 +82,12 @@ def test_a_guest_that_keeps_a_window_is_named(control: Control, driver: AgentPro
 
 def test_what_cannot_be_granted_is_refused_by_name(control: Control, driver: AgentProcess) -> None:
     assert driver.pid
-    control.apply(do.GuestStart("c1", memory=4 * M))
     assert code(control, do.WindowMap(f"{TAKEN}:0", "driver")) == ["Claimed"]
     assert code(control, do.WindowMap(f"{PASSED}:0", "driver")) == []
     assert code(control, do.WindowMap(f"{FREE}:1", "driver")) == ["NotMmio"]
     assert code(control, do.WindowMap(f"{FREE}:2", "driver")) == ["BadRange"]
     assert code(control, do.WindowMap(f"{FREE}:3", "driver")) == ["NoSuchWindow"]
     assert code(control, do.WindowMap(f"{FREE}:0", "nobody")) == ["NoSuchGuest"]
-    assert code(control, do.WindowMap(f"{FREE}:0", "c1")) == ["NoWindows"]
     assert code(control, do.WindowRevoke(f"{FREE}:0")) == ["NoSuchGrant"]
     with pytest.raises(Refused, match="e1000"):
         control.apply(do.WindowMap(f"{TAKEN}:0", "driver"))
@@ -108,3 +108,28 @@ def test_a_resource_file_that_cannot_be_opened_leaves_nothing(control: Control, 
     with pytest.raises(Exception, match="resource0"):
         control.apply(do.WindowMap(f"{FREE}:0", "driver"))
     assert window(control, f"{FREE}:0").grant is None
+
+
+def test_a_canary_takes_a_window_and_not_for_ram(control: Control) -> None:
+    control.apply(do.GuestStart("vm", memory=M))
+    control.apply(do.WindowMap(f"{FREE}:0", "vm"))
+    seen = window(control, f"{FREE}:0")
+    (guest,) = [guest for guest in control.snapshot().guests if guest.name == "vm"]
+    assert seen.holders == (guest.pid,)
+    goes_on(control, "vm")
+    control.apply(do.WindowRevoke(f"{FREE}:0"))
+    assert window(control, f"{FREE}:0").holders == ()
+
+
+def test_a_window_behind_which_no_device_answers_is_not_mapped(control: Control) -> None:
+    control.apply(do.GuestStart("vm", memory=M))
+    Path(control._root, f"sys/bus/pci/devices/{FREE}/resource0").write_bytes(b"\xff" * (64 << 10))
+    with pytest.raises(GuestError, match="no device answers"):
+        control.apply(do.WindowMap(f"{FREE}:0", "vm"))
+    assert window(control, f"{FREE}:0").holders == ()
+
+
+@pytest.mark.skipif(shutil.which(BINARY) is None, reason=f"{BINARY} is not installed")
+def test_qemu_takes_no_window_while_it_runs(control: Control) -> None:
+    control.apply(do.GuestStart("vm", vmm="qemu", memory=16 * M))
+    assert code(control, do.WindowMap(f"{FREE}:0", "vm")) == ["NoWindows"]

@@ -15,7 +15,7 @@ SOCK_SEQPACKET, one message a packet, little-endian; ``native/agent.h`` is the s
                     u64 beats, checked, wrong, gap_ns, gaps, restored, blackout_ns, char text[120]
       SWEPT    4  = u64 pages, u64 wrong, u64 ns
     control -> agent
-      GRANT   16  = name, u64 offset, u64 length, u64 gpa (all ones: none), u32 access (1 ro, 2 rw),
+      GRANT   16  = name, u64 offset, u64 length, u64 gpa (all ones: none), u32 access (1 ro, 2 rw, 3 a window),
                     u32 wants (1 its page faults, 2 a way to bar it); one fd
       UNMAP   17  = name
       SAVE    22    no body, one fd: stop, and write there what it is besides its RAM
@@ -322,7 +322,7 @@ class Hub:
                 offer.offset,
                 offer.length,
                 wire.NO_GPA if offer.gpa is None else offer.gpa,
-                2 if offer.access is Access.RW else 1,
+                wire.WINDOW if offer.window else 2 if offer.access is Access.RW else 1,
                 offer.wants,
             )
             fd = offered.fd

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 class Offer:
     """A grant as a guest receives it: ``fd`` of the region's segment, byte ``offset`` and ``length`` in it, ``gpa``.
 
-    ``wants``: what its userfaultfd is wanted for (``native/agent.h``); 0 for nothing.
+    ``wants``: what its userfaultfd is wanted for (``native/agent.h``); 0 for nothing. ``window``: it is no RAM, but the
+    registers of a device.
     """
 
     grant: str
@@ -23,6 +24,7 @@ class Offer:
     access: Access
     gpa: int | None
     wants: int = 0
+    window: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,26 @@
 """``window map|revoke``: MMIO of a device, granted like memory: its sysfs resource file, as a descriptor.
 
-Only a process with an agent of its own can take one. QEMU has devices through VFIO when it starts, and a canary would
-take it for RAM.
+Only who has an agent can take one: a process, or a canary. QEMU has devices through VFIO when it starts.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 
 from memconsole.actions import WindowMap, WindowRevoke
 from memconsole.backend.desk import Desk
-from memconsole.backend.guests.base import Offer
-from memconsole.backend.kernel import pci, tree
+from memconsole.backend.kernel import pci
 from memconsole.backend.state import Change, WindowGrant
 from memconsole.backend.verbs.common import known_guest
 from memconsole.backend.verbs.grants import OFFER_S
 from memconsole.backend.verbs.work import Work
 from memconsole.errors import Gone, GuestError
-from memconsole.model import Access, GuestKind, Window
+from memconsole.model import GuestKind, Window
 from memconsole.units import PAGE, format_address, format_size
 
 _PASSIVE_DRIVERS = {None, *pci.VFIO_CLAIMS, "pci-stub", "uio_pci_generic"}
 """Drivers that do not touch a BAR themselves."""
-
-
-def resource(window: Window) -> str:
-    """A window's file in sysfs."""
-    return f"/sys/bus/pci/devices/{window.bdf}/resource{window.bar}"
 
 
 def map(desk: Desk, action: WindowMap) -> Work:
@@ -39,11 +31,11 @@ def map(desk: Desk, action: WindowMap) -> Work:
     if window is None or guest is None:
         return work
     _refuse(work, desk, window)
-    if guest.kind is not GuestKind.PROCESS:
+    if guest.kind is GuestKind.QEMU:
         work.refuse(
             "NoWindows",
             f"guest {guest.name} cannot take a window",
-            "QEMU gets devices through VFIO when it starts; a canary has no drivers",
+            "QEMU gets devices through VFIO when it starts",
             "start QEMU with -device vfio-pci, or attach a process with an agent",
         )
     if work.refusals:
@@ -55,15 +47,8 @@ def map(desk: Desk, action: WindowMap) -> Work:
         live = desk.live(guest.name)
         if live is None:
             raise Gone(f"guest {guest.name} is gone", "its process ended", f"stop guest {guest.name}")
-        path = tree.below(desk.root, resource(window))
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise tree.failure(path, error) from error
-        try:
-            live.offer(Offer(grant.id, fd, 0, window.size, Access.RW, None), OFFER_S)
-        finally:
-            os.close(fd)
+        with desk.shown(grant) as shown:
+            live.offer(shown, OFFER_S)
 
     def undo() -> None:
         live = desk.live(guest.name)

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TIER ?= all
 NATIVE := $(wildcard memconsole/native/*.[ch] memconsole/native/*.py memconsole/native/*.cdef memconsole/native/third_party/*)
 
-.PHONY: demo test soak lab-shell bench lint format schema clean
+.PHONY: demo test soak lab lab-shell bench lint format schema clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,10 @@ test: $(VENV)/installed-test
 # What does not fit into an ordinary run: every fault point, twenty kexecs in a row.
 soak: $(VENV)/installed-test
 	MEMCONSOLE_SOAK=1 $(BIN)/python -m pytest -q tests/vm tests/host/test_handoff_rehearse.py
+
+# The kernel of the lab: the shared one beside the checkout, else built from Debian's source, once, into ~/.cache.
+lab: $(VENV)/installed-test
+	$(BIN)/python tools/prepare_lab.py
 
 # A hypervisor host in a VM, with guests that run, on this terminal: try a handoff by hand.
 lab-shell: $(VENV)/installed-test

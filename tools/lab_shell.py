@@ -13,8 +13,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "tests" / part) for
 import lab  # noqa: E402 - found by the line before
 
 
-def main() -> int:
-    """Boot it on this terminal."""
+def main() -> int | str:
+    """Boot it on this terminal; QEMU's exit status, or what is lacking."""
+    if why := lab.lacking():
+        return why
     early = f"{lab.RESUME}; export LAB_TERM={os.environ.get('TERM', 'vt220')}"
     with tempfile.TemporaryDirectory(prefix="memconsole-lab-") as share:
         command = lab.prepare("shell", Path(share), memory="3G", serial="mon:stdio", early=early)

@@ -76,17 +76,36 @@ class Verdicts:
         self.of("end")
 
 
-def kernel() -> Path:
+def cache() -> Path:
+    """Where `make lab` leaves a kernel it has built, with the configuration it was made with."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memconsole" / "lab"
+
+
+def kernel() -> Path | None:
     """The lab's kernel: ``MEMCONSOLE_LAB_KERNEL``, the shared one beside the checkout, or the one `make lab` built."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    for path in (
-        Path(os.environ.get("MEMCONSOLE_LAB_KERNEL", "/nonexistent")),
-        ROOT.parent / "shared" / "lab" / "bzImage",
-        cache / "memconsole" / "lab" / "bzImage",
-    ):
-        if path.is_file():
-            return path
-    pytest.skip("the lab has no kernel (set MEMCONSOLE_LAB_KERNEL)")
+    named = os.environ.get("MEMCONSOLE_LAB_KERNEL")
+    if named:
+        return Path(named)
+    places = (ROOT.parent / "shared" / "lab" / "bzImage", cache() / "bzImage")
+    return next((path for path in places if path.is_file()), None)
+
+
+def lacking() -> str:
+    """Why there is no lab here, and what to do about it; empty where there is one."""
+    if not BUSYBOX.is_file() or shutil.which("qemu-system-x86_64") is None:
+        return "the lab wants qemu-system-x86_64 and a static /bin/busybox: tools/install_debian.sh installs them"
+    found = kernel()
+    if found is None:
+        return "the lab has no kernel: `make lab` builds one, or set MEMCONSOLE_LAB_KERNEL"
+    return "" if found.is_file() else f"MEMCONSOLE_LAB_KERNEL is {found}, and there is no such file"
+
+
+def the_kernel() -> Path:
+    """The lab's kernel; a test is skipped where there is none."""
+    found, why = kernel(), lacking()
+    if why or found is None:
+        pytest.skip(why)
+    return found
 
 
 def initrd() -> bytes:
@@ -125,12 +144,9 @@ def prepare(
     early: str = "",
 ) -> list[str]:
     """The QEMU command that boots the lab over a shared directory, which is filled; see :func:`run`."""
-    if not BUSYBOX.is_file() or shutil.which("qemu-system-x86_64") is None:
-        pytest.skip(
-            "the lab wants qemu-system-x86_64 and a static /bin/busybox (Debian: qemu-system-x86, busybox-static)"
-        )
+    image = the_kernel()
     share.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(kernel(), share / "bzImage")
+    shutil.copyfile(image, share / "bzImage")
     (share / "initrd").write_bytes(initrd())
     words = " ".join([str(SCENARIOS / f"{scenario}.py"), *arguments])
     (share / "start").write_text(

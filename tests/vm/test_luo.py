@@ -99,7 +99,7 @@ def frozen() -> Iterator[tuple[dict[str, Any], tuple[Handover, ...], Path]]:
     """What the scenario knew before the jump, and what the dump says."""
     with tempfile.TemporaryDirectory(prefix="mc-lab-") as name:
         share = Path(name)
-        halting(lab.kernel(), share / "bzImage.frozen")
+        halting(lab.the_kernel(), share / "bzImage.frozen")
         monitor = Monitor(share / "console", share / "qmp", share / "dump")
         monitor.start()
         try:

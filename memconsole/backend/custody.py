@@ -9,16 +9,16 @@ The keeper's protocol stands at the top of ``native/keeper.h``.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import socket
 import struct
 import threading
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from memconsole.backend.daemon import DaemonClient, started
 from memconsole.errors import Denied, Gone, KernelRefused, MemconsoleError, NotFound, Refused, UsageError, WireError
 
 MAX_NAME = 200
@@ -199,7 +199,7 @@ class KeeperStatus(NamedTuple):
         return [word for bit, word in enumerate(words) if not self.guards >> bit & 1]
 
 
-class KeeperCustody:
+class KeeperCustody(DaemonClient):
     """Fds held by the keeper on the socket at ``path``, over one connection.
 
     Raises:
@@ -211,41 +211,18 @@ class KeeperCustody:
     survives = True
 
     def __init__(self, path: Path, *, timeout: float = 10.0) -> None:
-        self.path = path
-        self._timeout = timeout
-        self._lock = threading.Lock()
-        self._socket: socket.socket | None = None
-        self.pid = 0
-        with self._lock:
-            self._connect()
+        super().__init__(path, timeout)
 
     @classmethod
     def start(cls, runtime_dir: Path) -> KeeperCustody:
         """The keeper of a runtime directory: the one that runs, else a new one, which outlives this process.
 
         Raises:
-            KernelRefused, MemconsoleError: it could not be started.
+            Refused, MemconsoleError: it could not be started.
         """
         path = runtime_dir.absolute() / "keeper"
-        with contextlib.suppress(Gone):
-            return cls(path)
-        import subprocess
-
-        from memconsole import native
-
-        deadline = time.monotonic() + 2.0
-        while True:
-            started = subprocess.run(
-                [native.program("memconsole-keeper"), path], stdin=subprocess.DEVNULL, capture_output=True, check=False
-            )
-            if started.returncode not in {0, _ALREADY_SERVED}:
-                raise MemconsoleError("the keeper did not start", started.stderr.decode(errors="replace").strip())
-            try:
-                return cls(path)
-            except Gone:  # one started at the same moment does not listen yet, or one that was killed is not gone yet
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.02)
+        what, remedy = "the keeper did not start", "look at the processes that use its socket"
+        return started(lambda: cls(path), "memconsole-keeper", path, what=what, remedy=remedy, taken="CustodyTaken")
 
     @property
     def label(self) -> str:
@@ -300,45 +277,20 @@ class KeeperCustody:
         """
         self._request(_Op.QUIT, flags=int(holding))
 
-    def close(self) -> None:
-        """Close the connection; the keeper goes on."""
-        with self._lock:
-            self._disconnect()
+    def _greeted(self, connection: socket.socket) -> int:
+        return _status(_receive(connection, _Op.GREETING, "").payload).pid
 
-    def _disconnect(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+    def _nobody(self, why: str) -> Gone:
+        return Gone(f"no keeper answers at {self.path}", why, "memconsole serve starts one", code="CustodyGone")
 
-    def _connect(self) -> socket.socket:
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        connection.settimeout(self._timeout)
-        try:
-            connection.connect(str(self.path))
-            greeting = _receive(connection, _Op.GREETING, "")
-            pid = _status(greeting.payload).pid
-        except PermissionError as error:
-            connection.close()
-            raise Denied(f"no keeper may be reached at {self.path}", str(error), "run as root") from None
-        except OSError as error:
-            connection.close()
-            raise Gone(
-                f"no keeper answers at {self.path}", str(error), "memconsole serve starts one", code="CustodyGone"
-            ) from None
-        except MemconsoleError:
-            connection.close()
-            raise
-        if self.pid not in {0, pid}:
-            connection.close()
-            raise Gone(
-                f"the keeper with pid {self.pid} ended",
-                f"another one, pid {pid}, serves {self.path} and does not hold what it held",
-                _CLOSE_TO_LOST,
-                code="CustodyGone",
-            )
-        self.pid = pid
-        self._socket = connection
-        return connection
+    def _ended(self, why: str) -> Gone:
+        what = f"the keeper with pid {self.pid} does not answer"
+        why = why or "it ended, and what nobody else holds went with it"
+        return Gone(what, why, _CLOSE_TO_LOST, code="CustodyGone")
+
+    def _replaced(self, pid: int) -> Gone:
+        why = f"another one, pid {pid}, serves {self.path} and does not hold what it held"
+        return Gone(f"the keeper with pid {self.pid} ended", why, _CLOSE_TO_LOST, code="CustodyGone")
 
     def _request(
         self,
@@ -347,32 +299,15 @@ class KeeperCustody:
         payload: bytes = b"",
         *,
         flags: int = 0,
-        fds: list[int] | None = None,
+        fds: Sequence[int] = (),
         patient: bool = False,
     ) -> _Reply:
         message = _REQUEST.pack(_VERSION, op, len(name), flags, len(payload), 0) + name + payload
-        with self._lock:
-            connection = self._socket or self._connect()
-            try:
-                connection.settimeout(None if patient else self._timeout)
-                socket.send_fds(connection, [message], fds or [])
-                return _receive(connection, op, os.fsdecode(name))
-            except OSError as error:
-                self._disconnect()
-                raise Gone(
-                    f"the keeper with pid {self.pid} does not answer",
-                    str(error) or "it ended, and what nobody else holds went with it",
-                    _CLOSE_TO_LOST,
-                    code="CustodyGone",
-                ) from None
-            except WireError:
-                self._disconnect()
-                raise
+        return self._ask(message, fds, lambda connection: _receive(connection, op, os.fsdecode(name)), patient=patient)
 
 
 _VERSION = 1
 _CMD_KEXEC = 0x45584543
-_ALREADY_SERVED = 3
 _NOT_JUMPED = 14
 _REQUEST = struct.Struct("<BBBBHH")
 _STATUS = struct.Struct("<IIIIQQII")

@@ -16,48 +16,37 @@
  * files are open or mapped; SIGHUP and SIGPIPE are ignored.
  */
 #define _GNU_SOURCE
-#include <fcntl.h>
 #include <limits.h>
-#include <poll.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
-#include <sys/prctl.h>
-#include <sys/resource.h>
-#include <sys/signalfd.h>
-#include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/un.h>
 #include <sys/vfs.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
+#include "daemon.h"
 #include "fuse.h"
 
 #define FSTYPE "fuse.memconsole"
 #define CLIENTS_MAX 16
 #define WORKERS 3
 #define FILES_MAX 65536
-#define PAUSE_MS 100
 #define HUNG_S 10
 
 struct server server = { .dev = -1 };
 
-static struct {
-	int listener, signals, ended;
-	int clients[CLIENTS_MAX];
-	uint32_t nr_clients;
-} loop = { .listener = -1 };
+static bool signalled(uint32_t number);
+static bool quits(void);
+
+static struct daemon self = {
+	.program = "memconsole-fuse", .clients_max = CLIENTS_MAX, .ended = -1,
+	.greet = control_greet, .serve = control_serve, .signalled = signalled, .quits = quits,
+};
 
 static int fail(const char *what)
 {
-	fprintf(stderr, "memconsole-fuse: %s: %s\n", what, strerror(errno));
-	return 1;
+	return daemon_fail(&self, what);
 }
 
 /* Writes a field of mountinfo, where blanks are written as \ooo, as it is meant. */
@@ -229,7 +218,7 @@ static void *work(void *argument)
 	if (error != -ENODEV)
 		fprintf(stderr, "memconsole-fuse: /dev/fuse: %s\n", strerror(-error));
 	worker_free(worker);
-	eventfd_write(loop.ended, 1);
+	eventfd_write(self.ended, 1);
 	return NULL;
 }
 
@@ -245,8 +234,8 @@ static int start_threads(void)
 {
 	pthread_t thread;
 
-	loop.ended = eventfd(0, EFD_CLOEXEC);
-	if (loop.ended < 0)
+	self.ended = eventfd(0, EFD_CLOEXEC);
+	if (self.ended < 0)
 		return fail("eventfd");
 	for (int i = 0; i < WORKERS; i++) {
 		struct worker *worker = worker_new(server.dev);
@@ -259,168 +248,28 @@ static int start_threads(void)
 	return errno ? fail("pthread_create") : 0;
 }
 
-/* Takes a connection. Returns -1 if the kernel cannot give one now. */
-static int greet(void)
-{
-	int client = accept4(loop.listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-
-	if (client < 0)
-		return errno == EAGAIN || errno == EINTR || errno == ECONNABORTED ? 0 : -1;
-	if (control_greet(client, loop.nr_clients < CLIENTS_MAX))
-		close(client);
-	else
-		loop.clients[loop.nr_clients++] = client;
-	return 0;
-}
-
 /* A signal asks to end: done unless files are in use. Returns whether it is. */
-static bool signalled(void)
+static bool signalled(uint32_t number)
 {
-	struct signalfd_siginfo info;
-	int error;
+	int error = unmount(false);
 
-	if (read(loop.signals, &info, sizeof(info)) != sizeof(info))
-		return false;
-	error = unmount(false);
 	if (error)
-		fprintf(stderr, "memconsole-fuse: signal %u ignored: %s\n", info.ssi_signo, strerror(-error));
+		fprintf(stderr, "memconsole-fuse: signal %u ignored: %s\n", number, strerror(-error));
 	return !error;
 }
 
-/* Until told to quit, or unmounted. */
-static void serve_control(void)
+static bool quits(void)
 {
-	bool quit = false;
-	int pause = 0;
-
-	while (!quit && !control_quits()) {
-		struct pollfd polled[3 + CLIENTS_MAX] = {
-			{ .fd = loop.signals, .events = POLLIN },
-			{ .fd = loop.ended, .events = POLLIN },
-			{ .fd = pause ? -1 : loop.listener, .events = POLLIN },
-		};
-		uint32_t nr = loop.nr_clients;
-
-		for (uint32_t i = 0; i < nr; i++)
-			polled[3 + i] = (struct pollfd){ .fd = loop.clients[i], .events = POLLIN };
-		if (poll(polled, 3 + nr, pause ? PAUSE_MS : -1) < 0)
-			continue;
-		pause = 0;
-		quit = (polled[0].revents && signalled()) || polled[1].revents;
-		/* backwards, so that the last client may take the place of one that left */
-		for (uint32_t i = nr; i-- > 0 && !quit && !control_quits();) {
-			if (!polled[3 + i].revents || !control_serve(loop.clients[i]))
-				continue;
-			close(loop.clients[i]);
-			loop.clients[i] = loop.clients[--loop.nr_clients];
-		}
-		if (polled[2].revents && !quit && !control_quits())
-			pause = greet() < 0;
-	}
-}
-
-/* Bind the socket, in the place of one whose server is gone. Returns 0 or the exit status. */
-static int claim(const char *path)
-{
-	struct sockaddr_un address = { .sun_family = AF_UNIX };
-	char lock_path[sizeof(address.sun_path) + 8];
-	int lock;
-
-	if (path[0] != '/' || strlen(path) >= sizeof(address.sun_path)) {
-		fprintf(stderr, "memconsole-fuse: SOCKET is an absolute path of at most %zu bytes\n",
-			sizeof(address.sun_path) - 1);
-		return 2;
-	}
-	strcpy(address.sun_path, path);
-	snprintf(lock_path, sizeof(lock_path), "%s.lock", path);
-	lock = open(lock_path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);	/* held, never closed, until the process ends */
-	if (lock < 0)
-		return fail(lock_path);
-	if (flock(lock, LOCK_EX | LOCK_NB)) {
-		if (errno != EWOULDBLOCK)
-			return fail(lock_path);
-		fprintf(stderr, "memconsole-fuse: a server already serves %s\n", path);
-		return 3;
-	}
-	umask(0177);
-	if (unlink(path) && errno != ENOENT)
-		return fail(path);
-	loop.listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	if (loop.listener < 0 || bind(loop.listener, (struct sockaddr *)&address, sizeof(address)))
-		return fail(path);
-	return 0;
-}
-
-/* Go on in a child of init's, in a session of its own. Returns what to write a byte to when ready, or -1. */
-static int detach(void)
-{
-	int ends[2], null, status;
-	char byte;
-	pid_t child;
-
-	if (pipe2(ends, O_CLOEXEC))
-		return -1;
-	child = fork();
-	if (child < 0)
-		return -1;
-	if (child) {
-		close(ends[1]);
-		if (read(ends[0], &byte, 1) == 1)
-			exit(0);
-		exit(waitpid(child, &status, 0) == child && WIFEXITED(status) ? WEXITSTATUS(status) : 1);
-	}
-	close(ends[0]);
-	setsid();
-	null = open("/dev/null", O_RDWR | O_CLOEXEC);
-	return null < 0 || dup2(null, STDIN_FILENO) < 0 || dup2(null, STDOUT_FILENO) < 0 ? -1 : ends[1];
+	return control_quits();
 }
 
 /* Make the server hard to kill and roomy, as far as may be. */
 static void guard(void)
 {
-	struct rlimit files = { FILES_MAX, FILES_MAX }, now;
-	int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
-
 	prctl(PR_SET_NAME, "mc-fuse");
-	if (fd >= 0 && write(fd, "-1000", 5) != 5)
+	if (!daemon_exempt())
 		fprintf(stderr, "memconsole-fuse: not exempt from the OOM killer\n");
-	if (fd >= 0)
-		close(fd);
-	if (!getrlimit(RLIMIT_NOFILE, &now) && now.rlim_cur < files.rlim_cur && setrlimit(RLIMIT_NOFILE, &files)) {
-		now.rlim_cur = now.rlim_max;
-		setrlimit(RLIMIT_NOFILE, &now);
-	}
-}
-
-static int watch_signals(void)
-{
-	sigset_t signals;
-
-	signal(SIGHUP, SIG_IGN);
-	signal(SIGPIPE, SIG_IGN);
-	sigemptyset(&signals);
-	sigaddset(&signals, SIGTERM);
-	sigaddset(&signals, SIGINT);
-	if (sigprocmask(SIG_SETMASK, &signals, NULL))
-		return fail("sigprocmask");
-	loop.signals = signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
-	return loop.signals < 0 ? fail("signalfd") : 0;
-}
-
-/* What can fail after the mount is there. */
-static int start(const char *path, int ready)
-{
-	if (start_threads())
-		return 1;
-	if (listen(loop.listener, CLIENTS_MAX))	/* from here on SO_PEERCRED of a client shows this process */
-		return fail(path);
-	if (ready < 0)
-		return 0;
-	if (write(ready, "", 1) != 1)
-		return fail("pipe");
-	close(ready);
-	dup2(STDIN_FILENO, STDERR_FILENO);
-	return 0;
+	daemon_room(FILES_MAX);
 }
 
 int main(int argc, char **argv)
@@ -438,24 +287,22 @@ int main(int argc, char **argv)
 		fprintf(stderr, "memconsole-fuse: MOUNTPOINT is an absolute path\n");
 		return 2;
 	}
-	status = claim(path);
+	status = daemon_claim(&self, path);
 	if (status)
 		return status;
-	if (!foreground && (ready = detach()) < 0)
+	if (!foreground && (ready = daemon_detach()) < 0)
 		return fail("cannot go into the background");
-	if (chdir("/"))
-		return fail("/");
 	guard();
-	if (watch_signals())
+	if (daemon_prepare(&self))
 		return 1;
 	if (tree_init())
 		return fail("tree");
 	status = mount_tree(mountpoint);
 	if (status)
 		return status;
-	status = start(path, ready);
+	status = start_threads() || daemon_ready(&self, path, ready);
 	if (!status)
-		serve_control();
+		daemon_loop(&self);
 	else
 		unmount(true);
 	unlink(path);

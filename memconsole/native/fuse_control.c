@@ -37,19 +37,13 @@
  * Every request is answered, a bad one with the code of what is wrong with it, and leaves everything as it was.
  */
 #define _GNU_SOURCE
-#include <fcntl.h>
-#include <poll.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mount.h>
-#include <sys/socket.h>
-#include <sys/stat.h>
 #include <sys/syscall.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
+#include "daemon.h"
 #include "fuse.h"
 
 #define VERSION 1
@@ -635,52 +629,19 @@ static int serve(int client, const struct message *message, size_t len, struct a
 	return answer(client, op, code, asked->error, false, NULL, 0);
 }
 
-/* Take the descriptors out of a control message; those beyond the room are closed, and counted. */
-static uint32_t take_fds(struct msghdr *header, int *fds, uint32_t room)
-{
-	uint32_t nr = header->msg_flags & MSG_CTRUNC ? room + 1 : 0;	/* some did not fit */
-
-	for (struct cmsghdr *cmsg = CMSG_FIRSTHDR(header); cmsg; cmsg = CMSG_NXTHDR(header, cmsg)) {
-		size_t count = (cmsg->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-
-		if (cmsg->cmsg_level != SOL_SOCKET || cmsg->cmsg_type != SCM_RIGHTS)
-			continue;
-		for (size_t i = 0; i < count; i++, nr++) {
-			int got;
-
-			memcpy(&got, CMSG_DATA(cmsg) + i * sizeof(int), sizeof(int));
-			if (nr < room)
-				fds[nr] = got;
-			else
-				close(got);
-		}
-	}
-	return nr;
-}
-
 /* Receive and serve one message. Returns 0, or -1 if the client is gone or does not listen. */
 int control_serve(int client)
 {
 	static struct message message;
-	union {
-		char space[CMSG_SPACE((PARTS_MAX + 1) * sizeof(int))];
-		struct cmsghdr align;
-	} control;
-	struct iovec part = { &message, sizeof(message) };
-	struct msghdr header = {
-		.msg_iov = &part, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control.space),
-	};
-	int fds[PARTS_MAX + 1], error;
+	int fds[PARTS_MAX], error;
 	struct asked asked = { .fds = memset(fds, -1, sizeof(fds)) };
-	/* MSG_TRUNC makes the return value the length the message had */
-	ssize_t len = recvmsg(client, &header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC | MSG_TRUNC);
+	ssize_t len = daemon_receive(client, &message, sizeof(message), fds, PARTS_MAX, &asked.nr_fds);
 
 	if (len < 0)
-		return errno == EAGAIN || errno == EINTR ? 0 : -1;
-	asked.nr_fds = take_fds(&header, fds, PARTS_MAX + 1);
+		return len == -EAGAIN || len == -EINTR ? 0 : -1;
 	/* nothing at all is the end; a message of no bytes with descriptors is a bad one */
 	error = len || asked.nr_fds ? serve(client, &message, (size_t)len, &asked) : -EPIPE;
-	for (uint32_t i = 0; i < PARTS_MAX + 1; i++)
+	for (uint32_t i = 0; i < PARTS_MAX; i++)
 		if (fds[i] >= 0)
 			close(fds[i]);
 	return error ? -1 : 0;
@@ -689,16 +650,8 @@ int control_serve(int client)
 /* Greets a new connection. Returns 0, or -1 if it may not stay. */
 int control_greet(int client, bool room)
 {
-	struct ucred peer;
-	socklen_t len = sizeof(peer);
-	enum code code = OK;
-
-	if (getsockopt(client, SOL_SOCKET, SO_PEERCRED, &peer, &len) || (peer.uid && peer.uid != geteuid()))
-		code = DENIED;
-	else if (!room)
-		code = CROWDED;
-	if (!code)
+	if (daemon_knows(client) && room)
 		return answer_status(client, OP_GREETING) ? -1 : 0;
-	answer(client, OP_GREETING, code, 0, false, NULL, 0);
+	answer(client, OP_GREETING, daemon_knows(client) ? CROWDED : DENIED, 0, false, NULL, 0);
 	return -1;
 }

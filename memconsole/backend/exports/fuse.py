@@ -26,12 +26,11 @@ import enum
 import os
 import socket
 import struct
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from memconsole.backend.daemon import DaemonClient, started
 from memconsole.errors import Denied, Gone, KernelRefused, MemconsoleError, NotFound, Refused, UsageError, WireError
 from memconsole.model import Capability
 from memconsole.units import exact_size
@@ -112,7 +111,7 @@ class FuseStatus(NamedTuple):
         return Capability("fuse-passthrough", "FUSE passthrough", "no", _why_not(self.passthrough), _UNAVAILABLE)
 
 
-class FuseTree:
+class FuseTree(DaemonClient):
     """The tree of the server on the socket at ``path``, over one connection; every method from any thread.
 
     Raises:
@@ -122,13 +121,8 @@ class FuseTree:
     """
 
     def __init__(self, path: Path, *, timeout: float = 30.0) -> None:
-        self.path = path
-        self._timeout = timeout
-        self._lock = threading.Lock()
-        self._socket: socket.socket | None = None
-        self.pid = 0
-        with self._lock:
-            self._connect()
+        self.mountpoint = Path()
+        super().__init__(path, timeout)
 
     @classmethod
     def start(cls, runtime_dir: Path, mountpoint: Path) -> FuseTree:
@@ -139,26 +133,15 @@ class FuseTree:
             MemconsoleError: it could not be started.
         """
         path = runtime_dir.absolute() / "fuse"
-        with contextlib.suppress(Gone):
-            return _serving(cls(path), mountpoint)
-        import subprocess
-
-        from memconsole import native
-
-        command = [native.program("memconsole-fuse"), str(path), str(mountpoint.absolute())]
-        deadline = time.monotonic() + _LINGERS_S
-        while True:
-            started = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-            why = started.stderr.decode(errors="replace").strip()
-            try:
-                return _serving(cls(path), mountpoint)
-            except Gone:
-                if started.returncode != _ALREADY_SERVED:
-                    raise MemconsoleError(f"nothing can be mounted at {mountpoint}", why, _UNAVAILABLE) from None
-                # one that was started at the same moment does not listen yet, or one that ends has not ended
-                if time.monotonic() > deadline:
-                    raise Refused(f"nothing can be mounted at {mountpoint}", why, code="MountTaken") from None
-                time.sleep(0.02)
+        return started(
+            lambda: _serving(cls(path), mountpoint),
+            "memconsole-fuse",
+            path,
+            mountpoint.absolute(),
+            what=f"nothing can be mounted at {mountpoint}",
+            remedy=_UNAVAILABLE,
+            taken="MountTaken",
+        )
 
     # --- what guests see --------------------------------------------------------------------------------------------
 
@@ -283,11 +266,6 @@ class FuseTree:
         self._request(_Op.QUIT, flags=int(lazy))
         self.close()
 
-    def close(self) -> None:
-        """Close the connection; the server goes on."""
-        with self._lock:
-            self._disconnect()
-
     # --- the wire ---------------------------------------------------------------------------------------------------
 
     def _text(self, path: str, text: bytes, uid: int, gid: int) -> Path:
@@ -313,42 +291,23 @@ class FuseTree:
         self._request(_Op.PUT, path, kind=kind, mode=mode, uid=uid, gid=gid, payload=payload, fds=fds)
         return self.mountpoint / path
 
-    def _disconnect(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+    def _greeted(self, connection: socket.socket) -> int:
+        status = _status(_receive(connection, _Op.GREETING, "")[1])
+        if self.pid in {0, status.pid}:
+            self.mountpoint = status.mountpoint
+        return status.pid
 
-    def _connect(self) -> socket.socket:
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        connection.settimeout(self._timeout)
-        try:
-            connection.connect(str(self.path))
-            status = _status(_receive(connection, _Op.GREETING, "")[1])
-        except PermissionError as error:
-            connection.close()
-            raise Denied(f"no server may be reached at {self.path}", str(error), "run as root") from None
-        except OSError as error:
-            connection.close()
-            raise Gone(
-                f"nothing serves a mount at {self.path}",
-                str(error),
-                "memconsole serve --mount starts one",
-                code="FuseGone",
-            ) from None
-        except MemconsoleError:
-            connection.close()
-            raise
-        if self.pid not in {0, status.pid}:
-            connection.close()
-            raise self._ended("another one serves the mount, with a tree of its own")
-        self.pid = status.pid
-        self.mountpoint = status.mountpoint
-        self._socket = connection
-        return connection
+    def _nobody(self, why: str) -> Gone:
+        remedy = "memconsole serve --mount starts one"
+        return Gone(f"nothing serves a mount at {self.path}", why, remedy, code="FuseGone")
 
     def _ended(self, why: str) -> Gone:
-        remedy = "mount again: what is mapped is still there"
-        return Gone(f"the server of the mount, with pid {self.pid}, ended", why, remedy, code="FuseGone")
+        what = f"the server of the mount, with pid {self.pid}, ended"
+        why = why or "its connection closed"
+        return Gone(what, why, "mount again: what is mapped is still there", code="FuseGone")
+
+    def _replaced(self, pid: int) -> Gone:
+        return self._ended(f"another one, pid {pid}, serves the mount, with a tree of its own")
 
     def _request(
         self,
@@ -367,22 +326,10 @@ class FuseTree:
         if len(raw) > _MAX_PATH or len(payload) > _MAX_PAYLOAD:
             raise UsageError(f"{path!r} cannot be put on the mount", "its path or its target is too long")
         head = _REQUEST.pack(_VERSION, op, kind, flags, len(raw), len(payload), mode, uid, gid, 0)
-        with self._lock:
-            connection = self._socket or self._connect()
-            try:
-                socket.send_fds(connection, [head + raw + payload], list(fds))
-                return _receive(connection, op, path)
-            except OSError as error:
-                self._disconnect()
-                raise self._ended(str(error) or "its connection closed") from None
-            except WireError:
-                self._disconnect()
-                raise
+        return self._ask(head + raw + payload, fds, lambda connection: _receive(connection, op, path))
 
 
 _VERSION = 1
-_ALREADY_SERVED = 3
-_LINGERS_S = 2.0
 _MAX_PATH = 1023
 _MAX_PAYLOAD = 4096
 _MAX_PARTS = 64

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from memconsole.agent import Type
 from memconsole.backend.exports.fd import Answer, Hub
-from memconsole.backend.guests.base import Offer, Restart
-from memconsole.backend.guests.handle import GIVEN_FD, Handle, last_words, spawn
+from memconsole.backend.guests.agented import AgentedGuest
+from memconsole.backend.guests.base import Restart
+from memconsole.backend.guests.handle import GIVEN_FD, last_words, spawn
 from memconsole.errors import GuestError
 from memconsole.model import GuestKind, GuestState, Progress
 from memconsole.native import program
@@ -19,17 +20,10 @@ ANSWERS = 2.0
 """Seconds a canary has for what it answers between two beats."""
 
 
-class CanaryGuest:
+class CanaryGuest(AgentedGuest):
     """A canary: its RAM is what it is offered, its vCPU runs from the first grant it may write to."""
 
     kind = GuestKind.CANARY
-
-    def __init__(self, name: str, handle: Handle, hub: Hub) -> None:
-        self.name = name
-        self.pid = handle.pid
-        self.start_ticks = handle.start_ticks
-        self._handle = handle
-        self._hub = hub
 
     @classmethod
     def start(
@@ -59,41 +53,12 @@ class CanaryGuest:
         handle.close()
         raise GuestError(f"canary {name} did not start", why, f"look into {log}")
 
-    @classmethod
-    def adopt(cls, name: str, pid: int, start_ticks: int, hub: Hub, offers: Iterable[Offer] = ()) -> CanaryGuest:
-        """Take a canary over from an earlier control process, with the grants it has.
-
-        Raises:
-            Gone: it ended, or its PID belongs to another process now.
-        """
-        handle = Handle(pid, start_ticks)
-        try:
-            hub.register(name, pid, start_ticks, offers)
-        except BaseException:
-            handle.close()
-            raise
-        return cls(name, handle, hub)
-
     def state(self) -> GuestState:
         """Running, paused (also while it has no RAM), stopped when its vCPU cannot go on, or gone."""
         if not self._handle.alive():
             return GuestState.GONE
         states = {"running": GuestState.RUNNING, "paused": GuestState.PAUSED, "failed": GuestState.STOPPED}
         return states[self._ask(Type.REPORT).state]
-
-    def agent(self) -> bool:
-        """Whether it is connected."""
-        return self._hub.connected(self.name)
-
-    def offer(self, offer: Offer, within: float) -> bool:
-        """Map a grant into it; with no ``gpa`` it finds a place itself."""
-        self._handle.check()
-        return self._hub.offer(self.name, offer, within)
-
-    def ask_unmap(self, grant: str, within: float) -> bool:
-        """Ask it to unmap a grant; its vCPU stands still while it has no RAM to run in."""
-        self._handle.check()
-        return self._hub.ask_unmap(self.name, grant, within)
 
     def pause(self) -> None:
         """Stop its vCPU at the end of a beat."""
@@ -140,11 +105,6 @@ class CanaryGuest:
             self._handle.end(within)
         self._hub.unregister(self.name)
 
-    def kill(self, within: float) -> None:
-        """SIGKILL and wait until it is gone."""
-        self._handle.kill(within)
-        self._hub.unregister(self.name)
-
     def progress(self) -> Progress | None:
         """Its counters: beats, stamps checked, wrong bytes, and the longest pause that nobody commanded."""
         return self._ask(Type.REPORT).progress
@@ -152,11 +112,6 @@ class CanaryGuest:
     def why_failed(self) -> str:
         """Why its vCPU cannot go on (``the vCPU reached gpa 0x..., where no RAM is``); empty while it can."""
         return self._ask(Type.REPORT).text
-
-    def close(self) -> None:
-        """Let go of what this object holds; the guest goes on."""
-        self._hub.unregister(self.name)
-        self._handle.close()
 
     def _ask(self, type: Type, within: float = ANSWERS, fd: int | None = None) -> Answer:
         self._handle.check()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness import Result, span
+from labs import said
 from memory_floors import memory_floors
 
 from memconsole import actions as do
@@ -65,6 +66,19 @@ def bench_copy_out() -> list[Result]:
         ),
         Result(f"copy rung of {name}, against memcpy + ftruncate", min(whole) / 1e6, "ms", min(emptied) / 1e6, 1.3),
     ]
+
+
+def bench_protect() -> list[Result]:
+    """The protect rung of 1 GiB in the lab, against UFFDIO_RWPROTECT of as many pages of our own."""
+    rows = []
+    for each in said("protect_cost", "protect", "1024", str(ROUNDS), memory="4G", timeout=600):
+        floor, goal = min(each["bare_ns"]) / 1e6, 1.3 if each["page"] == "4K" else None
+        name = f"protect of 1G, {each['page']} pages"
+        rows += [
+            Result(f"{name}, against UFFDIO_RWPROTECT", min(each["bar_ns"]) / 1e6, "ms", floor, goal),
+            Result(f"{name}, with the proof that nobody reaches it", min(each["rung_ns"]) / 1e6, "ms", floor),
+        ]
+    return rows
 
 
 @contextlib.contextmanager

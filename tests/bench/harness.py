@@ -18,6 +18,10 @@ ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build"
 
 
+class Skip(Exception):
+    """A bench cannot run here; its text says why."""
+
+
 @dataclass(frozen=True)
 class Result:
     """A figure, the floor measured in the same run, and the goal: for the ratio to the floor, or for the value.

@@ -1,0 +1,42 @@
+"""A bench's run in the lab (tests/support/lab.py); a bench is skipped where there is none."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harness import ROOT, Skip
+
+sys.path[:0] = [str(ROOT / "tests" / "support")]
+
+import lab  # noqa: E402 - found by the line before
+
+RESUME = lab.RESUME
+
+
+def said(
+    scenario: str,
+    verdict: str,
+    *arguments: str,
+    memory: str,
+    timeout: float,
+    early: str = "",
+    files: Sequence[Path] = (),
+) -> list[dict[str, Any]]:
+    """The verdicts of one name of a scenario, in order; ``files`` are put into the share.
+
+    Raises:
+        Skip: there is no lab here. AssertionError: a verdict is bad.
+    """
+    if why := lab.lacking():
+        raise Skip(why)
+    with tempfile.TemporaryDirectory(prefix="mc-bench-") as share:
+        for file in files:
+            shutil.copy2(file, share)
+        run = lab.run(scenario, Path(share), memory=memory, timeout=timeout, early=early, arguments=arguments)
+        run.check()
+    return [each for each in run.said if each["name"] == verdict]

@@ -13,8 +13,8 @@ from memconsole.model import HandoffReport
 from memconsole.units import format_duration
 
 _LABEL = 14
-_SVG_LABEL, _SVG_WIDTH, _ROW = 150, 900, 22
-_COLOURS = {"phase": "#7aa2c8", "blackout": "#c8553d", "guest": "#333333"}
+_SVG_LABEL, _SVG_WIDTH, _MARGIN, _ROW, _CHARACTER = 110, 1000, 30, 22, 7.3
+_COLOURS = {"phase": "#7aa2c8", "blackout": "#c8553d", "guest": "#333333", "scale": "#dddddd"}
 
 
 class Bar(NamedTuple):
@@ -63,11 +63,11 @@ def lines(report: HandoffReport, width: int = 100) -> list[str]:
 
 
 def svg(report: HandoffReport) -> str:
-    """The picture as an SVG document."""
+    """The picture as an SVG document: a row a phase and a guest, over a scale of time."""
     rows = list(bars(report))
     total = span(report)
-    height = (len(rows) + 2) * _ROW
-    scale = (_SVG_WIDTH - _SVG_LABEL - 340) / total
+    height = (len(rows) + 3) * _ROW
+    scale = (_SVG_WIDTH - _SVG_LABEL - _MARGIN) / total
     title = f"{report.kind} of {report.from_kernel} to {report.to_kernel}: {format_duration(total)}"
     size = f'width="{_SVG_WIDTH}" height="{height}"'
     parts = [
@@ -75,6 +75,13 @@ def svg(report: HandoffReport) -> str:
         f'<rect {size} fill="white"/>',
         f'<text x="8" y="16">{escape(title)}</text>',
     ]
+    for tick in _ticks(total):
+        x = _SVG_LABEL + tick * scale
+        ends = f'y1="{_ROW}" y2="{height - _ROW}"'
+        parts += [
+            f'<line x1="{x:.1f}" x2="{x:.1f}" {ends} stroke="{_COLOURS["scale"]}"/>',
+            f'<text x="{x:.1f}" y="{height - 8}" text-anchor="middle">{escape(_round(tick))}</text>',
+        ]
     for row, bar in enumerate(rows, 1):
         y = row * _ROW + 6
         start = _SVG_LABEL + bar.start * scale
@@ -82,6 +89,27 @@ def svg(report: HandoffReport) -> str:
         parts += [
             f'<text x="8" y="{y + 12}">{escape(bar.label)}</text>',
             f'<rect x="{start:.1f}" y="{y}" width="{width:.1f}" height="{_ROW - 6}" fill="{_COLOURS[bar.kind]}"/>',
-            f'<text x="{start + width + 6:.1f}" y="{y + 12}">{escape(bar.text)}</text>',
+            _written(bar.text, start, width, y + 12),
         ]
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _written(text: str, start: float, width: float, y: int) -> str:
+    """A bar's text: behind it, else before it, else in it, wherever there is room."""
+    room = len(text) * _CHARACTER + 6
+    if start + width + room <= _SVG_WIDTH:
+        return f'<text x="{start + width + 6:.1f}" y="{y}">{escape(text)}</text>'
+    if start - room >= _SVG_LABEL:
+        return f'<text x="{start - 6:.1f}" y="{y}" text-anchor="end">{escape(text)}</text>'
+    return f'<text x="{start + 6:.1f}" y="{y}" fill="white">{escape(text)}</text>'
+
+
+def _ticks(total: int) -> range:
+    """At most ten moments of 1, 2 or 5 times a power of ten of ns, from the beginning on."""
+    step = next(each * 10**power for power in range(20) for each in (1, 2, 5) if each * 10**power * 10 >= total)
+    return range(0, total + 1, step)
+
+
+def _round(ns: int) -> str:
+    """A tick's moment without what follows the point where that is zero."""
+    return format_duration(ns).replace(".0", "") if ns else "0"

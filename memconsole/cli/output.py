@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -98,7 +99,7 @@ def handoff(report: HandoffReport) -> None:
     back = sum(guest.back for guest in report.guests)
     head = f"{report.kind} {report.state}: {report.from_kernel} to {report.to_kernel}"
     text(f"{head}, {back} of {len(report.guests)} guests back" + (f": {report.why}" if report.why else ""))
-    for line in timeline.lines(report):
+    for line in timeline.lines(report, shutil.get_terminal_size((120, 24)).columns - 2):
         text(f"  {line}")
     for region in report.regions:
         place = {True: "every page where it was", False: "PAGES MOVED", None: "not compared"}[region.same]

@@ -159,8 +159,24 @@ def test_the_picture_is_to_scale_and_fits() -> None:
     assert "900.0ms" in jump or "900ms" in jump
 
 
-def test_the_svg_is_well_formed() -> None:
-    assert ET.fromstring(timeline.svg(whole())).tag.endswith("svg")
+def test_all_of_the_svg_lies_in_its_frame_over_a_scale_of_time() -> None:
+    root = ET.fromstring(timeline.svg(whole()))
+    wide = float(root.attrib["width"])
+    written = {each.text: each.attrib for each in root if each.tag.endswith("text")}
+    for text, place in written.items():
+        room = len(text or "") * 7.2
+        left = {"end": room, "middle": room / 2}.get(place.get("text-anchor", ""), 0.0)
+        assert float(place["x"]) - left >= 0
+        assert float(place["x"]) - left + room <= wide, text
+    assert {"0", "100ms", "1s"} <= set(written)
+
+
+def test_what_is_done_while_guests_stand_still_is_blackout() -> None:
+    shown: list[HandoffReport] = []
+    progress = Progress(REPORT, shown.append)
+    for id in ("check", "place", "save", "place"):
+        progress.phase(id, id)
+    assert [phase.blackout for phase in shown[-1].phases] == [False, False, True, True]
 
 
 def test_what_a_guest_says_of_itself_counts() -> None:

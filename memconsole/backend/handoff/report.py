@@ -43,7 +43,9 @@ class Progress:
         if self.report.phases and self.report.phases[-1].id == id:
             return
         now = time.monotonic_ns() - self._began
-        begun = Phase(id, text, now, blackout=id in BLACKOUT)
+        # a rehearsal reads where pages are while guests stand still
+        still = any(phase.blackout for phase in self.report.phases)
+        begun = Phase(id, text, now, blackout=still or id in BLACKOUT)
         self._put(replace(self.report, phases=(*_ended(self.report.phases, now), begun)))
 
     def fail(self, why: str) -> None:

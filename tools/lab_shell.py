@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,8 +18,10 @@ def main() -> int | str:
     """Boot it on this terminal; QEMU's exit status, or what is lacking."""
     if why := lab.lacking():
         return why
-    early = f"{lab.RESUME}; export LAB_TERM={os.environ.get('TERM', 'vt220')}"
+    columns, rows = shutil.get_terminal_size()
+    terminal = f"LAB_TERM={os.environ.get('TERM', 'vt220')} LAB_ROWS={rows} LAB_COLUMNS={columns}"
     with tempfile.TemporaryDirectory(prefix="memconsole-lab-") as share:
+        early = f"{lab.RESUME}; export LAB_SHARE={share} {terminal}"
         command = lab.prepare("shell", Path(share), memory="3G", serial="mon:stdio", early=early)
         print("the lab boots; that takes a minute under emulation", flush=True)
         return subprocess.run(command, check=False).returncode

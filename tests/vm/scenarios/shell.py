@@ -21,13 +21,16 @@ This is a hypervisor host in a VM, on kernel {os.uname().release}, kernel number
   memconsole guests             who runs here
   memconsole handoff rehearse   restart every VMM on this kernel, on the same memory
   lab-handoff                   boot the next kernel; the guests go on in it
-  memconsole handoff report     how that went
-  poweroff -f                   end it (or Ctrl-A X)
+  memconsole handoff report     how that went (--json; --picture /run/lab/report.svg draws it)
+  exit                          end it (or Ctrl-A X)
+
+/run/lab is a directory of the machine outside: {os.environ.get("LAB_SHARE")}, until it ends.
 """
 
 
 def main() -> None:
     """Bring the host up, and give it to the person."""
+    Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled").write_text("advise")
     subprocess.run([TOOL, "serve", "--state-dir", "/run/state"], check=True)
     if lab.stage() == 1:
         for name, size in (("web", "64M"), ("db", "32M")):
@@ -37,6 +40,8 @@ def main() -> None:
     script = Path("/usr/local/bin/lab-handoff")
     script.write_text(f"#!/bin/sh\nexec {words}\n")
     script.chmod(0o755)
+    rows, columns = (os.environ.get(f"LAB_{what}", "0") for what in ("ROWS", "COLUMNS"))
+    subprocess.run(["stty", "-F", "/dev/ttyS0", "rows", rows, "columns", columns], check=True)
     print(HELP, flush=True)
     shell = ["setsid", "--ctty", "bash", "--norc", "-i"]
     env = os.environ | {

@@ -15,27 +15,28 @@ from labs import RESUME, said
 
 PAIRS = 3
 COST_MB = 512
+FLOOR = BUILD / "floor_handoff"
 EARLY = f"""turn=none; read turn 2>/dev/null < /run/lab/turn
 case $turn in
-floor) /run/lab/floor_handoff resume /run/lab/floor.ns > /run/early.log 2>&1;;
+floor) {FLOOR} resume /run/lab/floor.ns > /run/early.log 2>&1;;
 ours) {RESUME};;
 esac"""
 """What a kernel begins with, before any Python: whoever made the jump into it goes on at once."""
 
 
-def _floor() -> Path:
+def _build_floor() -> None:
     """floor_handoff.c, compiled with the canary's headers."""
     BUILD.mkdir(exist_ok=True)
     strict = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-static"]
     source, headers = Path(__file__).parent / "floor_handoff.c", ROOT / "memconsole" / "native"
-    subprocess.run(["cc", *strict, "-I", headers, "-o", BUILD / "floor_handoff", source], check=True)
-    return BUILD / "floor_handoff"
+    subprocess.run(["cc", *strict, "-I", headers, "-o", FLOOR, source], check=True)
 
 
 def _blackouts(turns: list[str], memory: str) -> list[dict[str, Any]]:
     """What each turn of the scenario ``blackout`` came to, in order."""
+    _build_floor()
     timeout = 120 + 120 * len(turns)
-    return said("blackout", "blackout", *turns, memory=memory, timeout=timeout, early=EARLY, files=[_floor()])
+    return said("blackout", "blackout", str(FLOOR), *turns, memory=memory, timeout=timeout, early=EARLY)
 
 
 def _median(found: list[dict[str, Any]], turn: str) -> float:

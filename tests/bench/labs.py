@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,8 @@ def said(
     memory: str,
     timeout: float,
     early: str = "",
-    files: Sequence[Path] = (),
 ) -> list[dict[str, Any]]:
-    """The verdicts of one name of a scenario, in order; ``files`` are put into the share.
+    """The verdicts of one name of a scenario, in order.
 
     Raises:
         Skip: there is no lab here. AssertionError: a verdict is bad.
@@ -35,8 +32,6 @@ def said(
     if why := lab.lacking():
         raise Skip(why)
     with tempfile.TemporaryDirectory(prefix="mc-bench-") as share:
-        for file in files:
-            shutil.copy2(file, share)
         run = lab.run(scenario, Path(share), memory=memory, timeout=timeout, early=early, arguments=arguments)
         run.check()
     return [each for each in run.said if each["name"] == verdict]

@@ -1,8 +1,8 @@
 """Blackouts of canaries over kexecs in a row, each as the guest's own clock has it.
 
-blackout TURN...       a turn is a kexec: ``ours:MB`` by memconsole, ``floor:MB`` by tests/bench/floor_handoff.c
+blackout FLOOR TURN...     a turn is a kexec: ``ours:MB`` by memconsole, ``floor:MB`` by FLOOR (tests/bench/floor_handoff.c)
 
-Who is to begin the next kernel finds the turn that led there in the share (``TURN``; see :func:`bench_handoff.early`).
+Who begins the next kernel finds in the share which of them led there (``turn``; see bench_handoff.EARLY).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from memconsole.actions import GuestStart, GuestStop, HandoffRun, Release
 from memconsole.backend.wire.client import Client
 from memconsole.model import HandoffReport
 
-TURNS = [(kind, int(size) << 20) for kind, size in (word.split(":") for word in sys.argv[1:])]
+TURNS = [(kind, int(size) << 20) for kind, size in (word.split(":") for word in sys.argv[2:])]
 TURN = lab.SHARE / "turn"
-FLOOR = str(lab.SHARE / "floor_handoff")
+FLOOR = sys.argv[1]
 IMAGE = (str(lab.SHARE / "bzImage"), str(lab.SHARE / "initrd"))
 TOOL = str(Path(sys.executable).parent / "memconsole")
 SHMEM_THP = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")

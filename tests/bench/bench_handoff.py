@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import BUILD, ROOT, Result
-from labs import RESUME, said
+from labs import RESUME, need, said
 
 PAIRS = 3
 COST_MB = 512
@@ -34,6 +34,7 @@ def _build_floor() -> None:
 
 def _blackouts(turns: list[str], memory: str) -> list[dict[str, Any]]:
     """What each turn of the scenario ``blackout`` came to, in order."""
+    need()
     _build_floor()
     timeout = 120 + 120 * len(turns)
     return said("blackout", "blackout", str(FLOOR), *turns, memory=memory, timeout=timeout, early=EARLY)

@@ -16,6 +16,12 @@ import lab  # noqa: E402 - found by the line before
 RESUME = lab.RESUME
 
 
+def need() -> None:
+    """Skip the bench where there is no lab."""
+    if why := lab.lacking():
+        raise Skip(why)
+
+
 def said(
     scenario: str,
     verdict: str,
@@ -29,8 +35,7 @@ def said(
     Raises:
         Skip: there is no lab here. AssertionError: a verdict is bad.
     """
-    if why := lab.lacking():
-        raise Skip(why)
+    need()
     with tempfile.TemporaryDirectory(prefix="mc-bench-") as share:
         run = lab.run(scenario, Path(share), memory=memory, timeout=timeout, early=early, arguments=arguments)
         run.check()

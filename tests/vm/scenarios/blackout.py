@@ -1,6 +1,6 @@
 """Blackouts of canaries over kexecs in a row, each as the guest's own clock has it.
 
-blackout FLOOR TURN...     a turn is a kexec: ``ours:MB`` by memconsole, ``floor:MB`` by FLOOR (tests/bench/floor_handoff.c)
+blackout FLOOR TURN...   a turn is a kexec: ``ours:MB`` by memconsole, ``floor:MB`` by FLOOR, which is floor_handoff.c
 
 Who begins the next kernel finds in the share which of them led there (``turn``; see bench_handoff.EARLY).
 """

@@ -81,6 +81,23 @@ def test_prefault_puts_every_page_in_place() -> None:
     memfd.free(fds)
 
 
+def test_filling_puts_what_is_missing_in_place_and_changes_nothing_else() -> None:
+    fds = memfd.reserve("web", 4 * M)
+    os.pwrite(fds[0], b"kept", M)
+    memfd.fill(fds)
+    assert memfd.resident(fds) == 4 * M
+    assert os.pread(fds[0], 4 * M, 0) == bytes(M) + b"kept" + bytes(3 * M - 4)
+    memfd.free(fds)
+
+
+def test_what_cannot_be_filled_stays_as_it_is() -> None:
+    fds = memfd.reserve("web", 4 * M)
+    fcntl.fcntl(fds[0], fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    memfd.fill(fds)
+    assert memfd.resident(fds) == 0
+    os.close(fds[0])
+
+
 def test_a_large_region_is_made_of_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memfd, "SEGMENT", 4 * M)
     fds = memfd.reserve("web", 10 * M, prefault=True)

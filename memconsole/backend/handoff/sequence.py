@@ -32,6 +32,7 @@ from memconsole.backend.handoff.manifest import Manifest, Placed, Stopped
 from memconsole.backend.handoff.report import Progress
 from memconsole.backend.kernel import host, tree
 from memconsole.backend.steps import Step
+from memconsole.backend.stores import memfd
 from memconsole.backend.verbs.work import Work
 from memconsole.errors import NotFound
 from memconsole.extents import ExtentTable, digest_fd
@@ -175,6 +176,9 @@ class _Sequence:
         held = session_held(cargo.session)
 
         def do() -> None:
+            # preserving fills holes too, in 4 KiB folios, which take long to retrieve
+            for region in cargo.regions:
+                memfd.fill(self.desk.fds(region.name))
             began = time.monotonic_ns()
             with luo.Session.create(cargo.session) as session:
                 token = 0

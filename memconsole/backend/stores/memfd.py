@@ -7,6 +7,7 @@ segment is first given out, F_SEAL_SEAL keeps its holders from forbidding that.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Sequence
@@ -99,6 +100,20 @@ def fresh(name: str, index: int, size: int, page_size: int = PAGE, node: int | N
     except OSError as error:
         raise KernelRefused("memfd_create", error.errno or 0, what=f"no fresh memory for region {name}") from None
     return fd
+
+
+def fill(fds: Sequence[int]) -> None:
+    """Put every page of 4 KiB segments in place, in 2 MiB folios where the kernel has them, while others use them.
+
+    Where that cannot be done (a sealed segment, too little memory), what is missing stays so.
+    """
+    from memconsole.backend.stores import placement
+
+    for fd in fds:
+        size = os.fstat(fd).st_size
+        if resident([fd]) < size:
+            with contextlib.suppress(OSError):
+                placement.place(fd, size, huge=False, node=None, populate=True)
 
 
 def give(fd: int, access: Access) -> int:

@@ -25,7 +25,10 @@ HEADER, ROW = 64, 24
 
 
 class Flag(enum.IntFlag):
-    """What an extent is; no flag at all is an absent page (bits of /proc/PID/pagemap, HUGE from PAGEMAP_SCAN)."""
+    """What an extent is; no flag at all is an absent page (bits of /proc/PID/pagemap, HUGE from PAGEMAP_SCAN).
+
+    READ and WRITE are what a device may do, in tables of its address space.
+    """
 
     PRESENT = lib.MC_PRESENT
     SWAP = lib.MC_SWAP
@@ -34,6 +37,8 @@ class Flag(enum.IntFlag):
     SOFT_DIRTY = lib.MC_SOFT_DIRTY
     UFFD_WP = lib.MC_UFFD_WP
     HUGE = lib.MC_HUGE
+    READ = lib.MC_READ
+    WRITE = lib.MC_WRITE
 
 
 class Extent(NamedTuple):

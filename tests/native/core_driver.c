@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /*
  * Drives the native core under sanitizers: core_driver ROUNDS SEED. Loads mutations of a table, by bytes and by fd,
- * and puts every question to those that pass; scans this process by several threads; digests a file with holes.
+ * and puts every question to those that pass; parses spoiled dumps of page tables; scans this process by several threads; digests a file with holes.
  * Exit status 0, or 1 with the line that failed.
  */
 #define _GNU_SOURCE
@@ -167,6 +167,69 @@ static void fuzz(uint64_t rounds)
 	CHECK(accepted > rounds / 50 && accepted < rounds / 2);	/* both ways were taken */
 }
 
+/* A dump of leaves in order, with one to three bytes of it spoiled or its end cut off where `spoiled`. */
+static uint64_t print_dump(char *out, bool spoiled)
+{
+	uint64_t at = 0, iova = any(1000), leaves = any(20);
+
+	at += (uint64_t)sprintf(out, "Device 0000:00:04.0%s @0x%llx\nIOVA_PFN         \tPML5E\n",
+				any(2) ? "" : " with pasid 0", (unsigned long long)any(1 << 30));
+	for (uint64_t i = 0; i < leaves; i++) {
+		uint64_t level = any(3), entry = any(1ULL << 40) << 12 | any(4);
+
+		at += (uint64_t)sprintf(out + at, "0x%013llx |", (unsigned long long)iova);
+		for (uint64_t n = level < 1 ? 5 : 5 - level; n; n--)
+			at += (uint64_t)sprintf(out + at, "\t0x%016llx", (unsigned long long)(n > 1 ? 3 : entry | 1 << 13));
+		out[at++] = '\n';
+		iova += (1ULL << 9 * level) + any(3);
+	}
+	for (uint64_t n = spoiled ? 1 + any(3) : 0; n; n--)
+		out[any(at)] = (char)(any(2) ? any(256) : (uint64_t)"\n\t x0|f@"[any(8)]);
+	return spoiled && !any(4) ? any(at) : at;
+}
+
+static bool parse_dump(bool spoiled)
+{
+	static char text[1 << 14];
+	struct mc_dump dump = { .device = "0000:00:04.0" };
+	uint64_t length = print_dump(text, spoiled), end = 0;
+	struct mc_table *t;
+	int code = MC_OK;
+
+	CHECK(!mc_table_new(&t, 4096, &fail));
+	for (uint64_t at = 0, n; at < length && !code; at += n) {
+		char *piece;
+
+		n = 1 + any(any(3) ? 200 : length);
+		n = n < length - at ? n : length - at;
+		piece = malloc(n);	/* so that a read behind the end is seen */
+		memcpy(piece, text + at, n);
+		code = mc_dump_feed(t, &dump, piece, n, &fail);
+		free(piece);
+	}
+	code = code ? code : mc_dump_end(t, &dump, &fail);
+	CHECK(code == MC_OK || (spoiled && code == MC_FORMAT));
+	for (uint64_t i = 0; i < t->rows; i++) {
+		CHECK(t->offset[i] >= end && t->count[i] && t->pfn[i] < 1ULL << 40 && t->flags[i] & MC_PRESENT);
+		end = t->offset[i] + t->count[i];
+	}
+	if (!code)
+		ask_everything(t, t);
+	mc_table_free(t);
+	return !code;
+}
+
+static void fuzz_dumps(uint64_t rounds)
+{
+	uint64_t accepted = 0;
+
+	for (uint64_t round = 0; round < rounds; round++) {
+		parse_dump(false);
+		accepted += parse_dump(true);
+	}
+	CHECK(accepted > rounds / 50 && accepted < rounds * 9 / 10);
+}
+
 static void scan_self(void)
 {
 	uint64_t length = 3ULL << 29, touched = 0;	/* three chunks and a part */
@@ -221,6 +284,7 @@ int main(int argc, char **argv)
 	}
 	state = strtoull(argv[2], NULL, 0);
 	fuzz(strtoull(argv[1], NULL, 0));
+	fuzz_dumps(strtoull(argv[1], NULL, 0) / 5);
 	if (geteuid() == 0)
 		scan_self();
 	if (geteuid() == 0)

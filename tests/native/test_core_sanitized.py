@@ -9,7 +9,8 @@ import pytest
 
 TREE = Path(__file__).parents[2]
 NATIVE = TREE / "memconsole/native"
-SOURCES = ["extents.c", "sealed.c", "pagescan.c", "runs.c", "query.c", "digest.c", "xxh_base.c", "xxh_avx2.c"]
+SOURCES = ["extents.c", "sealed.c", "pagescan.c", "runs.c", "query.c", "iommu.c", "digest.c"]
+SOURCES += ["xxh_base.c", "xxh_avx2.c"]
 FLAGS = ["-std=gnu11", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-fno-sanitize-recover=all", "-pthread"]
 
 

@@ -29,6 +29,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCENARIOS = ROOT / "tests" / "vm" / "scenarios"
 BUSYBOX = Path("/bin/busybox")
+IOMMU = "intel-iommu,intremap=on"
 # no_timer_check: a busy machine's TCG misses the ticks the kernel counts to see whether its timer works
 RESUME = f"{ROOT}/memconsole/native/bin/memconsole-resume > /run/early.log 2>&1; echo $? > /run/early.code"
 """What a lab host begins with where guests are handed over, as its unit would have it."""
@@ -138,6 +139,7 @@ def prepare(
     memory: str = "2G",
     append: str = "",
     serial: str = "stdio",
+    iommu: str = IOMMU,
     devices: Sequence[str] = (),
     options: Sequence[str] = (),
     arguments: Sequence[str] = (),
@@ -172,7 +174,7 @@ def prepare(
             "2",
         ),
         *("-nographic", "-nodefaults", "-no-reboot", "-serial", serial),
-        *("-device", "intel-iommu,intremap=on", "-device", "edu,addr=4,dma_mask=0xffffffffffff"),
+        *("-device", iommu, "-device", "edu,addr=4,dma_mask=0xffffffffffff"),
         *(word for device in devices for word in ("-device", device)),
         *options,
         *("-kernel", str(share / "bzImage"), "-initrd", str(share / "initrd"), "-append", line),
@@ -188,6 +190,7 @@ def run(
     timeout: float = 180,
     memory: str = "2G",
     append: str = "",
+    iommu: str = IOMMU,
     devices: Sequence[str] = (),
     options: Sequence[str] = (),
     arguments: Sequence[str] = (),
@@ -195,7 +198,7 @@ def run(
 ) -> Verdicts:
     """Boot the lab, run a scenario through its stages, return what it said; never later than ``timeout`` seconds.
 
-    ``devices`` and ``options`` are QEMU's, ``arguments`` the scenario's; ``early`` is a line of shell that every stage
+    ``iommu`` is QEMU's device (``amd-iommu``), ``devices`` and ``options`` are QEMU's, ``arguments`` the scenario's; ``early`` is a line of shell that every stage
     begins with, before any Python.
     """
     command = prepare(
@@ -203,6 +206,7 @@ def run(
         share,
         memory=memory,
         append=append,
+        iommu=iommu,
         devices=devices,
         options=options,
         arguments=arguments,

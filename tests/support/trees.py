@@ -231,9 +231,17 @@ def maps_line(
 
 
 def intel_dump(
-    bdf: str, leaves: Iterable[tuple[int, int, int, int]], *, root: int = 0x1004F3000, pasid: int | None = None
+    bdf: str,
+    leaves: Iterable[tuple[int, int, int, int]],
+    *,
+    root: int = 0x1004F3000,
+    pasid: int | None = None,
+    padded: bool = False,
 ) -> str:
-    """A dump of leaves (iova page, pfn, level 1-3, access bits), as drivers/iommu/intel/debugfs.c prints it."""
+    """A dump of leaves (iova page, pfn, level 1-3, access bits), as drivers/iommu/intel/debugfs.c prints it.
+
+    ``padded`` is how it was printed before Linux 6.7: with zeros for the levels below a large page.
+    """
     name = f"Device {bdf}" if pasid is None else f"Device {bdf} with pasid {pasid:x}"
     titles = f"{'IOVA_PFN':<17}\t{'PML5E':<18}\t{'PML4E':<18}\t{'PDPE':<18}\t{'PDE':<18}\tPTE"
     lines = [f"{name} @0x{root:x}", titles]
@@ -243,6 +251,6 @@ def intel_dump(
             path[4] = pfn << 12 | access
         else:
             path[5 - level] = pfn << 12 | 0x80 | access
-            path[6 - level :] = [0] * (level - 1)
+            path[6 - level :] = [0] * (level - 1) if padded else []
         lines.append(f"0x{iova:013x} |\t" + "\t".join(f"0x{entry:016x}" for entry in path))
     return "\n".join(lines) + "\n\n"

@@ -9,6 +9,7 @@ from support.trees import FakeProcess, Tree, intel_dump, maps_line
 
 from memconsole.backend.kernel import census, iomem, iommu, pci, vtd
 from memconsole.errors import BadFile, NotFound
+from memconsole.extents import Extent, Flag
 from memconsole.model import Reserved
 
 GPU, NIC, BRIDGE = "0000:41:00.0", "0000:00:04.0", "0000:00:1c.0"
@@ -198,12 +199,18 @@ def test_amd_debugfs_is_named_where_it_is(made: Tree) -> None:
 # --- Intel's page tables ----------------------------------------------------------------------------------------
 
 
-def runs(dump: str, chunk: int = 1 << 20) -> list[vtd.Iova]:
+RW = Flag.PRESENT | Flag.READ | Flag.WRITE
+
+
+def runs(dump: str, chunk: int = 1 << 20) -> list[Extent]:
     raw = dump.encode()
-    return list(vtd.parse(raw[at : at + chunk] for at in range(0, len(raw), chunk)))
+    with vtd.parse((raw[at : at + chunk] for at in range(0, len(raw), chunk)), GPU) as table:
+        assert table.pages == sum(row.count for row in table)
+        return list(table)
 
 
-def test_leaves_coalesce_while_iova_pfn_and_access_follow() -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_leaves_coalesce_while_iova_pfn_and_access_follow(padded: bool) -> None:
     leaves = [
         (0x10, 0x100, 1, 3),
         (0x11, 0x101, 1, 3),
@@ -214,13 +221,14 @@ def test_leaves_coalesce_while_iova_pfn_and_access_follow() -> None:
         (0x400, 0x40200, 2, 3),
         (0x40000, 0x80000, 3, 2),
     ]
-    assert runs(intel_dump(GPU, leaves)) == [
-        vtd.Iova(GPU, 0x10, 0x100, 2, "rw", False),
-        vtd.Iova(GPU, 0x12, 0x102, 1, "r", False),
-        vtd.Iova(GPU, 0x13, 0x200, 1, "r", False),
-        vtd.Iova(GPU, 0x15, 0x201, 1, "r", False),
-        vtd.Iova(GPU, 0x200, 0x40000, 1024, "rw", True),
-        vtd.Iova(GPU, 0x40000, 0x80000, 1 << 18, "w", True),
+    read = Flag.PRESENT | Flag.READ
+    assert runs(intel_dump(GPU, leaves, padded=padded)) == [
+        Extent(0x10, 0x100, 2, RW),
+        Extent(0x12, 0x102, 1, read),
+        Extent(0x13, 0x200, 1, read),
+        Extent(0x15, 0x201, 1, read),
+        Extent(0x200, 0x40000, 1024, RW | Flag.HUGE),
+        Extent(0x40000, 0x80000, 1 << 18, Flag.PRESENT | Flag.WRITE | Flag.HUGE),
     ]
 
 
@@ -233,11 +241,12 @@ def test_the_pieces_a_dump_comes_in_do_not_matter(chunk: int) -> None:
 def test_one_file_for_all_devices_as_older_kernels_have_it(made: Tree) -> None:
     dump = intel_dump(NIC, [(1, 2, 1, 3)]) + "DMA Remapping is not enabled on dmar1\n" + intel_dump(GPU, [(3, 4, 1, 3)])
     made.write("/sys/kernel/debug/iommu/intel/domain_translation_struct", dump)
-    assert list(vtd.iovas(made.root, GPU)) == [vtd.Iova(GPU, 3, 4, 1, "rw", False)]
+    assert list(vtd.iovas(made.root, GPU)) == [vtd.Iova(3, 4, 1, "rw", False)]
 
 
-def test_a_table_with_a_pasid() -> None:
-    assert runs(intel_dump(GPU, [(3, 4, 1, 3)], pasid=0x1F)) == [vtd.Iova(GPU, 3, 4, 1, "rw", False)]
+def test_a_table_with_a_pasid_is_a_process_and_not_the_device() -> None:
+    own = intel_dump(GPU, [(3, 4, 1, 3)], pasid=0)
+    assert runs(own + intel_dump(GPU, [(1, 9, 1, 3)], pasid=0x1F)) == [Extent(3, 4, 1, RW)]
 
 
 def test_a_long_run_is_one_row_and_a_long_dump_is_never_held() -> None:
@@ -247,7 +256,17 @@ def test_a_long_run_is_one_row_and_a_long_dump_is_never_held() -> None:
             whole = intel_dump(GPU, [(page, page, 1, 3) for page in range(first, first + 1000)])
             yield "\n".join(whole.split("\n")[2:-1]).encode()
 
-    assert list(vtd.parse(chunks())) == [vtd.Iova(GPU, 0, 0, 100_000, "rw", False)]
+    with vtd.parse(chunks(), GPU) as table:
+        assert list(table) == [Extent(0, 0, 100_000, RW)]
+
+
+def test_a_budget_is_kept_and_shared() -> None:
+    dump = intel_dump(GPU, [(page, page, 1, 3) for page in range(10)]).encode()
+    budget = vtd.Budget(15)
+    vtd.parse([dump], GPU, budget).close()
+    assert budget.leaves == 5
+    with pytest.raises(vtd.TooMany):
+        vtd.parse([dump], GPU, budget)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +277,11 @@ def test_a_long_run_is_one_row_and_a_long_dump_is_never_held() -> None:
         intel_dump(GPU, [(1, 2, 1, 3)]).replace("|", "!"),
         intel_dump(GPU, [(1, 2, 1, 3)]).split("\n", 2)[2],
         intel_dump(GPU, [(1, 0, 4, 3)]),
+        intel_dump(GPU, [(2, 2, 1, 3), (1, 1, 1, 3)]),
+        intel_dump(GPU, [(512, 512, 2, 3), (513, 1, 1, 3)]),
+        intel_dump(GPU, [(1, 2, 1, 3)]).replace("0x0000000000001", "0X0000000000001"),
+        f"Device {GPU} with pasid  @0x1000\n",
+        f"Device {GPU}\n",
         f"Device {GPU} @0x1000\n0x1 |\t0x0\t0x0\t0x0\t0x0\t0x0\n",
     ],
 )

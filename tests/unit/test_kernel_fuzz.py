@@ -14,6 +14,7 @@ from support.trees import FakeProcess, Tree, intel_dump, maps_line
 
 from memconsole.backend.kernel import census, dax, host, iomem, iommu, kho, memory, pci, procmaps, tree, vtd
 from memconsole.errors import BadFile
+from memconsole.extents import Flag
 
 BDF = "0000:41:00.0"
 ALIKE = st.text("0123456789abcdefx-:|.,()[] \t\nkBrwsp\x00", max_size=200).map(str.encode)
@@ -41,29 +42,37 @@ HEAD = intel_dump(BDF, []).rstrip("\n") + "\n"
 @example([HEAD.encode(), b"0x1 |\t0x0\t0x0\t0x0\t0x0\t0xffffffffffffffffffff\n"])
 @example([b"0x1 | 0x1 0x1 0x1 0x1 0x1\n"])
 def test_page_tables(chunks: list[bytes]) -> None:
-    with suppress(BadFile):
-        for run in vtd.parse([HEAD.encode(), *chunks]):
-            assert run.pages > 0
-            assert 0 <= run.pfn < 1 << 40
+    with suppress(BadFile), vtd.parse([HEAD.encode(), *chunks], BDF) as table:
+        for row in table:
+            assert row.count > 0
+            assert 0 <= row.pfn < 1 << 40
 
 
-LEAF = st.tuples(st.integers(0, (1 << 44) - 1), st.integers(0, (1 << 40) - 1), st.integers(1, 3), st.integers(1, 3))
+LEAF = st.tuples(st.integers(0, 1 << 20), st.integers(0, (1 << 40) - 1), st.integers(1, 3), st.integers(1, 3))
+PIECE = st.integers(1, 300)
 
 
-@given(st.lists(LEAF, max_size=30))
-def test_runs_hold_exactly_the_leaves(leaves: list[tuple[int, int, int, int]]) -> None:
-    aligned = [(iova, pfn & -(1 << 9 * (level - 1)), level, access) for iova, pfn, level, access in leaves]
-    found = list(vtd.parse([intel_dump(BDF, aligned).encode()]))
-    left = list(aligned)
-    for run in found:
+@given(st.lists(LEAF, max_size=30), PIECE)
+def test_runs_hold_exactly_the_leaves(leaves: list[tuple[int, int, int, int]], piece: int) -> None:
+    """Whatever pieces they come in; each leaf stands a while behind the one before."""
+    given, at = [], 0
+    for gap, pfn, level, access in leaves:
+        size = 1 << 9 * (level - 1)
+        given.append((at + gap % 3, pfn & -size, level, access))
+        at = given[-1][0] + size
+    raw = intel_dump(BDF, given).encode()
+    with vtd.parse((raw[at : at + piece] for at in range(0, len(raw), piece)), BDF) as table:
+        found = list(table)
+    for row in found:
         at = 0
-        while at < run.pages:
-            iova, pfn, level, access = left.pop(0)
-            assert (run.iova + at, run.pfn + at, run.access) == (iova, pfn, ("", "r", "w", "rw")[access])
-            assert run.huge == (level > 1)
+        while at < row.count:
+            iova, pfn, level, access = given.pop(0)
+            assert (row.offset + at, row.pfn + at) == (iova, pfn)
+            assert bool(row.flags & Flag.HUGE) == (level > 1)
+            assert (bool(row.flags & Flag.READ), bool(row.flags & Flag.WRITE)) == (bool(access & 1), bool(access & 2))
             at += 1 << 9 * (level - 1)
-        assert at == run.pages
-    assert left == []
+        assert at == row.count
+    assert given == []
 
 
 SOURCES: dict[str, Callable[[Path], object]] = {

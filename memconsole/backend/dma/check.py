@@ -117,7 +117,8 @@ def _shared(root: tree.Root, devices: set[str]) -> Iterator[Finding]:
 def _runs(root: tree.Root, bdf: str) -> list[Run] | None:
     """What a device's tables lead to; None where the kernel does not show them, or they are too many."""
     try:
-        return [Run(run.iova, run.pfn, run.pages) for run in vtd.iovas(root, bdf, vtd.Budget(iommu.LEAVES_MAX))]
+        with vtd.table(root, bdf, vtd.Budget(iommu.LEAVES_MAX)) as found:
+            return [Run(row.offset, row.pfn, row.count) for row in found]
     except (*tree.UNREADABLE, vtd.TooMany):
         return None
 

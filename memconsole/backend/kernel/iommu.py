@@ -153,14 +153,11 @@ def _translation(
 
 
 def _count(root: Root, bdf: str, budget: vtd.Budget) -> tuple[int | None, int | None, str]:
-    pages = extents = 0
     try:
-        for run in vtd.iovas(root, bdf, budget):
-            pages += run.pages
-            extents += 1
+        with vtd.table(root, bdf, budget) as found:
+            return found.pages, len(found), ""
     except vtd.TooMany:
         return None, None, _UNCOUNTED
-    return pages, extents, ""
 
 
 def _visible(root: Root, path: str) -> bool:

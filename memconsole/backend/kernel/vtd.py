@@ -1,44 +1,36 @@
-r"""Intel's second-level page tables as debugfs shows them, streamed and coalesced.
+"""Intel's second-level page tables as debugfs shows them, as tables of extents by IOVA.
 
-    dump   = { table | note }
-    table  = "Device " BDF [ " with pasid " HEX ] " @0x" ROOT "\n"  "IOVA_PFN" titles "\n"  { leaf "\n" } "\n"
-    leaf   = "0x" IOVA_PFN " |" 5 * ( "\t0x" ENTRY )        PML5E PML4E PDPE PDE PTE; hexadecimal
-    note   = "DMA Remapping is not enabled on " NAME "\n"
+    /sys/kernel/debug/iommu/intel/BDF/domain_translation_struct   the grammar stands in native/iommu.c
 
-A leaf of a large page stops early: the entries below it are zero. The target PFN is bits 12-51 of the last entry that
-is not; bit 0 allows reading, bit 1 writing (a first-level table's bits 0 and 1, present and writable, read alike).
-The file is /sys/kernel/debug/iommu/intel/BDF/domain_translation_struct; before Linux 6.5 one file above it holds
-every device. It can have a line for each page of a guest: nothing here keeps more than one.
+Before Linux 6.5 one file above that one holds every device. It can have a line for each page of a guest: it is read
+in pieces of ``CHUNK`` bytes, and only the runs are kept. (The kernel itself makes the whole text when it is opened.)
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from memconsole.backend.kernel import tree
 from memconsole.backend.kernel.tree import Root
-from memconsole.errors import NotFound
+from memconsole.errors import BadFile, NotFound
+from memconsole.units import PAGE
+
+# A host without page tables in debugfs needs no native core to say so.
+if TYPE_CHECKING:
+    from memconsole.extents import ExtentTable
 
 DEBUGFS = "/sys/kernel/debug/iommu/intel"
+CHUNK = 1 << 20
 _FILE = "domain_translation_struct"
-_TABLE = re.compile(rb"Device ([0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7])(?: with pasid ([0-9a-f]+))? @0x([0-9a-f]+)")
-_LEAF = re.compile(rb"0x([0-9a-f]{13}) \|" + rb"\t0x(?:[0-9a-f]{16})" * 2 + rb"\t0x([0-9a-f]{16})" * 3)
-_ZERO = b"0" * 16
-_CHUNK = 1 << 20
-_PFN_MASK = (1 << 40) - 1
-_PAGES_MAX = (1 << 32) - 1
-_ACCESS = ("", "r", "w", "rw")
 
 
 class Iova(NamedTuple):
     """A run of IOVA: ``iova`` and ``pfn`` are page numbers, ``pages`` of 4 KiB, ``huge`` from leaves above 4 KiB."""
 
-    device: str
     iova: int
     pfn: int
     pages: int
@@ -47,17 +39,27 @@ class Iova(NamedTuple):
 
 
 class TooMany(Exception):
-    """A dump has more leaves than its reader wanted to look at."""
+    """A device's page tables have more leaves than their reader wanted to look at."""
 
 
 class Budget(msgspec.Struct):
-    """How many page table leaves a reader is still willing to look at, over all the dumps it reads."""
+    """How many page table leaves a reader is still willing to look at, over all the tables it reads."""
 
     leaves: int
 
+    def spend(self, leaves: int) -> None:
+        """Look at so many.
 
-def iovas(root: Root, bdf: str, budget: Budget | None = None) -> Iterator[Iova]:
-    """The IOVA runs of one device's address space, in order, in constant memory.
+        Raises:
+            TooMany: the budget does not last.
+        """
+        self.leaves -= leaves
+        if self.leaves < 0:
+            raise TooMany
+
+
+def table(root: Root, bdf: str, budget: Budget | None = None) -> ExtentTable:
+    """A device's address space by IOVA page, which the caller closes; rows have READ, WRITE and HUGE.
 
     Raises:
         TooMany: the budget, if one is given, does not last.
@@ -70,74 +72,53 @@ def iovas(root: Root, bdf: str, budget: Budget | None = None) -> Iterator[Iova]:
     except NotFound:
         fd = _open(root, f"{DEBUGFS}/{_FILE}")
     with os.fdopen(fd, "rb", buffering=0) as file:
-        for run in parse(iter(lambda: file.read(_CHUNK), b""), budget):
-            if run.device == bdf:
-                yield run
+        return parse(iter(lambda: file.read(CHUNK), b""), bdf, budget)
 
 
-def parse(chunks: Iterable[bytes], budget: Budget | None = None) -> Iterator[Iova]:
-    """The runs in a dump given piece by piece: leaves that follow each other in IOVA, PFN and access become one.
+def parse(chunks: Iterable[bytes], bdf: str, budget: Budget | None = None) -> ExtentTable:
+    """The same from a dump given piece by piece; leaves that follow each other in IOVA, frame and access are one row.
 
     Raises:
         TooMany: the budget, if one is given, does not last.
-        BadFile: a line is none of the grammar's, or the last one is cut off.
+        BadFile: it is not as the kernel writes it, or it is cut off within a line.
     """
-    device = ""
-    iova = pfn = pages = 0
-    access, huge = "", False
-    for row in _rows(chunks):
-        if match := _LEAF.fullmatch(row):
+    from memconsole import native
+    from memconsole.extents import ExtentTable
+    from memconsole.native import ffi, lib
+
+    what = f"{_FILE} of {bdf} is not as the kernel writes it"
+    out = ffi.new("struct mc_table **")
+    native.call(what, lib.mc_table_new, out, PAGE)
+    found = ExtentTable(out[0])
+    dump = ffi.new("struct mc_dump *", {"device": bdf.encode()[:31]})
+    try:
+        for chunk in chunks:
+            before = dump.leaves
+            native.call(what, lib.mc_dump_feed, found.handle, dump, ffi.from_buffer(chunk), len(chunk))
             if budget is not None:
-                budget.leaves -= 1
-                if budget.leaves < 0:
-                    raise TooMany
-            where, pdpe, pde, pte = match.groups()
-            last, count = (pte, 1) if pte != _ZERO else (pde, 1 << 9) if pde != _ZERO else (pdpe, 1 << 18)
-            if last == _ZERO or not device:
-                raise tree.malformed(_FILE, row)
-            entry = int(last, 16)
-            start, target = int(where, 16), entry >> 12 & _PFN_MASK & -count
-            allowed, large = _ACCESS[entry & 3], count > 1
-            if (
-                start == iova + pages
-                and target == pfn + pages
-                and allowed == access
-                and large == huge
-                and pages + count <= _PAGES_MAX
-            ):
-                pages += count
-                continue
-            if pages:
-                yield Iova(device, iova, pfn, pages, access, huge)
-            iova, pfn, pages, access, huge = start, target, count, allowed, large
-        else:
-            if pages:
-                yield Iova(device, iova, pfn, pages, access, huge)
-                pages = 0
-            device = _title(row, device)
-    if pages:
-        yield Iova(device, iova, pfn, pages, access, huge)
+                budget.spend(dump.leaves - before)
+        native.call(what, lib.mc_dump_end, found.handle, dump)
+    except BadFile as error:
+        found.close()
+        raise BadFile(error.what, error.why) from None
+    except BaseException:
+        found.close()
+        raise
+    return found
 
 
-def _title(row: bytes, device: str) -> str:
-    """The device whose table the next leaves belong to."""
-    if match := _TABLE.fullmatch(row):
-        return match[1].decode("ascii")
-    if row and not row.startswith((b"IOVA_PFN", b"DMA Remapping is not enabled on ")):
-        raise tree.malformed(_FILE, row)
-    return device
+def iovas(root: Root, bdf: str) -> Iterator[Iova]:
+    """The rows of :func:`table` as IOVA runs, in order.
 
+    Raises:
+        NotFound, Denied, KernelRefused, BadFile: as :func:`table`.
+    """
+    from memconsole.extents import Flag
 
-def _rows(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    rest = b""
-    for chunk in chunks:
-        rows = (rest + chunk).split(b"\n")
-        rest = rows.pop()
-        if len(rest) > _CHUNK:
-            raise tree.malformed(_FILE, rest)
-        yield from rows
-    if rest:
-        raise tree.malformed(_FILE, rest)
+    with table(root, bdf) as found:
+        for row in found:
+            access = ("r" if row.flags & Flag.READ else "") + ("w" if row.flags & Flag.WRITE else "")
+            yield Iova(row.offset, row.pfn, row.count, access, bool(row.flags & Flag.HUGE))
 
 
 def _open(root: Root, path: str) -> int:

@@ -127,6 +127,16 @@ def _kind(change: Any) -> ChangeKind:
     return ChangeKind.MOVED
 
 
+class Part(NamedTuple):
+    """Pages ``first``..``first + pages`` of a table, to become those from ``to`` on; with other flags if any."""
+
+    table: ExtentTable
+    first: int
+    pages: int
+    to: int
+    flags: Flag | None = None
+
+
 class ExtentTable:
     """An immutable table of extents; a context manager, closed at the latest with its last reference."""
 
@@ -250,6 +260,26 @@ class ExtentTable:
             native.call(what, lib.mc_table_concat, table, ffi.new("struct mc_table *[]", handles), len(handles))
 
         return cls._build(what, fill, handles[0].page_size)
+
+    @classmethod
+    def of_parts(cls, parts: Iterable[Part], *, page_size: int = PAGE) -> Self:
+        """One table of ranges of others, each moved to another page, in the order of where they come to be.
+
+        It covers all of every part, whether there is a row or not.
+
+        Raises:
+            UsageError: parts overlap or are out of order, or page sizes differ.
+        """
+
+        def fill(table: Any) -> None:
+            what = "parts of tables cannot be joined"
+            for part in parts:
+                numbers = [_whole("page", number, what) for number in (part.first, part.pages, part.to)]
+                keep = ~0 & 0xFFFFFFFF if part.flags is None else 0
+                native.call(what, lib.mc_table_part, table, part.table.handle, *numbers, keep, part.flags or 0)
+                native.call(what, lib.mc_table_cover, table, part.to, part.pages)
+
+        return cls._build("a table cannot be made", fill, page_size)
 
     @classmethod
     def from_fd(cls, fd: int) -> Self:

@@ -1,12 +1,14 @@
 """PFN maps of regions and guests, scanned when asked for and kept for as long as nothing seems to have changed.
 
 region:NAME             by offset in the region, whoever maps it
+domain:GROUP            by IOVA, as the IOMMU translates for the devices of a group
 guest:NAME, ours        by gpa, as its own page tables see its grants; by hva where no grant has a gpa
 guest:NAME, foreign     by hva, over the mappings that look like its RAM
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Hashable, Sequence
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from memconsole.backend import survey
 from memconsole.backend.desk import Desk
 from memconsole.backend.kernel import census as census_of
-from memconsole.backend.kernel import host, kvm
+from memconsole.backend.kernel import host, iommu, kvm
 from memconsole.backend.survey import Scanned
 from memconsole.errors import Gone, NotFound
 from memconsole.model import Guest, GuestKind
@@ -28,7 +30,7 @@ FRESH_S = 2.0
 """Seconds a table is believed while its memory's resident size stays the same."""
 
 
-class Part(NamedTuple):
+class Span(NamedTuple):
     """A range of a process's memory: ``length`` bytes at ``start``; its first page is page ``base`` of the table."""
 
     start: int
@@ -62,13 +64,14 @@ class Tables:
         from memconsole.extents import ExtentTable
 
         kind, _, name = key.partition(":")
-        if kind not in {"region", "guest"} or not name:
-            raise NotFound(f"there is no PFN map {key!r}", "a key is region:NAME or guest:NAME", "memconsole regions")
+        if kind not in _MAKE or not name:
+            keys = "a key is region:NAME, guest:NAME or domain:GROUP"
+            raise NotFound(f"there is no PFN map {key!r}", keys, "memconsole regions")
         token = self._token(kind, name)
         with self._lock:
             kept = self._kept.get(key)
             if kept is None or kept.token != token or time.monotonic() - kept.at > FRESH_S:
-                table = self._region(name) if kind == "region" else self._guest(name)
+                table = _MAKE[kind](self, name)
                 if kept is not None:
                     kept.table.close()
                 kept = self._kept[key] = _Kept(table, token, time.monotonic())
@@ -80,7 +83,7 @@ class Tables:
         with self._lock:
             for key in list(self._kept):
                 kind, _, name = key.partition(":")
-                if name not in (state.regions if kind == "region" else state.guests):
+                if kind != "domain" and name not in (state.regions if kind == "region" else state.guests):
                     self._kept.pop(key).table.close()
             self.scanned = {name: found for name, found in self.scanned.items() if name in state.regions}
 
@@ -93,6 +96,8 @@ class Tables:
 
     def _token(self, kind: str, name: str) -> Hashable:
         """What differs when the memory behind a table certainly changed."""
+        if kind == "domain":
+            return tuple(self._desk.state.grants.values())
         if kind == "guest":
             guest = self._known_guest(name)
             return guest.pid, guest.start_ticks, tuple(self._desk.state.grants_of(guest=name))
@@ -101,24 +106,29 @@ class Tables:
         return self._desk.backings().get(name)
 
     def _region(self, name: str) -> ExtentTable:
-        from memconsole.extents import ExtentTable
+        from memconsole.extents import ExtentTable, Part
 
         tables: list[ExtentTable] = []
         page = host.page_size(self._desk.root)
         try:
             with self._desk.borrowed(name) as fds:
-                base = 0
                 for fd, segment in zip(fds, self._desk.state.regions[name].segments, strict=True):
-                    found = ExtentTable.scan_fd(fd, segment.size)
-                    tables.append(_moved(found, base) if base else found)
-                    base += segment.size // page
-            table = ExtentTable.concat(tables) if len(tables) > 1 else tables.pop()
+                    tables.append(ExtentTable.scan_fd(fd, segment.size))
+            if len(tables) == 1:
+                table = tables.pop()
+            else:
+                sizes = [each.pages for each in tables]
+                places = zip(tables, sizes, itertools.accumulate(sizes, initial=0), strict=False)
+                table = ExtentTable.of_parts([Part(each, 0, size, at) for each, size, at in places], page_size=page)
         finally:
             for each in tables:
                 each.close()
         stats = table.stats()
         self.scanned[name] = Scanned(stats.runs, stats.huge * table.page_size, time.time_ns())
         return table
+
+    def _domain(self, group: str) -> ExtentTable:
+        return iommu.table(self._desk.root, group)
 
     def _known_guest(self, name: str) -> Guest:
         guest = self._desk.state.guests.get(name)
@@ -143,14 +153,14 @@ class Tables:
             for table in tables:
                 table.close()
 
-    def _parts(self, guest: Guest) -> list[Part]:
+    def _parts(self, guest: Guest) -> list[Span]:
         census = census_of.take(self._desk.root, closed=self._desk.exempt)
         process = census.processes.get(guest.pid or 0)
         if process is None or process.start_ticks != guest.start_ticks:
             raise Gone(f"guest {guest.name} is gone", f"its process {guest.pid} ended", "")
         page = host.page_size(self._desk.root)
         if guest.kind is GuestKind.FOREIGN:
-            return [Part(vma.start, vma.size, vma.start // page) for vma in kvm.guest_ram(process)]
+            return [Span(vma.start, vma.size, vma.start // page) for vma in kvm.guest_ram(process)]
         state = self._desk.state
         grants = state.grants_of(guest=guest.name)
         by_gpa = any(grant.gpa is not None for grant in grants)
@@ -163,23 +173,19 @@ class Tables:
                 end = min(over.offset + over.vma.size, grant.offset + grant.length)
                 at = over.vma.start + start - over.offset
                 if by_gpa and grant.gpa is not None:
-                    parts.append(Part(at, end - start, (grant.gpa + start - grant.offset) // page))
+                    parts.append(Span(at, end - start, (grant.gpa + start - grant.offset) // page))
                 elif not by_gpa:
-                    parts.append(Part(at, end - start, at // page))
+                    parts.append(Span(at, end - start, at // page))
         return _apart(parts, page)
 
 
-def _moved(table: ExtentTable, base: int) -> ExtentTable:
-    """The table of a region's further segment, by offset in the region; the one given is closed."""
-    with table:
-        rows = [row._replace(offset=row.offset + base) for row in table]
-        return type(table).from_rows(rows, first=table.first + base, pages=table.pages, page_size=table.page_size)
-
-
-def _apart(parts: Sequence[Part], page: int) -> list[Part]:
+def _apart(parts: Sequence[Span], page: int) -> list[Span]:
     """The parts without those that show a page of the table a second time (a process may map a range twice)."""
-    found: list[Part] = []
+    found: list[Span] = []
     for part in sorted(parts, key=lambda part: part.base):
         if not found or part.base >= found[-1].base + found[-1].length // page:
             found.append(part)
     return found
+
+
+_MAKE = {"region": Tables._region, "guest": Tables._guest, "domain": Tables._domain}  # noqa: SLF001 - its own

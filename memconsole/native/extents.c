@@ -264,6 +264,42 @@ int mc_table_concat(struct mc_table *t, struct mc_table **parts, uint64_t n, str
 	return code;
 }
 
+/*
+ * Appends the rows of pages first..first+pages of another table, moved so that the first page is page `to`; of their
+ * flags those in `keep` stay, and those in `add` are added. What it covers is not widened.
+ * Errors: MC_RANGE (page sizes differ, behind rows that are there, beyond 2^62 pages), MC_MEMORY, MC_KERNEL.
+ */
+int mc_table_part(struct mc_table *t, const struct mc_table *from, uint64_t first, uint64_t pages, uint64_t to,
+		  uint32_t keep, uint32_t add, struct mc_fail *fail)
+{
+	uint64_t end = first + pages, low = 0, high = from->rows, last = t->rows - 1;
+	int code = MC_OK;
+
+	if (from->page_size != t->page_size)
+		return mc_fail(fail, MC_RANGE, 0, "page sizes differ");
+	if (first > MC_MAX_PAGE || pages > MC_MAX_PAGE - first || to > MC_MAX_PAGE || pages > MC_MAX_PAGE - to)
+		return mc_fail(fail, MC_RANGE, 0, "beyond 2^62 pages");
+	if (t->rows && to < t->offset[last] + t->count[last])
+		return mc_fail(fail, MC_RANGE, 0, "rows overlap or are out of order");
+	while (low < high) {
+		uint64_t middle = low + (high - low) / 2;
+
+		if (from->offset[middle] + from->count[middle] > first)
+			high = middle;
+		else
+			low = middle + 1;
+	}
+	for (uint64_t row = low; row < from->rows && from->offset[row] < end && !code; row++) {
+		uint64_t at = from->offset[row], stop = at + from->count[row];
+		uint64_t skip = at < first ? first - at : 0;
+		uint64_t n = (stop < end ? stop : end) - at - skip;
+
+		code = mc_table_push(t, at + skip - first + to, from->pfn[row] + skip * mc_step(from->flags[row]),
+				     (uint32_t)n, (from->flags[row] & keep) | add, fail);
+	}
+	return code;
+}
+
 static void unmap_columns(const struct mc_table *t)
 {
 	if (!t->capacity)

@@ -54,6 +54,28 @@ static struct mc_table *random_table(uint64_t rows)
 	return sealed;
 }
 
+/* A part of a table that is moved and moved back is the part. */
+static void ask_for_a_part(const struct mc_table *t)
+{
+	struct mc_table *there, *back;
+	uint64_t first = t->first + any(t->end - t->first + 1), to = any(1 << 20), held = 0, pages = any(5000);
+
+	CHECK(!mc_table_new(&there, t->page_size, &fail) && !mc_table_new(&back, t->page_size, &fail));
+	CHECK(!mc_table_part(there, t, first, pages, to, ~0U, 0, &fail));
+	CHECK(!mc_table_part(back, there, to, pages, first, ~0U, 0, &fail));
+	for (uint64_t i = 0; i < back->rows; i++) {
+		int64_t row = mc_lookup(t, back->offset[i]);
+
+		CHECK(row >= 0 && back->offset[i] >= first && back->offset[i] + back->count[i] <= first + pages);
+		CHECK(back->pfn[i] == t->pfn[row] + (back->offset[i] - t->offset[row]) *
+		      (t->flags[row] & MC_SWAP ? 32 : 1) && back->flags[i] == t->flags[row]);
+		held += back->count[i];
+	}
+	CHECK(there->rows == back->rows && held <= pages);
+	mc_table_free(there);
+	mc_table_free(back);
+}
+
 static void ask_everything(struct mc_table *t, struct mc_table *other)
 {
 	uint64_t cells[4][7], folded[4], page;
@@ -80,6 +102,7 @@ static void ask_everything(struct mc_table *t, struct mc_table *other)
 		CHECK(!mc_join(t, file, 0, 1, &folded[0], &folded[1], &folded[2], &folded[3], &fail));
 	if (t->page_size == other->page_size)
 		CHECK(!mc_diff(t, other, &changes, &fail));
+	ask_for_a_part(t);
 	mc_changes_free(&changes);
 	close(file);
 }

@@ -20,7 +20,7 @@ def drive(tmp_path: Path, sanitizers: str, rounds: int, *prefix: str) -> subproc
     command = ["cc", *FLAGS, f"-fsanitize={sanitizers}", "-I", NATIVE, "-o", program, *sources]
     subprocess.run(command, check=True)
     return subprocess.run(
-        [*prefix, program, str(rounds), "20261123"], check=False, capture_output=True, text=True, timeout=120
+        [*prefix, program, str(rounds), "20261123"], check=False, capture_output=True, text=True, timeout=300
     )
 
 

@@ -198,8 +198,8 @@ def run(
 ) -> Verdicts:
     """Boot the lab, run a scenario through its stages, return what it said; never later than ``timeout`` seconds.
 
-    ``iommu`` is QEMU's device (``amd-iommu``), ``devices`` and ``options`` are QEMU's, ``arguments`` the scenario's; ``early`` is a line of shell that every stage
-    begins with, before any Python.
+    ``iommu``, ``devices`` and ``options`` are QEMU's, ``arguments`` the scenario's; ``early`` is a line of shell that
+    every stage begins with, before any Python.
     """
     command = prepare(
         scenario,

@@ -151,10 +151,15 @@ class Tree:
     def iommu(
         self, name: str, devices: Sequence[str], kind: str = "", attributes: dict[str, str] | None = None
     ) -> None:
-        """drivers/iommu/iommu-sysfs.c; ``kind`` is the directory of attributes a driver adds."""
+        """drivers/iommu/iommu-sysfs.c; ``kind`` is the directory of attributes a driver adds.
+
+        A virtio-iommu adds none: its name is that of the PCI function, its ``device`` the virtio device.
+        """
         self.directory(f"/sys/class/iommu/{name}/devices")
         for bdf in devices:
             self.link(f"/sys/class/iommu/{name}/devices/{bdf}", f"../../../../pci0000:00/{bdf}")
+        if kind.startswith("virtio"):
+            self.link(f"/sys/class/iommu/{name}/device", f"../../{kind}")
         for key, value in (attributes or {}).items():
             self.write(f"/sys/class/iommu/{name}/{kind}/{key}", f"{value}\n")
 

@@ -1,30 +1,42 @@
 """IOMMUs, and the address spaces (groups) behind them.
 
-    /sys/class/iommu/NAME/devices/BDF                           the units: dmar0, ivhd0, smmu3.0x..., virtio
+    /sys/class/iommu/NAME/devices/BDF                           the units: dmar0, ivhd0, smmu3.0x..., a BDF (virtio)
+    /sys/class/iommu/NAME/device -> .../virtioN                 the device of a virtio-iommu
     /sys/kernel/iommu_groups/N/type                             identity, blocked, DMA, DMA-FQ, unmanaged...
     /sys/kernel/iommu_groups/N/reserved_regions                 START " " END " " KIND, hexadecimal, END inclusive
     /sys/kernel/iommu_groups/N/devices/BDF
 
-Only Intel's driver shows page tables (:mod:`vtd`); what the others show, or why nothing, is said in ``why_not``.
+Intel's driver shows page tables (:mod:`vtd`), AMD's are walked in physical memory (:mod:`amdvi`); what the others show,
+or why nothing, is said in ``why_not``.
 """
 
 from __future__ import annotations
 
-from memconsole.backend.kernel import tree, vtd
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from memconsole.backend.kernel import amdvi, tree, vtd
 from memconsole.backend.kernel.tree import Root
-from memconsole.errors import BadFile, Denied, NotFound
+from memconsole.backend.kernel.vtd import Budget, TooMany
+from memconsole.errors import BadFile, Denied, KernelRefused, NotFound
 from memconsole.model import Domain, Iommu, Reserved
+
+if TYPE_CHECKING:
+    from memconsole.extents import ExtentTable
 
 _UNITS = "/sys/class/iommu"
 _GROUPS = "/sys/kernel/iommu_groups"
-_AMD_DEBUGFS = "/sys/kernel/debug/iommu/amd"
 LEAVES_MAX = 50_000
 """Page table leaves a survey looks at, over all groups: about 100 ms of them."""
 _UNCOUNTED = "too many page table leaves to count them all; ask for this device alone"
 _PAGE = 4096
 
+_WALKS: Mapping[str, Callable[[Root, str, Budget | None], ExtentTable]] = {
+    "intel-iommu": vtd.table,
+    "amd-iommu": amdvi.table,
+}
+"""Readers of a device's page tables, by the kind of the unit that translates for it."""
 _NO_WALK = {
-    "amd-iommu": "the AMD driver shows its device table and registers, but no page tables",
     "arm-smmu": "the Arm SMMU drivers show no page tables",
     "virtio-iommu": "virtio-iommu keeps its mappings in the hypervisor; this kernel has no page tables to show",
 }
@@ -57,13 +69,52 @@ def domains(root: Root = "/", *, leaves_max: int = LEAVES_MAX) -> tuple[Domain, 
     except NotFound:
         return ()
     of_device = {bdf: unit for unit in units(root) for bdf in unit.devices}
-    budget = vtd.Budget(leaves_max)
+    budget = Budget(leaves_max)
     found = []
     for name in groups:
         if not name.isdecimal():
             raise tree.malformed(_GROUPS, name)
         found.append(_domain(root, int(name), of_device, budget))
     return tuple(found)
+
+
+def table(root: Root, group: str) -> ExtentTable:
+    """The address space of a group by IOVA page, which the caller closes; all of its devices share it.
+
+    Raises:
+        NotFound: there is no such group, or its page tables are not shown: why not.
+        Denied, KernelRefused, BadFile: they cannot be read.
+    """
+    what = f"the page tables of IOMMU group {group} are not shown"
+    base = f"{_GROUPS}/{group}"
+    if not group.isdecimal() or not tree.exists(root, base):
+        raise NotFound(f"there is no IOMMU group {group}", "", "memconsole domains")
+    devices = tree.names(root, f"{base}/devices")
+    unit = next((unit for unit in units(root) if not set(devices).isdisjoint(unit.devices)), None)
+    if why := _not_walked(tree.line(root, f"{base}/type"), unit):
+        raise NotFound(what, why)
+    if not devices:
+        raise NotFound(what, "no device is in it")
+    assert unit is not None  # noqa: S101 - else there was a reason
+    try:
+        return _WALKS[unit.kind](root, min(devices), None)
+    except NotFound as error:
+        raise NotFound(what, _no_debugfs(unit, error)) from error
+
+
+def _no_debugfs(unit: Iommu, error: NotFound) -> str:
+    if unit.kind == "intel-iommu":
+        return f"no {vtd.DEBUGFS} (needs CONFIG_INTEL_IOMMU_DEBUGFS, and debugfs mounted)"
+    return error.why or error.what
+
+
+def _not_walked(kind: str, unit: Iommu | None) -> str:
+    """Why there are no page tables to be read for a group of a type, or an empty string."""
+    if kind == "identity":
+        return "identity: an IOVA is the physical address"
+    if unit is None:
+        return "no IOMMU says that it translates for this group"
+    return "" if unit.kind in _WALKS else _NO_WALK.get(unit.kind, f"{unit.kind} shows no page tables")
 
 
 def _unit(root: Root, name: str) -> Iommu:
@@ -77,11 +128,13 @@ def _unit(root: Root, name: str) -> Iommu:
 
 
 def _kind(root: Root, base: str, name: str) -> str:
-    """The driver, by the attributes it adds (Intel, AMD) or by the name it gives (Arm, virtio, RISC-V)."""
+    """The driver, by the attributes it adds (Intel, AMD), the device it has (virtio), or the name it gives (Arm...)."""
     for kind in ("intel-iommu", "amd-iommu"):
         if tree.exists(root, f"{base}/{kind}"):
             return kind
-    for prefix, kind in (("smmu", "arm-smmu"), ("virtio", "virtio-iommu"), ("riscv", "riscv-iommu")):
+    if (tree.link_name(root, f"{base}/device") or "").startswith("virtio"):
+        return "virtio-iommu"
+    for prefix, kind in (("smmu", "arm-smmu"), ("riscv", "riscv-iommu"), ("iommufd_selftest", "iommufd-selftest")):
         if name.startswith(prefix):
             return kind
     return "unknown"
@@ -94,12 +147,12 @@ def _detail(root: Root, base: str, kind: str) -> str:
             said.append(f"{label} {tree.line(root, f'{base}/{kind}/{file}')}")
         except NotFound:
             continue
-    if kind == "amd-iommu" and _visible(root, _AMD_DEBUGFS):
-        said.append(f"debugfs {', '.join(tree.names(root, _AMD_DEBUGFS))}")
+    if kind == "amd-iommu" and _visible(root, amdvi.DEBUGFS):
+        said.append(f"debugfs {', '.join(tree.names(root, amdvi.DEBUGFS))}")
     return ", ".join(said)
 
 
-def _domain(root: Root, group: int, of_device: dict[str, Iommu], budget: vtd.Budget) -> Domain:
+def _domain(root: Root, group: int, of_device: dict[str, Iommu], budget: Budget) -> Domain:
     base = f"{_GROUPS}/{group}"
     devices = tuple(sorted(tree.names(root, f"{base}/devices")))
     kind = tree.line(root, f"{base}/type")
@@ -129,35 +182,26 @@ def _reserved(root: Root, source: str) -> tuple[Reserved, ...]:
 
 
 def _translation(
-    root: Root, kind: str, unit: Iommu | None, devices: tuple[str, ...], budget: vtd.Budget
+    root: Root, kind: str, unit: Iommu | None, devices: tuple[str, ...], budget: Budget
 ) -> tuple[int | None, int | None, str]:
     """Pages mapped and runs of IOVA, or why they are not known; devices of a group share one address space."""
-    if kind == "identity":
-        return None, None, "identity: an IOVA is the physical address"
     if kind == "blocked":
         return 0, 0, "blocked: no DMA reaches memory"
-    if unit is None:
-        return None, None, "no IOMMU says that it translates for this group"
-    if unit.kind != "intel-iommu":
-        return None, None, _NO_WALK.get(unit.kind, f"{unit.kind} shows no page tables")
-    if not devices:
+    if why := _not_walked(kind, unit):
+        return None, None, why
+    if unit is None or not devices:
         return 0, 0, ""
     if budget.leaves <= 0:
         return None, None, _UNCOUNTED
     try:
-        return _count(root, devices[0], budget)
-    except NotFound:
-        return None, None, f"no {vtd.DEBUGFS} (needs CONFIG_INTEL_IOMMU_DEBUGFS, and debugfs mounted)"
-    except (Denied, BadFile) as error:
-        return None, None, error.why
-
-
-def _count(root: Root, bdf: str, budget: vtd.Budget) -> tuple[int | None, int | None, str]:
-    try:
-        with vtd.table(root, bdf, budget) as found:
-            return found.pages, len(found), ""
-    except vtd.TooMany:
+        with _WALKS[unit.kind](root, devices[0], budget) as found:
+            return found.stats().present, len(found), ""
+    except TooMany:
         return None, None, _UNCOUNTED
+    except NotFound as error:
+        return None, None, _no_debugfs(unit, error)
+    except (Denied, BadFile, KernelRefused) as error:
+        return None, None, error.why
 
 
 def _visible(root: Root, path: str) -> bool:

@@ -202,17 +202,17 @@ class DevMem:
         self.close()
 
 
-def this_host() -> Core | DevMem:
-    """The memory of the kernel that runs.
+def this_host(root: tree.Root = "/") -> Core | DevMem:
+    """The memory of the kernel that runs (below ``root``).
 
     Raises:
         Denied, NotFound, BadFile: neither /proc/kcore nor /dev/mem shows it.
     """
     try:
-        return Core(KCORE)
+        return Core(tree.below(root, KCORE))
     except (NotFound, Denied, BadFile) as error:
         try:
-            return DevMem()
+            return DevMem(tree.below(root, DEVMEM))
         except (NotFound, Denied) as other:
             raise type(other)("physical memory cannot be read", f"{error}; {other}", other.remedy) from other
 

@@ -163,6 +163,7 @@ class GuestStart(Action, frozen=True, tag="guest-start"):
     name: Annotated[str, Arg(Kind.NEW_NAME, "name of the new guest and of its region", positional=True)]
     vmm: Annotated[str, Arg(Kind.CHOICE, "what runs it", choices=("canary", "qemu"))] = "canary"
     memory: Annotated[int, Arg(Kind.SIZE, "its RAM")] = 64 << 20
+    device: Annotated[str | None, Arg(Kind.BDF, "PCI device it is given through VFIO (qemu)")] = None
     args: Annotated[tuple[str, ...], Arg(Kind.WORDS, "arguments for the VMM, after --")] = ()
 
 

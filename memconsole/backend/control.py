@@ -346,7 +346,7 @@ class Control:
 
     def _devices(self) -> tuple[Finding, ...]:
         """Where devices reach other memory than the ledger grants them."""
-        if not any(grant.dma is not None for grant in self._state.grants.values()):
+        if not (self._desk.hands_devices or any(grant.dma is not None for grant in self._state.grants.values())):
             return ()
         from memconsole.backend.dma import check
 

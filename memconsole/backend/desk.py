@@ -255,6 +255,11 @@ class Desk:
         self._spaces = self._spaces or Spaces(self)
         return self._spaces
 
+    @property
+    def hands_devices(self) -> bool:
+        """Whether a VMM has a device of ours."""
+        return self._spaces is not None and bool(self._spaces.filled)
+
     # --- windows --------------------------------------------------------------------------------------------------
 
     def windows(self) -> tuple[Window, ...]:

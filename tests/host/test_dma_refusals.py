@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -12,6 +13,7 @@ from support.trees import Tree
 
 from memconsole import actions as do
 from memconsole.backend.control import Control, embedded
+from memconsole.backend.guests.qemu import BINARY
 from memconsole.errors import Refused
 
 FREE, BUSY, BESIDE, BRIDGED = (f"0000:00:0{number}.0" for number in range(4, 8))
@@ -91,3 +93,27 @@ def test_a_driver_that_does_not_take_the_device_leaves_nothing(control: Control,
         control.apply(do.Map("ram", "driver", gpa=0, dma=FREE))
     assert (tree.root / override[1:]).read_text().startswith("\n"), "no driver is preferred any more"
     assert control.snapshot().grants == ()
+
+
+def start_codes(control: Control, bdf: str, vmm: str = "qemu") -> list[str]:
+    """What a VM that is to have a device is refused for."""
+    plan = control.plan(do.GuestStart("vm", vmm=vmm, memory=4 * M, device=bdf))
+    return [refusal.code for refusal in plan.refusals if refusal.code != "NoVmm"]
+
+
+def test_a_vm_is_refused_the_same_devices(control: Control, tree: Tree) -> None:
+    assert start_codes(control, BUSY) == start_codes(control, BESIDE) == ["DeviceInUse"]
+    assert start_codes(control, "0000:00:1f.7") == ["NoSuchDevice"]
+    assert start_codes(control, FREE, "canary") == ["NoDevices"]
+    assert start_codes(control, FREE) == start_codes(control, BRIDGED) == []
+    tree.write("/dev/vfio/vfio", "")
+    (tree.root / "dev/iommu").unlink()
+    assert start_codes(control, FREE) == ["NoIommu"], "QEMU takes no device of a container by fd"
+    assert codes(control, FREE) == [], "a process does"
+
+
+@pytest.mark.skipif(shutil.which(BINARY) is None, reason=f"{BINARY} is not installed")
+def test_the_device_is_opened_before_its_vm(control: Control) -> None:
+    effects = control.plan(do.GuestStart("vm", vmm="qemu", memory=4 * M, device=FREE)).effects
+    assert [effect.id for effect in effects][-3:] == ["bind", "hand", "spawn"]
+    assert FREE in effects[-1].text

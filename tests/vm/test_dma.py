@@ -11,6 +11,11 @@ pytestmark = pytest.mark.rotating("dma")
 
 
 @pytest.fixture(scope="module")
+def type1(tmp_path_factory: pytest.TempPathFactory) -> lab.Verdicts:
+    return lab.run("dma_type1", tmp_path_factory.mktemp("type1"), timeout=900)
+
+
+@pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> lab.Verdicts:
     directory: Path = tmp_path_factory.mktemp("dma")
     return lab.run("dma", directory, timeout=400)
@@ -18,3 +23,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> lab.Verdicts:
 
 def test_every_verdict_is_good(said: lab.Verdicts) -> None:
     said.check()
+
+
+def test_every_verdict_is_good_without_iommufd(type1: lab.Verdicts) -> None:
+    type1.check()

@@ -4,6 +4,7 @@
     dma-missing    pages of a grant that the device's page tables lack
     dma-unknown    pages in the tables that no grant accounts for: the device reaches them
     dma-elsewhere  pages that lead to other frames than the region has (its file was punched under the device)
+                   (where a VMM fills the address space, :mod:`.filled` compares by frame: no page is elsewhere)
     device-shared  a device of a guest is not alone in its IOMMU group: the others reach the same memory
 
 Page tables are compared where the kernel shows them (:mod:`~memconsole.backend.kernel.vtd`), frames for regions up to
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from memconsole.backend.dma import filled
 from memconsole.backend.kernel import iommu, pci, tree, vtd
 from memconsole.backend.stores import memfd
 from memconsole.errors import NotFound
@@ -48,13 +50,19 @@ def check(desk: Desk) -> tuple[Finding, ...]:
     for grant in state.grants.values():
         if grant.dma is not None:
             given.setdefault((grant.guest, grant.dma), [])
+    by_vmm = desk.spaces.filled
+    for bdf, guest in desk.spaces.devices.items():
+        if guest in by_vmm:  # it has what it was handed, also when its grants are gone
+            given.setdefault((guest, bdf), [])
     if state.unfinished or not given:
         return ()
     for (guest, _), grants in given.items():
         grants += [grant for grant in state.grants_of(guest=guest) if grant.dma is not None]
     found: list[Finding] = [*_lost(given, desk.spaces.devices), *_shared(desk.root, {bdf for _, bdf in given})]
     for (guest, bdf), grants in given.items():
-        if desk.spaces.devices.get(bdf) == guest and (runs := _runs(desk.root, bdf)) is not None:
+        if guest in by_vmm:
+            found += _filled(desk, guest, bdf, grants)
+        elif desk.spaces.devices.get(bdf) == guest and (runs := _runs(desk.root, bdf)) is not None:
             frames = {grant.id: _frames(desk, grant) for grant in grants}
             found += compare(bdf, grants, runs, frames)
     return tuple(found) if desk.state is state else ()
@@ -87,6 +95,20 @@ def compare(
         evidence = f"{evidence}: IOVA {format_address(outside.page * PAGE)} leads to PFN {outside.pfn:#x}"
         remedy = "revoke the device's grants: that closes it"
         yield Finding("dma-unknown", Severity.ERROR, bdf, what, evidence, remedy)
+
+
+def _filled(desk: Desk, guest: str, bdf: str, grants: Sequence[Grant]) -> list[Finding]:
+    found: list[Finding] = []
+    for _ in range(2):  # the guest may have moved something between the looks
+        runs, own = _runs(desk.root, bdf), filled.own_frames(desk, guest)
+        frames = [_frames(desk, grant) for grant in grants]
+        if runs is None or own is None or None in frames:
+            return []
+        granted = [(run.pfn, run.pages) for each in frames for run in each or ()]
+        found = list(filled.compare(bdf, grants, runs, granted, own))
+        if not found:
+            break
+    return found
 
 
 def _lost(given: Iterable[tuple[str, str]], attached: Mapping[str, str]) -> Iterator[Finding]:

@@ -5,12 +5,14 @@ All are ``_IO(';', NUMBER)`` on a struct that begins with its own size.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
 import mmap
 import os
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from memconsole.backend.kernel import tree
@@ -20,9 +22,16 @@ from memconsole.errors import KernelRefused
 DEVICE = "/dev/iommu"
 
 _IO = ord(";") << 8
-_IOAS_ALLOC, _IOAS_MAP, _IOAS_UNMAP, _IOAS_MAP_FILE = (_IO | number for number in (0x81, 0x85, 0x86, 0x8F))
-_BIND, _ATTACH = (_IO | 100 + number for number in (18, 19))
+_IOAS_ALLOC, _IOAS_RANGES, _IOAS_MAP, _IOAS_UNMAP, _IOAS_MAP_FILE = (
+    _IO | number for number in (0x81, 0x84, 0x85, 0x86, 0x8F)
+)
+_BIND, _ATTACH, _DETACH = (_IO | 100 + number for number in (18, 19, 20))
 _FIXED_IOVA, _WRITEABLE, _READABLE = 1, 2, 4
+
+OBJECTS_MAX = 256
+"""The kernel gives the lowest free id; a VMM makes a handful of objects for each device."""
+EVERYTHING = (1 << 64) - 1
+"""The length that, from IOVA 0 on, unmaps all of an address space."""
 
 
 def create(root: Root = "/") -> int:
@@ -44,7 +53,7 @@ def make_space(iommufd: int) -> int:
         KernelRefused: no memory.
     """
     return int(
-        struct.unpack_from("I", _call("IOMMU_IOAS_ALLOC", iommufd, _IOAS_ALLOC, struct.pack("III", 12, 0, 0)), 8)[0]
+        struct.unpack_from("I", call("IOMMU_IOAS_ALLOC", iommufd, _IOAS_ALLOC, struct.pack("III", 12, 0, 0)), 8)[0]
     )
 
 
@@ -56,7 +65,7 @@ def bind(device: int, bdf: str, iommufd: int) -> None:
             driver has another device of its group.
     """
     try:
-        _call("VFIO_DEVICE_BIND_IOMMUFD", device, _BIND, struct.pack("IIiI", 16, 0, iommufd, 0))
+        call("VFIO_DEVICE_BIND_IOMMUFD", device, _BIND, struct.pack("IIiI", 16, 0, iommufd, 0))
     except KernelRefused as error:
         names = {
             errno.EPERM: ("NotIsolated", "switch interrupt remapping on: it could send any interrupt to this host"),
@@ -74,7 +83,35 @@ def attach(device: int, space: int) -> None:
     Raises:
         KernelRefused: the IOMMU cannot translate for it.
     """
-    _call("VFIO_DEVICE_ATTACH_IOMMUFD_PT", device, _ATTACH, struct.pack("III", 12, 0, space))
+    call("VFIO_DEVICE_ATTACH_IOMMUFD_PT", device, _ATTACH, struct.pack("III", 12, 0, space))
+
+
+def detach(device: int) -> None:
+    """Let a device reach nothing any more; one that is not attached, or not bound, reaches nothing.
+
+    Raises:
+        KernelRefused: the kernel will not, and it still reaches what it did.
+    """
+    try:
+        call("VFIO_DEVICE_DETACH_IOMMUFD_PT", device, _DETACH, struct.pack("II", 8, 0))
+    except KernelRefused as error:
+        if error.errno != errno.EINVAL:
+            raise
+
+
+def spaces(iommufd: int) -> list[int]:
+    """The ids of the address spaces of an iommufd, whoever made them, among its first ``OBJECTS_MAX`` objects."""
+    found = []
+    for id in range(1, OBJECTS_MAX + 1):
+        try:
+            call("IOMMU_IOAS_IOVA_RANGES", iommufd, _IOAS_RANGES, struct.pack("IIIIQQ", 32, id, 0, 0, 0, 0))
+        except KernelRefused as error:
+            if error.errno == errno.ENOENT:  # another kind of object, or none
+                continue
+            if error.errno != errno.EMSGSIZE:  # there are ranges, and no room to say which
+                raise
+        found.append(id)
+    return found
 
 
 class Mapping(NamedTuple):
@@ -91,6 +128,16 @@ class Mapping(NamedTuple):
         """As both calls take them."""
         return _FIXED_IOVA | _READABLE | (_WRITEABLE if self.writable else 0)
 
+    @contextlib.contextmanager
+    def viewed(self) -> Iterator[int]:
+        """Where this process has the range mapped meanwhile; the pins of a device keep the pages afterwards."""
+        with mmap.mmap(self.file, self.length, offset=self.offset) as view:
+            anchor = ctypes.c_char.from_buffer(view)
+            try:
+                yield ctypes.addressof(anchor)
+            finally:
+                del anchor
+
 
 def map_file(iommufd: int, space: int, want: Mapping) -> None:
     """Map a range of a memory file; its pages are put in place, and pinned until it is unmapped.
@@ -100,31 +147,25 @@ def map_file(iommufd: int, space: int, want: Mapping) -> None:
     """
     request = struct.pack("IIIiQQQ", 40, want.flags, space, want.file, want.offset, want.length, want.iova)
     try:
-        _call("IOMMU_IOAS_MAP_FILE", iommufd, _IOAS_MAP_FILE, request)
+        call("IOMMU_IOAS_MAP_FILE", iommufd, _IOAS_MAP_FILE, request)
     except KernelRefused as error:
         if error.errno != errno.ENOTTY:
-            raise _named(error, want.iova) from error
+            raise unmappable(error, want.iova) from error
         map_memory(iommufd, space, want)
 
 
 def map_memory(iommufd: int, space: int, want: Mapping) -> None:
     """The same through a mapping of this process, for kernels before 6.13; a device must be attached already.
 
-    The pins keep the pages once the mapping is gone again.
-
     Raises:
         KernelRefused: as :func:`map_file`.
     """
-    with mmap.mmap(want.file, want.length, offset=want.offset) as view:
-        anchor = ctypes.c_char.from_buffer(view)
+    with want.viewed() as address:
+        request = struct.pack("IIIIQQQ", 40, want.flags, space, 0, address, want.length, want.iova)
         try:
-            at = ctypes.addressof(anchor)
-            request = struct.pack("IIIIQQQ", 40, want.flags, space, 0, at, want.length, want.iova)
-            _call("IOMMU_IOAS_MAP", iommufd, _IOAS_MAP, request)
+            call("IOMMU_IOAS_MAP", iommufd, _IOAS_MAP, request)
         except KernelRefused as error:
-            raise _named(error, want.iova) from error
-        finally:
-            del anchor
+            raise unmappable(error, want.iova) from error
 
 
 def unmap(iommufd: int, space: int, iova: int, length: int) -> int:
@@ -134,7 +175,7 @@ def unmap(iommufd: int, space: int, iova: int, length: int) -> int:
         KernelRefused: a mapping lies across an end of the range; nothing was unmapped.
     """
     try:
-        answer = _call("IOMMU_IOAS_UNMAP", iommufd, _IOAS_UNMAP, struct.pack("IIQQ", 24, space, iova, length))
+        answer = call("IOMMU_IOAS_UNMAP", iommufd, _IOAS_UNMAP, struct.pack("IIQQ", 24, space, iova, length))
     except KernelRefused as error:
         if error.errno == errno.ENOENT:
             return 0
@@ -142,7 +183,8 @@ def unmap(iommufd: int, space: int, iova: int, length: int) -> int:
     return int(struct.unpack_from("Q", answer, 16)[0])
 
 
-def _named(error: KernelRefused, iova: int) -> KernelRefused:
+def unmappable(error: KernelRefused, iova: int) -> KernelRefused:
+    """Why an IOVA was not mapped, by name."""
     names = {
         errno.EEXIST: ("IovaTaken", "it leads somewhere already; revoke that grant"),
         errno.EINVAL: ("BadIova", "the IOMMU or a device of the guest cannot reach it; choose another --gpa"),
@@ -153,7 +195,12 @@ def _named(error: KernelRefused, iova: int) -> KernelRefused:
     return KernelRefused(error.source, error.errno, what=what, remedy=remedy, code=code)
 
 
-def _call(name: str, fd: int, number: int, request: bytes) -> bytes:
+def call(name: str, fd: int, number: int, request: bytes) -> bytes:
+    """A call on a struct, as the kernel left it.
+
+    Raises:
+        KernelRefused: it failed.
+    """
     try:
         return fcntl.ioctl(fd, number, request)
     except OSError as error:

@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from memconsole.backend.dma import iommufd, vfio
+from memconsole.backend.dma import backends, vfio, vmm
+from memconsole.backend.dma.backends import Kind
+from memconsole.backend.dma.iommufd import Mapping as Range
+from memconsole.backend.kernel import tree
 from memconsole.backend.stores import memfd
 from memconsole.errors import KernelRefused, NotFound, Refused
 from memconsole.model import Access, Grant, Value
@@ -24,21 +27,23 @@ if TYPE_CHECKING:
     from memconsole.backend.desk import Desk
 
 _END = (1 << 64) - (1 << 12)
-_SPACE, _DEVICE = "iommu:", "vfio:"
+_SPACE, _DEVICE, _GROUP = "iommu:", "vfio:", "group:"
 
 
 class Space(Value, frozen=True):
-    """A guest's address space as custody keeps it: the id it has in its iommufd."""
+    """A guest's address space as custody keeps it: the id it has in its fd, and what it is made of."""
 
     guest: str
     space: int
+    kind: Kind = Kind.IOMMUFD
 
 
 class Attached(Value, frozen=True):
-    """A device as custody keeps it: whose address space it is attached to."""
+    """A device as custody keeps it: whose address space it is attached to, and the IOMMU group it came out of."""
 
     bdf: str
     guest: str
+    group: int | None = None
 
 
 class Spaces:
@@ -47,14 +52,22 @@ class Spaces:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         self._lock = threading.RLock()
-        self._spaces: dict[str, int] = {}
+        self._spaces: dict[str, Space] = {}
         self._devices: dict[str, str] = {}
+        self._groups: dict[str, int] = {}
+        self._joined: set[int] = set()
 
     @property
     def devices(self) -> Mapping[str, str]:
         """The guest each device is attached to, by BDF."""
         with self._lock:
             return dict(self._devices)
+
+    @property
+    def filled(self) -> frozenset[str]:
+        """The guests whose VMM fills their address space."""
+        with self._lock:
+            return frozenset(guest for guest, space in self._spaces.items() if space.kind is Kind.VMM)
 
     def adopt(self) -> None:
         """Take over what custody holds; nothing about it changes.
@@ -64,17 +77,21 @@ class Spaces:
         """
         with self._lock:
             for name in self._desk.custody.names():
-                kind = next((kind for kind in (_SPACE, _DEVICE) if name.startswith(kind)), None)
-                if kind is None:
+                kind = next((kind for kind in (_SPACE, _DEVICE, _GROUP) if name.startswith(kind)), None)
+                if kind == _GROUP:
+                    self._joined.add(int(name.removeprefix(_GROUP)))
+                if kind in {None, _GROUP}:
                     continue
                 fd, payload = self._desk.custody.get(name)
                 os.close(fd)
                 if kind == _SPACE:
                     space = msgspec.json.decode(payload, type=Space)
-                    self._spaces[space.guest] = space.space
+                    self._spaces[space.guest] = space
                 else:
                     attached = msgspec.json.decode(payload, type=Attached)
                     self._devices[attached.bdf] = attached.guest
+                    if attached.group is not None:
+                        self._groups[attached.bdf] = attached.group
 
     def attach(self, guest: str, bdf: str) -> None:
         """Attach a device to a guest's address space, and let it master the bus; nothing is mapped by this.
@@ -84,21 +101,52 @@ class Spaces:
             NotFound, Denied, KernelRefused: it cannot be opened, confined or attached.
         """
         with self._lock, contextlib.ExitStack() as stack:
-            owner = self._devices.get(bdf)
-            if owner == guest:
+            if not self._is_free(guest, bdf):
                 return
-            if owner is not None:
-                raise Refused(f"device {bdf} is guest {owner}'s", "", "revoke its grants", code="DeviceInUse")
-            device = vfio.open_device(self._desk.root, bdf)
-            stack.callback(os.close, device)
             if guest not in self._spaces:
-                self._make(guest)
-            with self._space(guest) as (fd, space):
-                iommufd.bind(device, bdf, fd)
-                iommufd.attach(device, space)
+                self._make(guest, backends.choose(self._desk.root, bdf))
+            fd, space = stack.enter_context(self._space(guest))
+            number = None
+            if space.kind is Kind.TYPE1:
+                number = int(tree.link_name(self._desk.root, f"/sys/bus/pci/devices/{bdf}/iommu_group") or -1)
+            group = None if number is None else stack.enter_context(self._group(number, fd))
+            device = backends.opened(space.kind, fd, space.space).attach(self._desk.root, bdf, group)
+            stack.callback(os.close, device)
             vfio.enable(device)
-            self._desk.custody.put(_DEVICE + bdf, device, msgspec.json.encode(Attached(bdf, guest)))
-            self._devices[bdf] = guest
+            self._keep(Attached(bdf, guest, number), device)
+
+    def hand(self, guest: str, bdf: str) -> None:
+        """Open a device, and an iommufd for it, for a guest whose VMM confines it: :meth:`handed` has both.
+
+        Raises:
+            Refused: it is attached to another guest's (``DeviceInUse``).
+            NotFound, Denied, KernelRefused: it cannot be opened.
+        """
+        with self._lock:
+            if not self._is_free(guest, bdf):
+                return
+            device = vfio.open_device(self._desk.root, bdf)
+            try:
+                if guest not in self._spaces:
+                    self._make(guest, Kind.VMM)
+                self._keep(Attached(bdf, guest), device)
+            finally:
+                os.close(device)
+
+    @contextlib.contextmanager
+    def handed(self, guest: str) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """The iommufd of a guest whose VMM confines its devices, and these, by BDF; closed again.
+
+        Raises:
+            NotFound: it has none.
+        """
+        with self._lock, contextlib.ExitStack() as stack:
+            fd, _ = stack.enter_context(self._space(guest))
+            devices = []
+            for bdf in sorted(bdf for bdf, owner in self._devices.items() if owner == guest):
+                devices.append(self._desk.custody.get(_DEVICE + bdf)[0])
+                stack.callback(os.close, devices[-1])
+            yield fd, tuple(devices)
 
     def map(self, grant: Grant) -> None:
         """Let the devices of a grant's guest reach it, at its GPA.
@@ -110,8 +158,8 @@ class Spaces:
         assert grant.gpa is not None  # noqa: S101 - the plan refuses such a grant
         index, offset = divmod(grant.offset, memfd.SEGMENT)
         with self._lock, self._space(grant.guest) as (fd, space), self._desk.borrowed(grant.region) as files:
-            writable = grant.access is Access.RW
-            iommufd.map_file(fd, space, iommufd.Mapping(files[index], offset, grant.length, grant.gpa, writable))
+            want = Range(files[index], offset, grant.length, grant.gpa, grant.access is Access.RW)
+            backends.opened(space.kind, fd, space.space).map(want)
 
     def unmap(self, grant: Grant) -> None:
         """Take a grant from every device; when this returns, no device of its guest reaches it.
@@ -123,12 +171,16 @@ class Spaces:
         """
         assert grant.gpa is not None  # noqa: S101 - the plan refuses such a grant
         with self._lock:
-            if grant.guest in self._spaces:
-                with self._space(grant.guest) as (fd, space):
-                    done = iommufd.unmap(fd, space, grant.gpa, grant.length)
-                if done not in {0, grant.length}:
-                    what = f"{done} of {grant.length} bytes of {grant.id} were unmapped"
-                    raise KernelRefused("IOMMU_IOAS_UNMAP", 0, what=what)
+            if grant.guest not in self._spaces:
+                return
+            if self._spaces[grant.guest].kind is Kind.VMM:  # where it mapped what, it alone knows
+                self._take_back(grant.guest)
+                return
+            with self._space(grant.guest) as (fd, space):
+                done = backends.opened(space.kind, fd, space.space).unmap(grant.gpa, grant.length)
+            if done not in {0, grant.length}:
+                what = f"{done} of {grant.length} bytes of {grant.id} were unmapped"
+                raise KernelRefused(f"unmapping with {space.kind}", 0, what=what)
 
     def settle(self) -> None:
         """Make the address spaces what the ledger means: whatever else they map or hold is let go.
@@ -139,29 +191,80 @@ class Spaces:
         with self._lock:
             for guest in list(self._spaces):
                 grants = [grant for grant in self._desk.state.grants_of(guest=guest) if grant.dma is not None]
-                with self._space(guest) as (fd, space):
-                    for start, end in _gaps(grants):
-                        iommufd.unmap(fd, space, start, end - start)
                 meant = {grant.dma for grant in grants}
+                if self._spaces[guest].kind is Kind.VMM:
+                    if guest in self._desk.state.guests:  # as long as it lives it has what it was handed
+                        if not grants:
+                            self._take_back(guest)
+                        continue
+                else:
+                    with self._space(guest) as (fd, space):
+                        backend = backends.opened(space.kind, fd, space.space)
+                        for start, end in _gaps(grants):
+                            backend.unmap(start, end - start)
                 for bdf in [bdf for bdf, owner in self._devices.items() if owner == guest and bdf not in meant]:
-                    self._desk.custody.drop(_DEVICE + bdf)
-                    del self._devices[bdf]
+                    self._drop(bdf)
                 if not grants:
                     self._desk.custody.drop(_SPACE + guest)
                     del self._spaces[guest]
+            for number in self._joined - set(self._groups.values()):
+                self._desk.custody.drop(f"{_GROUP}{number}")
+                self._joined.discard(number)
 
-    def _make(self, guest: str) -> None:
-        fd = iommufd.create(self._desk.root)
+    def _is_free(self, guest: str, bdf: str) -> bool:
+        """Whether a device is nobody's; false if it is this guest's already.
+
+        Raises:
+            Refused: it is another guest's.
+        """
+        owner = self._devices.get(bdf)
+        if owner not in {None, guest}:
+            raise Refused(f"device {bdf} is guest {owner}'s", "", "revoke its grants", code="DeviceInUse")
+        return owner is None
+
+    def _keep(self, attached: Attached, device: int) -> None:
+        self._desk.custody.put(_DEVICE + attached.bdf, device, msgspec.json.encode(attached))
+        self._devices[attached.bdf] = attached.guest
+        if attached.group is not None:
+            self._groups[attached.bdf] = attached.group
+
+    def _drop(self, bdf: str) -> None:
+        self._desk.custody.drop(_DEVICE + bdf)
+        del self._devices[bdf]
+        self._groups.pop(bdf, None)
+
+    def _take_back(self, guest: str) -> None:
+        with self.handed(guest) as (fd, devices):
+            vmm.cut(fd, devices)
+
+    @contextlib.contextmanager
+    def _group(self, number: int, container: int) -> Iterator[int]:
+        """An IOMMU group's file, closed again; with its first device it comes into the container, and custody."""
+        name = f"{_GROUP}{number}"
+        if number in self._joined:
+            fd, _ = self._desk.custody.get(name)
+        else:
+            fd = backends.join(self._desk.root, number, container)
         try:
-            space = iommufd.make_space(fd)
-            self._desk.custody.put(_SPACE + guest, fd, msgspec.json.encode(Space(guest, space)))
+            if number not in self._joined:
+                self._desk.custody.put(name, fd)
+                self._joined.add(number)
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _make(self, guest: str, kind: Kind) -> None:
+        fd, id = backends.create(self._desk.root, kind)
+        try:
+            space = Space(guest, id, kind)
+            self._desk.custody.put(_SPACE + guest, fd, msgspec.json.encode(space))
             self._spaces[guest] = space
         finally:
             os.close(fd)
 
     @contextlib.contextmanager
-    def _space(self, guest: str) -> Iterator[tuple[int, int]]:
-        """A guest's iommufd, closed again, and the id of its address space."""
+    def _space(self, guest: str) -> Iterator[tuple[int, Space]]:
+        """The fd of a guest's address space, closed again, and what custody knows of it."""
         if guest not in self._spaces:
             raise NotFound(f"no device is attached for guest {guest}", "", "map with --dma BDF")
         fd, _ = self._desk.custody.get(_SPACE + guest)

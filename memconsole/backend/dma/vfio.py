@@ -57,6 +57,11 @@ def unbind(root: Root, bdf: str) -> None:
     _write(root, f"/sys/bus/pci/drivers/{DRIVER}/unbind", bdf)
 
 
+def has_file(root: Root, bdf: str) -> bool:
+    """Whether a device that vfio-pci has got a file of its own (CONFIG_VFIO_DEVICE_CDEV, Linux 6.6)."""
+    return tree.exists(root, f"/sys/bus/pci/devices/{bdf}/vfio-dev")
+
+
 def open_device(root: Root, bdf: str) -> int:
     """A device's file, which the caller closes; until it is bound to an iommufd it can do nothing.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import signal
@@ -145,11 +146,11 @@ class Handle:
 
 
 GIVEN_FD = 3
-"""The number under which a started program finds the one fd it is given."""
+"""The number under which a started program finds the first fd it is given; the others follow."""
 
 
-def spawn(argv: list[str], log: Path, fd: int | None = None) -> Handle:
-    """Start a program that outlives us: its own session, no terminal, output into ``log``, ``fd`` as GIVEN_FD.
+def spawn(argv: list[str], log: Path, *fds: int) -> Handle:
+    """Start a program that outlives us: its own session, no terminal, output into ``log``, ``fds`` from GIVEN_FD on.
 
     Raises:
         GuestError: it cannot be started.
@@ -159,16 +160,20 @@ def spawn(argv: list[str], log: Path, fd: int | None = None) -> Handle:
         (os.POSIX_SPAWN_OPEN, 1, os.fspath(log), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
         (os.POSIX_SPAWN_DUP2, 1, 2),
     ]
-    if fd is not None:
-        actions.append((os.POSIX_SPAWN_DUP2, fd, GIVEN_FD))
-    try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        pid = os.posix_spawnp(
-            argv[0], argv, os.environ, file_actions=actions, setsid=True, setsigmask=[], setsigdef=[signal.SIGPIPE]
-        )
-    except OSError as error:
-        remedy = f"install {argv[0]}" if isinstance(error, FileNotFoundError) else ""
-        raise GuestError(f"{argv[0]} cannot be started", error.strerror or "", remedy) from None
+    with contextlib.ExitStack() as stack:
+        for number, fd in enumerate(fds, GIVEN_FD):
+            # from above all of their numbers, so that none is overwritten before its turn
+            copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, GIVEN_FD + len(fds))
+            stack.callback(os.close, copy)
+            actions.append((os.POSIX_SPAWN_DUP2, copy, number))
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            pid = os.posix_spawnp(
+                argv[0], argv, os.environ, file_actions=actions, setsid=True, setsigmask=[], setsigdef=[signal.SIGPIPE]
+            )
+        except OSError as error:
+            remedy = f"install {argv[0]}" if isinstance(error, FileNotFoundError) else ""
+            raise GuestError(f"{argv[0]} cannot be started", error.strerror or "", remedy) from None
     return Handle(pid, child=True)
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memconsole.backend.guests.base import Offer, Restart
 from memconsole.backend.guests.handle import GIVEN_FD, Handle, last_words, spawn
@@ -47,6 +47,23 @@ def accelerator() -> str:
     return "kvm" if verdict == "kvm" and int(figure) >= KVM_FAST else "tcg"
 
 
+class Devices(NamedTuple):
+    """The devices QEMU is given when it starts: their VFIO files, and the iommufd in which it confines them."""
+
+    iommufd: int
+    files: tuple[int, ...]
+
+    @property
+    def words(self) -> list[str]:
+        """What QEMU is told of them; they follow its RAM."""
+        first = GIVEN_FD + 1
+        found = ["-object", f"iommufd,id=memconsole,fd={first}"]
+        for number in range(len(self.files)):
+            place = f"id=memconsole-{number},iommufd=memconsole,fd={first + 1 + number}"
+            found += ["-device", f"vfio-pci,{place}"]
+        return found
+
+
 class QemuGuest:
     """A QEMU: boot RAM cannot be unplugged, so it has no agent that would give a grant back."""
 
@@ -63,7 +80,14 @@ class QemuGuest:
 
     @classmethod
     def start(
-        cls, name: str, ram: Offer, directory: Path, *, args: Sequence[str] = (), within: float = 30.0
+        cls,
+        name: str,
+        ram: Offer,
+        directory: Path,
+        *,
+        args: Sequence[str] = (),
+        devices: Devices | None = None,
+        within: float = 30.0,
     ) -> QemuGuest:
         """Start QEMU with ``ram`` as its memory from GPA 0; ``args`` are appended, so that they override.
 
@@ -83,10 +107,13 @@ class QemuGuest:
             *("-name", name, "-nodefaults", "-no-user-config", "-display", "none"),
             *("-machine", "q35,memory-backend=ram", "-accel", accelerator()),
             *("-m", f"size={ram.length}B", "-object", backend),
-            *("-qmp", f"unix:{socket},server=on,wait=off", *args),
+            *("-qmp", f"unix:{socket},server=on,wait=off"),
+            *(devices.words if devices is not None else ()),
+            *args,
         ]
         socket.unlink(missing_ok=True)
-        handle = spawn(argv, log, ram.fd)
+        handed = (devices.iommufd, *devices.files) if devices is not None else ()
+        handle = spawn(argv, log, ram.fd, *handed)
         guest = cls(name, handle, directory, ram.grant)
         try:
             guest._await_monitor(socket, log, within)
@@ -224,13 +251,17 @@ class QemuGuest:
                 raise GuestError(f"guest {self.name} did not start", last_words(log), f"look into {log}")
             if time.monotonic() > deadline:
                 raise GuestError(f"guest {self.name} did not start", f"no monitor within {within:g} s", str(log))
-        try:
-            self._execute("query-status", max(1.0, deadline - time.monotonic()))
-        except (GuestError, Gone):
-            # QEMU makes the socket before it has looked at all of its options.
-            if self._handle.wait(1.0):
-                raise GuestError(f"guest {self.name} did not start", last_words(log), f"look into {log}") from None
-            raise
+        while True:
+            try:
+                self._execute("query-status", max(1.0, deadline - time.monotonic()))
+            except (GuestError, Gone):
+                # QEMU makes the socket before it listens, and before it has looked at all of its options.
+                if self._handle.wait(0.1):
+                    raise GuestError(f"guest {self.name} did not start", last_words(log), f"look into {log}") from None
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                return
 
     def _execute(
         self,

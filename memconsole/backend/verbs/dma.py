@@ -4,19 +4,23 @@ map      bind      vfio-pci takes the device, if no driver has it
          attach    the device is attached to the guest's address space: it reaches what its grants say
          (offer)   the guest maps it
          dma       the device reaches it, at the guest's own addresses
+start    bind      ... the same
+         hand      the device, and an iommufd for it, are opened for a VMM
+         (spawn)   the VMM confines the device, and lets it reach its RAM
 revoke,  dma       no device reaches it any more; it is not undone if the guest then keeps its own mapping
 stop     (cut...)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from msgspec.structs import replace
 
+from memconsole.actions import GuestStart
 from memconsole.backend.desk import Desk
-from memconsole.backend.dma import iommufd, vfio
+from memconsole.backend.dma import iommufd, type1, vfio
 from memconsole.backend.kernel import iommu, pci, tree
 from memconsole.backend.verbs.work import Work
 from memconsole.errors import MemconsoleError
@@ -30,6 +34,33 @@ _PASSIVE = {None, vfio.DRIVER, "pci-stub", "pcieport"}
 
 def refuse(work: Work, desk: Desk, grant: Grant, bdf: str) -> None:
     """Refuse what no device can be given, or not this one: each reason by its name."""
+    if not _able(work, desk, bdf):
+        return
+    if grant.gpa is None:
+        why = "a device finds its guest's memory by guest physical address"
+        work.refuse("NoGpa", f"device {bdf} cannot be given memory", why, "add --gpa")
+        return
+    _group(work, desk, grant.guest, bdf)
+    _reserved(work, desk, grant, bdf, grant.gpa)
+
+
+def refuse_handing(work: Work, desk: Desk, action: GuestStart) -> None:
+    """Refuse a device that a VMM cannot be started with; where its RAM lies, and what it leaves out, is its own."""
+    bdf = action.device
+    if bdf is None:
+        return
+    what = f"guest {action.name} cannot be given device {bdf}"
+    if action.vmm != "qemu":
+        work.refuse("NoDevices", what, f"a {action.vmm} has no drivers", "start it with --vmm qemu")
+    elif _able(work, desk, bdf):
+        _group(work, desk, action.name, bdf)
+        if not tree.exists(desk.root, iommufd.DEVICE):
+            why = f"QEMU takes an open device with {iommufd.DEVICE} only (CONFIG_IOMMUFD, CONFIG_VFIO_DEVICE_CDEV)"
+            work.refuse("NoIommu", what, why, "modprobe iommufd")
+
+
+def _able(work: Work, desk: Desk, bdf: str) -> bool:
+    """Whether this host confines devices, and this one, or a refusal."""
     root = desk.root
     base = f"/sys/bus/pci/devices/{bdf}"
     what = f"device {bdf} cannot be given memory"
@@ -39,18 +70,17 @@ def refuse(work: Work, desk: Desk, grant: Grant, bdf: str) -> None:
         why = "no IOMMU confines it: it would reach all of the host's memory"
         remedy = "boot with intel_iommu=on or amd_iommu=on, with VT-d or AMD-Vi enabled in the firmware"
         work.refuse("NoIommu", what, why, remedy)
-    elif not tree.exists(root, iommufd.DEVICE):
-        work.refuse("NoIommu", what, "this kernel offers no /dev/iommu (CONFIG_IOMMUFD)", "modprobe iommufd")
+    elif not tree.exists(root, iommufd.DEVICE) and not tree.exists(root, type1.CONTAINER):
+        why = f"this kernel has neither {iommufd.DEVICE} (CONFIG_IOMMUFD) nor {type1.CONTAINER} (CONFIG_VFIO_CONTAINER)"
+        work.refuse("NoIommu", what, why, "modprobe iommufd, or vfio_iommu_type1")
     elif not tree.exists(root, f"/sys/bus/pci/drivers/{vfio.DRIVER}"):
         work.refuse("NoVfio", what, f"there is no driver {vfio.DRIVER}", f"modprobe {vfio.DRIVER}")
-    elif grant.gpa is None:
-        why = "a device finds its guest's memory by guest physical address"
-        work.refuse("NoGpa", what, why, "add --gpa")
     else:
-        _group(work, desk, grant, bdf, grant.gpa)
+        return True
+    return False
 
 
-def _group(work: Work, desk: Desk, grant: Grant, bdf: str, gpa: int) -> None:
+def _group(work: Work, desk: Desk, guest: str, bdf: str) -> None:
     """Everything in a group reaches what one of it reaches: no driver and no other guest may have any of it."""
     devices = {function.device.bdf: function.device for function in pci.functions(desk.root)}
     group = devices[bdf].group
@@ -66,11 +96,16 @@ def _group(work: Work, desk: Desk, grant: Grant, bdf: str, gpa: int) -> None:
             )
     attached = desk.spaces.devices
     for device in inside:
-        owner = attached.get(device.bdf, grant.guest)
-        if owner != grant.guest:
+        owner = attached.get(device.bdf, guest)
+        if owner != guest:
             why = f"guest {owner} has device {device.bdf} of IOMMU group {group}"
-            work.refuse("DeviceInUse", f"device {bdf} cannot be given to {grant.guest}", why, "revoke its grants")
-    domain = next((each for each in iommu.domains(desk.root, leaves_max=0) if each.group == group), None)
+            remedy = f"memconsole guest stop {owner}" if owner in desk.spaces.filled else "revoke its grants"
+            work.refuse("DeviceInUse", f"device {bdf} cannot be given to {guest}", why, remedy)
+
+
+def _reserved(work: Work, desk: Desk, grant: Grant, bdf: str, gpa: int) -> None:
+    """Refuse IOVA that the IOMMU or the firmware has for itself."""
+    domain = next((each for each in iommu.domains(desk.root, leaves_max=0) if bdf in each.devices), None)
     for reserved in domain.reserved if domain is not None else ():
         if gpa < reserved.end and reserved.start < gpa + grant.length:
             where = f"{format_address(reserved.start)}-{format_address(reserved.end)}"
@@ -88,22 +123,48 @@ def _is_bridge(device: Device) -> bool:
 
 def attach(work: Work, desk: Desk, grant: Grant, bdf: str) -> None:
     """The steps before the guest maps it: after them the device is confined to the guest's address space."""
+    _bind(work, desk, bdf)
+    if desk.spaces.devices.get(bdf) != grant.guest:
+        text = f"attach device {bdf} to the address space of {grant.guest}: it reaches nothing else"
+        work.step(
+            "attach",
+            text,
+            _or_settled(desk, partial(desk.spaces.attach, grant.guest, bdf)),
+            desk.spaces.settle,
+            "close it",
+        )
+
+
+def hand(work: Work, desk: Desk, grant: Grant) -> None:
+    """The steps before a VMM starts with a device: after them custody has it, and it reaches nothing yet."""
+    bdf = grant.dma
+    if bdf is None:
+        return
+    _bind(work, desk, bdf)
+    text = f"open device {bdf}, and an iommufd in which {grant.guest} confines it"
+    work.step(
+        "hand", text, _or_settled(desk, partial(desk.spaces.hand, grant.guest, bdf)), desk.spaces.settle, "close both"
+    )
+
+
+def _bind(work: Work, desk: Desk, bdf: str) -> None:
     if vfio.driver(desk.root, bdf) is None:
         text = f"give device {bdf} to {vfio.DRIVER}"
         undo = partial(vfio.unbind, desk.root, bdf)
         work.step("bind", text, partial(vfio.bind, desk.root, bdf), undo, "take it back")
-    if desk.spaces.devices.get(bdf) == grant.guest:
-        return
 
-    def do() -> None:
+
+def _or_settled(desk: Desk, do: Callable[[], None]) -> Callable[[], None]:
+    """The same, of which nothing is left when it fails."""
+
+    def tried() -> None:
         try:
-            desk.spaces.attach(grant.guest, bdf)
+            do()
         except MemconsoleError:
             desk.spaces.settle()
             raise
 
-    text = f"attach device {bdf} to the address space of {grant.guest}: it reaches nothing else"
-    work.step("attach", text, do, desk.spaces.settle, "close it")
+    return tried
 
 
 def let(work: Work, desk: Desk, grant: Grant, bdf: str) -> None:

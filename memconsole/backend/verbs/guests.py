@@ -16,7 +16,7 @@ from memconsole.backend.guests.base import Guest as LiveGuest
 from memconsole.backend.guests.canary import CanaryGuest
 from memconsole.backend.guests.handle import Handle
 from memconsole.backend.guests.process import ProcessGuest
-from memconsole.backend.guests.qemu import BINARY, QemuGuest
+from memconsole.backend.guests.qemu import BINARY, Devices, QemuGuest
 from memconsole.backend.kernel import census
 from memconsole.backend.revoke import Ladder
 from memconsole.backend.state import Change
@@ -31,7 +31,10 @@ from memconsole.units import format_size
 
 
 def start(desk: Desk, action: GuestStart) -> Work:
-    """Start a VM: its region is made (``create``, ``hold``), ``spawn`` runs it, ``offer`` gives a canary its RAM."""
+    """Start a VM: its region is made (``create``, ``hold``), ``spawn`` runs it, ``offer`` gives a canary its RAM.
+
+    A device it is given is opened before (``bind``, ``hand``): QEMU lets it reach its RAM itself.
+    """
     name = action.name
     work = Work(name, f"guest {name} runs on {format_size(action.memory)} ({action.vmm})")
     free_name(work, desk, name, region=True, guest=True)
@@ -40,6 +43,7 @@ def start(desk: Desk, action: GuestStart) -> Work:
     elif action.vmm == "qemu" and shutil.which(BINARY) is None:
         work.refuse("NoVmm", f"{BINARY} is not installed", "it is not on the PATH", "apt install qemu-system-x86")
     creation(work, desk, Reserve(name, action.memory))
+    dma.refuse_handing(work, desk, action)
     if work.refusals:
         return work
     now = time.time_ns()
@@ -52,8 +56,10 @@ def start(desk: Desk, action: GuestStart) -> Work:
         access=Access.RW,
         state=GrantState.OFFERED,
         gpa=0,
+        dma=action.device,
         created_ns=now,
     )
+    dma.hand(work, desk, grant)
     kind = GuestKind(action.vmm)
     guest = Guest(name, kind, GuestState.STARTING, None, memory=action.memory, command=action.args, created_ns=now)
     work.aims = replace(work.aims, guests=(guest,), grants=(grant,))
@@ -77,7 +83,8 @@ def start(desk: Desk, action: GuestStart) -> Work:
             live.kill(STOP_S)
         forget(desk, name)
 
-    what = f"start {BINARY} with {name} as its RAM" if kind is GuestKind.QEMU else "start the built-in canary"
+    given = f" and device {action.device}" if action.device is not None else ""
+    what = f"start {BINARY} with {name} as its RAM{given}" if kind is GuestKind.QEMU else "start the built-in canary"
     work.step("spawn", f"{what}, and wait until it is up", spawn, undo, "kill it")
     if kind is GuestKind.CANARY:
         offer(work, desk, grant)
@@ -89,8 +96,10 @@ def _spawn(desk: Desk, guest: Guest, grant: Grant, args: tuple[str, ...]) -> Liv
     directory = desk.directory(guest.name)
     if guest.kind is GuestKind.CANARY:
         return CanaryGuest.start(guest.name, desk.hub, directory, args=args)
-    with desk.offered(grant) as ram:
-        return QemuGuest.start(guest.name, ram, directory, args=args)
+    with contextlib.ExitStack() as stack:
+        ram = stack.enter_context(desk.offered(grant))
+        devices = Devices(*stack.enter_context(desk.spaces.handed(guest.name))) if grant.dma is not None else None
+        return QemuGuest.start(guest.name, ram, directory, args=args, devices=devices)
 
 
 def orphans(desk: Desk, name: str) -> Iterator[Handle]:

@@ -30,7 +30,7 @@ def map(desk: Desk, action: WindowMap) -> Work:
     guest = known_guest(work, desk, action.guest)
     if window is None or guest is None:
         return work
-    _refuse(work, desk, window)
+    _refuse(work, desk, window, guest.name)
     if guest.kind is GuestKind.QEMU:
         work.refuse(
             "NoWindows",
@@ -104,7 +104,7 @@ def _known(work: Work, desk: Desk, id: str) -> Window | None:
     return found.get(id)
 
 
-def _refuse(work: Work, desk: Desk, window: Window) -> None:
+def _refuse(work: Work, desk: Desk, window: Window, guest: str) -> None:
     if window.io:
         work.refuse("NotMmio", f"window {window.id} is a range of ports", "ports cannot be mapped", "choose another")
     elif window.size % PAGE or window.start % PAGE:
@@ -117,6 +117,12 @@ def _refuse(work: Work, desk: Desk, window: Window) -> None:
             f"window {window.id} is in use",
             f"the kernel's {driver or window.claimed} has it",
             f"echo {window.bdf} > /sys/bus/pci/devices/{window.bdf}/driver/unbind",
+        )
+    owner = desk.spaces.devices.get(window.bdf, guest)
+    if owner != guest:
+        why = f"guest {owner} has device {window.bdf}, which would do what {guest} tells it in {owner}'s memory"
+        work.refuse(
+            "DeviceInUse", f"window {window.id} cannot be given to {guest}", why, f"revoke {owner}'s grants for it"
         )
     holder = desk.state.window_of(window.id)
     if holder is not None:

@@ -1,0 +1,92 @@
+"""What a device reaches in an address space that its VMM fills, against what the VMM may let it reach.
+
+Where its RAM lies in the guest, and what it leaves out (the PC's hole below 1 MiB, a hotplugged BAR), the VMM decides;
+what counts is to which frames an IOVA leads: those of the regions its guest was granted, or memory of the VMM's own
+(its firmware, and what else is in its guest's address space).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from memconsole.backend.kernel import procmaps, tree, vtd
+from memconsole.errors import MemconsoleError
+from memconsole.model import Finding, Grant, Severity
+from memconsole.units import PAGE, format_address, format_size
+
+if TYPE_CHECKING:
+    from memconsole.backend.desk import Desk
+    from memconsole.backend.dma.check import Run
+
+Frames = Sequence[tuple[int, int]]
+"""Runs of frames: the first PFN, and how many."""
+
+
+def compare(bdf: str, grants: Sequence[Grant], runs: Sequence[Run], granted: Frames, own: Frames) -> Iterator[Finding]:
+    """What a device's page tables say, against the frames its guest was granted and those of its VMM."""
+    evidence = f"{vtd.DEBUGFS}/{bdf}"
+    known = _merged(granted)
+    if grants and not any(_outside(run, known) < run.pages for run in runs):
+        names = ", ".join(grant.id for grant in grants)
+        what = f"device {bdf} reaches nothing of {names}: its VMM does not let it"
+        yield Finding("dma-missing", Severity.WARNING, bdf, what, evidence, "look into the guest's log")
+    known = _merged([*granted, *own])
+    strange = [(run, pages) for run in runs if (pages := _outside(run, known))]
+    if strange:
+        run = strange[0][0]
+        size = format_size(sum(pages for _, pages in strange) * PAGE)
+        what = f"device {bdf} reaches {size} that is neither granted to its guest nor its VMM's"
+        evidence = f"{evidence}: IOVA {format_address(run.page * PAGE)} leads to PFN {run.pfn:#x} and on"
+        yield Finding("dma-unknown", Severity.ERROR, bdf, what, evidence, "stop its guest: that closes the device")
+
+
+def own_frames(desk: Desk, guest: str) -> Frames | None:
+    """The frames of all that a VMM maps and that is no region; None where it has ended, or is not shown."""
+    from memconsole.extents import ExtentTable
+
+    known = desk.state.guests.get(guest)
+    live = desk.live(guest)
+    if known is None or known.pid is None or live is None:
+        return None
+    regions = {(each.device, each.inode) for region in desk.state.regions.values() for each in region.segments}
+    found: list[tuple[int, int]] = []
+    try:
+        pagemap = os.open(f"/proc/{known.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        for vma in procmaps.vmas("/", known.pid):
+            if (vma.device, vma.inode) not in regions and not vma.path.startswith("[v"):
+                with ExtentTable.scan_pagemap(pagemap, vma.start, vma.size) as table:
+                    found += [(row.pfn, row.count) for row in table if row.pfn]
+    except (*tree.UNREADABLE, MemconsoleError):
+        return None
+    finally:
+        os.close(pagemap)
+    return found
+
+
+def _merged(frames: Frames) -> list[tuple[int, int]]:
+    """The same frames in order, as PFN and the PFN behind the last."""
+    merged: list[tuple[int, int]] = []
+    for first, count in sorted(frames):
+        if merged and first <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], first + count))
+        else:
+            merged.append((first, first + count))
+    return merged
+
+
+def _outside(run: Run, known: Sequence[tuple[int, int]]) -> int:
+    """How many pages of a run lead to frames that are not known."""
+    from bisect import bisect_right
+
+    end = run.pfn + run.pages
+    left = run.pages
+    for first, last in known[max(0, bisect_right(known, (run.pfn, end)) - 1) :]:
+        if first >= end:
+            break
+        left -= max(0, min(last, end) - max(first, run.pfn))
+    return left

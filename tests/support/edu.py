@@ -1,0 +1,176 @@
+"""QEMU's edu device in the lab, the process that drives it, and what its address space leads to.
+
+edu (docs/specs/edu.rst of QEMU): a DMA of COUNT bytes from SRC to DST begins with a write of CMD (1 from memory to the
+device's buffer at 0x40000, 3 back), and has ended when bit 0 of CMD is clear.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from services import Service
+
+from memconsole import actions as do
+from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.kernel import vtd
+from memconsole.backend.steps import FAULT_VARIABLE
+from memconsole.backend.wire.client import Client
+from memconsole.errors import MemconsoleError, NoControl
+from memconsole.extents import ExtentTable
+from memconsole.model import Grant
+
+BDF = "0000:00:04.0"
+PAGE = 4096
+SIZE = 1 << 20
+
+GUEST = """
+import struct, sys, threading, time
+from memconsole.agent import Agent
+
+agent = Agent(sys.argv[1])
+state = {"rounds": 0, "run": False}
+
+def dma(source, target, count, command):
+    bar = state["bar"]
+    bar[0x80 // 8], bar[0x88 // 8], bar[0x90 // 8], bar[0x98 // 8] = source, target, count, command
+    while bar[0x98 // 8] & 1:
+        time.sleep(0.01)
+
+def rounds(src, dst):
+    # Each round writes its number into guest memory; the device carries it to the other grant.
+    while state["run"]:
+        state["rounds"] += 1
+        memory = agent.grants["g1"].memory
+        memory[:8] = struct.pack("<Q", state["rounds"])
+        dma(src, 0x40000, 4096, 1)
+        dma(0x40000, dst, 4096, 3)
+
+for line in sys.stdin:
+    words = line.split()
+    said = "done"
+    if words[0] == "wait":
+        agent.wait(words[1], 60)
+    elif words[0] == "window":
+        memory = agent.wait(words[1], 60).memory
+        with memory.cast("I") as registers:  # below 0x80 it knows accesses of four bytes only
+            said = hex(registers[0])
+        state["bar"] = memory.cast("Q")
+    elif words[0] == "start":
+        state["run"] = True
+        thread = threading.Thread(target=rounds, args=(int(words[1]), int(words[2])))
+        thread.start()
+    elif words[0] == "stop":
+        state["run"] = False
+        thread.join()
+    elif words[0] == "rounds":
+        said = str(state["rounds"])
+    elif words[0] == "close":
+        state.pop("bar").release()
+    print(said, flush=True)
+agent.close()
+"""
+
+
+class Guest:
+    """The process that drives the device."""
+
+    def __init__(self, agents: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", GUEST, str(agents)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.pid = self._process.pid
+
+    def say(self, *words: object) -> str:
+        """Tell it to do something; what it answers."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(*words, file=self._process.stdin, flush=True)
+        return self._process.stdout.readline().strip()
+
+    def rounds(self, more: int) -> int:
+        """Its rounds once it did so many more."""
+        begin = int(self.say("rounds"))
+        while (now := int(self.say("rounds"))) < begin + more:
+            time.sleep(0.1)
+        return now
+
+
+def started(service: Service, fault: str = "") -> Client:
+    """A service that ends at a fault point, and a client; Python starts slowly where every instruction is emulated."""
+    service.start(wait=False, env={FAULT_VARIABLE: fault})
+    while True:
+        try:
+            return service.client()
+        except NoControl:
+            assert service.process is not None
+            assert service.process.poll() is None
+
+
+def dies(service: Service, client: Client, action: do.Action) -> bool:
+    """Whether the service ends in the middle of an action."""
+    try:
+        client.apply(action)
+    except MemconsoleError:
+        assert service.process is not None
+        return service.process.wait(60) == -9
+    return False
+
+
+def refused(client: Client, action: do.Action) -> list[str]:
+    return [refusal.code for refusal in client.plan(action).refusals]
+
+
+@contextlib.contextmanager
+def bytes_of(client: Client, region: str) -> Iterator[mmap.mmap]:
+    """A region as root reads it."""
+    (fd,) = client.open_region(region)
+    try:
+        with mmap.mmap(fd, SIZE, prot=mmap.PROT_READ) as view:
+            yield view
+    finally:
+        os.close(fd)
+
+
+def counted(view: mmap.mmap) -> int:
+    """The round that last arrived."""
+    return int(struct.unpack_from("<Q", view)[0])
+
+
+def grants(client: Client) -> dict[str, Grant]:
+    return {grant.id: grant for grant in client.snapshot().grants}
+
+
+def tables() -> dict[int, tuple[int, str]]:
+    """Every page of the device's address space by IOVA page: the frame it leads to, and how (debugfs)."""
+    return {run.iova + n: (run.pfn + n, run.access) for run in vtd.iovas("/", BDF) for n in range(run.pages)}
+
+
+def frames(table: ExtentTable, gpa: int, access: str) -> dict[int, tuple[int, str]]:
+    """What the device's tables must say for a region that is mapped at a GPA."""
+    return {gpa // PAGE + row.offset + n: (row.pfn + n, access) for row in table for n in range(row.count)}
+
+
+def found(client: Client) -> list[tuple[str, str]]:
+    """The findings about devices, in a Snapshot that was begun after this was asked."""
+    begun = time.time_ns()
+    while (snapshot := client.snapshot()).taken_ns < begun:
+        time.sleep(0.1)
+    return [(each.id, each.subject) for each in snapshot.findings if each.id.startswith(("dma", "device"))]
+
+
+def held(keeper: KeeperCustody) -> list[str]:
+    """What custody has of address spaces and devices."""
+    return [name for name in keeper.names() if name.startswith(("iommu:", "vfio:", "group:"))]
+
+
+def faults() -> list[str]:
+    said = subprocess.run(["dmesg"], capture_output=True, text=True, check=True).stdout
+    return [line for line in said.splitlines() if "fault addr" in line]

@@ -1,0 +1,96 @@
+# Firmware for a PC: it finds edu (1234:11e8) on bus 0, and has it carry a counter through guest memory for ever.
+#
+#   STATUS + 0   rounds begun           STATUS + 4   what came back to DST in the last one
+#   STATUS + 8   edu's identification
+#   SRC          4 KiB, the counter in front: memory -> edu's buffer       DST   the same: edu's buffer -> memory
+#
+# as --32; ld -m elf_i386 -Ttext 0xffff0000 --oformat binary: 64 KiB, which end where the processor begins.
+
+	.set STATUS, 0x100000
+	.set SRC, 0x200000
+	.set DST, 0x300000
+	.set BAR, 0xe0000000
+	.set BUFFER, 0x40000
+
+	.text
+	.org 0xf000
+	.code16
+real:
+	cli
+	lgdtl	%cs:0xf000 + gdtr - real
+	movl	%cr0, %eax
+	orb	$1, %al
+	movl	%eax, %cr0
+	ljmpl	$8, $protected
+
+	.code32
+protected:
+	movw	$16, %ax
+	movw	%ax, %ds
+	movw	%ax, %es
+	movw	%ax, %ss
+
+	movl	$0x80000000, %ebx	# configuration address of 00:00.0
+find:
+	movl	%ebx, %eax
+	movw	$0xcf8, %dx
+	outl	%eax, %dx
+	movw	$0xcfc, %dx
+	inl	%dx, %eax
+	cmpl	$0x11e81234, %eax
+	je	found
+	addl	$0x800, %ebx
+	cmpl	$0x80010000, %ebx
+	jb	find
+	hlt
+found:
+	leal	0x10(%ebx), %eax	# BAR 0
+	movw	$0xcf8, %dx
+	outl	%eax, %dx
+	movl	$BAR, %eax
+	movw	$0xcfc, %dx
+	outl	%eax, %dx
+	leal	4(%ebx), %eax		# command: memory, bus master
+	movw	$0xcf8, %dx
+	outl	%eax, %dx
+	movl	$6, %eax
+	movw	$0xcfc, %dx
+	outl	%eax, %dx
+
+	movl	$BAR, %esi
+	movl	(%esi), %eax
+	movl	%eax, STATUS + 8
+	xorl	%ebp, %ebp
+round:
+	incl	%ebp
+	movl	%ebp, SRC
+	movl	%ebp, STATUS
+	movl	$SRC, 0x80(%esi)
+	movl	$BUFFER, 0x88(%esi)
+	movl	$4096, 0x90(%esi)
+	movl	$1, 0x98(%esi)
+to:
+	testl	$1, 0x98(%esi)
+	jnz	to
+	movl	$BUFFER, 0x80(%esi)
+	movl	$DST, 0x88(%esi)
+	movl	$4096, 0x90(%esi)
+	movl	$3, 0x98(%esi)
+from:
+	testl	$1, 0x98(%esi)
+	jnz	from
+	movl	DST, %eax
+	movl	%eax, STATUS + 4
+	jmp	round
+
+	.align 8
+gdt:
+	.quad 0, 0x00cf9a000000ffff, 0x00cf92000000ffff
+gdtr:
+	.word gdtr - gdt - 1
+	.long gdt
+
+	.org 0xfff0
+	.code16
+	jmp	real
+	.org 0x10000

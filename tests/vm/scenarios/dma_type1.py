@@ -1,0 +1,132 @@
+"""The same where the kernel has no iommufd: VFIO's own containers, which map from a process that may then die."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import lab_guest as lab
+from edu import BDF as EDU
+from edu import (
+    PAGE,
+    SIZE,
+    Guest,
+    bytes_of,
+    counted,
+    dies,
+    faults,
+    found,
+    frames,
+    grants,
+    held,
+    refused,
+    started,
+    tables,
+)
+from services import services
+
+from memconsole import actions as do
+from memconsole.backend.custody import KeeperCustody
+from memconsole.errors import MemconsoleError
+
+SRC, DST = 0x100000, 0x8000000
+IOMMUFD = Path("/dev/iommu")
+
+
+def check(name: str, ok: bool, **more: object) -> None:
+    lab.say(name, ok, **more)
+
+
+def kind(keeper: KeeperCustody, guest: str) -> str:
+    """What custody says that a guest's address space is made of."""
+    fd, payload = keeper.get(f"iommu:{guest}")
+    os.close(fd)
+    return str(json.loads(payload)["kind"])
+
+
+with services() as service:
+    IOMMUFD.rename("/dev/iommu.away")
+    number = Path(f"/sys/bus/pci/devices/{EDU}/iommu_group").readlink().name
+    client = started(service)
+    for region in ("src", "dst", "other"):
+        client.apply(do.Reserve(region, SIZE))
+    guest = Guest(service.runtime / "agents")
+    service.guests.add(guest.pid)
+    client.apply(do.GuestAttach("driver", guest.pid))
+    keeper = KeeperCustody(service.runtime / "keeper")
+
+    # --- map
+    client.apply(do.Map("src", "driver", gpa=SRC, dma=EDU))
+    client.apply(do.Map("dst", "driver", gpa=DST, dma=EDU))
+    client.apply(do.WindowMap(f"{EDU}:0", "driver"))
+    want = [f"group:{number}", "iommu:driver", f"vfio:{EDU}"]
+    check("custody", held(keeper) == want and kind(keeper, "driver") == "type1", held=held(keeper))
+    with client.extents("region:src") as src, client.extents("region:dst") as dst:
+        known = frames(src, SRC, "rw") | frames(dst, DST, "rw")
+    have = tables()
+    check("tables", have == known and len(have) == 2 * SIZE // PAGE, have=len(have), want=len(known))
+    check("clean", found(client) == [], found=found(client))
+    codes = refused(client, do.Map("other", "driver", gpa=0xFEE00000, dma=EDU))
+    check("reserved", codes == ["BadIova"], codes=codes)
+
+    # --- the process that mapped dies: the pins keep the pages, DMA goes on
+    for words in (("wait", "g1"), ("wait", "g2"), ("window", "g3")):
+        guest.say(*words)
+    guest.say("start", SRC, DST)
+    with bytes_of(client, "dst") as view:
+        now = guest.rounds(3)
+        check("dma", 0 < counted(view) >= now - 2, rounds=now, arrived=counted(view))
+        client.close()
+        service.end(9)
+        before = counted(view)
+        guest.rounds(3)
+        check("goes-on", counted(view) > before, before=before, after=counted(view))
+        client = started(service, "map.dma.after")
+        check("adopted", [grants(client)[id].dma for id in ("g1", "g2")] == [EDU, EDU])
+        check("tables-after-restart", tables() == known)
+        check("clean-after-restart", found(client) == [], found=found(client))
+
+        # --- another process than the one that mapped takes it back, while DMA runs
+        before = counted(view)
+        guest.rounds(2)
+        earlier = faults()
+        outcome = client.apply(do.Revoke("g2"))
+    with bytes_of(client, "dst") as view:
+        last = bytes(view)
+        check("revoked-in-order", [effect.id for effect in outcome.effects] == ["dma", "cut"])
+        check("flowed-until-then", counted(view) > before, before=before, last=counted(view))
+        now = guest.rounds(4)
+        check("no-byte-after", bytes(view) == last and now > counted(view) + 3, arrived=counted(view), rounds=now)
+        new = [line for line in faults() if line not in earlier]
+        check("faults", any(f"0x{DST:x}" in line for line in new), lines=new[:2])
+    known = {page: target for page, target in known.items() if page < DST // PAGE}
+    check("tables-after-revoke", tables() == known)
+    guest.say("stop")
+
+    # --- it dies when the device reaches a grant that nobody was told of
+    check("died-mapping", dies(service, client, do.Map("other", "driver", gpa=DST, dma=EDU)))
+    check("was-mapped", len(tables()) == len(known) + SIZE // PAGE)
+    client = started(service)
+    check("taken-back", tables() == known and set(grants(client)) == {"g1"}, known=list(grants(client)))
+
+    # --- the last grant takes the device and its group with it; somebody else may have them
+    client.apply(do.Revoke("g1"))
+    check("closed", held(keeper) == [], held=keeper.names())
+    taken = os.open(f"/dev/vfio/{number}", os.O_RDWR)
+    try:
+        client.apply(do.Map("src", "driver", gpa=SRC, dma=EDU))
+        check("taken-group", False)
+    except MemconsoleError as error:
+        check("taken-group", error.code == "DeviceInUse", error=str(error), remedy=error.remedy)
+    os.close(taken)
+    check("nothing-left", held(keeper) == [] and not grants(client), held=keeper.names())
+
+    # --- where there is iommufd, that is taken
+    Path("/dev/iommu.away").rename(IOMMUFD)
+    client.apply(do.Map("src", "driver", gpa=SRC, dma=EDU))
+    with client.extents("region:src") as src:
+        check("iommufd", kind(keeper, "driver") == "iommufd" and tables() == frames(src, SRC, "rw"))
+    keeper.close()
+    client.close()
+lab.say("end")

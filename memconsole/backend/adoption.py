@@ -46,18 +46,22 @@ Write = Callable[[Record], int]
 
 
 def adopt(desk: Desk, write: Write) -> list[Finding]:
-    """Take over everything; what does not match is a finding."""
+    """Take over everything; what does not match is a finding. It may die at any of its points, and begins anew."""
+    steps.point("adopt.begun")
     halt.release(desk)
     move.finish(desk)
     desk.handoff = handoff.stored(desk)
     landing, found = _landed(desk, write)
+    steps.point("adopt.landed")
     found += _regions(desk)
+    steps.point("adopt.regions")
     desk.uffds.adopt()
     desk.spaces.adopt()
     for guest in desk.state.guests.values():
         with contextlib.suppress(Gone):
             if guest.pid is not None:
                 desk.adopt_guest(guest)
+        steps.point(f"adopt.guest.{guest.name}")
     for number, intent in list(desk.state.unfinished.items()):
         found += _finish(desk, write, number, intent)
     if landing is None and handoff.landed(desk):  # a rehearsal was carried on
@@ -65,9 +69,11 @@ def adopt(desk: Desk, write: Write) -> list[Finding]:
     if landing is not None:
         handoff.settle(desk, landing)
         found += landing.findings
+    steps.point("adopt.settled")
     found += _unknown(desk, write)
     desk.uffds.forget()
     desk.spaces.settle()
+    steps.point("adopt.done")
     return found
 
 
@@ -80,6 +86,7 @@ def _landed(desk: Desk, write: Write) -> tuple[Landing | None, list[Finding]]:
     except MemconsoleError as error:
         what = f"a handoff landed, and what became of it cannot be read: {error}"
         return None, [Finding("handoff-unread", Severity.ERROR, "handoff", what, "custody", error.remedy)]
+    steps.point("adopt.read")
     for number, intent in list(desk.state.unfinished.items()):  # none: the ledger knew already
         if isinstance(intent.action, actions.Handoff):
             back = sum(guest.back for guest in landing.report.guests)

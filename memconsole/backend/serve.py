@@ -1,6 +1,7 @@
 """``memconsole serve``: the control process.
 
-    lock the state ─ take custody ─ Control (adopts what ledger and custody hold) ─ serve ─ READY=1 ─ wait ─ stop
+    lock the state ─ what was handed over ─ take custody ─ Control (adopts what ledger and custody hold) ─ serve ─
+    READY=1 ─ wait ─ stop
 
 It may die at any of these, and be killed at any later moment: guests run on, memory and ledger are in custody, and the
 next one adopts them. A stop in order (SIGTERM, SIGINT, SIGHUP) leaves them too; only what serves them ends.
@@ -15,6 +16,7 @@ import resource
 import select
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -23,15 +25,18 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from memconsole import paths
 from memconsole.backend import metrics, mounting
 from memconsole.backend.control import Control
 from memconsole.backend.custody import Custody, KeeperCustody
 from memconsole.backend.fdstore import SystemdCustody, inherited
+from memconsole.backend.handoff import luo
 from memconsole.backend.past import Past
 from memconsole.backend.wire import places
 from memconsole.backend.wire.embedded import Serving, serve_in_thread
 from memconsole.backend.wire.roles import Roles
 from memconsole.errors import ExitCode, Gone, KernelRefused, MemconsoleError
+from memconsole.native import program
 
 log = logging.getLogger("memconsole.serve")
 
@@ -39,6 +44,8 @@ SWITCH_S = 0.001
 """How long one thread may hold the interpreter while another waits to answer: a fifth of Python's default."""
 
 METRICS_S = 15.0
+_NOTHING = 6
+"""What memconsole-resume ends with when nothing was left to take over."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,7 @@ def _start(settings: Settings, passed: list[tuple[str, int]], stack: contextlib.
     stack.callback(past.close)
     for finding in past.damaged:
         log.warning("%s: %s", finding.subject, finding.what)
+    _resume(runtime)
     control = _control(settings, past, [(name, fd) for name, fd in passed if name not in sockets], stack)
     metrics_socket = sockets.get("metrics")
     if metrics_socket is None:
@@ -140,6 +148,25 @@ def _start(settings: Settings, passed: list[tuple[str, int]], stack: contextlib.
     if settings.record_s:
         serving.service.each(settings.record_s, lambda _: None)  # whoever takes a Snapshot has it recorded
     return serving
+
+
+def _resume(runtime: Path) -> None:
+    """Have memconsole-resume end what it has not: who should have started it first may be missing, or it was killed.
+
+    Raises:
+        MemconsoleError: it was killed again; what it has not retrieved waits for the next start.
+    """
+    if runtime.absolute() != paths.HOST or os.geteuid() or not Path(luo.DEVICE).exists():
+        return
+    words = [program("memconsole-resume"), "--runtime", str(runtime.absolute())]
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    said = done.stderr.strip()
+    if done.returncode < 0:
+        why = f"it was killed by signal {-done.returncode}; {said}".rstrip("; ")
+        raise MemconsoleError("memconsole-resume did not end", why, "start it again: it goes on where it was")
+    if done.returncode != _NOTHING:
+        level = logging.INFO if done.returncode == ExitCode.DONE else logging.ERROR
+        log.log(level, "memconsole-resume was needed: %s", said or "all of it goes on")
 
 
 def _control(settings: Settings, past: Past, stored: list[tuple[str, int]], stack: contextlib.ExitStack) -> Control:

@@ -1,7 +1,9 @@
 """A verb is a list of steps: plan shows them, apply runs exactly those, and a failure undoes them in reverse.
 
 Every step boundary is a fault point, ``ACTION.STEP.before`` or ``ACTION.STEP.after``: a process whose environment has
-``MEMCONSOLE_FAULT=NAME`` kills itself (SIGKILL) there. Tests find the points of an action in its plan.
+``MEMCONSOLE_FAULT=NAME`` kills itself (SIGKILL) there. Tests find the points of an action in its plan. With
+``MEMCONSOLE_FAULT=@FILE`` it is the first point whose name is not in the file yet, once it was added: started again and
+again, a process dies at each of its points in turn (native/faultpoint.h is the same for programs in C).
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from memconsole.errors import MemconsoleError
 from memconsole.model import Effect, Plan
@@ -74,5 +77,15 @@ def _undo(done: Sequence[Step]) -> list[str]:
 
 def point(name: str) -> None:
     """A fault point: the process ends here if its environment says so."""
-    if os.environ.get(FAULT_VARIABLE) == name:
+    fault = os.environ.get(FAULT_VARIABLE, "")
+    if fault == name or (fault.startswith("@") and _first(Path(fault[1:]), name)):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _first(seen: Path, name: str) -> bool:
+    """Whether a point's name is new to a file of them; then it is added."""
+    if seen.exists() and name in seen.read_text(encoding="utf-8").splitlines():
+        return False
+    with seen.open("a", encoding="utf-8") as file:
+        file.write(f"{name}\n")
+    return True

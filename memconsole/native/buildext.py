@@ -19,7 +19,7 @@ PROGRAMS = {
     "memconsole-canary": ["canary.c"],
     "memconsole-fuse": ["fuse.c", "fuse_control.c", "fuse_pages.c", "fuse_requests.c", "fuse_tree.c"],
     "memconsole-keeper": ["keeper.c"],
-    "memconsole-resume": ["resume.c", "extents.c", "pagescan.c", "runs.c", "query.c"],
+    "memconsole-resume": ["resume.c", "resume_custody.c", "extents.c", "pagescan.c", "runs.c", "query.c"],
 }
 WITH_CORE = {"memconsole-fuse"}
 """Programs that the extension's own C sources are linked into: they know nothing of Python."""

@@ -14,6 +14,8 @@
 #include <x86intrin.h>
 #endif
 
+#define AGAIN_NS 1000000		/* between two tries */
+
 struct moment {
 	uint64_t ticks;		/* TSC; 0 on processors whose counter is not known here */
 	uint64_t boottime_ns;
@@ -38,6 +40,13 @@ static inline struct moment moment_now(void)
 	now.ticks = __rdtsc();
 #endif
 	return now;
+}
+
+static inline void wait_ns(uint64_t ns)
+{
+	struct timespec ts = { (time_t)(ns / 1000000000), (long)(ns % 1000000000) };
+
+	nanosleep(&ts, NULL);
 }
 
 /**

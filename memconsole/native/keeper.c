@@ -22,6 +22,7 @@
 
 #include "daemon.h"
 #include "keeper.h"
+#include "liveupdate.h"
 
 #define ENTRIES_MAX 65536
 #define BYTES_MAX (64ULL << 20)
@@ -186,7 +187,8 @@ static enum code drop(const struct message *message)
 	keeper.held--;
 	memmove(&keeper.entries[at], &keeper.entries[at + 1], (keeper.held - at) * sizeof(entry));
 	keeper.bytes -= entry_bytes(entry->name_len, entry->payload_len);
-	close(entry->fd);
+	if (entry->fd >= 0)
+		close(entry->fd);
 	free(entry);
 	return OK;
 }
@@ -220,6 +222,39 @@ static int jump(int client)
 	return answer(client, OP_JUMP, NOT_JUMPED, 0, &refused, sizeof(refused), -1);
 }
 
+/*
+ * Retrieve a session that was handed over. Closing one discards what is still inside, so it is this process that gets it
+ * from the kernel, with a place for it made before: there is no moment at which only somebody else has it.
+ */
+static int land(int client, const struct message *message)
+{
+	char session[LUO_NAME_MAX + 1] = "";
+	uint32_t refused = 0, at;
+	enum code code;
+	int found, device;
+
+	find(message->body, message->head.name_len, &found);
+	if (found)
+		return answer(client, OP_LAND, OK, 0, &refused, sizeof(refused), -1);
+	code = put(message, -1);
+	if (code)
+		return answer(client, OP_LAND, code, 0, NULL, 0, -1);
+	at = find(message->body, message->head.name_len, &found);
+	memcpy(session, message->body + message->head.name_len, message->head.payload_len);
+	device = open(LUO_DEVICE, O_RDWR | O_CLOEXEC);
+	if (device < 0)
+		refused = errno;
+	else
+		keeper.entries[at]->fd = luo_session(device, session);
+	if (device >= 0 && keeper.entries[at]->fd < 0)
+		refused = -keeper.entries[at]->fd;
+	if (refused)
+		drop(message);
+	if (device >= 0)
+		close(device);
+	return answer(client, OP_LAND, refused ? NOT_LANDED : OK, 0, &refused, sizeof(refused), -1);
+}
+
 /* What is wrong with a message of ``len`` bytes that came with ``nr_fds`` descriptors, or OK. */
 static enum code check(const struct message *message, size_t len, uint32_t nr_fds)
 {
@@ -231,18 +266,20 @@ static enum code check(const struct message *message, size_t len, uint32_t nr_fd
 		return BAD_MESSAGE;
 	if (head->version != KEEPER_VERSION)
 		return BAD_VERSION;
-	if (head->op < OP_PUT || head->op > OP_JUMP)
+	if (head->op < OP_PUT || head->op > OP_LAND)
 		return BAD_OP;
-	if (head->payload_len > KEEPER_PAYLOAD_MAX)
+	if (head->payload_len > (head->op == OP_LAND ? LUO_NAME_MAX : KEEPER_PAYLOAD_MAX))
 		return TOO_LONG;
 	if (len != sizeof(*head) + head->name_len + head->payload_len || head->zero)
 		return BAD_MESSAGE;
-	if (head->flags & ~(head->op == OP_QUIT ? 1 : 0) || (head->payload_len && head->op != OP_PUT))
+	if (head->flags & ~(head->op == OP_QUIT ? 1 : 0) || (head->payload_len && head->op != OP_PUT && head->op != OP_LAND))
 		return BAD_MESSAGE;
-	if (head->op >= OP_STAT) {
+	if (head->op >= OP_STAT && head->op <= OP_JUMP) {
 		if (head->name_len)
 			return BAD_MESSAGE;
 	} else if ((!head->name_len && head->op != OP_LIST) || memchr(message->body, 0, head->name_len)) {
+		return BAD_NAME;
+	} else if (head->op == OP_LAND && (!head->payload_len || memchr(message->body + head->name_len, 0, head->payload_len))) {
 		return BAD_NAME;
 	}
 	if (nr_fds != (head->op == OP_PUT))
@@ -275,6 +312,8 @@ static int serve(int client, const struct message *message, size_t len, uint32_t
 		return answer_status(client, op);
 	case OP_JUMP:
 		return jump(client);
+	case OP_LAND:
+		return land(client, message);
 	case OP_QUIT:
 		code = keeper.held && !message->head.flags ? HOLDING : OK;
 		keeper.quit = code == OK;

@@ -15,6 +15,8 @@
  *	5 STAT				0	status		0	also the payload of an OK greeting
  *	6 QUIT	flags 1: even if held	0			0	refused with HOLDING unless empty or flags 1
  *	7 JUMP	nothing			0	errno:u32	0	boots the loaded kernel; answered only if that fails
+ *	8 LAND	name session		0	errno:u32	0	retrieves a session the kernel before handed over and holds it,
+ *								unless the name holds something; the payload is its name
  *
  * Every request is answered (but a JUMP that is made), a bad one with the code of what is wrong with it, and leaves everything as it was.
  * Descriptors that come with a refused request are closed. A client that does not read its replies is cut off.
@@ -29,7 +31,7 @@
 #define KEEPER_NAME_LEN_MAX 255
 #define KEEPER_PAYLOAD_MAX 4096
 
-enum op { OP_GREETING, OP_PUT, OP_GET, OP_DROP, OP_LIST, OP_STAT, OP_QUIT, OP_JUMP };
+enum op { OP_GREETING, OP_PUT, OP_GET, OP_DROP, OP_LIST, OP_STAT, OP_QUIT, OP_JUMP, OP_LAND };
 
 enum code {
 	OK,
@@ -47,6 +49,7 @@ enum code {
 	DENIED,			/* the peer is neither root nor the keeper's own user */
 	BUSY,			/* too many connections */
 	NOT_JUMPED,		/* the kernel refused to boot the loaded one; the payload is its errno */
+	NOT_LANDED,		/* the kernel did not give the session; the payload is its errno */
 };
 
 enum guard { GUARD_OOM = 1, GUARD_LOCKED = 2, GUARD_ROOM = 4 };

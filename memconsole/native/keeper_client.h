@@ -12,15 +12,16 @@
 
 #include "keeper.h"
 
-/**
- * keeper_request() - ask the keeper for something
- * @sock: a connection that was greeted; -1: none, which is an error like any other
- * @op: PUT, GET or DROP
- * @fd: in: to be put, or -1; out: what GET found, close-on-exec, or -1
- *
- * Return: an enum code, or -errno if there was no answer that makes sense.
- */
-static int keeper_request(int sock, enum op op, const char *name, const void *payload, size_t length, int *fd)
+/* What a GET brings: an fd, close-on-exec, and as much of the payload as there is room for. */
+struct kept {
+	int fd;
+	void *space;
+	size_t room, length;
+};
+
+/* One exchange; ``fd``: what is put, or -1; ``kept``: what comes back, its fd -1 if none does. See keeper_request(). */
+static inline int keeper_exchange(int sock, enum op op, const char *name, const void *payload, size_t length, int fd,
+			   struct kept *kept)
 {
 	struct request head = {
 		.version = KEEPER_VERSION, .op = (uint8_t)op, .name_len = (uint8_t)strlen(name),
@@ -38,20 +39,21 @@ static int keeper_request(int sock, enum op op, const char *name, const void *pa
 	} control = { 0 };
 	struct msghdr message = { .msg_iov = out, .msg_iovlen = 3 };
 	struct cmsghdr *cmsg;
+	uint32_t refused;
 	ssize_t got;
 
-	if (*fd >= 0) {
+	kept->fd = -1;
+	if (fd >= 0) {
 		message.msg_control = &control;
 		message.msg_controllen = sizeof(control.space);
 		cmsg = CMSG_FIRSTHDR(&message);
 		cmsg->cmsg_level = SOL_SOCKET;
 		cmsg->cmsg_type = SCM_RIGHTS;
 		cmsg->cmsg_len = CMSG_LEN(sizeof(int));
-		memcpy(CMSG_DATA(cmsg), fd, sizeof(*fd));
+		memcpy(CMSG_DATA(cmsg), &fd, sizeof(fd));
 	}
 	if (sendmsg(sock, &message, MSG_NOSIGNAL) < 0)
 		return -errno;
-	*fd = -1;
 	message = (struct msghdr){ .msg_iov = &in, .msg_iovlen = 1, .msg_control = &control,
 				   .msg_controllen = sizeof(control.space) };
 	got = recvmsg(sock, &message, MSG_CMSG_CLOEXEC);
@@ -59,15 +61,45 @@ static int keeper_request(int sock, enum op op, const char *name, const void *pa
 		return -errno;
 	cmsg = CMSG_FIRSTHDR(&message);
 	if (cmsg && cmsg->cmsg_level == SOL_SOCKET && cmsg->cmsg_type == SCM_RIGHTS)
-		memcpy(fd, CMSG_DATA(cmsg), sizeof(*fd));
+		memcpy(&kept->fd, CMSG_DATA(cmsg), sizeof(kept->fd));
+	kept->length = got > (ssize_t)sizeof(reply.head) ? (size_t)got - sizeof(reply.head) : 0;
 	if (got < (ssize_t)sizeof(reply.head) || reply.head.version != KEEPER_VERSION || reply.head.op != op ||
-	    (op == OP_GET && reply.head.code == OK) != (*fd >= 0)) {
-		if (*fd >= 0)
-			close(*fd);
-		*fd = -1;
+	    reply.head.payload_len != kept->length || (op == OP_GET && reply.head.code == OK) != (kept->fd >= 0)) {
+		if (kept->fd >= 0)
+			close(kept->fd);
+		kept->fd = -1;
 		return -EPROTO;
 	}
+	if (reply.head.code == NOT_LANDED && kept->length == sizeof(refused)) {
+		memcpy(&refused, reply.payload, sizeof(refused));
+		return -(int)refused;
+	}
+	if (kept->room)
+		memcpy(kept->space, reply.payload, kept->length < kept->room ? kept->length : kept->room);
 	return reply.head.code;
+}
+
+/**
+ * keeper_request() - ask the keeper for something
+ * @sock: a connection that was greeted; -1: none, which is an error like any other
+ * @op: PUT, GET, DROP, LAND or QUIT
+ * @fd: in: to be put, or -1; out: what GET found, close-on-exec, or -1
+ *
+ * Return: an enum code; -errno if there was no answer that makes sense, or why the kernel gave no session.
+ */
+static inline int keeper_request(int sock, enum op op, const char *name, const void *payload, size_t length, int *fd)
+{
+	struct kept kept = { .room = 0 };
+	int code = keeper_exchange(sock, op, name, payload, length, *fd, &kept);
+
+	*fd = kept.fd;
+	return code;
+}
+
+/* Get an fd and its payload. Returns an enum code, or -errno. */
+static inline int keeper_get(int sock, const char *name, struct kept *kept)
+{
+	return keeper_exchange(sock, OP_GET, name, NULL, 0, -1, kept);
 }
 
 /**
@@ -75,7 +107,7 @@ static int keeper_request(int sock, enum op op, const char *name, const void *pa
  *
  * Return: a connection, close-on-exec, or -errno; -EACCES if the keeper denies this process, -EBUSY if it is full.
  */
-static int keeper_connect(const char *path)
+static inline int keeper_connect(const char *path)
 {
 	struct sockaddr_un to = { .sun_family = AF_UNIX };
 	struct {

@@ -12,6 +12,7 @@
 #include <sys/ioctl.h>
 
 #define LUO_DEVICE "/dev/liveupdate"
+#define LUO_NAME_MAX 63
 #define LUO_RETRIEVE_SESSION 0xBA01
 #define LUO_RETRIEVE_FD 0xBA41
 #define LUO_FINISH 0xBA42
@@ -19,7 +20,7 @@
 struct luo_named {
 	uint32_t size;
 	int32_t fd;
-	char name[64];
+	char name[LUO_NAME_MAX + 1];
 };
 
 struct luo_fd {
@@ -33,23 +34,23 @@ struct luo_plain {
 };
 
 /* The kernel hands fds out without FD_CLOEXEC. */
-static int luo_taken(int fd)
+static inline int luo_taken(int fd)
 {
 	fcntl(fd, F_SETFD, FD_CLOEXEC);
 	return fd;
 }
 
 /* A session the kernel before handed over, of at most 63 bytes: -ENOENT there is none, -EINVAL it was retrieved. */
-static int luo_session(int device, const char *name)
+static inline int luo_session(int device, const char *name)
 {
 	struct luo_named argument = { .size = sizeof(argument), .fd = -1 };
 
-	strncpy(argument.name, name, sizeof(argument.name) - 1);
+	memcpy(argument.name, name, strnlen(name, LUO_NAME_MAX));
 	return ioctl(device, LUO_RETRIEVE_SESSION, &argument) < 0 ? -errno : luo_taken(argument.fd);
 }
 
 /* A file of a session: -ENOENT there is none of this token; any failure lasts. */
-static int luo_file(int session, uint64_t token)
+static inline int luo_file(int session, uint64_t token)
 {
 	struct luo_fd argument = { .size = sizeof(argument), .fd = -1, .token = token };
 
@@ -57,7 +58,7 @@ static int luo_file(int session, uint64_t token)
 }
 
 /* All of it was retrieved; what was not is discarded. */
-static int luo_finish(int session)
+static inline int luo_finish(int session)
 {
 	struct luo_plain argument = { .size = sizeof(argument) };
 

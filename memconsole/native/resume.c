@@ -11,8 +11,17 @@
  * was handed over is closed nowhere before another process holds it, and a session with a fd that is still inside is
  * kept, as "incoming:SESSION". A fd the keeper will not take is held by a child that does nothing else.
  *
+ * It may be killed at any moment, and is then started again: what it does is either done again with the same result, or
+ * seen to be done.
+ *	session		the keeper retrieves it, and has it before anybody else does (LAND)
+ *	fd		the kernel gives it again until its session is finished, which is when custody holds all of them
+ *	VMM		it leaves a mark in custody as it starts (marks.h); one that has a mark is not started again
+ *	the manifest's session is finished last, when the record is in custody: it says that there is something to do
+ * Without a keeper none of this holds.
+ *
  * Exit status: 0 every guest goes on, 1 nothing was adopted and everything is where it was, 2 usage, 4 not all is as the
- * plan says (stderr and the record say what), 6 nothing was handed over: a boot like any other.
+ * plan says (stderr and the record say what), 6 nothing was handed over, or it was taken over already: a boot like any
+ * other.
  */
 #define _GNU_SOURCE
 #include <libgen.h>
@@ -23,61 +32,23 @@
 
 #include "bootplan.h"
 #include "core.h"
+#include "faultpoint.h"
 #include "keeper_client.h"
 #include "liveupdate.h"
+#include "resume.h"
 #include "resume_json.h"
 #include "starter.h"
 
-#define MANIFEST_SESSION "memconsole:manifest"
-#define MANIFEST_TOKEN 1
-#define MANIFEST "manifest"
-#define RECORD "resume"
-#define RUNTIME "/run/memconsole"
-#define PATIENCE_NS 5000000000ull	/* with another opener of the device */
-#define ALIVE_NS 300000000ull		/* a VMM that lives so long has taken its state */
-#define PHASES_MAX 16
+struct resume r = { .keeper = -1, .device = -1, .lock = -1 };
 
-enum result { DONE, FAILED, USAGE, FINDINGS = 4, NOTHING = 6 };
-
-struct held {
-	int fd;			/* -1: lost */
-	bool moved;		/* its pages are not where they were */
-};
-
-struct session {
-	const char *name;
-	int fd;			/* -1: not retrieved */
-	bool whole;		/* all its fds are in custody */
-};
-
-static struct resume {
-	bool rehearsal;
-	char keeper_path[sizeof(((struct sockaddr_un *)0)->sun_path) + 16];
-	int keeper;		/* -1: none */
-	int device;
-	struct plan plan;
-	struct held *held;	/* a hold each */
-	struct session *sessions;
-	size_t nr_sessions;
-	struct guest *guests;	/* a start each */
-	bool homeless;		/* a fd is in nobody's custody */
-	struct {
-		const char *name;
-		struct moment at;
-	} phases[PHASES_MAX];
-	int nr_phases;
-	FILE *findings;		/* JSON objects */
-	char *findings_text;
-	size_t findings_size, nr_findings;
-} r = { .keeper = -1, .device = -1 };
-
-static void phase(const char *name)
+void phase(const char *name)
 {
+	point(name, "", "reached");
 	r.phases[r.nr_phases].name = name;
 	r.phases[r.nr_phases++].at = moment_now();
 }
 
-__attribute__((format(printf, 3, 4))) static void finding(const char *id, const char *subject, const char *format, ...)
+void finding(const char *id, const char *subject, const char *format, ...)
 {
 	char text[512];
 	va_list arguments;
@@ -93,181 +64,6 @@ __attribute__((format(printf, 3, 4))) static void finding(const char *id, const 
 	fputs(",\"text\":", r.findings);
 	put_text(r.findings, text);
 	fputc('}', r.findings);
-}
-
-/* --- custody --------------------------------------------------------------------------------------------- */
-
-/* Start the keeper of the runtime directory, unless it runs. Returns 0 or -errno. */
-static int start_keeper(void)
-{
-	char program[4096];
-	ssize_t length = readlink("/proc/self/exe", program, sizeof(program) - 32);
-	int status;
-	pid_t child;
-
-	r.keeper = keeper_connect(r.keeper_path);
-	if (r.keeper >= 0)
-		return 0;
-	if (length < 0)
-		return -errno;
-	program[length] = 0;
-	strcpy(strrchr(program, '/'), "/memconsole-keeper");
-	child = fork();
-	if (!child) {
-		execl(program, program, r.keeper_path, (char *)NULL);
-		_exit(127);
-	}
-	if (child < 0 || waitpid(child, &status, 0) < 0)
-		return -errno;
-	if (!WIFEXITED(status) || (WEXITSTATUS(status) && WEXITSTATUS(status) != 3))
-		return -ECANCELED;	/* it said why */
-	r.keeper = keeper_connect(r.keeper_path);
-	return r.keeper < 0 ? r.keeper : 0;
-}
-
-/* Put a fd into custody; one that cannot be is held by this process to the end. Returns whether it is there. */
-static bool keep(const char *name, int fd, const void *payload, size_t length)
-{
-	int there = -1, given = fd, code = -ENOTCONN;
-	char other[KEEPER_NAME_LEN_MAX + 1];
-
-	if (r.keeper >= 0 && keeper_request(r.keeper, OP_GET, name, NULL, 0, &there) == OK) {
-		close(there);	/* what somebody put there since the boot is not thrown out */
-		snprintf(other, sizeof(other), "resumed:%s", name);
-		finding("name-taken", name, "custody holds another file of this name; it is kept as %s", other);
-		name = other;
-	}
-	if (r.keeper >= 0)
-		code = keeper_request(r.keeper, OP_PUT, name, payload, length, &given);
-	if (code == OK)
-		return true;
-	r.homeless = true;
-	if (code < 0)
-		finding("not-in-custody", name, "the keeper did not take it: %s", strerror(-code));
-	else
-		finding("not-in-custody", name, "the keeper did not take it (code %d)", code);
-	return false;
-}
-
-/* --- retrieve -------------------------------------------------------------------------------------------- */
-
-static int open_device(void)
-{
-	uint64_t deadline = clock_ns(CLOCK_MONOTONIC) + PATIENCE_NS;
-
-	do {
-		r.device = open(LUO_DEVICE, O_RDWR | O_CLOEXEC);
-		if (r.device >= 0 || errno != EBUSY)
-			return r.device < 0 ? -errno : 0;
-		wait_ns(AGAIN_NS);
-	} while (clock_ns(CLOCK_MONOTONIC) < deadline);
-	return -EBUSY;
-}
-
-static void close_device(void)
-{
-	if (r.device >= 0)
-		close(r.device);
-	r.device = -1;
-}
-
-/* The session of a name, retrieved and in custody from the first time on; its fd is -1 if there is none. */
-static struct session *session_of(const char *name)
-{
-	char kept[KEEPER_NAME_LEN_MAX + 1];
-	struct session *s;
-
-	for (size_t i = 0; i < r.nr_sessions; i++)
-		if (strcmp(r.sessions[i].name, name) == 0)
-			return &r.sessions[i];
-	s = &r.sessions[r.nr_sessions++];
-	*s = (struct session){ .name = name, .fd = luo_session(r.device, name) };
-	if (s->fd < 0) {
-		finding("session-missing", name, "%s", s->fd == -EINVAL ? "it was retrieved already" : strerror(-s->fd));
-		s->fd = -1;
-		return s;
-	}
-	snprintf(kept, sizeof(kept), "incoming:%s", name);
-	s->whole = keep(kept, s->fd, NULL, 0);
-	return s;
-}
-
-/* Get one hold's fd, from the kernel into custody, or from custody. */
-static void get(const struct plan_hold *h, struct held *held)
-{
-	struct session *s;
-	int code;
-
-	held->fd = -1;
-	if (r.rehearsal) {
-		code = keeper_request(r.keeper, OP_GET, h->name, NULL, 0, &held->fd);
-		if (code)
-			finding("not-in-custody", h->name, "the keeper does not hold it (code %d)", code);
-		return;
-	}
-	s = session_of(h->session);
-	if (s->fd < 0) {
-		finding("lost", h->name, "its session %s cannot be retrieved", h->session);
-		return;
-	}
-	held->fd = luo_file(s->fd, h->token);
-	if (held->fd < 0) {
-		finding("lost", h->name, "token %llu of session %s: %s", (unsigned long long)h->token, h->session,
-			strerror(-held->fd));
-		held->fd = -1;
-		s->whole = false;
-		return;
-	}
-	s->whole &= keep(h->name, held->fd, h->payload, h->payload_len);
-}
-
-/* The manifest's fd, in custody; or an enum result as a negative number less 1000. */
-static int get_manifest(void)
-{
-	struct session *s;
-	int fd = -1, err;
-
-	if (r.rehearsal) {
-		r.keeper = keeper_connect(r.keeper_path);
-		err = r.keeper < 0 ? r.keeper : keeper_request(r.keeper, OP_GET, MANIFEST, NULL, 0, &fd);
-		if (err == NOT_FOUND)
-			return -1000 - NOTHING;
-		if (err) {
-			fprintf(stderr, "memconsole-resume: %s: %s\n", r.keeper_path, err < 0 ? strerror(-err) : "refused");
-			return -1000 - FAILED;
-		}
-		return fd;
-	}
-	err = open_device();
-	if (err == -ENOENT || err == -ENXIO || err == -ENODEV)
-		return -1000 - NOTHING;
-	if (err) {
-		fprintf(stderr, "memconsole-resume: %s: %s\n", LUO_DEVICE, strerror(-err));
-		return -1000 - FAILED;
-	}
-	fd = luo_session(r.device, MANIFEST_SESSION);
-	if (fd < 0) {
-		if (fd == -ENOENT)
-			return -1000 - NOTHING;
-		fprintf(stderr, "memconsole-resume: session %s: %s\n", MANIFEST_SESSION,
-			fd == -EINVAL ? "it was retrieved already" : strerror(-fd));
-		return -1000 - FAILED;
-	}
-	err = start_keeper();
-	if (err)
-		finding("no-keeper", r.keeper_path, "%s", err == -ECANCELED ? "it does not start" : strerror(-err));
-	phase("keeper");
-	s = &r.sessions[r.nr_sessions++];
-	*s = (struct session){ .name = MANIFEST_SESSION, .fd = fd };
-	s->whole = keep("incoming:" MANIFEST_SESSION, fd, NULL, 0);
-	fd = luo_file(s->fd, MANIFEST_TOKEN);
-	if (fd < 0) {
-		finding("lost", MANIFEST, "token %d of session %s: %s", MANIFEST_TOKEN, MANIFEST_SESSION, strerror(-fd));
-		s->whole = false;
-		return fd;
-	}
-	s->whole &= keep(MANIFEST, fd, NULL, 0);
-	return fd;
 }
 
 static void read_plan(int manifest)
@@ -350,6 +146,8 @@ static void start(struct guest *g)
 {
 	int fds[PLAN_FDS_MAX];
 
+	if (guest_found(g, r.keeper))
+		return;
 	for (uint16_t i = 0; i < g->start->nr_fds; i++) {
 		const struct held *held = held_as(g->start->fds[i].name);
 
@@ -362,7 +160,9 @@ static void start(struct guest *g)
 		}
 		lseek(fds[i], 0, SEEK_SET);	/* a QEMU reads its state from where the file stands */
 	}
-	guest_start(g, fds);
+	point("start", g->start->guest, "before");
+	guest_start(g, fds, r.keeper);
+	point("start", g->start->guest, "after");
 }
 
 static void start_guests(void)
@@ -370,7 +170,8 @@ static void start_guests(void)
 	for (size_t i = 0; i < r.plan.nr_starts; i++) {
 		struct guest *g = &r.guests[i];
 
-		*g = (struct guest){ .start = &r.plan.starts[i], .say = say_of(r.plan.starts[i].guest) };
+		*g = (struct guest){ .start = &r.plan.starts[i], .say = say_of(r.plan.starts[i].guest),
+				    .pidfd = -1, .keeper = r.keeper < 0 ? NULL : r.keeper_path };
 		start(g);
 	}
 	phase("started");
@@ -388,27 +189,42 @@ static void start_guests(void)
 	phase("resumed");
 }
 
+static void finish_session(struct session *s)
+{
+	char in_custody[KEEPER_NAME_LEN_MAX + 1];
+	int err, none = -1;
+
+	if (s->fd < 0 || !s->whole || r.plan.fault)
+		return;		/* what may still be inside stays there */
+	point("finish", s->name, "before");
+	err = luo_finish(s->fd);
+	point("finish", s->name, "after");
+	if (err) {
+		finding("session-unfinished", s->name, "%s", strerror(-err));
+		return;
+	}
+	snprintf(in_custody, sizeof(in_custody), "incoming:%s", s->name);
+	keeper_request(r.keeper, OP_DROP, in_custody, NULL, 0, &none);
+	close(s->fd);
+	s->fd = -1;
+}
+
+/* All but the manifest's, which is the first: with it goes the word that there is something to do. */
 static void finish(void)
 {
-	char kept[KEEPER_NAME_LEN_MAX + 1];
-
-	for (size_t i = 0; i < r.nr_sessions; i++) {
-		struct session *s = &r.sessions[i];
-		int err, none = -1;
-
-		if (s->fd < 0 || !s->whole || r.plan.fault)
-			continue;	/* what may still be inside stays there */
-		err = luo_finish(s->fd);
-		if (err) {
-			finding("session-unfinished", s->name, "%s", strerror(-err));
-			continue;
-		}
-		snprintf(kept, sizeof(kept), "incoming:%s", s->name);
-		keeper_request(r.keeper, OP_DROP, kept, NULL, 0, &none);
-		close(s->fd);
-		s->fd = -1;
-	}
+	for (size_t i = 1; i < r.nr_sessions; i++)
+		finish_session(&r.sessions[i]);
 	phase("finished");
+}
+
+/* Once the record is there, nobody needs to know of anything else that was under way. */
+static void tidy(void)
+{
+	for (size_t i = 0; i < r.plan.nr_starts; i++)
+		mark_drop(r.keeper, r.plan.starts[i].guest);
+	point("marks", "", "dropped");
+	if (r.nr_sessions)
+		finish_session(&r.sessions[0]);
 }
 
 /* VMMs nobody talked to are given a moment: one that cannot take its state ends at once. */
@@ -439,7 +255,7 @@ static bool record(void)
 {
 	int fd = memfd_create("memconsole-resume", MFD_CLOEXEC), none = fd;
 	FILE *out = fd < 0 ? NULL : fdopen(dup(fd), "w");
-	bool kept;
+	bool there;
 
 	if (!out)
 		return false;
@@ -463,9 +279,10 @@ static bool record(void)
 	}
 	fflush(r.findings);
 	fprintf(out, "],\"findings\":[%s]}\n", r.findings_text);
-	kept = !fclose(out) && r.keeper >= 0 && keeper_request(r.keeper, OP_PUT, RECORD, NULL, 0, &none) == OK;
+	there = !fclose(out) && r.keeper >= 0 && keeper_request(r.keeper, OP_PUT, RECORD, NULL, 0, &none) == OK;
 	close(fd);
-	return kept;
+	point("record", "", "kept");
+	return there;
 }
 
 /* What the keeper did not take lives as long as this child. */
@@ -476,6 +293,7 @@ static void stay(void)
 	if (child)
 		return;
 	close_device();
+	close(r.lock);
 	setsid();
 	prctl(PR_SET_NAME, "mc-holder");
 	for (;;)
@@ -508,13 +326,21 @@ static enum result resume(void)
 		get(&r.plan.holds[i], &r.held[i]);
 	close_device();
 	phase("retrieved");
+	if (r.recorded) {
+		finish();
+		tidy();
+		return r.nr_findings ? FINDINGS : DONE;
+	}
 	verify();
 	phase("verified");
 	start_guests();
 	if (!r.rehearsal)
 		finish();
 	watch_guests();
-	if (!record())
+	point("watched", "", "reached");
+	if (record())
+		tidy();
+	else
 		finding("no-record", RECORD, "what was done could not be written down");
 	return r.nr_findings ? FINDINGS : DONE;
 }
@@ -557,6 +383,8 @@ int main(int argc, char **argv)
 	r.findings = open_memstream(&r.findings_text, &r.findings_size);
 	r.sessions = calloc(1, sizeof(*r.sessions));
 	err = make_directory(runtime, 0755);
+	if (!err)
+		err = take_lock(runtime);
 	if (!r.findings || !r.sessions || err) {
 		fprintf(stderr, "memconsole-resume: %s: %s\n", runtime, strerror(err ? -err : ENOMEM));
 		return FAILED;

@@ -8,7 +8,7 @@
 
 #include "starter.h"
 
-static void put_text(FILE *out, const char *text)
+static inline void put_text(FILE *out, const char *text)
 {
 	fputc('"', out);
 	for (; *text; text++) {
@@ -24,13 +24,13 @@ static void put_text(FILE *out, const char *text)
 	fputc('"', out);
 }
 
-static void put_moment(FILE *out, const struct moment *at)
+static inline void put_moment(FILE *out, const struct moment *at)
 {
 	fprintf(out, "{\"ticks\":%llu,\"boottime_ns\":%llu,\"realtime_ns\":%llu}", (unsigned long long)at->ticks,
 		(unsigned long long)at->boottime_ns, (unsigned long long)at->realtime_ns);
 }
 
-static void put_guest(FILE *out, const struct guest *g)
+static inline void put_guest(FILE *out, const struct guest *g)
 {
 	static const char *const states[] = { "held", "started", "resumed" };
 

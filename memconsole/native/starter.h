@@ -19,10 +19,12 @@
 #include <unistd.h>
 
 #include "bootplan.h"
+#include "faultpoint.h"
+#include "marks.h"
 
 #define OUT_OF_THE_WAY 1100	/* above every number a VMM's fds may have */
-#define AGAIN_NS 1000000
 #define ANSWER_MAX 65536
+#define GO_ON "\"cont\""	/* in the line after which a VMM's vCPUs run */
 
 enum guest_state { GUEST_HELD, GUEST_STARTED, GUEST_RESUMED };
 
@@ -32,6 +34,9 @@ struct guest {
 	enum guest_state state;
 	pid_t pid;			/* 0: not started */
 	uint64_t start_ticks;
+	int pidfd;			/* of one that an earlier start of this program left; else -1 */
+	const char *keeper;		/* the path of the keeper's socket; NULL: there is none */
+	bool told;			/* it was told to go on: what it was told before is behind it */
 	struct moment at;		/* when it was started, or its monitor said the last of what was awaited */
 	char why[256];			/* what is wrong with it */
 	pthread_t thread;
@@ -83,16 +88,19 @@ static uint64_t start_ticks(pid_t pid)
 	return ticks;
 }
 
-/* In the child: become the VMM. Returns the errno of what cannot be done. */
-static int become(const struct plan_start *s, const int *fds, int log)
+/* In the child: become the VMM, with a mark that it did. Returns the errno of what cannot be done. */
+static int become(const struct plan_start *s, const int *fds, int log, int keeper, bool may_run)
 {
-	int high[PLAN_FDS_MAX], null = open("/dev/null", O_RDONLY | O_CLOEXEC);
+	struct mark mark = { .pid = (uint32_t)getpid(), .may_run = may_run, .start_ticks = start_ticks(getpid()) };
+	int high[PLAN_FDS_MAX], null = open("/dev/null", O_RDONLY | O_CLOEXEC), err;
 	sigset_t none;
 
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
 	signal(SIGPIPE, SIG_DFL);
 	setsid();
+	if (keeper >= 0)
+		keeper = fcntl(keeper, F_DUPFD_CLOEXEC, OUT_OF_THE_WAY);
 	for (int i = 0; i < s->nr_fds; i++) {
 		high[i] = fcntl(fds[i], F_DUPFD_CLOEXEC, OUT_OF_THE_WAY);
 		if (high[i] < 0)
@@ -107,15 +115,51 @@ static int become(const struct plan_start *s, const int *fds, int log)
 		return errno;
 	if ((s->uid || s->gid) && (setgroups(0, NULL) || setgid(s->gid) || setuid(s->uid)))
 		return errno;
+	mark.at = moment_now();
+	if (keeper >= 0 && mark_put(keeper, s->guest, &mark) != OK)
+		return ENOLCK;		/* without a mark it could be started twice */
 	execvp(s->words[0], s->words);
-	return errno;
+	err = errno;
+	if (keeper >= 0)
+		mark_drop(keeper, s->guest);
+	return err;
+}
+
+/*
+ * A guest whose VMM an earlier start of this program started. One that goes on by itself, or was told to, is left alone,
+ * whatever became of it; one that has only waited is ended. Returns whether that is all.
+ */
+static bool guest_found(struct guest *g, int keeper)
+{
+	struct mark mark;
+	int pidfd = keeper < 0 ? -1 : mark_get(keeper, g->start->guest, &mark);
+
+	if (pidfd < 0)
+		return false;
+	if (!mark.may_run) {
+		if (!mark_kill(pidfd))
+			snprintf(g->why, sizeof(g->why), "its VMM, %u, waits for its state and cannot be killed", mark.pid);
+		else
+			mark_drop(keeper, g->start->guest);
+		close(pidfd);
+		return g->why[0];
+	}
+	if (mark_ended(pidfd, 0)) {
+		snprintf(g->why, sizeof(g->why), "its VMM has ended; see %s", g->start->log);
+		close(pidfd);
+		return true;
+	}
+	*g = (struct guest){ .start = g->start, .say = g->say, .state = GUEST_STARTED, .pid = (pid_t)mark.pid,
+			     .start_ticks = mark.start_ticks, .pidfd = pidfd, .keeper = g->keeper, .told = true,
+			     .at = mark.at };
+	return true;
 }
 
 /*
  * Start a guest's VMM with these fds, in the plan's order. Returns 0 with pid and start_ticks filled, or -1 and why; no
  * process is left then.
  */
-static int guest_start(struct guest *g, const int *fds)
+static int guest_start(struct guest *g, const int *fds, int keeper)
 {
 	const struct plan_start *s = g->start;
 	int err = make_directory(s->directory, 0755), ends[2], log, pipe_end;
@@ -143,7 +187,7 @@ static int guest_start(struct guest *g, const int *fds)
 	g->pid = fork();
 	if (!g->pid) {
 		pipe_end = fcntl(ends[1], F_DUPFD_CLOEXEC, OUT_OF_THE_WAY);
-		err = become(s, fds, log);
+		err = become(s, fds, log, keeper, !g->say);
 		_exit(write(pipe_end, &err, sizeof(err)) == sizeof(err) ? 127 : 126);
 	}
 	err = g->pid < 0 ? errno : 0;
@@ -152,7 +196,8 @@ static int guest_start(struct guest *g, const int *fds)
 	got = err ? 0 : read(ends[0], &err, sizeof(err));
 	close(ends[0]);
 	if (err || got) {
-		snprintf(g->why, sizeof(g->why), "%s: %s", s->words[0], strerror(err));
+		snprintf(g->why, sizeof(g->why), "%s: %s", s->words[0],
+			 err == ENOLCK ? "that it starts cannot be marked in custody" : strerror(err));
 		if (g->pid > 0)
 			waitpid(g->pid, NULL, 0);
 		g->pid = 0;
@@ -169,6 +214,14 @@ static bool guest_ended(struct guest *g)
 {
 	int status;
 
+	if (g->pid && g->pidfd >= 0) {
+		if (!mark_ended(g->pidfd, 0))
+			return false;
+		snprintf(g->why, sizeof(g->why), "its VMM has ended; see %s", g->start->log);
+		g->pid = 0;
+		g->state = GUEST_HELD;
+		return true;
+	}
 	if (!g->pid || waitpid(g->pid, &status, WNOHANG) != g->pid)
 		return false;
 	snprintf(g->why, sizeof(g->why), WIFSIGNALED(status) ? "its VMM was killed by signal %d; see %s"
@@ -177,13 +230,6 @@ static bool guest_ended(struct guest *g)
 	g->pid = 0;
 	g->state = GUEST_HELD;
 	return true;
-}
-
-static void wait_ns(uint64_t ns)
-{
-	struct timespec ts = { (time_t)(ns / 1000000000), (long)(ns % 1000000000) };
-
-	nanosleep(&ts, NULL);
 }
 
 /* Connect to a monitor that may not be there yet. Returns a socket, or -1 and why. */
@@ -275,18 +321,48 @@ static int monitor_ask(struct guest *g, int sock, const struct plan_line *l, cha
 	}
 }
 
-/* The thread of a guest with a monitor: all of the conversation. */
+/* Say in custody that a guest is told to go on; only then it is. Returns 0, or -1 and why. */
+static int guest_told(struct guest *g)
+{
+	struct mark mark = { .pid = (uint32_t)g->pid, .may_run = 1, .start_ticks = g->start_ticks, .at = moment_now() };
+	int keeper, code;
+
+	if (g->told || !g->keeper)
+		return 0;
+	keeper = keeper_connect(g->keeper);	/* a connection has one request at a time, and this is a thread */
+	code = keeper < 0 ? keeper : mark_put(keeper, g->start->guest, &mark);
+	if (keeper >= 0)
+		close(keeper);
+	g->told = true;
+	if (code == OK)
+		return 0;
+	snprintf(g->why, sizeof(g->why), "it cannot be marked that it goes on (%d)", code);
+	return -1;
+}
+
+/* The thread of a guest with a monitor: all of the conversation, or what is left of it for one that was told to go on. */
 static void *guest_converse(void *argument)
 {
 	struct guest *g = argument;
 	uint64_t deadline = clock_ns(CLOCK_MONOTONIC) + g->say->within_ms * 1000000ull;
 	int sock = monitor_connect(g, deadline), err = sock < 0;
+	bool behind = g->told;
 	char *line = malloc(ANSWER_MAX);
 
 	if (!err)
 		err = !line || monitor_hear(g, sock, line, deadline);	/* the greeting */
-	for (uint16_t i = 0; !err && i < g->say->nr_lines; i++)
-		err = monitor_ask(g, sock, &g->say->lines[i], line, deadline);
+	for (uint16_t i = 0; !err && i < g->say->nr_lines; i++) {
+		const struct plan_line *l = &g->say->lines[i];
+
+		if (strstr(l->line, GO_ON)) {
+			err = guest_told(g);
+			behind = false;
+		}
+		if (err || (behind && i))	/* the first is the greeting of a connection */
+			continue;
+		err = monitor_ask(g, sock, l, line, deadline);
+		point("say", g->start->guest, "answered");
+	}
 	if (!err) {
 		g->why[0] = 0;
 		g->state = GUEST_RESUMED;

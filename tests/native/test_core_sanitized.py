@@ -45,6 +45,6 @@ def test_no_c_file_has_a_warning(tmp_path, source):
 
 
 def test_every_source_of_the_core_is_driven():
-    programs = {"canary.c", "keeper.c", "resume.c", *(path.name for path in NATIVE.glob("fuse*.c"))}
+    programs = {"canary.c", "keeper.c", "resume.c", "resume_custody.c", *(path.name for path in NATIVE.glob("fuse*.c"))}
     programs |= {"copy.c", "fault.c"}  # they have a driver of their own (test_fault.py)
     assert {path.name for path in NATIVE.glob("*.c")} - programs == set(SOURCES)

@@ -18,9 +18,9 @@ from typing import Self
 import pytest
 from support import keepers
 
-PUT, GET, DROP, LIST, STAT, QUIT, JUMP = range(1, 8)
+PUT, GET, DROP, LIST, STAT, QUIT, JUMP, LAND = range(1, 9)
 OK, BAD_MESSAGE, BAD_VERSION, BAD_OP, BAD_NAME, BAD_FDS, TOO_LONG, NOT_FOUND = range(8)
-HOLDING, BUSY, NOT_JUMPED = 11, 13, 14
+HOLDING, BUSY, NOT_JUMPED, NOT_LANDED = 11, 13, 14, 15
 HEAD = struct.Struct("<BBBBHH")
 
 
@@ -147,13 +147,18 @@ BAD = {
     "half a header": (b"\1\1\1\0", [], BAD_MESSAGE),
     "another version": (HEAD.pack(2, STAT, 0, 0, 0, 0), [], BAD_VERSION),
     "operation 0": (HEAD.pack(1, 0, 0, 0, 0, 0), [], BAD_OP),
-    "operation 8": (HEAD.pack(1, 8, 0, 0, 0, 0), [], BAD_OP),
+    "operation 9": (HEAD.pack(1, 9, 0, 0, 0, 0), [], BAD_OP),
     "a name that is not there": (HEAD.pack(1, GET, 9, 0, 0, 0), [], BAD_MESSAGE),
     "a payload that is not there": (HEAD.pack(1, PUT, 1, 0, 9, 0) + b"a", [FD], BAD_MESSAGE),
     "more than it says": (HEAD.pack(1, GET, 1, 0, 0, 0) + b"aa", [], BAD_MESSAGE),
     "a payload with get": (HEAD.pack(1, GET, 1, 0, 1, 0) + b"aa", [], BAD_MESSAGE),
     "a name with jump": (HEAD.pack(1, JUMP, 1, 0, 0, 0) + b"a", [], BAD_MESSAGE),
     "an fd with jump": (HEAD.pack(1, JUMP, 0, 0, 0, 0), [FD], BAD_FDS),
+    "land without a session": (HEAD.pack(1, LAND, 1, 0, 0, 0) + b"a", [], BAD_NAME),
+    "land without a name": (HEAD.pack(1, LAND, 0, 0, 1, 0) + b"a", [], BAD_NAME),
+    "a NUL in a session's name": (HEAD.pack(1, LAND, 1, 0, 2, 0) + b"aa\0", [], BAD_NAME),
+    "a session's name that is too long": (HEAD.pack(1, LAND, 1, 0, 64, 0) + b"a" + b"s" * 64, [], TOO_LONG),
+    "an fd with land": (HEAD.pack(1, LAND, 1, 0, 1, 0) + b"as", [FD], BAD_FDS),
     "a name with stat": (HEAD.pack(1, STAT, 1, 0, 0, 0) + b"a", [], BAD_MESSAGE),
     "flags with put": (HEAD.pack(1, PUT, 1, 1, 0, 0) + b"a", [FD], BAD_MESSAGE),
     "an unknown flag with quit": (HEAD.pack(1, QUIT, 0, 2, 0, 0), [], BAD_MESSAGE),
@@ -196,7 +201,7 @@ def test_random_messages_do_no_harm(keeper: keepers.Running) -> None:
             if message[1:2] == bytes([QUIT]) and message[0] == 1 and len(message) == HEAD.size:
                 continue
             _, code, _, fds, _ = client.send(message, [FD] * rng.choice([0, 0, 1, 1, 2, 5]))
-            assert code < BUSY or code == NOT_JUMPED
+            assert code < BUSY or code in {NOT_JUMPED, NOT_LANDED}
             for fd in fds:
                 os.close(fd)
         assert client.get(b"precious") == (b"contents", b"payload")
@@ -259,6 +264,22 @@ def test_a_jump_the_kernel_refuses_is_answered_with_why_and_everything_is_still_
         _, code, payload, _, _ = client.ask(JUMP)
         assert (code, struct.unpack("<I", payload)) == (NOT_JUMPED, (errno.EPERM,))
         assert client.get(b"a") == (b"held", b"payload")
+
+
+def test_a_session_that_the_kernel_does_not_give_leaves_no_place_taken(keeper: keepers.Running) -> None:
+    with Client(keeper.path) as client:
+        before = (client.status(), keeper.open_files())
+        _, code, payload, _, _ = client.ask(LAND, b"incoming:one", b"memconsole:nobody")
+        assert code == NOT_LANDED
+        assert struct.unpack("<I", payload)[0] in {errno.ENOENT, errno.EACCES}
+        assert (client.status(), keeper.open_files()) == before
+
+
+def test_a_session_that_is_held_is_not_asked_for_again(keeper: keepers.Running) -> None:
+    with Client(keeper.path) as client:
+        client.put(b"incoming:one", b"held", b"payload")
+        assert client.ask(LAND, b"incoming:one", b"memconsole:one")[1:3] == (OK, bytes(4))
+        assert client.get(b"incoming:one") == (b"held", b"payload")
 
 
 def test_a_second_keeper_on_the_same_socket_is_refused(program: Path, keeper: keepers.Running) -> None:

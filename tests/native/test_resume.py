@@ -27,7 +27,7 @@ from memconsole.backend.handoff.bootplan import Hold, Plan, Resume, Resumed, Say
 from memconsole.extents import ExtentTable
 
 NATIVE = Path(__file__).parents[2] / "memconsole" / "native"
-SOURCES = [NATIVE / name for name in ("resume.c", "extents.c", "pagescan.c", "runs.c", "query.c")]
+SOURCES = [NATIVE / name for name in ("resume.c", "resume_custody.c", "extents.c", "pagescan.c", "runs.c", "query.c")]
 FLAGS = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-g", "-O1", "-pthread", "-fsanitize=address,undefined"]
 M = 1 << 20
 PHASES = ["begun", "planned", "retrieved", "verified", "started", "resumed"]

@@ -32,6 +32,13 @@ def test_every_fault_before_the_jump_leaves_every_guest_running(tmp_path: Path) 
     said.check()
 
 
+@pytest.mark.rotating("landing-faults")
+def test_every_fault_behind_the_jump_ends_with_every_guest_going_on_once(tmp_path: Path) -> None:
+    arguments = ["8", "qemu"] if os.environ.get("MEMCONSOLE_SOAK") else []
+    said = lab.run("landing_faults", tmp_path, timeout=1800 if arguments else 600, arguments=arguments)
+    said.check()
+
+
 @pytest.mark.rotating("handoff-refused")
 @pytest.mark.parametrize(
     "name",

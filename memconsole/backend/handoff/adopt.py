@@ -23,10 +23,11 @@ from memconsole.actions import Handoff, HandoffRehearse
 from memconsole.backend.desk import STOP_S, Desk, custody_name
 from memconsole.backend.guests.canary import CanaryGuest
 from memconsole.backend.handoff import bootplan, image, manifest, report, verify
-from memconsole.backend.handoff.bootplan import MANIFEST, RESUME, Moment, Resume, Resumed
+from memconsole.backend.handoff.bootplan import LANDED, MANIFEST, RESUME, STARTED, Moment, Resume, Resumed
 from memconsole.backend.handoff.manifest import Manifest
 from memconsole.backend.handoff.report import Clock, Progress
 from memconsole.backend.state import Change, Intent
+from memconsole.backend.steps import point
 from memconsole.backend.stores import memfd
 from memconsole.errors import BadFile, Gone, GuestError, MemconsoleError, NotFound
 from memconsole.model import (
@@ -102,17 +103,31 @@ def settle(desk: Desk, landing: Landing) -> None:
         kept, found = verify.compare(desk, described, landing.moved)
         landing.findings += found
         made = replace(made, regions=kept)
+    point("adopt.compared")
     store(desk, replace(made, state=HandoffState.DONE))
+    point("adopt.reported")
     if described is not None and landing.clock is not None:
         late = _let_go_on(desk, described, {each.name for each in made.regions if each.contents is False})
         if late:
             said = [(name, landing.clock.between(stood, bootplan.moment())) for name, stood in late.items()]
             store(desk, replace(report.filled(made, said, "its VMM"), state=HandoffState.DONE))
+    _tidy(desk, made)
+
+
+def _tidy(desk: Desk, made: HandoffReport) -> None:
+    """Drop from custody what nobody needs any more; last of all the record, which becomes the word that it was used."""
     held = {guest.name for guest in made.guests if not guest.back}
     for name in desk.custody.names():
         used = name.startswith("state:") and name.removeprefix("state:") not in held
-        if used or name == RESUME or name.startswith("session:"):
+        if used or name.startswith(("session:", STARTED)):
             desk.custody.drop(name)
+            point(f"adopt.dropped.{name}")
+    if made.kind == "run":
+        fd, payload = desk.custody.get(RESUME)
+        desk.custody.put(LANDED, fd, payload)
+        os.close(fd)
+        point("adopt.said")
+    desk.custody.drop(RESUME)
 
 
 def take_back(desk: Desk, intent: Intent) -> None:
@@ -389,5 +404,6 @@ def _let_go_on(desk: Desk, described: Manifest, wrong: set[str]) -> dict[str, Mo
         with contextlib.suppress(MemconsoleError):
             desk.connected(stopped.guest.name)
             live.resume()
+            point(f"adopt.goes-on.{stopped.guest.name}")
             late[stopped.guest.name] = stopped.at
     return late

@@ -21,6 +21,10 @@ VERSION = 1
 MANIFEST_SESSION = "memconsole:manifest"
 MANIFEST_TOKEN = 1
 MANIFEST, RESUME = "manifest", "resume"
+LANDED = "landed"
+"""What the record is called once a control process has used it: memconsole-resume then starts nothing any more."""
+STARTED = "started:"
+"""Before a guest's name: the mark that its VMM was started (native/marks.h)."""
 """What the manifest, and afterwards the record of the resume, are called in custody."""
 INCOMING = "incoming:"
 """Before a session's name in custody: a session of the kernel before that could not be finished."""

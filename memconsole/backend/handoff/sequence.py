@@ -390,8 +390,8 @@ def state_held(guest: str) -> str:
 
 def clean(desk: Desk) -> None:
     """Let go of what an earlier handoff left in custody: sessions, states, its manifest and its resume."""
-    left = [name for name in desk.custody.names() if name.startswith(("session:", "state:"))]
-    _drop(desk, *left, bootplan.MANIFEST, bootplan.RESUME)
+    left = [name for name in desk.custody.names() if name.startswith(("session:", "state:", bootplan.STARTED))]
+    _drop(desk, *left, bootplan.MANIFEST, bootplan.RESUME, bootplan.LANDED)
 
 
 def _drop(desk: Desk, *names: str) -> None:

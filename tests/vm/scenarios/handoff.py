@@ -26,6 +26,7 @@ JUMPS = int(sys.argv[1]) if len(sys.argv) > 1 else 1
 SIZES = [int(word) for word in sys.argv[2].split(",")] if len(sys.argv) > 2 else [32, 16]
 QEMU = "qemu" in sys.argv
 NOTES = lab.SHARE / "notes.json"
+FIGURES = lab.SHARE / "figures.json"
 STATE = "/run/state"
 PATIENCE = 120.0
 TOOL = str(Path(sys.executable).parent / "memconsole")
@@ -61,6 +62,41 @@ def beaten(client: Client, name: str, least: int = 0) -> Progress:
     raise AssertionError(f"{name} does not count: {guest(client, name)}")
 
 
+def swept(client: Client, name: str) -> Progress:
+    """A canary's own word, once it has checked every page of its memory twice since it was asked."""
+    pages = 2 * guest(client, name).memory // 4096
+    goal = beaten(client, name).checked + pages
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        progress = guest(client, name).progress
+        if progress is not None and progress.checked >= goal:
+            return progress
+        time.sleep(0.2)
+    raise AssertionError(f"{name} does not check {pages} pages: {guest(client, name)}")
+
+
+def figures(client: Client) -> dict[str, int]:
+    """What may not grow from one kernel to the next (invariant I5), and what is told with it."""
+    found = {}
+    for name, words in (("keeper", ["-x", "mc-keeper"]), ("control", ["-f", "memconsole serve"])):
+        pids = subprocess.run(["pgrep", *words], capture_output=True, text=True, check=True).stdout.split()
+        found[f"{name}-processes"] = len(pids)
+        found[f"{name}-fds"] = len(list(Path(f"/proc/{pids[0]}/fd").iterdir()))
+        found[f"{name}-threads"] = len(list(Path(f"/proc/{pids[0]}/task").iterdir()))
+    memory = client.snapshot().memory
+    return {**found, "total": memory.total, "free": memory.free, "available": memory.available}
+
+
+def same_as_before(found: dict[str, int]) -> None:
+    """From the second kernel on, which was the first to take anything over, nothing grows."""
+    told = json.loads(FIGURES.read_text()) if FIGURES.exists() else []
+    if lab.stage() > 1:
+        FIGURES.write_text(json.dumps([*told, found]))
+    counted = [name for name in found if name.endswith(("-processes", "-fds", "-threads", "total"))]
+    changed = {name: (told[0][name], found[name]) for name in counted if told and told[0][name] != found[name]}
+    lab.say("figures", not changed, changed=changed, **found)
+
+
 def begin() -> Client:
     client = serve()
     for row, size in enumerate(SIZES):
@@ -81,7 +117,8 @@ def jump(client: Client) -> None:
     plan = client.plan(action())
     bad = [each for each in plan.conditions if not each.ok]
     lab.say("check", not plan.refusals, conditions=len(plan.conditions), not_ok=builtins(bad))
-    beats = {name: beaten(client, name) for name in names() if name != "vm"}
+    beats = {name: swept(client, name) for name in names() if name != "vm"}
+    same_as_before(figures(client))
     lab.say("before", all(each.wrong == 0 for each in beats.values()), **{k: v.beats for k, v in beats.items()})
     NOTES.write_text(json.dumps({name: each.beats for name, each in beats.items()}))
     client.apply(action())
@@ -114,6 +151,9 @@ def landed() -> Client:
 
 def last(client: Client) -> None:
     """What was carried is ordinary memory again: it is mapped, given up and freed."""
+    beats = {name: swept(client, name) for name in names() if name != "vm"}
+    lab.say("whole", all(each.wrong == 0 for each in beats.values()), **{k: str(v) for k, v in beats.items()})
+    same_as_before(figures(client))
     made = client.apply(Map("spare", "c0"))
     client.apply(Revoke(made.subject))
     client.apply(Release("spare"))

@@ -1,0 +1,300 @@
+/*
+ * How memconsole-resume comes by what was handed over, and whose custody it is in meanwhile; resume.c says in what order.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "faultpoint.h"
+#include "keeper_client.h"
+#include "liveupdate.h"
+#include "resume.h"
+
+int take_lock(const char *runtime)
+{
+	char path[sizeof(r.keeper_path)];
+
+	snprintf(path, sizeof(path), "%.100s/resume.lock", runtime);
+	r.lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	if (r.lock < 0)
+		return -errno;
+	while (flock(r.lock, LOCK_EX) < 0)
+		if (errno != EINTR)
+			return -errno;
+	return 0;
+}
+
+/* --- custody --------------------------------------------------------------------------------------------- */
+
+/* Start the keeper of the runtime directory, unless it runs. Returns 0 or -errno. */
+static int start_keeper(void)
+{
+	char program[4096];
+	ssize_t length = readlink("/proc/self/exe", program, sizeof(program) - 32);
+	int status;
+	pid_t child;
+
+	r.keeper = keeper_connect(r.keeper_path);
+	if (r.keeper >= 0)
+		return 0;
+	if (length < 0)
+		return -errno;
+	program[length] = 0;
+	strcpy(strrchr(program, '/'), "/memconsole-keeper");
+	child = fork();
+	if (!child) {
+		execl(program, program, r.keeper_path, (char *)NULL);
+		_exit(127);
+	}
+	if (child < 0 || waitpid(child, &status, 0) < 0)
+		return -errno;
+	if (!WIFEXITED(status) || (WEXITSTATUS(status) && WEXITSTATUS(status) != 3))
+		return -ECANCELED;	/* it said why */
+	r.keeper = keeper_connect(r.keeper_path);
+	r.started_keeper = !WEXITSTATUS(status) && r.keeper >= 0;
+	return r.keeper < 0 ? r.keeper : 0;
+}
+
+/* An fd out of custody, or -1. */
+static int kept(const char *name)
+{
+	int fd = -1;
+
+	return keeper_request(r.keeper, OP_GET, name, NULL, 0, &fd) == OK ? fd : -1;
+}
+
+static bool is_kept(const char *name)
+{
+	int fd = kept(name);
+
+	if (fd >= 0)
+		close(fd);
+	return fd >= 0;
+}
+
+static bool same_file(int a, int b)
+{
+	struct stat one, other;
+
+	return fstat(a, &one) == 0 && fstat(b, &other) == 0 && one.st_dev == other.st_dev && one.st_ino == other.st_ino;
+}
+
+/* Put a fd into custody; one that cannot be is held by this process to the end. Returns whether it is there. */
+static bool keep(const char *name, int fd, const void *payload, size_t length)
+{
+	int there = kept(name), given = fd, code = -ENOTCONN;
+	char other[KEEPER_NAME_LEN_MAX + 1];
+
+	if (there >= 0) {
+		bool same = same_file(there, fd);
+
+		close(there);
+		if (same)
+			return true;	/* an earlier start of this program came so far */
+		/* what somebody put there since the boot is not thrown out */
+		snprintf(other, sizeof(other), "resumed:%s", name);
+		finding("name-taken", name, "custody holds another file of this name; it is kept as %s", other);
+		name = other;
+	}
+	if (r.keeper >= 0)
+		code = keeper_request(r.keeper, OP_PUT, name, payload, length, &given);
+	if (code == OK)
+		return true;
+	r.homeless = true;
+	if (code < 0)
+		finding("not-in-custody", name, "the keeper did not take it: %s", strerror(-code));
+	else
+		finding("not-in-custody", name, "the keeper did not take it (code %d)", code);
+	return false;
+}
+
+/* --- retrieve -------------------------------------------------------------------------------------------- */
+
+static int open_device(void)
+{
+	uint64_t deadline = clock_ns(CLOCK_MONOTONIC) + PATIENCE_NS;
+
+	do {
+		r.device = open(LUO_DEVICE, O_RDWR | O_CLOEXEC);
+		if (r.device >= 0 || errno != EBUSY)
+			return r.device < 0 ? -errno : 0;
+		wait_ns(AGAIN_NS);
+	} while (clock_ns(CLOCK_MONOTONIC) < deadline);
+	return -EBUSY;
+}
+
+void close_device(void)
+{
+	if (r.device >= 0)
+		close(r.device);
+	r.device = -1;
+}
+
+/* Retrieve a session without the keeper: this process alone has it. Returns an fd or -errno. */
+static int retrieve_alone(const char *name)
+{
+	int err = r.device >= 0 ? 0 : open_device();
+
+	return err ? err : luo_session(r.device, name);
+}
+
+/* Have the keeper retrieve a session, and get it from there; ``held`` says whether it is in custody. -errno. */
+static int retrieve(const char *name, bool *held)
+{
+	uint64_t deadline = clock_ns(CLOCK_MONOTONIC) + PATIENCE_NS;
+	char in_custody[KEEPER_NAME_LEN_MAX + 1];
+	int code, fd = -1;
+
+	snprintf(in_custody, sizeof(in_custody), "incoming:%s", name);
+	*held = false;
+	if (r.keeper < 0) {
+		fd = retrieve_alone(name);
+		if (fd >= 0)
+			*held = keep(in_custody, fd, NULL, 0);
+		return fd;
+	}
+	do {
+		code = keeper_request(r.keeper, OP_LAND, in_custody, name, strlen(name), &fd);
+		if (code == -EBUSY)
+			wait_ns(AGAIN_NS);
+	} while (code == -EBUSY && clock_ns(CLOCK_MONOTONIC) < deadline);
+	point("session", name, "landed");
+	if (code < 0)
+		return code;
+	if (code) {
+		finding("not-in-custody", in_custody, "the keeper did not take it (code %d)", code);
+		r.homeless = true;
+		return retrieve_alone(name);
+	}
+	fd = kept(in_custody);
+	*held = fd >= 0;
+	return *held ? fd : -EIO;
+}
+
+/* The session of a name, retrieved and in custody from the first time on; its fd is -1 if there is none. */
+static struct session *session_of(const char *name)
+{
+	struct session *s;
+
+	for (size_t i = 0; i < r.nr_sessions; i++)
+		if (strcmp(r.sessions[i].name, name) == 0)
+			return &r.sessions[i];
+	s = &r.sessions[r.nr_sessions++];
+	*s = (struct session){ .name = name };
+	s->fd = retrieve(name, &s->whole);
+	if (s->fd < 0) {
+		s->err = s->fd;
+		s->fd = -1;
+	}
+	return s;
+}
+
+/* A file that is not in a session any more, because an earlier start of this program came so far. Returns it, or -1. */
+static int left_in_custody(const struct plan_hold *h)
+{
+	return r.keeper < 0 ? -1 : kept(h->name);
+}
+
+void get(const struct plan_hold *h, struct held *held)
+{
+	struct session *s;
+	int code;
+
+	held->fd = -1;
+	if (r.rehearsal) {
+		code = keeper_request(r.keeper, OP_GET, h->name, NULL, 0, &held->fd);
+		if (code)
+			finding("not-in-custody", h->name, "the keeper does not hold it (code %d)", code);
+		return;
+	}
+	s = session_of(h->session);
+	if (s->fd < 0) {
+		held->fd = left_in_custody(h);
+		if (held->fd >= 0)
+			return;
+		if (s->err)
+			finding("session-missing", s->name, "%s",
+				s->err == -EINVAL ? "it was retrieved already" : strerror(-s->err));
+		s->err = 0;
+		finding("lost", h->name, "its session %s cannot be retrieved", h->session);
+		return;
+	}
+	held->fd = luo_file(s->fd, h->token);
+	point("hold", h->name, "retrieved");
+	if (held->fd == -ENOENT) {
+		held->fd = left_in_custody(h);
+		if (held->fd >= 0)
+			return;
+		held->fd = -ENOENT;
+	}
+	if (held->fd < 0) {
+		finding("lost", h->name, "token %llu of session %s: %s", (unsigned long long)h->token, h->session,
+			strerror(-held->fd));
+		held->fd = -1;
+		s->whole = false;
+		return;
+	}
+	s->whole &= keep(h->name, held->fd, h->payload, h->payload_len);
+	point("hold", h->name, "kept");
+}
+
+int get_manifest(void)
+{
+	struct session *s;
+	int fd = -1, err, no_keeper;
+
+	if (r.rehearsal) {
+		r.keeper = keeper_connect(r.keeper_path);
+		err = r.keeper < 0 ? r.keeper : keeper_request(r.keeper, OP_GET, MANIFEST, NULL, 0, &fd);
+		if (err == NOT_FOUND)
+			return -1000 - NOTHING;
+		if (err) {
+			fprintf(stderr, "memconsole-resume: %s: %s\n", r.keeper_path, err < 0 ? strerror(-err) : "refused");
+			return -1000 - FAILED;
+		}
+		return fd;
+	}
+	if (access(LUO_DEVICE, F_OK) < 0)
+		return -1000 - NOTHING;
+	no_keeper = start_keeper();
+	s = &r.sessions[r.nr_sessions++];
+	*s = (struct session){ .name = MANIFEST_SESSION };
+	s->fd = retrieve(MANIFEST_SESSION, &s->whole);
+	if (s->fd < 0) {
+		if (r.started_keeper)
+			keeper_request(r.keeper, OP_QUIT, "", NULL, 0, &fd);	/* not if it holds something */
+		if (s->fd == -ENOENT || s->fd == -ENXIO || s->fd == -ENODEV)
+			return -1000 - NOTHING;
+		fprintf(stderr, "memconsole-resume: session %s: %s\n", MANIFEST_SESSION,
+			s->fd == -EINVAL ? "it was retrieved already" : strerror(-s->fd));
+		return -1000 - FAILED;
+	}
+	if (is_kept(LANDED))
+		return -1000 - NOTHING;
+	if (no_keeper)
+		finding("no-keeper", r.keeper_path, "%s",
+			no_keeper == -ECANCELED ? "it does not start" : strerror(-no_keeper));
+	phase("keeper");
+	r.recorded = is_kept(RECORD);
+	fd = luo_file(s->fd, MANIFEST_TOKEN);
+	point("hold", MANIFEST, "retrieved");
+	if (fd == -ENOENT) {
+		err = kept(MANIFEST);
+		if (err >= 0)
+			return err;
+	}
+	if (fd < 0) {
+		finding("lost", MANIFEST, "token %d of session %s: %s", MANIFEST_TOKEN, MANIFEST_SESSION, strerror(-fd));
+		s->whole = false;
+		return fd;
+	}
+	s->whole &= keep(MANIFEST, fd, NULL, 0);
+	point("hold", MANIFEST, "kept");
+	return fd;
+}

@@ -1,0 +1,94 @@
+"""A control process inside the lab, and canaries that are held to what they were: for scenarios of handoffs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import lab_guest as lab
+
+from memconsole import paths
+from memconsole.actions import HandoffRun
+from memconsole.backend import steps
+from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.wire.client import Client
+from memconsole.errors import NoControl
+from memconsole.model import GuestState
+
+TOOL = str(Path(sys.executable).parent / "memconsole")
+STATE = "/run/state"
+PATIENCE = 60.0
+
+
+def serve(fault: str = "") -> Client:
+    """The control process, which ends itself at a fault point."""
+    env = os.environ | ({steps.FAULT_VARIABLE: fault} if fault else {})
+    done = subprocess.run([TOOL, "serve", "--state-dir", STATE], env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise AssertionError(f"serve: {done.returncode}: {done.stderr}")
+    return Client(paths.control_socket())
+
+
+def try_to_serve(fault: str) -> Client | None:
+    """The control process, or None if it died at a fault point before it answered."""
+    env = os.environ | {steps.FAULT_VARIABLE: fault}
+    words = [TOOL, "serve", "--foreground", "--state-dir", STATE]
+    with Path("/run/serve.log").open("ab") as log:
+        process = subprocess.Popen(words, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    while process.poll() is None:
+        try:
+            return Client(paths.control_socket())
+        except NoControl:
+            time.sleep(0.05)
+    return None
+
+
+def end(client: Client) -> None:
+    """Have the control process end in order; guests and memory stay."""
+    client.close()
+    pids = subprocess.run(["pgrep", "-f", "memconsole serve"], capture_output=True, text=True, check=True)
+    pid = int(pids.stdout.split()[0])
+    os.kill(pid, 15)
+    while Path(f"/proc/{pid}").exists():
+        time.sleep(0.05)
+
+
+def all_count_on(client: Client, names: Iterable[str], least: dict[str, int] | None = None) -> str:
+    """Why not every canary counts on, from ``least`` beats; empty if every one does."""
+    deadline = time.monotonic() + PATIENCE
+    first = dict(least or {})
+    waiting = set(names)
+    while waiting and time.monotonic() < deadline:
+        for guest in client.snapshot().guests:
+            if guest.name in waiting and guest.progress is not None and guest.state is GuestState.RUNNING:
+                if guest.progress.wrong:
+                    return f"{guest.name} has wrong bytes"
+                if guest.progress.beats > first.setdefault(guest.name, guest.progress.beats):
+                    waiting.discard(guest.name)
+        time.sleep(0.1)
+    return f"{waiting} do not go on" if waiting else ""
+
+
+def beats(client: Client, names: Iterable[str]) -> dict[str, int]:
+    """How often each canary has counted."""
+    found = {guest.name: guest.progress for guest in client.snapshot().guests}
+    return {name: progress.beats for name in names if (progress := found.get(name)) is not None}
+
+
+def held() -> list[str]:
+    """What the keeper holds."""
+    keeper = KeeperCustody(paths.runtime_dir() / "keeper")
+    try:
+        return keeper.names()
+    finally:
+        keeper.close()
+
+
+def action() -> HandoffRun:
+    """The lab's kernel once more, with the stage counted up."""
+    share = str(lab.SHARE)
+    return HandoffRun(f"{share}/bzImage", f"{share}/initrd", lab.next_command_line())

@@ -334,7 +334,7 @@ class Control:
                 move.recheck(self._desk)
 
     def _custody_gone(self) -> tuple[Finding, ...]:
-        """That what holds the memory is no more, and so does not outlive this process; nothing otherwise."""
+        """That what holds the memory is no more, and so does not outlive this process; or that another does by now."""
         try:
             if not self._closed:
                 self._custody.check()
@@ -342,7 +342,12 @@ class Control:
             what = f"nobody but this process holds the regions: {error.what}"
             remedy = "do not restart it before what matters was copied out of the regions that no guest maps"
             return (Finding("custody-gone", Severity.ERROR, "custody", what, error.why, remedy),)
-        return ()
+        return tuple(
+            Finding(
+                "custody-replaced", Severity.WARNING, "custody", what, "custody", "look who killed it: only root can"
+            )
+            for what in self._custody.troubles()
+        )
 
     def _devices(self) -> tuple[Finding, ...]:
         """Where devices reach other memory than the ledger grants them."""

@@ -80,6 +80,9 @@ class Custody(Protocol):
             Gone: it is no more.
         """
 
+    def troubles(self) -> list[str]:
+        """What went wrong with the holder and was mended as far as it could be, in words."""
+
     def close(self) -> None:
         """Let go of the holder; a holder that survives keeps what it holds."""
 
@@ -170,6 +173,10 @@ class OwnCustody:
 
     def check(self) -> None:
         """See :class:`Custody`; it is this process."""
+
+    def troubles(self) -> list[str]:
+        """See :class:`Custody`; none."""
+        return []
 
     def close(self) -> None:
         """Close every fd held."""
@@ -268,6 +275,10 @@ class KeeperCustody(DaemonClient):
     def check(self) -> None:
         """See :class:`Custody`."""
         self.status()
+
+    def troubles(self) -> list[str]:
+        """See :class:`Custody`; none: a keeper that ended is gone."""
+        return []
 
     def end(self, *, holding: bool = False) -> None:
         """Tell the keeper to end; with ``holding`` even if fds are held, which then go.

@@ -164,6 +164,10 @@ class SystemdCustody:
     def check(self) -> None:
         """See :class:`~.custody.Custody`; it is asked at every change, and does not go without this process."""
 
+    def troubles(self) -> list[str]:
+        """See :class:`~.custody.Custody`."""
+        return [f"the service manager lost {name}" for name in self.lost]
+
     def close(self) -> None:
         """Close this process's copies; the service manager keeps its own."""
         with self._lock:

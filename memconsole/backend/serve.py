@@ -32,6 +32,7 @@ from memconsole.backend.custody import Custody, KeeperCustody
 from memconsole.backend.fdstore import SystemdCustody, inherited
 from memconsole.backend.handoff import luo
 from memconsole.backend.past import Past
+from memconsole.backend.refill import RefilledCustody
 from memconsole.backend.wire import places
 from memconsole.backend.wire.embedded import Serving, serve_in_thread
 from memconsole.backend.wire.roles import Roles
@@ -210,10 +211,10 @@ def _custody(settings: Settings, stored: list[tuple[str, int]]) -> Custody:
     offered = settings.custody == "auto" and "FDSTORE" in os.environ
     if settings.custody == "systemd" or (offered and not _kept(runtime)):
         store = SystemdCustody(stored)
-        for lost in store.lost:
-            log.error("the service manager lost %s", lost)
+        for trouble in store.troubles():
+            log.error("%s", trouble)
         return store
-    return KeeperCustody.start(runtime)
+    return RefilledCustody(runtime)
 
 
 def _kept(runtime: Path) -> bool:

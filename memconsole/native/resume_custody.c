@@ -258,6 +258,7 @@ int get_manifest(void)
 			fprintf(stderr, "memconsole-resume: %s: %s\n", r.keeper_path, err < 0 ? strerror(-err) : "refused");
 			return -1000 - FAILED;
 		}
+		r.recorded = is_kept(RECORD);
 		return fd;
 	}
 	if (access(LUO_DEVICE, F_OK) < 0)

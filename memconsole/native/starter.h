@@ -353,6 +353,7 @@ static void *guest_converse(void *argument)
 		err = !line || monitor_hear(g, sock, line, deadline);	/* the greeting */
 	for (uint16_t i = 0; !err && i < g->say->nr_lines; i++) {
 		const struct plan_line *l = &g->say->lines[i];
+		char number[8];
 
 		if (strstr(l->line, GO_ON)) {
 			err = guest_told(g);
@@ -361,7 +362,8 @@ static void *guest_converse(void *argument)
 		if (err || (behind && i))	/* the first is the greeting of a connection */
 			continue;
 		err = monitor_ask(g, sock, l, line, deadline);
-		point("say", g->start->guest, "answered");
+		snprintf(number, sizeof(number), "%u", i);
+		point("say", g->start->guest, number);
 	}
 	if (!err) {
 		g->why[0] = 0;

@@ -164,7 +164,7 @@ def test_killed_between_any_two_steps(service: Service, cycle: str) -> None:
     os.kill(canary.pid or 0, 0)  # the one that was there before the first kill
 
 
-def test_a_keeper_that_is_killed_takes_nothing_of_running_guests_and_is_said(service: Service) -> None:
+def test_a_keeper_that_is_killed_is_replaced_by_one_that_holds_the_same(service: Service) -> None:
     canary = Canary()
     service.start()
     with contextlib.closing(service.client()) as client:
@@ -172,13 +172,20 @@ def test_a_keeper_that_is_killed_takes_nothing_of_running_guests_and_is_said(ser
         canary.look(client)
         with contextlib.closing(KeeperCustody(service.runtime / "keeper")) as keeper:
             pid = keeper.pid
+            held = keeper.names()
         os.kill(pid, signal.SIGKILL)
         canary.look(client)
-        with pytest.raises(Exception, match="keeper") as caught:
-            client.apply(actions.Reserve("new", M))
-        assert getattr(caught.value, "code", "") == "CustodyGone"
-        shown = client.snapshot()
-        assert [region.name for region in shown.regions] == ["watch"]
-        assert [found.id for found in shown.findings if found.severity is Severity.ERROR] == ["custody-gone"]
+        client.apply(actions.Reserve("new", M))
+        with contextlib.closing(KeeperCustody(service.runtime / "keeper")) as keeper:
+            assert keeper.pid != pid
+            assert keeper.names() == sorted([*held, "region:new:0"])
+        assert [region.name for region in client.snapshot().regions] == ["watch", "new"]
+        (found,) = [found for found in client.snapshot().findings if found.severity is not Severity.INFO]
+        assert (found.id, f"pid {pid}" in found.what, "lost" in found.what) == ("custody-replaced", True, False)
+    service.end(signal.SIGKILL)  # the new one is as good as the old one
+    service.start()
+    with contextlib.closing(service.client()) as client:
+        assert [region.name for region in client.snapshot().regions] == ["watch", "new"]
+        assert [found for found in client.snapshot().findings if found.severity is not Severity.INFO] == []
         canary.look(client)
         service.guests.add(canary.pid or 0)

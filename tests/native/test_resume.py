@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ from memconsole.backend.guests.canary import CanaryGuest
 from memconsole.backend.guests.handle import Handle
 from memconsole.backend.handoff import bootplan
 from memconsole.backend.handoff.bootplan import Hold, Plan, Resume, Resumed, Say, Start, Verify
+from memconsole.backend.steps import FAULT_VARIABLE
+from memconsole.errors import NotFound
 from memconsole.extents import ExtentTable
 
 NATIVE = Path(__file__).parents[2] / "memconsole" / "native"
@@ -85,18 +88,29 @@ class Stage:
 
     def resume(self, plan: Plan | bytes) -> tuple[int, str, Resume]:
         self.put(bootplan.MANIFEST, plan if isinstance(plan, bytes) else bootplan.encode(plan))
+        with contextlib.suppress(NotFound):
+            self.custody.drop(bootplan.RESUME)
         code, err = self.run()
+        return code, err, self.record()
+
+    def record(self) -> Resume:
+        """What the last start that came to its end wrote down."""
         fd, _ = self.custody.get(bootplan.RESUME)
         resume = bootplan.read_resume(os.pread(fd, M, 0))
         os.close(fd)
         for guest in resume.guests:
             if guest.pid:
                 self._started.append(Handle(guest.pid, guest.start_ticks))
-        return code, err, resume
+        return resume
 
-    def run(self) -> tuple[int, str]:
+    def run(self, fault: str = "") -> tuple[int, str]:
+        """One start of it, which dies at a fault point, or in turn at each that is not in a file yet (``@FILE``)."""
         command = [self._program, "--rehearse", "--runtime", self._runtime]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        env = os.environ | ({FAULT_VARIABLE: fault} if fault else {})
+        with tempfile.TemporaryFile("w+") as err:  # a pipe would be waited for by what it leaves behind when it dies
+            done = subprocess.run(command, stdout=err, stderr=err, env=env, timeout=120, check=False)
+            err.seek(0)
+            done.stderr = err.read()
         assert "runtime error" not in done.stderr
         assert "Sanitizer" not in done.stderr
         return done.returncode, done.stderr
@@ -385,3 +399,69 @@ def test_the_record_is_json_whatever_a_monitor_says(stage: Stage) -> None:
     assert json.dumps(of(resume, "vm").why)
     assert "quoted" in of(resume, "vm").why
     monitor.end()
+
+
+def vmms(stage: Stage, guest: str) -> list[int]:
+    """The processes of a guest: those that run in its directory."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (path / "cwd").readlink() == stage.directory / "guests" / guest:
+                found.append(int(path.name))
+    return found
+
+
+def test_killed_at_each_of_its_points_it_starts_no_vmm_twice_and_goes_on(stage: Stage, tmp_path: Path) -> None:
+    stage.put("a")
+    plan = Plan((Hold("s", 1, "a"),), (), (stage.start("one", fds={"a": 3}), stage.start("two")))
+    stage.put(bootplan.MANIFEST, bootplan.encode(plan))
+    seen, first = tmp_path / "points", {}
+    while (code := stage.run(f"@{seen}")[0]) == -signal.SIGKILL:
+        for guest in ("one", "two"):
+            pids = vmms(stage, guest)
+            assert len(pids) <= 1
+            if pids:
+                assert first.setdefault(guest, pids[0]) == pids[0]
+    assert code == 0
+    points = seen.read_text().splitlines()
+    assert {f"resume.start.{guest}.{when}" for guest in ("one", "two") for when in ("before", "after")} <= set(points)
+    assert points[0] == "resume.begun.reached"
+    resume = stage.record()
+    assert {guest.guest: (guest.state, guest.pid) for guest in resume.guests} == {
+        guest: ("started", first[guest]) for guest in ("one", "two")
+    }
+    assert resume.findings == ()
+    assert sorted(stage.custody.names()) == ["a", "manifest", "resume"]
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_vmm_that_only_waited_is_started_anew_and_one_that_was_told_to_go_on_is_not(stage: Stage, told: bool) -> None:
+    lines = (LINES[0], ('{"execute": "cont"}', "return"), LINES[1])
+    path = stage.directory / "qmp"
+    answers: list[str | None] = ['{"return": {}}', '{"return": {}}', '{"return": {"status": "running"}}']
+    say = Say("vm", str(path), lines, 30_000)
+    stage.put(bootplan.MANIFEST, bootplan.encode(Plan((), (), (stage.start("vm"),), (say,))))
+    before = Monitor(path, answers)
+    assert stage.run(f"resume.say.vm.{int(told)}")[0] == -signal.SIGKILL
+    before.end()
+    (waiting,) = vmms(stage, "vm")
+    path.unlink()
+    again = Monitor(path, answers)
+    assert stage.run()[0] == 0
+    again.end()
+    found = of(stage.record(), "vm")
+    assert (found.state, found.pid == waiting) == ("resumed", told)
+    assert vmms(stage, "vm") == [found.pid]
+    assert again.heard[:2] == [lines[0][0], lines[1][0]]
+
+
+def test_a_vmm_that_ended_between_two_starts_is_held_because_its_state_is_behind_it(stage: Stage) -> None:
+    stage.put(bootplan.MANIFEST, bootplan.encode(Plan((), (), (stage.start("vm"),))))
+    assert stage.run("resume.started.reached")[0] == -signal.SIGKILL
+    (pid,) = vmms(stage, "vm")
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not vmms(stage, "vm"), "its end")
+    assert stage.run()[0] == 4
+    found = of(stage.record(), "vm")
+    assert (found.state, found.pid) == ("held", 0)
+    assert found.why.startswith("its VMM has ended; see ")

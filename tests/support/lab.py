@@ -33,6 +33,8 @@ IOMMU = "intel-iommu,intremap=on"
 # no_timer_check: a busy machine's TCG misses the ticks the kernel counts to see whether its timer works
 RESUME = f"{ROOT}/memconsole/native/bin/memconsole-resume > /run/early.log 2>&1; echo $? > /run/early.code"
 """What a lab host begins with where guests are handed over, as its unit would have it."""
+SYSTEMD = f". {ROOT}/tests/support/lab_systemd.sh"
+"""What a lab host begins with that goes on as systemd, with this project's units; the scenario is a service of it."""
 COMMAND_LINE = "console=ttyS0 panic=-1 quiet kho=on liveupdate=on intel_iommu=on no_timer_check"
 
 INIT = """#!/bin/busybox sh
@@ -155,9 +157,9 @@ def prepare(
         "export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8\n"
         f"export PYTHONPATH={ROOT}/tests/support PYTHONDONTWRITEBYTECODE=1 TERM=dumb\n"
         f"{early}\n"
-        f"cd {ROOT}; {sys.executable} {words}\n"
-        "sync; /bin/busybox poweroff -f\n"
+        ". /run/lab/scenario\n"
     )
+    (share / "scenario").write_text(f"cd {ROOT}; {sys.executable} {words}\nsync; /bin/busybox poweroff -f\n")
     line = f"{COMMAND_LINE} stage=1 {append}".strip()
     return [
         *(

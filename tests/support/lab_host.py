@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -12,12 +13,12 @@ from pathlib import Path
 import lab_guest as lab
 
 from memconsole import paths
-from memconsole.actions import HandoffRun
+from memconsole.actions import Action, HandoffRun
 from memconsole.backend import steps
 from memconsole.backend.custody import KeeperCustody
 from memconsole.backend.wire.client import Client
-from memconsole.errors import NoControl
-from memconsole.model import GuestState
+from memconsole.errors import NoControl, Refused
+from memconsole.model import GuestState, Plan
 
 TOOL = str(Path(sys.executable).parent / "memconsole")
 STATE = "/run/state"
@@ -86,6 +87,14 @@ def held() -> list[str]:
         return keeper.names()
     finally:
         keeper.close()
+
+
+def plan(client: Client, action: Action) -> Plan:
+    """A plan; unpacking an image takes its time where a processor is emulated by a busy one, and is done once."""
+    for _ in range(5):
+        with contextlib.suppress(Refused):  # its deadline
+            return client.plan(action)
+    return client.plan(action)
 
 
 def action() -> HandoffRun:

@@ -207,6 +207,8 @@ def again(desk: Desk, guest: Guest) -> Guest:
         alone = manifest.write(bootplan.Plan(plan.holds, (), starts, says, bootplan.moment()), manifest.read(raw))
         try:
             desk.custody.put(MANIFEST, alone)
+            with contextlib.suppress(NotFound):
+                desk.custody.drop(RESUME)  # it would say that all of this was done
             revive(desk)
         finally:
             os.close(alone)

@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 
 import lab_guest as lab
+import lab_host as host
 import msgspec
 
 from memconsole import paths, timeline
@@ -114,7 +115,7 @@ def action() -> HandoffRun:
 
 def jump(client: Client) -> None:
     """Check, plan, and go; the last that is heard of this kernel."""
-    plan = client.plan(action())
+    plan = host.plan(client, action())
     bad = [each for each in plan.conditions if not each.ok]
     lab.say("check", not plan.refusals, conditions=len(plan.conditions), not_ok=builtins(bad))
     beats = {name: swept(client, name) for name in names() if name != "vm"}

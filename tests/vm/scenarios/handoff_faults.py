@@ -35,7 +35,7 @@ def main() -> None:
     client = host.serve()
     for name in GUESTS:
         client.apply(GuestStart(name, memory=8 << 20))
-    points = steps.fault_points(client.plan(host.action()))
+    points = steps.fault_points(host.plan(client, host.action()))
     lab.say("points", len(points) >= 20, points=points)
     for point in chosen(points):
         host.end(client)

@@ -152,6 +152,7 @@ def main() -> None:
         swept(client)
     if lab.stage() < LAST:
         NOTES.write_text(json.dumps(host.beats(client, CANARIES)))
+        host.plan(client, host.action())
         client.apply(host.action())
         raise AssertionError("the handoff returned")
     lab.say("end")

@@ -1,0 +1,37 @@
+# The lab's first process goes on as systemd. Units are installed as docs/service.md says, and nothing else is started.
+# LAB_SYSTEMD: a directory with the files of another version (dpkg -x), which take the place of this machine's.
+# LAB_DROPIN: lines for a drop-in of memconsole-resume.service, from the second kernel on.
+
+root=$(dirname "$(dirname "$PYTHONPATH")")
+bin=$(dirname "$(sed -n 's/^cd [^;]*; \([^ ]*\) .*/\1/p' /run/lab/scenario)")
+[ -n "$LAB_SYSTEMD" ] && cp -a "$LAB_SYSTEMD"/lib/systemd/. /lib/systemd/ && cp -a "$LAB_SYSTEMD"/usr/. /usr/ &&
+	cp -a "$LAB_SYSTEMD"/bin/. /bin/
+rm -rf /lib/systemd/system-generators/* /etc/systemd/system/* /lib/systemd/system/*.wants/*
+ln -sf "$bin/memconsole" /usr/bin/memconsole
+ln -sf "$root/memconsole/native/bin/memconsole-resume" /usr/bin/memconsole-resume
+
+# docs/service.md
+cp "$root"/systemd/memconsole*.service "$root"/systemd/memconsole.socket /etc/systemd/system/
+cp "$root"/systemd/memconsole.sysusers /usr/lib/sysusers.d/memconsole.conf
+systemd-sysusers memconsole.conf
+systemctl enable memconsole-resume.service memconsole.socket memconsole.service
+
+for unit in memconsole memconsole-resume; do
+	mkdir -p /etc/systemd/system/$unit.service.d
+	printf '[Service]\nStandardError=append:/run/%s.log\n' $unit >/etc/systemd/system/$unit.service.d/log.conf
+done
+grep -q stage=1 /proc/cmdline || printf '[Service]\n%s\n' "$LAB_DROPIN" >/etc/systemd/system/memconsole-resume.service.d/lab.conf
+cat >/etc/systemd/system/lab.service <<UNIT
+[Unit]
+After=memconsole.service
+[Service]
+ExecStart=/bin/sh /run/lab/scenario
+Environment=PATH=$PATH PYTHONPATH=$PYTHONPATH PYTHONDONTWRITEBYTECODE=1 HOME=/root LANG=C.UTF-8
+StandardOutput=tty
+StandardError=inherit
+TTYPath=/dev/ttyS0
+[Install]
+WantedBy=multi-user.target
+UNIT
+systemctl enable lab.service
+exec /lib/systemd/systemd --unit=multi-user.target --log-target=console --log-level=notice --show-status=false

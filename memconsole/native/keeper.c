@@ -272,16 +272,18 @@ static enum code check(const struct message *message, size_t len, uint32_t nr_fd
 		return TOO_LONG;
 	if (len != sizeof(*head) + head->name_len + head->payload_len || head->zero)
 		return BAD_MESSAGE;
-	if (head->flags & ~(head->op == OP_QUIT ? 1 : 0) || (head->payload_len && head->op != OP_PUT && head->op != OP_LAND))
+	if (head->flags & ~(head->op == OP_QUIT ? 1 : 0))
+		return BAD_MESSAGE;
+	if (head->payload_len && head->op != OP_PUT && head->op != OP_LAND)
 		return BAD_MESSAGE;
 	if (head->op >= OP_STAT && head->op <= OP_JUMP) {
 		if (head->name_len)
 			return BAD_MESSAGE;
 	} else if ((!head->name_len && head->op != OP_LIST) || memchr(message->body, 0, head->name_len)) {
 		return BAD_NAME;
-	} else if (head->op == OP_LAND && (!head->payload_len || memchr(message->body + head->name_len, 0, head->payload_len))) {
-		return BAD_NAME;
 	}
+	if (head->op == OP_LAND && (!head->payload_len || memchr(message->body + head->name_len, 0, head->payload_len)))
+		return BAD_NAME;
 	if (nr_fds != (head->op == OP_PUT))
 		return BAD_FDS;
 	return OK;

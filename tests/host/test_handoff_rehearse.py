@@ -231,3 +231,36 @@ def test_killed_at_every_point_every_guest_goes_on(place: Path) -> None:
                 goes_on(after, name)
             assert left(place) == [], point
             assert not after.plan(HandoffRehearse()).refusals
+
+
+ADOPTS = """
+import sys
+from pathlib import Path
+from memconsole.backend.control import Control
+from memconsole.backend.custody import KeeperCustody
+directory = Path(sys.argv[1])
+Control(directory, KeeperCustody(directory / "keeper")).close()
+"""
+
+
+def test_killed_at_every_point_of_taking_over_the_next_one_does_the_rest(place: Path, tmp_path: Path) -> None:
+    """VMMs were started and nobody has taken over yet; who does dies at each of its points in turn."""
+    with contextlib.closing(begin(place)):
+        pass
+    env = os.environ | {steps.FAULT_VARIABLE: "handoff-rehearse.early.after"}
+    words = [sys.executable, "-c", DIES, str(place)]
+    assert subprocess.run(words, env=env, capture_output=True, timeout=60, check=False).returncode == -signal.SIGKILL
+    seen = tmp_path / "points"
+    env |= {steps.FAULT_VARIABLE: f"@{seen}"}
+    words = [sys.executable, "-c", ADOPTS, str(place)]
+    while (done := subprocess.run(words, env=env, capture_output=True, text=True, timeout=60, check=False)).returncode:
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    points = seen.read_text().splitlines()
+    assert {"adopt.begun", "adopt.read", "adopt.landed", "adopt.compared", "adopt.reported", "adopt.done"} < set(points)
+    with contextlib.closing(control(place)) as after:
+        assert report(after).state is HandoffState.DONE
+        assert all(each.back for each in report(after).guests)
+        for name in SIZES:
+            goes_on(after, name)
+        assert left(place) == []
+        assert [each for each in after.snapshot().findings if each.severity != "info"] == []

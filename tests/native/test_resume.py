@@ -232,8 +232,8 @@ def test_an_empty_manifest_is_a_broken_plan(stage: Stage) -> None:
 def test_a_vmm_that_cannot_start_or_ends_at_once_is_held_and_says_why(stage: Stage) -> None:
     starts = (
         stage.start("nowhere", "/nowhere/vmm"),
-        stage.start("fails", sys.executable, "-c", "import sys; print('no'); sys.exit(7)"),
-        stage.start("dies", sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"),
+        stage.start("fails", "/bin/sh", "-c", "echo no; exit 7"),
+        stage.start("dies", "/bin/sh", "-c", "kill -9 $$"),
         stage.start("stays"),
     )
     code, _, resume = stage.resume(Plan((), (), starts))

@@ -14,6 +14,7 @@ want tmux tmux
 want dtc device-tree-compiler
 want zstd zstd
 want /bin/busybox busybox-static
+want systemctl systemd
 python3 -c 'import venv, ensurepip' 2>/dev/null || lacking+=(python3-venv)
 if ((${#lacking[@]})); then
 	apt-get update -q
@@ -31,4 +32,16 @@ if ! enough "$major" "$minor"; then
 	apt-get update -q
 	apt-get install -y -q --no-install-recommends -t "$codename-backports" qemu-system-x86 ||
 		apt-get install -y -q --no-install-recommends qemu-system-x86
+fi
+
+# The lab's hosts run under systemd; one whose fd store has custody (254) comes from backports, beside this machine's own.
+suite=$(. /etc/os-release && echo "$VERSION_CODENAME")-backports
+ours=$(systemctl --version 2>/dev/null | sed -n '1s/systemd \([0-9]*\).*/\1/p')
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/memconsole/lab/systemd
+if ((${ours:-0} < 254)) && [[ ! -x $cache/lib/systemd/systemd ]]; then
+	debs=$(mktemp -d)
+	if (cd "$debs" && apt-get download "systemd/$suite" "libsystemd-shared/$suite" >/dev/null 2>&1); then
+		for deb in "$debs"/*.deb; do dpkg -x "$deb" "$cache"; done
+	fi
+	rm -rf "$debs"
 fi

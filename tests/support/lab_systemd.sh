@@ -18,7 +18,7 @@ systemctl enable memconsole-resume.service memconsole.socket memconsole.service
 
 for unit in memconsole memconsole-resume; do
 	mkdir -p /etc/systemd/system/$unit.service.d
-	printf '[Service]\nStandardError=append:/run/%s.log\n' $unit >/etc/systemd/system/$unit.service.d/log.conf
+	printf '[Service]\nStandardOutput=append:/run/lab/%s.log\nStandardError=inherit\n' $unit >/etc/systemd/system/$unit.service.d/log.conf
 done
 grep -q stage=1 /proc/cmdline || printf '[Service]\n%s\n' "$LAB_DROPIN" >/etc/systemd/system/memconsole-resume.service.d/lab.conf
 cat >/etc/systemd/system/lab.service <<UNIT

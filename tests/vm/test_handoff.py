@@ -35,7 +35,7 @@ def test_every_fault_before_the_jump_leaves_every_guest_running(tmp_path: Path) 
 @pytest.mark.rotating("landing-faults")
 def test_every_fault_behind_the_jump_ends_with_every_guest_going_on_once(tmp_path: Path) -> None:
     arguments = ["8", "qemu"] if os.environ.get("MEMCONSOLE_SOAK") else []
-    said = lab.run("landing_faults", tmp_path, timeout=1800 if arguments else 600, arguments=arguments)
+    said = lab.run("landing_faults", tmp_path, timeout=3600 if arguments else 900, arguments=arguments)
     said.check()
 
 
@@ -43,8 +43,9 @@ def test_every_fault_behind_the_jump_ends_with_every_guest_going_on_once(tmp_pat
 @pytest.mark.parametrize(
     "name",
     [
-        *("command-line-kho", "command-line-liveupdate", "command-line-memmap", "image-kho-abi", "image-too-large"),
-        *("image-unreadable", "hugetlb", "memory-max", "device-taken", "guest-silent", "kexec-disabled"),
+        *("command-line-kho", "command-line-liveupdate", "command-line-memmap", "image-kho-abi", "image-luo-abi"),
+        *("image-memfd-abi", "image-too-large", "image-unreadable", "hugetlb", "memory-max", "sparse", "device-taken"),
+        *("custody", "guest-silent", "guest-incapable", "kexec-disabled"),
     ],
 )
 def test_a_condition_is_provoked_and_refused_by_its_name(refused: lab.Verdicts, name: str) -> None:
@@ -52,7 +53,27 @@ def test_a_condition_is_provoked_and_refused_by_its_name(refused: lab.Verdicts, 
     assert verdict["ok"], verdict
 
 
+@pytest.mark.rotating("handoff-refused")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("image-abi-unknown", "image-of-another", "session-elsewhere", "fragmented", "base-pages"),
+        *("scratch-migrates", "memory-lost", "guest-ended", "guest-process", "guest-foreign"),
+    ],
+)
+def test_a_condition_is_provoked_and_warned_of_by_its_name(refused: lab.Verdicts, name: str) -> None:
+    verdict = refused.of(f"warned-{name}")
+    assert verdict["ok"], verdict
+
+
+@pytest.mark.rotating("handoff-refused")
+@pytest.mark.parametrize("name", ["clean", "clean-again"])
+def test_a_clean_host_is_not_refused(refused: lab.Verdicts, name: str) -> None:
+    verdict = refused.of(name)
+    assert verdict["ok"], verdict
+
+
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory: pytest.TempPathFactory) -> lab.Verdicts:
     directory: Path = tmp_path_factory.mktemp("refused")
-    return lab.run("handoff_refused", directory, timeout=400, append="memmap=16M!1G")
+    return lab.run("handoff_refused", directory, timeout=600, append="memmap=16M!1G")

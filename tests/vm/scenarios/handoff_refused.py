@@ -2,98 +2,220 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import lab_guest as lab
+import lab_host as host
 from msgspec.structs import replace
 
 from memconsole import paths
-from memconsole.actions import GuestStart, HandoffRun, Release, Reserve
-from memconsole.backend.handoff import luo
+from memconsole.actions import GuestAttach, GuestStart, GuestStop, HandoffRun, Release, Reserve
+from memconsole.backend.control import Control
+from memconsole.backend.custody import KeeperCustody, OwnCustody
+from memconsole.backend.handoff import image, luo
 from memconsole.backend.handoff.check import code
 from memconsole.backend.wire.client import Client
-from memconsole.model import Plan
+from memconsole.model import Plan, Severity
 
-TOOL = str(Path(sys.executable).parent / "memconsole")
 MIB = 1 << 20
 POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+THP = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 DISABLED = Path("/proc/sys/kernel/kexec_load_disabled")
+LIMIT = Path("/sys/fs/cgroup/small")
+OLD = Path("/run/old")
 
 
-def without_abi() -> str:
-    """The lab's kernel, uncompressed and without its KHO word."""
+def with_words(words: bytes, name: str) -> str:
+    """The lab's kernel with an uncompressed one in it that says these words; none: with nothing that could be read."""
     data = bytearray((lab.SHARE / "bzImage").read_bytes())
     start = (data[0x1F1] + 1) * 512 + int.from_bytes(data[0x248:0x24C], "little")
     length = int.from_bytes(data[0x24C:0x250], "little")
-    data[start : start + length] = (b"\x7fELF" + b"luo-v5\0memfd-v2\0kho-v3\0").ljust(length, b"\0")
-    path = Path("/tmp/bzImage.other")
+    data[start : start + length] = (b"\x7fELF" + words if words else b"").ljust(length, b"\0")
+    path = Path(f"/tmp/bzImage.{name}")
     path.write_bytes(data)
     return str(path)
 
 
-def main() -> None:
-    limit = Path("/sys/fs/cgroup/small")
-    Path("/sys/fs/cgroup/cgroup.subtree_control").write_text("+memory")
-    limit.mkdir()
-    done = subprocess.run(
-        [TOOL, "serve", "--state-dir", "/run/state"],
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=lambda: (limit / "cgroup.procs").write_text(str(os.getpid())) and None,
-    )
-    if done.returncode:
-        raise AssertionError(done.stderr)
-    client = Client(paths.control_socket())
-    client.apply(GuestStart("c0", memory=8 * MIB))
-    share = str(lab.SHARE)
-    fine = HandoffRun(f"{share}/bzImage", f"{share}/initrd", lab.next_command_line())
+class Refusals:
+    """A control process in a cgroup of its own, and what its plans say while something is not as it should be."""
 
-    def plan(action: HandoffRun = fine) -> Plan:
-        return client.plan(action)
+    def __init__(self) -> None:
+        Path("/sys/fs/cgroup/cgroup.subtree_control").write_text("+memory")
+        LIMIT.mkdir()
+        share = str(lab.SHARE)
+        self.fine = HandoffRun(f"{share}/bzImage", f"{share}/initrd", lab.next_command_line())
+        self.client = self.serve()
 
-    def refused(id: str, act: Callable[[], Plan]) -> None:
-        codes = [each.code for each in act().refusals]
+    def serve(self) -> Client:
+        """Start it; a stand-in for an old QEMU is the first that its PATH leads to."""
+        env = os.environ | {"PATH": f"{OLD}:{os.environ['PATH']}"}
+        done = subprocess.run(
+            [host.TOOL, "serve", "--state-dir", "/run/state"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=env,
+            preexec_fn=lambda: (LIMIT / "cgroup.procs").write_text(str(os.getpid())) and None,
+        )
+        if done.returncode:
+            raise AssertionError(done.stderr)
+        return Client(paths.control_socket())
+
+    def again(self) -> None:
+        """Another control process in its place."""
+        host.end(self.client)
+        self.client = self.serve()
+
+    def plan(self, **changes: str) -> Plan:
+        """The plan of a handoff with something else about its image."""
+        return host.plan(self.client, replace(self.fine, **changes))
+
+    def clean(self, name: str) -> None:
+        """A host on which nothing is wrong is not refused."""
+        refusals = self.plan().refusals
+        lab.say(name, not refusals, refusals=str(refusals))
+
+    def refused(self, id: str, **changes: str) -> None:
+        """It is refused by this name, and by no other."""
+        codes = [each.code for each in self.plan(**changes).refusals]
         lab.say(f"refused-{id}", codes == [code(id)], codes=codes)
 
-    lab.say("clean", not plan().refusals, refusals=str(plan().refusals))
-    line = fine.append
-    refused("command-line-kho", lambda: plan(replace(fine, append=line.replace("kho=on", ""))))
-    refused("command-line-liveupdate", lambda: plan(replace(fine, append=line.replace("liveupdate=on", ""))))
-    refused("command-line-memmap", lambda: plan(replace(fine, append=line.replace("memmap=16M!1G", ""))))
-    refused("image-kho-abi", lambda: plan(replace(fine, kernel=without_abi())))
-    refused("image-unreadable", lambda: plan(replace(fine, initrd="/nowhere")))
+    def warned(self, id: str, **changes: str) -> None:
+        """It is warned of by this name, and not refused."""
+        plan = self.plan(**changes)
+        found = {each.id: each for each in plan.conditions if not each.ok}
+        fine = id in found and found[id].severity is Severity.WARNING and bool(found[id].evidence)
+        lab.say(f"warned-{id}", fine and not plan.refusals, found=sorted(found), said=str(found.get(id)))
+
+    def pid(self, guest: str) -> int:
+        """The process of a guest."""
+        pid = next(each.pid for each in self.client.snapshot().guests if each.name == guest)
+        assert pid is not None
+        return pid
+
+
+def of_the_image(seen: Refusals) -> None:
+    line = seen.fine.append
+    seen.refused("command-line-kho", append=line.replace("kho=on", ""))
+    seen.refused("command-line-liveupdate", append=line.replace("liveupdate=on", ""))
+    seen.refused("command-line-memmap", append=line.replace("memmap=16M!1G", ""))
+    seen.refused("image-kho-abi", kernel=with_words(b"luo-v5\0memfd-v2\0kho-v3\0", "kho"))
+    seen.refused("image-luo-abi", kernel=with_words(b"kho-v4\0memfd-v2\0luo-v6\0", "luo"))
+    seen.refused("image-memfd-abi", kernel=with_words(b"kho-v4\0luo-v5\0memfd-v1\0", "memfd"))
+    seen.warned("image-abi-unknown", kernel=with_words(b"", "unknown"))
+    seen.refused("image-unreadable", initrd="/nowhere")
     vast = Path("/tmp/vast")
     with vast.open("wb") as file:
         file.truncate(1 << 30)
-    refused("image-too-large", lambda: plan(replace(fine, initrd=str(vast))))
+    seen.refused("image-too-large", initrd=str(vast))
+    lab.load()
+    seen.warned("image-of-another")
+    image.unload()
+
+
+def of_memory(seen: Refusals) -> None:
+    client = seen.client
     POOL.write_text("4")
     client.apply(Reserve("huge", 2 * MIB, page_size=2 * MIB))
-    refused("hugetlb", plan)
+    seen.refused("hugetlb")
     client.apply(Release("huge"))
-    (limit / "memory.max").write_text("max")
+    POOL.write_text("0")
     client.apply(Reserve("big", 512 * MIB))
-    (limit / "memory.max").write_text(str(400 * MIB))
-    refused("memory-max", plan)
-    (limit / "memory.max").write_text("max")
+    (LIMIT / "memory.max").write_text(str(400 * MIB))
+    seen.refused("memory-max")
+    (LIMIT / "memory.max").write_text("max")
+    available = client.snapshot().memory.available
+    with mmap.mmap(-1, available - 300 * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE):
+        seen.refused("sparse")
     client.apply(Release("big"))
+    THP.write_text("never")
+    client.apply(Reserve("spread", 64 * MIB))
+    with contextlib.closing(KeeperCustody(paths.runtime_dir() / "keeper")) as keeper:
+        fd, _ = keeper.get("region:spread:0")
+    with mmap.mmap(fd, 64 * MIB) as memory:  # one page after the other, anywhere: no two lie side by side
+        for page in random.Random(1).sample(range(64 * MIB // 4096), 64 * MIB // 4096):
+            memory[page * 4096] = 1
+    os.close(fd)
+    seen.warned("fragmented")
+    seen.warned("base-pages")
+    client.apply(Release("spread"))
+    client.apply(Reserve("wide", 640 * MIB, prefault=True))
+    seen.warned("scratch-migrates")
+    client.apply(Release("wide"))
+    THP.write_text("advise")
+    client.apply(Reserve("lost", 2 * MIB))
+    with contextlib.closing(KeeperCustody(paths.runtime_dir() / "keeper")) as keeper:
+        keeper.drop("region:lost:0")
+    seen.again()
+    seen.warned("memory-lost")
+    seen.client.apply(Release("lost"))
+
+
+def of_guests(seen: Refusals) -> None:
+    client = seen.client
+    os.kill(seen.pid("c0"), signal.SIGSTOP)
+    seen.refused("guest-silent")
+    os.kill(seen.pid("c0"), signal.SIGCONT)
+    client.apply(GuestStart("c1", memory=4 * MIB))
+    os.kill(seen.pid("c1"), signal.SIGKILL)
+    time.sleep(1)
+    seen.warned("guest-ended")
+    client.apply(GuestStop("c1"))
+    client.apply(Release("c1"))
+    process = subprocess.Popen(["sleep", "1000"])
+    client.apply(GuestAttach("db", process.pid))
+    seen.warned("guest-process")
+    client.apply(GuestStop("db"))
+    process.kill()
+    process.wait()
+    words = ["-machine", "q35", "-accel", "kvm", "-nodefaults", "-display", "none", "-m", "16", "-S"]
+    vm = subprocess.Popen(["qemu-system-x86_64", *words])
+    time.sleep(5)
+    seen.warned("guest-foreign")
+    vm.kill()
+    vm.wait()
+    client.apply(GuestStart("old", vmm="qemu", memory=8 * MIB))
+    seen.refused("guest-incapable")
+    client.apply(GuestStop("old"))
+    client.apply(Release("old"))
+
+
+def of_this_kernel(seen: Refusals) -> None:
     device = os.open(luo.DEVICE, os.O_RDWR)
-    refused("device-taken", plan)
+    seen.refused("device-taken")
     os.close(device)
-    pid = next(each.pid for each in client.snapshot().guests if each.name == "c0")
-    assert pid is not None
-    os.kill(pid, signal.SIGSTOP)
-    refused("guest-silent", plan)
-    os.kill(pid, signal.SIGCONT)
-    lab.say("clean-again", not plan().refusals, refusals=str(plan().refusals))
+    with luo.Session.create("another:one"):
+        seen.warned("session-elsewhere")
+    with contextlib.closing(Control(Path("/run/embedded"), OwnCustody())) as embedded:
+        codes = [each.code for each in embedded.plan(seen.fine).refusals]
+        lab.say("refused-custody", codes == [code("custody")], codes=codes)
+
+
+def main() -> None:
+    OLD.mkdir()
+    stand_in = OLD / "qemu-system-x86_64"
+    source = Path(lab.__file__).with_name("qemu_without_shared.py")
+    stand_in.write_text(f'#!/bin/sh\nexec {sys.executable} {source} "$@"\n')
+    stand_in.chmod(0o755)
+    seen = Refusals()
+    seen.client.apply(GuestStart("c0", memory=8 * MIB))
+    seen.clean("clean")
+    of_this_kernel(seen)
+    of_the_image(seen)
+    of_guests(seen)
+    of_memory(seen)
+    seen.clean("clean-again")
     DISABLED.write_text("1")
-    refused("kexec-disabled", plan)
+    seen.refused("kexec-disabled")
     lab.say("end")
 
 

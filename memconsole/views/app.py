@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,8 @@ from textual import events
 from textual.app import ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.command import Provider
+from textual.driver import Driver
+from textual.drivers.linux_driver import LinuxDriver
 from textual.screen import Screen
 from textual.widget import Widget
 from textual.widgets import Input
@@ -28,6 +29,7 @@ from memconsole.fields import TABLES
 from memconsole.macros import Macro
 from memconsole.source import Source
 from memconsole.views import settings as settings_module
+from memconsole.views import terminal
 from memconsole.views.commands import Commands, LineSuggester, run_line
 from memconsole.views.headline import headline
 from memconsole.views.looks import THEME
@@ -137,6 +139,11 @@ class ConsoleApp(Traveling):
         self.register_theme(THEME)
         few = self.no_color or self.console.color_system not in {"256", "truecolor"}
         self.theme = "ansi-dark" if few else THEME.name
+
+    def get_driver_class(self) -> type[Driver]:
+        """The one that outlives its terminal, where Textual would take the one it is made from."""
+        cls = super().get_driver_class()
+        return terminal.Terminal if cls is LinuxDriver else cls
 
     # --- what is on the screen -----------------------------------------------------------------------------------
 
@@ -470,24 +477,8 @@ def run(
         settings=settings_module.load(),
         on_quit_warning=on_quit_warning,
     )
-    asyncio.run(_run(app))
+    asyncio.run(terminal.run(app))
     return app.return_code or 0
-
-
-async def _run(app: ConsoleApp) -> None:
-    """Run the app; a closed terminal (SIGHUP) and SIGTERM end it in order, whatever it would lose."""
-    loop = asyncio.get_running_loop()
-
-    def end(number: int, _: object) -> None:
-        loop.call_soon_threadsafe(lambda: app.exit(return_code=128 + number))
-
-    # Plain handlers: those of the loop would leave the default ones behind, and what follows wants its own.
-    before = {number: signal.signal(number, end) for number in (signal.SIGHUP, signal.SIGTERM)}
-    try:
-        await app.run_async()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _discovered() -> Sequence[Macro]:

@@ -34,12 +34,12 @@ os.execvp(sys.argv[1], sys.argv[1:])
 
 
 class Terminal:
-    """A process on a pseudoterminal, whose output is read and thrown away."""
+    """A process on a pseudoterminal, whose output is read; where that does not control it, its end sends no signal."""
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: list[str], *, controls: bool = True) -> None:
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", CONTROLLED, *command],
+            [sys.executable, "-c", CONTROLLED, *command] if controls else command,
             stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
             env={**os.environ, "TERM": "xterm-256color"},
         )  # fmt: skip
@@ -109,9 +109,9 @@ def console(directory: Path) -> list[str]:
     return [*MEMCONSOLE, "--socket", str(directory / "run" / "control")]
 
 
-@pytest.mark.parametrize("how", ["SIGHUP", "SIGTERM", "closed terminal", "SIGHUP twice"])
+@pytest.mark.parametrize("how", ["SIGHUP", "SIGTERM", "closed terminal", "closed terminal, no signal", "SIGHUP twice"])
 def test_guests_end_with_their_console(directory: Path, terminals: list[Terminal], how: str) -> None:
-    terminal = Terminal(console(directory))
+    terminal = Terminal(console(directory), controls=how != "closed terminal, no signal")
     terminals.append(terminal)
     with contextlib.closing(answering(directory / "run" / "control")) as client:
         client.apply(actions.GuestStart("canary", memory=4 * M))
@@ -122,7 +122,7 @@ def test_guests_end_with_their_console(directory: Path, terminals: list[Terminal
         assert [each.name for each in client.at(client.history()[-1]).guests if each.pid == guest.pid] == ["canary"]
     assert guest.pid is not None
     until(lambda: b"canary" in terminal.said or b"live" in terminal.said, "the console shows something")
-    if how == "closed terminal":
+    if how.startswith("closed"):
         terminal.hang_up()
     else:
         number = signal.SIGTERM if how == "SIGTERM" else signal.SIGHUP

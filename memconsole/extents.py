@@ -128,13 +128,17 @@ def _kind(change: Any) -> ChangeKind:
 
 
 class Part(NamedTuple):
-    """Pages ``first``..``first + pages`` of a table, to become those from ``to`` on; with other flags if any."""
+    """Pages ``first``..``first + pages`` of a table, to become those from ``to`` on.
+
+    Of their flags those in ``keep`` stay (None: all), and those in ``add`` are added.
+    """
 
     table: ExtentTable
     first: int
     pages: int
     to: int
-    flags: Flag | None = None
+    keep: Flag | None = None
+    add: Flag | None = None
 
 
 class ExtentTable:
@@ -275,8 +279,8 @@ class ExtentTable:
             what = "parts of tables cannot be joined"
             for part in parts:
                 numbers = [_whole("page", number, what) for number in (part.first, part.pages, part.to)]
-                keep = ~0 & 0xFFFFFFFF if part.flags is None else 0
-                native.call(what, lib.mc_table_part, table, part.table.handle, *numbers, keep, part.flags or 0)
+                keep = (1 << 32) - 1 if part.keep is None else part.keep
+                native.call(what, lib.mc_table_part, table, part.table.handle, *numbers, keep, part.add or 0)
                 native.call(what, lib.mc_table_cover, table, part.to, part.pages)
 
         return cls._build("a table cannot be made", fill, page_size)

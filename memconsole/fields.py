@@ -107,6 +107,10 @@ def _clock(ns: int) -> str:
     return moment.strftime("%Y-%m-%d %H:%M:%S")
 
 
+def _iovas(found: Sequence[tuple[str, int, str]]) -> str:
+    return ", ".join(f"{bdf} {format_address(iova)} {access}" for bdf, iova, access in found) or "-"
+
+
 def _window_kind(window: Window) -> str:
     return ("io" if window.io else "mem") + ("64" if window.wide else "") + (" p" if window.prefetchable else "")
 
@@ -129,6 +133,13 @@ REGIONS = Table(
         ),
         Field("grants", "Grants", "grants on it", lambda r: r.grants, width=12),
         Field("mappers", "Mapped by", "processes that map it (PID)", lambda r: r.seen and r.seen.mappers, width=14),
+        _size(
+            "moved",
+            "Moved",
+            "bytes that were in other frames at the scan before",
+            lambda r: r.seen and r.seen.moved,
+            default=False,
+        ),
         Field(
             "seals",
             "Seals",
@@ -300,7 +311,42 @@ DEVICES = Table(
         Field("class", "Class", "PCI class", lambda d: f"{d.class_code:06x}", width=6),
         Field("driver", "Driver", "kernel driver", lambda d: d.driver, width=16),
         Field("group", "Group", "IOMMU group", lambda d: d.group, width=5, right=True),
+        Field("holders", "Held by", "processes that have it by VFIO (PID)", lambda d: d.holders, width=12),
+        Field("bridge", "Behind", "the bridge it is behind", lambda d: d.bridge, width=12),
         Field("node", "Node", "NUMA node", lambda d: d.node if d.node >= 0 else None, width=4, right=True),
+    ),
+)
+
+SPANS = Table(
+    "spans",
+    "Memory, frames, windows and IOVAs",
+    lambda _: (),
+    lambda span: f"{span.kind}:{span.grant}:{span.offset}:{span.gpa}:{span.hva}:{span.pfn}:{span.iovas}",
+    (
+        Field("kind", "Kind", "ram, window, iova", lambda s: s.kind, width=6),
+        _address("gpa", "GPA", "guest physical address", lambda s: s.gpa),
+        _size("size", "Size", "bytes that go on alike", lambda s: s.size),
+        Field("pfn", "PFN", "its first frame", lambda s: s.pfn, _or_dash(hex), "", 10, right=True),
+        Field("iovas", "IOVA", "where devices reach it, and how", lambda s: s.iovas, _iovas, "", 34),
+        Field("what", "What", "region, window, or who reaches it", lambda s: s.what, width=20),
+        Field("note", "Note", "what is not as it should be", lambda s: s.note, width=30),
+        _address("offset", "Offset", "where in the region", lambda s: s.offset),
+        _address("hva", "HVA", "address in its process", lambda s: s.hva),
+        Field("grant", "Grant", "by which grant", lambda s: s.grant, width=6),
+    ),
+)
+
+REACHED = Table(
+    "reachers",
+    "Who reaches it",
+    lambda _: (),
+    lambda reacher: f"{reacher.kind}:{reacher.who}:{reacher.address}:{reacher.how}",
+    (
+        Field("kind", "Who", "process, guest, device, kernel", lambda r: r.kind, width=8),
+        Field("who", "Name", "PID, BDF, driver", lambda r: r.who, width=14),
+        _address("address", "Address", "its own for it: HVA, IOVA", lambda r: r.address),
+        Field("grant", "Grant", "by which grant", lambda r: r.grant, width=6),
+        Field("how", "How", "by what it reaches it", lambda r: r.how, width=48),
     ),
 )
 

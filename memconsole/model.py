@@ -194,7 +194,10 @@ class Segment(Value, frozen=True):
 
 
 class RegionSeen(Value, frozen=True):
-    """What the kernel says of a region: frames in place, seals, mappers; ``runs`` once its PFNs were scanned."""
+    """What the kernel says of a region: frames in place, seals, mappers; ``runs`` once its PFNs were scanned.
+
+    ``moved`` bytes of it lay in other frames at a later scan than at the one before.
+    """
 
     resident: int
     seals: tuple[str, ...] = ()
@@ -202,6 +205,7 @@ class RegionSeen(Value, frozen=True):
     runs: int | None = None
     huge: int | None = None
     scanned_ns: int | None = None
+    moved: int = 0
 
 
 class Region(Value, frozen=True):
@@ -344,7 +348,7 @@ class Guest(Value, frozen=True):
 
 
 class Device(Value, frozen=True):
-    """A PCI function (/sys/bus/pci/devices/BDF)."""
+    """A PCI function (/sys/bus/pci/devices/BDF) behind a bridge, if any; ``holders`` are PIDs that have it by VFIO."""
 
     bdf: str
     vendor: int
@@ -353,6 +357,8 @@ class Device(Value, frozen=True):
     driver: str | None = None
     group: int | None = None
     node: int = -1
+    bridge: str | None = None
+    holders: tuple[int, ...] = ()
 
 
 class Window(Value, frozen=True):

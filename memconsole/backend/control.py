@@ -350,8 +350,12 @@ class Control:
         )
 
     def _devices(self) -> tuple[Finding, ...]:
-        """Where devices reach other memory than the ledger grants them."""
-        if not (self._desk.hands_devices or any(grant.dma is not None for grant in self._state.grants.values())):
+        """Where devices reach other memory than the ledger grants them, or a kexec would keep."""
+        if not (
+            self._desk.hands_devices
+            or any(grant.dma is not None for grant in self._state.grants.values())
+            or tree.exists(self._root, "/sys/bus/pci/drivers/vfio-pci")
+        ):
             return ()
         from memconsole.backend.dma import check
 

@@ -9,22 +9,28 @@ What a host as such cannot do is no finding: that is what gaps and ``doctor`` ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from memconsole.backend.kernel import pci
-from memconsole.model import Finding, GrantState, Guest, GuestKind, GuestState, Region, Severity, Snapshot
+from memconsole.model import Finding, GrantState, Guest, GuestKind, GuestState, Region, RegionState, Severity, Snapshot
 from memconsole.units import format_size
 
 if TYPE_CHECKING:
     from memconsole.backend.survey import Over
 
+_STILL = frozenset({RegionState.FROZEN, RegionState.PRESERVED})
+"""States in which a region's frames must not change."""
 RUNS_SLOW = 8192
 """Runs of frames from which on the next kernel's boot takes seconds longer (its scans are quadratic in them)."""
 
 
-def find(snapshot: Snapshot, strays: Iterable[Over]) -> tuple[Finding, ...]:
-    """Every difference in this Snapshot; ``strays`` are mappings of regions that no grant accounts for."""
+def find(snapshot: Snapshot, strays: Iterable[Over], sessions: Mapping[int, int]) -> tuple[Finding, ...]:
+    """Every difference in this Snapshot.
+
+    ``strays`` are mappings of regions that no grant accounts for, ``sessions`` how many sessions of live update
+    processes hold that are not ours, by PID.
+    """
     return (
         *(finding for region in snapshot.regions for finding in _region(region, snapshot)),
         *(finding for guest in snapshot.guests for finding in _guest(guest)),
@@ -32,6 +38,8 @@ def find(snapshot: Snapshot, strays: Iterable[Over]) -> tuple[Finding, ...]:
         *_strays(strays),
         *_quarantine(snapshot),
         *_windows(snapshot),
+        *_unpreserved(snapshot),
+        *_sessions(sessions),
     )
 
 
@@ -55,10 +63,20 @@ def _region(region: Region, snapshot: Snapshot) -> Iterator[Finding]:
             "/proc/self/pagemap",
             "reserve it anew where transparent huge pages are allowed (shmem_enabled=advise) or with --page-size 2M",
         )
+    if region.seen.moved:
+        pinned = any(grant.region == region.name and grant.dma is not None for grant in snapshot.grants)
+        yield Finding(
+            "region-moved",
+            Severity.WARNING if pinned or region.state in _STILL else Severity.INFO,
+            region.name,
+            f"{format_size(region.seen.moved)} of region {region.name} came to lie in other frames between two scans",
+            "/proc/self/pagemap, at the last scan and the one before",
+            "if nobody emptied parts of it, the kernel moved them and the contents are whole: compare digests",
+        )
     if region.page_size > snapshot.host.page_size and snapshot.survival.luo:
         yield Finding(
             "region-not-preserved",
-            Severity.INFO,
+            Severity.WARNING if region.grants else Severity.INFO,
             region.name,
             f"region {region.name} would not survive a kexec: its pages come from the hugetlb pool",
             "live update preserves no hugetlb memory",
@@ -149,3 +167,30 @@ def _windows(snapshot: Snapshot) -> Iterator[Finding]:
                 "/proc/iomem",
                 f"memconsole window revoke {window.id}, or unbind the driver",
             )
+
+
+def _unpreserved(snapshot: Snapshot) -> Iterator[Finding]:
+    """VMs on a host that could hand them over, whose RAM nobody would preserve."""
+    for guest in snapshot.guests if snapshot.survival.luo else ():
+        if guest.kind is GuestKind.FOREIGN and guest.memory:
+            yield Finding(
+                "ram-not-preserved",
+                Severity.WARNING,
+                guest.name,
+                f"guest {guest.name} would not survive a kexec: its {format_size(guest.memory)} of RAM are no region",
+                f"/proc/{guest.pid}/maps",
+                "start it with memconsole guest start, or give it a region as memory-backend-file",
+            )
+
+
+def _sessions(sessions: Mapping[int, int]) -> Iterator[Finding]:
+    for pid, count in sessions.items():
+        what = "a session" if count == 1 else f"{count} sessions"
+        yield Finding(
+            "session-outside-custody",
+            Severity.WARNING,
+            f"process {pid}",
+            f"process {pid} holds {what} of live update: what it preserved is lost when it ends",
+            f"/proc/{pid}/fd: anon_inode:[luo_session]",
+            f"end process {pid}: what memconsole handoff preserves is in the keeper's custody",
+        )

@@ -55,6 +55,7 @@ D = TypeVar("D")
 _QEMU = "qemu-system"
 _OURS = "/memfd:memconsole:"
 """How the memfd store names its segments."""
+_SESSION = "anon_inode:[luo_session]"
 Object = tuple[int, int]
 """A file by (st_dev, st_ino), as its mappings show it."""
 
@@ -100,11 +101,12 @@ class Answer(NamedTuple):
 
 
 class Scanned(NamedTuple):
-    """What the last scan of a region's PFNs found: runs, and bytes in huge pages."""
+    """What the last scan of a region's PFNs found: runs, bytes in huge pages, and bytes that had moved."""
 
     runs: int
     huge: int
     at_ns: int
+    moved: int = 0
 
 
 class Meant(msgspec.Struct, frozen=True):
@@ -174,6 +176,7 @@ def survey(meant: Meant, root: Root = "/") -> Snapshot:
     of_region, of_guest = _index(state)
     ours = tuple(_guest(guest, of_guest[guest.name], meant, census, read) for guest in state.guests.values())
     functions = read("/sys/bus/pci/devices", lambda: pci.functions(root), (), absent=True)
+    openers = read("/proc/PID/fd", lambda: pci.openers(census), {})
     addresses = read("/proc/iomem", lambda: iomem.iomem(root), ())
     snapshot = Snapshot(
         taken_ns=time.time_ns(),
@@ -189,7 +192,7 @@ def survey(meant: Meant, root: Root = "/") -> Snapshot:
             for grant in state.grants.values()
         ),
         quarantine=tuple(state.quarantine.values()),
-        devices=tuple(function.device for function in functions),
+        devices=tuple(replace(function.device, holders=openers.get(function.device.bdf, ())) for function in functions),
         windows=windows(state, census, read, addresses),
         iommus=read("/sys/class/iommu", lambda: iommu.units(root), ()),
         domains=read("/sys/kernel/iommu_groups", lambda: iommu.domains(root), ()),
@@ -200,7 +203,9 @@ def survey(meant: Meant, root: Root = "/") -> Snapshot:
         handoff=meant.handoff,
     )
     snapshot = replace(snapshot, gaps=tuple(read.gaps))
-    return replace(snapshot, findings=(*meant.standing, *findings.find(snapshot, strays(state, overs))))
+    return replace(
+        snapshot, findings=(*meant.standing, *findings.find(snapshot, strays(state, overs), sessions(census)))
+    )
 
 
 # --- who maps what ----------------------------------------------------------------------------------------------
@@ -240,6 +245,12 @@ def strays(state: State, overs: Iterable[Over]) -> list[Over]:
         for over in overs
         if not any(over.overlaps(grant) for grant in granted[pids.get(over.pid, ""), over.region])
     ]
+
+
+def sessions(census: Census) -> dict[int, int]:
+    """How many sessions of live update each process holds that is not ours, by PID."""
+    held = {pid: sum(link == _SESSION for link in process.fds.values()) for pid, process in census.processes.items()}
+    return {pid: count for pid, count in held.items() if count}
 
 
 def _by_grant(state: State, overs: Iterable[Over]) -> dict[str, tuple[GrantMapping, ...]]:
@@ -292,6 +303,7 @@ def _region(region: Region, grants: Sequence[Grant], meant: Meant, mappers: Coll
             runs=scanned.runs if scanned else None,
             huge=scanned.huge if scanned else None,
             scanned_ns=scanned.at_ns if scanned else None,
+            moved=scanned.moved if scanned else 0,
         )
     mapped = region.state is RegionState.RESERVED and any(grant.state is GrantState.MAPPED for grant in grants)
     return replace(

@@ -21,7 +21,7 @@ from memconsole.backend.kernel import census as census_of
 from memconsole.backend.kernel import host, iommu, kvm
 from memconsole.backend.survey import Scanned
 from memconsole.errors import Gone, NotFound
-from memconsole.model import Guest, GuestKind
+from memconsole.model import Guest, GuestKind, Segment
 
 if TYPE_CHECKING:
     from memconsole.extents import ExtentTable
@@ -52,6 +52,7 @@ class Tables:
         self._desk = desk
         self._lock = threading.Lock()
         self._kept: dict[str, _Kept] = {}
+        self._files: dict[str, tuple[Segment, ...]] = {}
         self.scanned: dict[str, Scanned] = {}
 
     def get(self, key: str) -> ExtentTable:
@@ -85,6 +86,7 @@ class Tables:
                 kind, _, name = key.partition(":")
                 if kind != "domain" and name not in (state.regions if kind == "region" else state.guests):
                     self._kept.pop(key).table.close()
+            self._files = {name: files for name, files in self._files.items() if name in state.regions}
             self.scanned = {name: found for name, found in self.scanned.items() if name in state.regions}
 
     def close(self) -> None:
@@ -124,8 +126,28 @@ class Tables:
             for each in tables:
                 each.close()
         stats = table.stats()
-        self.scanned[name] = Scanned(stats.runs, stats.huge * table.page_size, time.time_ns())
+        moved = self._moved(name, table) * table.page_size
+        self.scanned[name] = Scanned(stats.runs, stats.huge * table.page_size, time.time_ns(), moved)
         return table
+
+    def _moved(self, name: str, table: ExtentTable) -> int:
+        """Pages of a region that lay in other frames at any scan, since it is in these files, than at the one before.
+
+        What became part of a huge page was copied there by the kernel, and does not count.
+        """
+        from memconsole.extents import ChangeKind, Flag
+
+        files = self._desk.state.regions[name].segments
+        kept, before = self._kept.get(f"region:{name}"), self._files.get(name)
+        self._files[name] = files
+        if kept is None or before != files:
+            return 0
+        earlier = self.scanned[name].moved // table.page_size if name in self.scanned else 0
+        return earlier + sum(
+            change.count
+            for change in kept.table.diff(table)
+            if change.kind is ChangeKind.MOVED and not change.new_flags & ~change.old_flags & Flag.HUGE
+        )
 
     def _domain(self, group: str) -> ExtentTable:
         return iommu.table(self._desk.root, group)

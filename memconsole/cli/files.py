@@ -52,6 +52,7 @@ def write_json(found: Source, options: argparse.Namespace) -> None:
             keys = [f"region:{region.name}" for region in taken.regions] + [
                 f"guest:{guest.name}" for guest in taken.guests
             ]
+            keys += [f"domain:{domain.group}" for domain in taken.domains if domain.mapped]
             for key in keys:
                 try:
                     tables[key] = stack.enter_context(contextlib.closing(found.extents(key)))

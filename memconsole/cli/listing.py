@@ -8,15 +8,17 @@ import functools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from memconsole import joined, recording
 from memconsole.cli import output
 from memconsole.cli.connect import source
 from memconsole.errors import ExitCode, NotFound, UsageError
-from memconsole.fields import FINDINGS, TABLES, Field
+from memconsole.fields import FINDINGS, REACHED, SPANS, TABLES, Field
 from memconsole.model import Severity, Snapshot
 from memconsole.units import format_address
 
 if TYPE_CHECKING:
     from memconsole.extents import ExtentTable
+    from memconsole.source import Source
 
 PFN_CHUNK = 65536
 
@@ -63,13 +65,13 @@ def audit(options: argparse.Namespace) -> int:
 
 
 def pfn_key(snapshot: Snapshot, target: str) -> str:
-    """The table key a name means: ``region:NAME`` and ``guest:NAME`` as they are, a bare name where it is unambiguous.
+    """The table key a name means: one with its kind (``region:NAME``) as it is, a bare name where it is unambiguous.
 
     Raises:
         NotFound: no region or guest has the name.
         UsageError: both have it.
     """
-    if target.startswith(("region:", "guest:")):
+    if target.startswith(("region:", "guest:", "domain:")):
         return target
     keys = [f"region:{region.name}" for region in snapshot.regions if region.name == target]
     keys += [f"guest:{guest.name}" for guest in snapshot.guests if guest.name == target]
@@ -78,6 +80,30 @@ def pfn_key(snapshot: Snapshot, target: str) -> str:
     if len(keys) > 1:
         raise UsageError(f"{target!r} is a region and a guest", "", f"write {' or '.join(keys)}")
     return keys[0]
+
+
+def reach(options: argparse.Namespace) -> int:
+    """A guest's memory with its frames, windows and IOVAs; or a frame with everybody who reaches it."""
+    with contextlib.ExitStack() as stack:
+        found: Source
+        if options.origin:
+            found = stack.enter_context(contextlib.closing(recording.Recording(options.origin)))
+        else:
+            found = stack.enter_context(source(options))
+        answer = joined.ask(found.snapshot(), found, options.target)
+    if options.json:
+        output.json(answer)
+    elif isinstance(answer, joined.Joined):
+        output.table(SPANS.pick("all"), answer.spans)
+        if answer.more:
+            output.note(f"more than {len(answer.spans):,} spans: the rest is not listed")
+    else:
+        for line in joined.about(answer):
+            output.text(line)
+        output.table(REACHED.pick("all"), answer.reached)
+    for gap in answer.unseen:
+        output.note(f"not seen: {gap.source}: {gap.why}" + (f" ({gap.remedy})" if gap.remedy else ""))
+    return ExitCode.DONE
 
 
 EXTENT_FIELDS = (

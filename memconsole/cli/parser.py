@@ -83,7 +83,7 @@ def _history(commands: Any, json_too: argparse.ArgumentParser) -> None:
 def _headless(commands: Any, json_too: argparse.ArgumentParser) -> None:
     snapshot = commands.add_parser("snapshot", help="take a Snapshot: JSON, or any view as SVG or text")
     _picture(snapshot)
-    snapshot.add_argument("--pfn", action="store_true", help="with the PFN maps of all regions and guests (needs -o)")
+    snapshot.add_argument("--pfn", action="store_true", help="with the PFN maps of regions, guests, domains (needs -o)")
     snapshot.add_argument("--from", dest="origin", metavar="FILE", help="of a recorded snapshot, not of this host")
     snapshot.set_defaults(run=_lazily("files", "snapshot"))
 
@@ -96,11 +96,17 @@ def _headless(commands: Any, json_too: argparse.ArgumentParser) -> None:
     audit = commands.add_parser("audit", help="list findings; exit code 4 when there are any", parents=[json_too])
     audit.set_defaults(run=_lazily("listing", "audit"))
 
-    pfn = commands.add_parser("pfn", help="the PFN map of a region or guest as extents", parents=[json_too])
-    pfn.add_argument("target", metavar="REGION-OR-GUEST", help="a name, or region:NAME or guest:NAME")
+    pfn = commands.add_parser("pfn", help="the PFN map of a region, guest or domain as extents", parents=[json_too])
+    pfn.add_argument("target", metavar="REGION-OR-GUEST", help="a name, or region:NAME, guest:NAME, domain:GROUP")
     pfn.add_argument("--range", type=reader(_range), metavar="A-B", help="only offsets or GPAs from A up to B")
     pfn.add_argument("--csv", action="store_true", help="write CSV")
     pfn.set_defaults(run=_lazily("listing", "pfn"))
+
+    reach = commands.add_parser("reach", help="who reaches a frame; a guest's memory joined", parents=[json_too])
+    where = "GUEST; a PFN; ADDRESS@ a device (BDF: its IOVA), a guest (GPA) or a region (offset)"
+    reach.add_argument("target", metavar="TARGET", help=where)
+    reach.add_argument("--from", dest="origin", metavar="FILE", help="in a recorded snapshot (--pfn), not on this host")
+    reach.set_defaults(run=_lazily("listing", "reach"))
 
     inspect = commands.add_parser("inspect", help="what a file of ours is, and whether it is whole", parents=[json_too])
     inspect.add_argument("file", metavar="FILE", help="a snapshot, a ledger, an audit trail, or a file of the history")

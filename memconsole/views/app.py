@@ -264,8 +264,8 @@ class ConsoleApp(Traveling):
         self.journal.append((name, subject))
 
     def _root_of(self, kind: str) -> list[Place]:
-        name = self.ALIASES.get(f"{kind}s", f"{kind}s")
-        return [Place(name)]
+        name = "guests" if kind == "reach" else f"{kind}s"
+        return [Place(self.ALIASES.get(name, name))]
 
     def drill(self, place: Place) -> None:
         """Go one step deeper; Escape comes back."""
@@ -286,6 +286,10 @@ class ConsoleApp(Traveling):
         """Open the PFN map of a region, a guest, or the region of a grant."""
         subject = f"region:{item.region}" if table_id == "grants" else subject_of(table_id, item)
         self.drill(Place("pfn", subject))
+
+    def open_reach(self, target: str) -> None:
+        """Open what a target is and who reaches it: a guest, a PFN, or ADDRESS@ a device, a guest or a region."""
+        self.drill(Place("reach", f"reach:{target}"))
 
     def action_go(self, number: int) -> None:
         """Open a view by its number."""
@@ -324,6 +328,8 @@ class ConsoleApp(Traveling):
         table_id, item = event.table.table.id, event.item
         if table_id.removesuffix("s") in DETAILS:
             self.drill(Place(table_id.removesuffix("s"), subject_of(table_id, item)))
+        elif table_id == "spans" and item.pfn is not None:
+            self.open_reach(f"{item.pfn:#x}")
         elif table_id == "ram" and item.region:
             self.drill(Place("region", f"region:{item.region}"))
         elif table_id == "mappings" and self.snapshot is not None:

@@ -14,6 +14,7 @@ from memconsole.source import Moment
 from memconsole.views.app import ConsoleApp
 from memconsole.views.looks import THEME
 from memconsole.views.screens.pfnmap import PfnMap
+from memconsole.views.screens.reach import Reach
 from memconsole.views.settings import Settings
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ async def _render(source: Still | Moment, view: str, format: Format, size: tuple
         app.open_view(view, subject)
         await pilot.pause()
         front = app.view
-        if isinstance(front, PfnMap):
+        if isinstance(front, (PfnMap, Reach)):
             for scan in [worker for worker in app.workers if worker.node is front]:
                 await scan.wait()
             await pilot.pause()

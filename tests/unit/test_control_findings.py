@@ -12,7 +12,7 @@ from memconsole.backend import findings
 from memconsole.backend.findings import RUNS_SLOW
 from memconsole.backend.kernel.procmaps import Vma
 from memconsole.backend.survey import Over
-from memconsole.model import GuestKind, GuestState, Severity, Snapshot, Survival
+from memconsole.model import GuestKind, GuestState, RegionState, Severity, Snapshot, Survival
 
 HOST = snapshot(8, 3, findings=0)
 LUO = Survival(kho=True, luo=True)
@@ -29,7 +29,7 @@ def changed(table: str, **fields: object) -> Snapshot:
 
 
 def found(host: Snapshot) -> list[tuple[str, Severity, str]]:
-    made = findings.find(host, [])
+    made = findings.find(host, [], {})
     assert all(finding.what and finding.evidence and finding.remedy for finding in made)
     return [(finding.id, finding.severity, finding.subject) for finding in made]
 
@@ -55,8 +55,27 @@ REGION, GUEST, GRANT, WINDOW = HOST.regions[0].name, HOST.guests[0].name, HOST.g
         (
             lambda: replace(changed("regions", page_size=2 << 20), survival=LUO),
             "region-not-preserved",
+            Severity.WARNING,
+            REGION,
+        ),
+        (
+            lambda: replace(changed("regions", page_size=2 << 20, grants=()), survival=LUO),
+            "region-not-preserved",
             Severity.INFO,
             REGION,
+        ),
+        (lambda: changed("regions", seen__moved=8192), "region-moved", Severity.INFO, REGION),
+        (
+            lambda: changed("regions", seen__moved=8192, state=RegionState.FROZEN),
+            "region-moved",
+            Severity.WARNING,
+            REGION,
+        ),
+        (
+            lambda: replace(changed("guests", kind=GuestKind.FOREIGN), survival=LUO),
+            "ram-not-preserved",
+            Severity.WARNING,
+            GUEST,
         ),
         (lambda: changed("guests", state=GuestState.GONE), "guest-gone", Severity.WARNING, GUEST),
         (lambda: changed("guests", state=GuestState.STOPPED), "guest-stopped", Severity.WARNING, GUEST),
@@ -93,6 +112,12 @@ def test_a_vm_of_somebody_else_is_never_missed() -> None:
 
 def test_a_stranger_s_mappings_of_a_region_are_one_error() -> None:
     vmas = [Vma(start, start + 4096, "rw-s", 0, 1, 5, "/memfd:x", deleted=True) for start in (0x1000, 0x8000)]
-    made = findings.find(replace(HOST, survival=Survival()), [Over("web", 77, vma, 0) for vma in vmas])
+    made = findings.find(replace(HOST, survival=Survival()), [Over("web", 77, vma, 0) for vma in vmas], {})
     assert [(finding.id, finding.subject) for finding in made] == [("mapping-unknown", "web")]
     assert "77 maps 8K" in made[0].what
+
+
+def test_a_session_that_a_stranger_holds_is_named() -> None:
+    made = findings.find(replace(HOST, survival=Survival()), [], {77: 2})
+    assert [(finding.id, finding.subject) for finding in made] == [("session-outside-custody", "process 77")]
+    assert "2 sessions" in made[0].what

@@ -10,29 +10,43 @@ from msgspec.structs import replace
 from support.trees import Tree
 
 from memconsole.backend.dma import check
-from memconsole.backend.dma.check import Run, compare
+from memconsole.backend.dma.check import compare, told
+from memconsole.backend.kernel import pci
+from memconsole.extents import Extent, ExtentTable, Flag, Part
 from memconsole.model import Access, Grant, GrantState
 
 P = 4096
 EDU = "0000:00:04.0"
 ONE = Grant("g1", "ram", "vm", 0, 16 * P, Access.RW, GrantState.MAPPED, gpa=0x100 * P, dma=EDU)
-TWO = replace(ONE, id="g2", offset=32 * P, length=8 * P, gpa=0x200 * P)
-FRAMES: dict[str, Sequence[Run] | None] = {
-    "g1": [Run(0x100, 7000, 10), Run(0x10A, 9000, 6)],
-    "g2": [Run(0x200, 5000, 8)],
-}
-TABLES = [Run(0x100, 7000, 10), Run(0x10A, 9000, 6), Run(0x200, 5000, 8)]
+TWO = replace(ONE, id="g2", offset=32 * P, length=8 * P, gpa=0x200 * P, access=Access.RO)
+R, RW = Flag.PRESENT | Flag.READ, Flag.PRESENT | Flag.READ | Flag.WRITE
+FILE = Flag.PRESENT | Flag.FILE
+REGION = [Extent(0, 7000, 10, FILE), Extent(10, 9000, 10, FILE), Extent(32, 5000, 8, FILE | Flag.HUGE)]
+TABLES = [Extent(0x100, 7000, 10, RW), Extent(0x10A, 9000, 6, RW), Extent(0x200, 5000, 8, R | Flag.HUGE)]
 
 
-def found(tables: Sequence[Run], frames: dict[str, Sequence[Run] | None] = FRAMES) -> list[tuple[str, str]]:
-    findings = list(compare(EDU, [ONE, TWO], tables, frames))
+def found(
+    tables: Sequence[Extent], *, unread: Sequence[str] = (), region: Sequence[Extent] = REGION
+) -> list[tuple[str, str]]:
+    with ExtentTable.from_rows(tables) as table, ExtentTable.from_rows(region, first=0, pages=64) as frames:
+        parts = {grant.id: Part(frames, grant.offset // P, 0, 0) for grant in (ONE, TWO) if grant.id not in unread}
+        differences = compare([TWO, ONE], table, {"g1": None, "g2": None, **parts})
+        findings = [
+            *told(EDU, [ONE, TWO], differences),
+            *check._targets(EDU, differences.unknown, owner, {"ram"}),
+        ]
     assert all(finding.what and finding.evidence and finding.remedy for finding in findings)
     return [(finding.id, finding.subject) for finding in findings]
 
 
+def owner(run: Extent) -> str | None:
+    """Frames below 100 are nobody's, 100 is another region's, 101 a window's, the rest are the guest's own."""
+    return None if run.pfn < 100 else {100: "other", 101: ""}.get(run.pfn, "ram")
+
+
 def test_tables_as_granted_are_no_finding_however_they_are_cut() -> None:
     assert found(TABLES) == []
-    apart = [Run(run.page + n, run.pfn + n, 1) for run in TABLES for n in range(run.pages)]
+    apart = [Extent(run.offset + n, run.pfn + n, 1, run.flags) for run in TABLES for n in range(run.count)]
     assert found(apart) == []
 
 
@@ -41,20 +55,32 @@ def test_tables_as_granted_are_no_finding_however_they_are_cut() -> None:
     [
         (TABLES[1:], [("dma-missing", "g1")]),
         ([], [("dma-missing", "g1"), ("dma-missing", "g2")]),
-        ([*TABLES, Run(0x900, 1, 1)], [("dma-unknown", EDU)]),
-        ([*TABLES[:2], Run(0x1FF, 4999, 9)], [("dma-unknown", EDU)]),
-        ([*TABLES[:2], Run(0x200, 5000, 9)], [("dma-unknown", EDU)]),
-        ([*TABLES[:2], Run(0x200, 5001, 8)], [("dma-elsewhere", "g2")]),
-        ([Run(0x100, 7000, 16), TABLES[2]], [("dma-elsewhere", "g1")]),
+        ([*TABLES, Extent(0x900, 1, 1, RW)], [("dma-unknown", EDU), ("dma-outside", EDU)]),
+        ([*TABLES, Extent(0x900, 100, 1, RW)], [("dma-unknown", EDU), ("frame-shared", EDU)]),
+        ([*TABLES, Extent(0x900, 101, 1, RW)], [("dma-unknown", EDU)]),
+        ([*TABLES[:2], Extent(0x1FF, 4999, 9, R)], [("dma-unknown", EDU)]),
+        ([*TABLES[:2], Extent(0x200, 5000, 9, R)], [("dma-unknown", EDU)]),
+        ([*TABLES[:2], Extent(0x200, 5001, 8, R)], [("dma-elsewhere", "g2")]),
+        ([*TABLES[:2], Extent(0x200, 5000, 8, RW)], [("dma-writable", "g2")]),
+        ([Extent(0x100, 7000, 16, RW), TABLES[2]], [("dma-elsewhere", "g1")]),
     ],
 )
-def test_a_difference_has_its_name(tables: Sequence[Run], expected: list[tuple[str, str]]) -> None:
+def test_a_difference_has_its_name(tables: Sequence[Extent], expected: list[tuple[str, str]]) -> None:
     assert found(tables) == expected
 
 
+def test_a_difference_says_how_much_and_where() -> None:
+    with ExtentTable.from_rows([*TABLES, Extent(0x900, 1, 3, RW)]) as table:
+        (finding,) = told(EDU, [ONE, TWO], compare([ONE, TWO], table, {"g1": None, "g2": None}))
+    assert "12K" in finding.what
+    assert "0x00900000" in finding.evidence
+    assert "PFN 0x1" in finding.evidence
+
+
 def test_frames_nobody_read_are_not_judged() -> None:
-    assert found([Run(0x100, 1, 16), Run(0x200, 99, 8)], {"g1": None, "g2": None}) == []
-    assert found(TABLES, {**FRAMES, "g2": []}) == [("dma-elsewhere", "g2")]
+    assert found([Extent(0x100, 1, 16, RW), Extent(0x200, 99, 8, R)], unread=["g1", "g2"]) == []
+    assert found([Extent(0x100, 1, 15, RW), Extent(0x200, 99, 8, R)], unread=["g1", "g2"]) == [("dma-missing", "g1")]
+    assert found(TABLES, region=REGION[:2]) == [("dma-elsewhere", "g2")]
 
 
 def test_a_device_that_is_not_alone_in_its_group_is_named_and_bridges_do_not_count(tmp_path: Path) -> None:
@@ -62,11 +88,22 @@ def test_a_device_that_is_not_alone_in_its_group_is_named_and_bridges_do_not_cou
     tree.pci(EDU, ids=(0x1234, 0x11E8), class_code=0xFF0000, group=5)
     tree.pci("0000:00:1c.0", ids=(1, 2), class_code=0x060400, group=5)
     tree.pci("0000:01:00.0", ids=(1, 3), class_code=0x020000, group=6)
-    assert list(check._shared(tree.root, {EDU})) == []
+    assert list(check._shared(pci.functions(tree.root), {EDU})) == []
     tree.pci("0000:02:00.0", ids=(1, 4), class_code=0x020000, group=5)
-    (finding,) = check._shared(tree.root, {EDU})
+    (finding,) = check._shared(pci.functions(tree.root), {EDU})
     assert (finding.id, finding.subject) == ("device-shared", EDU)
     assert "0000:02:00.0" in finding.what
+
+
+def test_interrupts_that_are_not_remapped_are_named(tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    tree.write("/proc/interrupts", "   0:   112   IR-IO-APIC   2-edge   timer\n")
+    assert list(check._interrupts(tree.root, {EDU})) == []  # there is no IOMMU
+    tree.iommu("dmar0", [EDU], "intel-iommu", {"cap": "1"})
+    assert list(check._interrupts(tree.root, {EDU})) == []
+    tree.write("/proc/interrupts", "   0:   112   IO-APIC   2-edge   timer\n  24:  0  DMAR-MSI 0-edge dmar0\n")
+    assert list(check._interrupts(tree.root, set())) == []
+    assert [(each.id, each.subject) for each in check._interrupts(tree.root, {EDU})] == [("device-interrupts", EDU)]
 
 
 def test_a_device_nobody_holds_is_lost() -> None:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from memconsole.backend.dma.check import Run
 from memconsole.backend.dma.filled import compare
+from memconsole.extents import Extent, Flag
 from memconsole.model import Access, Grant, GrantState
 
 EDU = "0000:00:04.0"
@@ -17,46 +17,50 @@ OWN = [(100, 4), (104, 4), (300, 1)]
 """Firmware, in two mappings that follow each other, and something else."""
 
 
-def found(*runs: Run, grants: Sequence[Grant] = (RAM,), granted: Sequence[tuple[int, int]] = GRANTED) -> list[str]:
+def run(page: int, pfn: int, pages: int) -> Extent:
+    return Extent(page, pfn, pages, Flag.PRESENT | Flag.READ | Flag.WRITE)
+
+
+def found(*runs: Extent, grants: Sequence[Grant] = (RAM,), granted: Sequence[tuple[int, int]] = GRANTED) -> list[str]:
     findings = list(compare(EDU, grants, runs, granted, OWN))
     assert all(finding.what and finding.evidence and finding.remedy for finding in findings)
     return [finding.id for finding in findings]
 
 
 def test_ram_and_firmware_are_no_finding_wherever_the_guest_has_them() -> None:
-    assert found(Run(0, 7000, 40), Run(40, 9000, 24), Run(0xFFFF8, 100, 8)) == []
-    assert found(Run(0x100000, 9000, 24), Run(0, 7010, 3)) == []
-    assert found(Run(0xC0, 102, 4), Run(0, 7000, 1)) == []
+    assert found(run(0, 7000, 40), run(40, 9000, 24), run(0xFFFF8, 100, 8)) == []
+    assert found(run(0x100000, 9000, 24), run(0, 7010, 3)) == []
+    assert found(run(0xC0, 102, 4), run(0, 7000, 1)) == []
 
 
 @pytest.mark.parametrize(
-    "run",
+    "other",
     [
-        Run(5, 6999, 1),
-        Run(5, 6999, 3),
-        Run(5, 7039, 2),
-        Run(5, 50, 1),
-        Run(5, 8000, 1),
-        Run(5, 20000, 1),
-        Run(5, 100, 9),
+        run(5, 6999, 1),
+        run(5, 6999, 3),
+        run(5, 7039, 2),
+        run(5, 50, 1),
+        run(5, 8000, 1),
+        run(5, 20000, 1),
+        run(5, 100, 9),
     ],
 )
-def test_any_other_frame_is_found(run: Run) -> None:
-    assert found(Run(0, 7000, 1), run) == ["dma-unknown"]
+def test_any_other_frame_is_found(other: Extent) -> None:
+    assert found(run(0, 7000, 1), other) == ["dma-unknown"]
 
 
 def test_how_much_and_where_is_said() -> None:
-    (finding,) = compare(EDU, [RAM], [Run(0, 7000, 40), Run(0x20000, 6998, 4)], GRANTED, OWN)
+    (finding,) = compare(EDU, [RAM], [run(0, 7000, 40), run(0x20000, 6998, 4)], GRANTED, OWN)
     assert "8K" in finding.what.replace(" ", "").replace("iB", "")
     assert "0x20000000" in finding.evidence
 
 
 def test_a_device_that_reaches_nothing_of_its_grants_is_found() -> None:
     assert found() == ["dma-missing"]
-    assert found(Run(0xFFFF8, 100, 8)) == ["dma-missing"]
+    assert found(run(0xFFFF8, 100, 8)) == ["dma-missing"]
 
 
 def test_a_device_whose_grants_were_taken_back_reaches_nothing_of_the_region() -> None:
     assert found(grants=(), granted=()) == []
-    assert found(Run(0xFFFF8, 100, 8), grants=(), granted=()) == []
-    assert found(Run(0, 7000, 1), grants=(), granted=()) == ["dma-unknown"]
+    assert found(run(0xFFFF8, 100, 8), grants=(), granted=()) == []
+    assert found(run(0, 7000, 1), grants=(), granted=()) == ["dma-unknown"]

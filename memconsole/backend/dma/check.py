@@ -1,26 +1,35 @@
 """What devices reach by kernel truth, against what their guests were granted: findings.
 
-    dma-lost       a grant is for a device that nobody holds any more: it reaches nothing
-    dma-missing    pages of a grant that the device's page tables lack
-    dma-unknown    pages in the tables that no grant accounts for: the device reaches them
-    dma-elsewhere  pages that lead to other frames than the region has (its file was punched under the device)
-                   (where a VMM fills the address space, :mod:`.filled` compares by frame: no page is elsewhere)
-    device-shared  a device of a guest is not alone in its IOMMU group: the others reach the same memory
+    dma-lost           a grant is for a device that nobody holds any more: it reaches nothing
+    dma-missing        pages of a grant that the device's page tables lack
+    dma-writable       pages a device may write to, and its guest may only read
+    dma-unknown        pages in the tables that no grant accounts for: the device reaches them
+    dma-elsewhere      pages that lead to other frames than the region has (its file was punched under the device)
+                       (where a VMM fills the address space, :mod:`.filled` compares by frame: no page is elsewhere)
+    dma-outside        a target that is no region's memory, no window of a device and no MSI: a kexec would not keep it
+    frame-shared       a device reaches frames of a region that is not its guest's
+    device-shared      a device of a guest is not alone in its IOMMU group: the others reach the same memory
+    device-interrupts  interrupts are not remapped: a device of a guest can send the host any of them
 
-Page tables are compared where the kernel shows them (:mod:`~memconsole.backend.kernel.vtd`), frames for regions up to
-``FRAMES_MAX``; what is not compared is not claimed.
+Page tables are compared where the kernel shows them (:mod:`~memconsole.backend.kernel.iommu`), frames for regions up to
+``FRAMES_MAX``; what is not compared is not claimed. Devices that others have by VFIO are looked at where a kexec could
+find them at work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import bisect
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from memconsole.backend.dma import filled
-from memconsole.backend.kernel import iommu, pci, tree, vtd
+from memconsole.backend.kernel import iommu, kho, pci, tree, vtd
+from memconsole.backend.kernel.pci import Function
 from memconsole.backend.stores import memfd
 from memconsole.errors import NotFound
-from memconsole.model import Finding, Grant, Severity
+from memconsole.extents import Change, ChangeKind, Extent, ExtentTable, Flag, Part
+from memconsole.model import Access, Finding, Grant, Severity
 from memconsole.units import PAGE, format_address, format_size
 
 if TYPE_CHECKING:
@@ -28,87 +37,266 @@ if TYPE_CHECKING:
 
 FRAMES_MAX = 4 << 30
 """Bytes of a region up to which its frames are read for each look: tens of milliseconds."""
+TARGETS_MAX = 10_000
+"""Runs of frames that no grant accounts for of which it is asked whose they are."""
 _BRIDGE = 0x06
+_VFIO = "vfio-pci"
+_REACH = Flag.PRESENT | Flag.READ | Flag.WRITE
 
-
-class Run(NamedTuple):
-    """Pages from ``page`` on that lead to frames from ``pfn`` on; numbers of 4 KiB pages."""
-
-    page: int
-    pfn: int
-    pages: int
+Frames = Mapping[str, Part | None]
+"""Where the region of each grant has its pages: those of a table that are the grant's; None where they are not read."""
+Whose = Callable[[Extent], str | None]
+"""The region that has a run of frames; an empty string for a window of a device; None for anything else."""
 
 
 def check(desk: Desk) -> tuple[Finding, ...]:
-    """The findings about every device that the ledger grants memory for; none while an action is under way.
+    """The findings about the devices of guests, and of others by VFIO; none while an action is under way.
 
     Raises:
         Denied, KernelRefused, BadFile: the devices of this host cannot be read.
     """
     state = desk.state
-    given: dict[tuple[str, str], list[Grant]] = {}
-    for grant in state.grants.values():
-        if grant.dma is not None:
-            given.setdefault((grant.guest, grant.dma), [])
-    by_vmm = desk.spaces.filled
-    for bdf, guest in desk.spaces.devices.items():
-        if guest in by_vmm:  # it has what it was handed, also when its grants are gone
-            given.setdefault((guest, bdf), [])
-    if state.unfinished or not given:
+    given = _given(desk)
+    functions = pci.functions(desk.root) if tree.exists(desk.root, "/sys/bus/pci/devices") else ()
+    held = desk.spaces.devices
+    others = [each.device for each in functions if each.device.driver == _VFIO and each.device.bdf not in held]
+    others = others if others and kho.survival(desk.root).luo else []
+    if state.unfinished or not (given or others):
         return ()
-    for (guest, _), grants in given.items():
-        grants += [grant for grant in state.grants_of(guest=guest) if grant.dma is not None]
-    found: list[Finding] = [*_lost(given, desk.spaces.devices), *_shared(desk.root, {bdf for _, bdf in given})]
-    for (guest, bdf), grants in given.items():
-        if guest in by_vmm:
-            found += _filled(desk, guest, bdf, grants)
-        elif desk.spaces.devices.get(bdf) == guest and (runs := _runs(desk.root, bdf)) is not None:
-            frames = {grant.id: _frames(desk, grant) for grant in grants}
-            found += compare(bdf, grants, runs, frames)
+    devices = {bdf for _, bdf in given}
+    found: list[Finding] = [*_lost(given, held), *_shared(functions, devices), *_interrupts(desk.root, devices)]
+    with contextlib.ExitStack() as opened:
+        look = _Look(desk, functions, opened)
+        for (guest, bdf), grants in given.items():
+            if guest in desk.spaces.filled:
+                found += _filled(look, guest, bdf, grants)
+            elif held.get(bdf) == guest and (table := look.reached(bdf)) is not None:
+                frames = {grant.id: look.part(grant) for grant in grants}
+                owned = {grant.region for grant in grants}
+                differences = compare(grants, table, frames)
+                found += told(bdf, grants, differences)
+                found += _targets(bdf, differences.unknown[:TARGETS_MAX], look.whose, owned)
+        for device in others:
+            if (table := look.reached(device.bdf)) is not None:
+                found += _targets(device.bdf, list(table.rows(0, TARGETS_MAX)), look.whose, set())
     return tuple(found) if desk.state is state else ()
 
 
-def compare(
-    bdf: str, grants: Sequence[Grant], runs: Sequence[Run], frames: Mapping[str, Sequence[Run] | None]
-) -> Iterator[Finding]:
-    """What a device's page tables say, against grants with a GPA and their frames by IOVA page (None: not read)."""
-    evidence = f"{vtd.DEBUGFS}/{bdf}"
-    known = 0
+def _given(desk: Desk) -> dict[tuple[str, str], list[Grant]]:
+    """The grants for devices of each guest, by guest and device."""
+    given: dict[tuple[str, str], list[Grant]] = {}
+    for grant in desk.state.grants.values():
+        if grant.dma is not None:
+            given.setdefault((grant.guest, grant.dma), [])
+    for bdf, guest in desk.spaces.devices.items():
+        if guest in desk.spaces.filled:  # it has what it was handed, also when its grants are gone
+            given.setdefault((guest, bdf), [])
+    for (guest, _), grants in given.items():
+        grants += [grant for grant in desk.state.grants_of(guest=guest) if grant.dma is not None]
+    return given
+
+
+class Differences(NamedTuple):
+    """Pages by grant that a device lacks, finds elsewhere, or may write to and should not; and what is no grant's."""
+
+    missing: dict[str, int]
+    elsewhere: dict[str, int]
+    writable: dict[str, int]
+    unknown: list[Extent]
+
+
+def compare(grants: Sequence[Grant], table: ExtentTable, frames: Frames) -> Differences:
+    """What a device's page tables say, against grants with a GPA and the frames of their regions."""
+    grants = sorted(grants, key=_first)
+    missing, elsewhere, writable = (dict.fromkeys((grant.id for grant in grants), 0) for _ in range(3))
+    unknown: list[Extent] = []
+    with ExtentTable.of_parts(_meant(grants, frames, table)) as meant, _plain(table) as reached:
+        for change in meant.diff(reached):
+            for grant, piece in _split(change, grants):
+                if grant is None:
+                    unknown.append(piece)
+                elif change.kind is ChangeKind.VANISHED:
+                    missing[grant.id] += piece.count
+                elif change.kind is not ChangeKind.FLAGS:
+                    elsewhere[grant.id] += piece.count
+                elif change.new_flags & ~change.old_flags & Flag.WRITE:
+                    writable[grant.id] += piece.count
     for grant in grants:
-        first, pages = (grant.gpa or 0) // PAGE, grant.length // PAGE
-        inside = [_cut(run, first, pages) for run in runs if run.page < first + pages and first < run.page + run.pages]
-        covered = sum(run.pages for run in inside)
-        known += covered
-        if covered < pages:
-            what = f"device {bdf} lacks {format_size((pages - covered) * PAGE)} of {grant.id}: its DMA there fails"
-            remedy = f"memconsole revoke {grant.id}, and map it again"
+        if frames[grant.id] is None:
+            missing[grant.id] = _pages(grant) - _present(table, grant)
+    return Differences(missing, elsewhere, writable, unknown)
+
+
+def told(bdf: str, grants: Sequence[Grant], found: Differences) -> Iterator[Finding]:
+    """Differences as findings."""
+    evidence = f"IOMMU page tables of {bdf}"
+    again = "and map it again"
+    for grant in grants:
+        if pages := found.missing[grant.id]:
+            what = f"device {bdf} lacks {format_size(pages * PAGE)} of {grant.id}: its DMA there fails"
+            remedy = f"memconsole revoke {grant.id}, {again}"
             yield Finding("dma-missing", Severity.WARNING, grant.id, what, evidence, remedy)
-        meant = frames[grant.id]
-        if meant is not None and (wrong := covered - _same(inside, meant)):
-            what = f"device {bdf} finds other frames than region {grant.region} has in {format_size(wrong * PAGE)}"
-            remedy = f"revoke {grant.id}, and map it again: somebody emptied parts of the region under the device"
+        if pages := found.elsewhere[grant.id]:
+            what = f"device {bdf} finds other frames than region {grant.region} has in {format_size(pages * PAGE)}"
+            remedy = f"revoke {grant.id}, {again}: somebody emptied parts of the region under the device"
             yield Finding("dma-elsewhere", Severity.ERROR, grant.id, what, evidence, remedy)
-    total = sum(run.pages for run in runs)
-    if total > known:
-        outside = next(run for run in runs if not any(_inside(run, grant) for grant in grants))
-        what = f"device {bdf} reaches {format_size((total - known) * PAGE)} that no grant accounts for"
-        evidence = f"{evidence}: IOVA {format_address(outside.page * PAGE)} leads to PFN {outside.pfn:#x}"
+        if pages := found.writable[grant.id]:
+            what = f"device {bdf} may write to {format_size(pages * PAGE)} of {grant.id}, which is granted to be read"
+            yield Finding("dma-writable", Severity.ERROR, grant.id, what, evidence, f"memconsole revoke {grant.id}")
+    if found.unknown:
+        size = format_size(sum(piece.count for piece in found.unknown) * PAGE)
+        what = f"device {bdf} reaches {size} that no grant accounts for"
         remedy = "revoke the device's grants: that closes it"
-        yield Finding("dma-unknown", Severity.ERROR, bdf, what, evidence, remedy)
+        yield Finding("dma-unknown", Severity.ERROR, bdf, what, f"{evidence}: {_where(found.unknown[0])}", remedy)
 
 
-def _filled(desk: Desk, guest: str, bdf: str, grants: Sequence[Grant]) -> list[Finding]:
+def _where(run: Extent) -> str:
+    return f"IOVA {format_address(run.offset * PAGE)} leads to PFN {run.pfn:#x}"
+
+
+def _targets(bdf: str, runs: Sequence[Extent], whose: Whose, owned: set[str]) -> Iterator[Finding]:
+    """Whose frames they are that a device reaches and no grant says so."""
+    shared: dict[str, Extent] = {}
+    outside: list[Extent] = []
+    for run in runs:
+        owner = whose(run)
+        if owner is None:
+            outside.append(run)
+        elif owner and owner not in owned:
+            shared.setdefault(owner, run)
+    evidence = f"IOMMU page tables of {bdf}"
+    for region, run in shared.items():
+        where = f"{evidence}: {_where(run)}"
+        what = f"frames of region {region} are reached by device {bdf} too, which is not its guest's"
+        yield Finding("frame-shared", Severity.ERROR, bdf, what, where, f"end whoever holds device {bdf}")
+    if outside:
+        size = format_size(sum(run.count for run in outside) * PAGE)
+        where = f"{evidence}: {_where(outside[0])}"
+        what = f"{size} that device {bdf} reaches are no region's memory, no window and no MSI: a kexec loses them"
+        remedy = "stop the device before a handoff, or give its guest regions: memconsole map --dma"
+        yield Finding("dma-outside", Severity.WARNING, bdf, what, where, remedy)
+
+
+def _meant(grants: Sequence[Grant], frames: Frames, table: ExtentTable) -> Iterator[Part]:
+    """What the table should be; where frames were not read, what it is."""
+    for grant in grants:
+        first, pages = _first(grant), _pages(grant)
+        access = _REACH if grant.access is Access.RW else Flag.PRESENT | Flag.READ
+        part = frames[grant.id]
+        if part is None:
+            yield Part(table, first, pages, first, _REACH)
+        else:
+            yield part._replace(pages=pages, to=first, keep=Flag(0), add=access)
+
+
+def _plain(table: ExtentTable) -> ExtentTable:
+    """The table without what says how large its leaves are."""
+    span = table.end - table.first
+    return ExtentTable.of_parts([Part(table, table.first, span, table.first, _REACH)] if span else [])
+
+
+def _split(change: Change, grants: Sequence[Grant]) -> Iterator[tuple[Grant | None, Extent]]:
+    """The parts of a change that lie in grants (sorted by GPA), and those between them."""
+    at, end = change.offset, change.offset + change.count
+    while at < end:
+        row = bisect.bisect_right(grants, at, key=_first) - 1
+        inside = grants[row] if row >= 0 and at < _first(grants[row]) + _pages(grants[row]) else None
+        if inside is not None:
+            stop = min(end, _first(inside) + _pages(inside))
+        else:
+            stop = min(end, _first(grants[row + 1])) if row + 1 < len(grants) else end
+        yield inside, Extent(at, change.new_pfn + at - change.offset, stop - at, change.new_flags)
+        at = stop
+
+
+def _present(table: ExtentTable, grant: Grant) -> int:
+    with ExtentTable.of_parts([Part(table, _first(grant), _pages(grant), 0)]) as part:
+        return part.stats().present
+
+
+def _first(grant: Grant) -> int:
+    return (grant.gpa or 0) // PAGE
+
+
+def _pages(grant: Grant) -> int:
+    return grant.length // PAGE
+
+
+class _Look:
+    """The tables of regions and devices, read when they are asked for, closed with the look that asked."""
+
+    def __init__(self, desk: Desk, functions: Sequence[Function], opened: contextlib.ExitStack) -> None:
+        self.desk = desk
+        self._opened = opened
+        self._groups = {function.device.bdf: function.device.group for function in functions}
+        self._tables: dict[tuple[str, int], ExtentTable | None] = {}
+        bars = (bar for function in functions for bar in function.bars if not bar.io)
+        self._windows = sorted((bar.start // PAGE, -(-(bar.start + bar.size) // PAGE)) for bar in bars)
+
+    def part(self, grant: Grant) -> Part | None:
+        """A grant's pages in the table of its segment; None where it is not read."""
+        index, offset = divmod(grant.offset, memfd.SEGMENT)
+        table = self._segment(grant.region, index)
+        return None if table is None else Part(table, offset // PAGE, grant.length // PAGE, 0)
+
+    def whose(self, run: Extent) -> str | None:
+        """The region that has a run's first frame; an empty string for a window."""
+        row = bisect.bisect_right(self._windows, (run.pfn, 1 << 64)) - 1
+        if row >= 0 and run.pfn < self._windows[row][1]:
+            return ""
+        for name, region in self.desk.state.regions.items():
+            for index in range(len(region.segments)):
+                table = self._segment(name, index)
+                if table is not None and table.lookup_pfn(run.pfn) is not None:
+                    return name
+        return None
+
+    def reached(self, bdf: str) -> ExtentTable | None:
+        """A device's address space as it is now; None where the kernel does not show it, or it is too much."""
+        group = self._groups.get(bdf)
+        if group is None:
+            return None
+        try:
+            table = iommu.table(self.desk.root, str(group), vtd.Budget(iommu.LEAVES_MAX))
+        except (*tree.UNREADABLE, vtd.TooMany):
+            return None
+        return self._opened.enter_context(table)
+
+    def _segment(self, name: str, index: int) -> ExtentTable | None:
+        key = name, index
+        if key not in self._tables:
+            self._tables[key] = self._scan(name, index)
+        return self._tables[key]
+
+    def _scan(self, name: str, index: int) -> ExtentTable | None:
+        region = self.desk.state.regions[name]
+        if region.size > FRAMES_MAX:
+            return None
+        try:
+            with self.desk.borrowed(name) as fds:
+                return self._opened.enter_context(ExtentTable.scan_fd(fds[index], region.segments[index].size))
+        except NotFound:
+            return None
+
+
+def _filled(look: _Look, guest: str, bdf: str, grants: Sequence[Grant]) -> list[Finding]:
+    """A device whose address space a VMM fills; looked at twice, for its guest may have moved something meanwhile."""
+    parts = [look.part(grant) for grant in grants]
+    granted = [(row.pfn, row.count) for part in parts if part is not None for row in _rows(part)]
     found: list[Finding] = []
-    for _ in range(2):  # the guest may have moved something between the looks
-        runs, own = _runs(desk.root, bdf), filled.own_frames(desk, guest)
-        frames = [_frames(desk, grant) for grant in grants]
-        if runs is None or own is None or None in frames:
+    for _ in range(2):
+        table, own = look.reached(bdf), filled.own_frames(look.desk, guest)
+        if table is None or own is None or None in parts:
             return []
-        granted = [(run.pfn, run.pages) for each in frames for run in each or ()]
-        found = list(filled.compare(bdf, grants, runs, granted, own))
+        found = list(filled.compare(bdf, grants, list(table), granted, own))
         if not found:
             break
     return found
+
+
+def _rows(part: Part) -> list[Extent]:
+    with ExtentTable.of_parts([part]) as table:
+        return table.rows()
 
 
 def _lost(given: Iterable[tuple[str, str]], attached: Mapping[str, str]) -> Iterator[Finding]:
@@ -119,8 +307,8 @@ def _lost(given: Iterable[tuple[str, str]], attached: Mapping[str, str]) -> Iter
             yield Finding("dma-lost", Severity.WARNING, bdf, what, "custody", remedy)
 
 
-def _shared(root: tree.Root, devices: set[str]) -> Iterator[Finding]:
-    known = [function.device for function in pci.functions(root)]
+def _shared(functions: Sequence[Function], devices: set[str]) -> Iterator[Finding]:
+    known = [function.device for function in functions]
     for device in known:
         if device.bdf not in devices:
             continue
@@ -136,54 +324,13 @@ def _shared(root: tree.Root, devices: set[str]) -> Iterator[Finding]:
             yield Finding("device-shared", Severity.WARNING, device.bdf, what, where, remedy)
 
 
-def _runs(root: tree.Root, bdf: str) -> list[Run] | None:
-    """What a device's tables lead to; None where the kernel does not show them, or they are too many."""
-    try:
-        with vtd.table(root, bdf, vtd.Budget(iommu.LEAVES_MAX)) as found:
-            return [Run(row.offset, row.pfn, row.count) for row in found]
-    except (*tree.UNREADABLE, vtd.TooMany):
-        return None
-
-
-def _frames(desk: Desk, grant: Grant) -> list[Run] | None:
-    """Where the region has a grant's pages, by IOVA page."""
-    from memconsole.extents import ExtentTable
-
-    region = desk.state.regions[grant.region]
-    if region.size > FRAMES_MAX:
-        return None
-    index, offset = divmod(grant.offset, memfd.SEGMENT)
-    try:
-        with (
-            desk.borrowed(grant.region) as fds,
-            ExtentTable.scan_fd(fds[index], region.segments[index].size) as table,
-        ):
-            base = ((grant.gpa or 0) - offset) // PAGE
-            return [Run(base + row.offset, row.pfn, row.count) for row in table]
-    except NotFound:
-        return None
-
-
-def _cut(run: Run, first: int, pages: int) -> Run:
-    """The part of a run that lies in a range of pages."""
-    start, end = max(run.page, first), min(run.page + run.pages, first + pages)
-    return Run(start, run.pfn + start - run.page, end - start)
-
-
-def _inside(run: Run, grant: Grant) -> bool:
-    first = (grant.gpa or 0) // PAGE
-    return first <= run.page and run.page + run.pages <= first + grant.length // PAGE
-
-
-def _same(runs: Sequence[Run], meant: Sequence[Run]) -> int:
-    """How many pages lead to the same frames in both, each sorted by page."""
-    same = at = 0
-    for run in runs:
-        while at < len(meant) and meant[at].page + meant[at].pages <= run.page:
-            at += 1
-        for other in meant[at:]:
-            if other.page >= run.page + run.pages:
-                break
-            if other.pfn - other.page == run.pfn - run.page:
-                same += min(run.page + run.pages, other.page + other.pages) - max(run.page, other.page)
-    return same
+def _interrupts(root: tree.Root, devices: set[str]) -> Iterator[Finding]:
+    """Devices of guests where an IOMMU of Intel or AMD remaps no interrupts: their chips would be named IR-..."""
+    kinds = {unit.kind for unit in iommu.units(root)} if devices else set()
+    if not kinds & {"intel-iommu", "amd-iommu"} or b" IR-" in tree.read(root, "/proc/interrupts"):
+        return
+    for bdf in sorted(devices):
+        what = f"device {bdf} can send the host any interrupt: they are not remapped"
+        remedy = "switch interrupt remapping on in the firmware, and boot without intremap=off"
+        where = "/proc/interrupts: no chip of it is IR-..."
+        yield Finding("device-interrupts", Severity.WARNING, bdf, what, where, remedy)

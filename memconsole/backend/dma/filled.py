@@ -11,24 +11,26 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from memconsole.backend.kernel import procmaps, tree, vtd
+from memconsole.backend.kernel import procmaps, tree
 from memconsole.errors import MemconsoleError
 from memconsole.model import Finding, Grant, Severity
 from memconsole.units import PAGE, format_address, format_size
 
 if TYPE_CHECKING:
     from memconsole.backend.desk import Desk
-    from memconsole.backend.dma.check import Run
+    from memconsole.extents import Extent
 
 Frames = Sequence[tuple[int, int]]
 """Runs of frames: the first PFN, and how many."""
 
 
-def compare(bdf: str, grants: Sequence[Grant], runs: Sequence[Run], granted: Frames, own: Frames) -> Iterator[Finding]:
+def compare(
+    bdf: str, grants: Sequence[Grant], runs: Sequence[Extent], granted: Frames, own: Frames
+) -> Iterator[Finding]:
     """What a device's page tables say, against the frames its guest was granted and those of its VMM."""
-    evidence = f"{vtd.DEBUGFS}/{bdf}"
+    evidence = f"IOMMU page tables of {bdf}"
     known = _merged(granted)
-    if grants and not any(_outside(run, known) < run.pages for run in runs):
+    if grants and not any(_outside(run, known) < run.count for run in runs):
         names = ", ".join(grant.id for grant in grants)
         what = f"device {bdf} reaches nothing of {names}: its VMM does not let it"
         yield Finding("dma-missing", Severity.WARNING, bdf, what, evidence, "look into the guest's log")
@@ -38,7 +40,7 @@ def compare(bdf: str, grants: Sequence[Grant], runs: Sequence[Run], granted: Fra
         run = strange[0][0]
         size = format_size(sum(pages for _, pages in strange) * PAGE)
         what = f"device {bdf} reaches {size} that is neither granted to its guest nor its VMM's"
-        evidence = f"{evidence}: IOVA {format_address(run.page * PAGE)} leads to PFN {run.pfn:#x} and on"
+        evidence = f"{evidence}: IOVA {format_address(run.offset * PAGE)} leads to PFN {run.pfn:#x} and on"
         yield Finding("dma-unknown", Severity.ERROR, bdf, what, evidence, "stop its guest: that closes the device")
 
 
@@ -79,12 +81,12 @@ def _merged(frames: Frames) -> list[tuple[int, int]]:
     return merged
 
 
-def _outside(run: Run, known: Sequence[tuple[int, int]]) -> int:
+def _outside(run: Extent, known: Sequence[tuple[int, int]]) -> int:
     """How many pages of a run lead to frames that are not known."""
     from bisect import bisect_right
 
-    end = run.pfn + run.pages
-    left = run.pages
+    end = run.pfn + run.count
+    left = run.count
     for first, last in known[max(0, bisect_right(known, (run.pfn, end)) - 1) :]:
         if first >= end:
             break

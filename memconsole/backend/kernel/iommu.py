@@ -78,10 +78,11 @@ def domains(root: Root = "/", *, leaves_max: int = LEAVES_MAX) -> tuple[Domain, 
     return tuple(found)
 
 
-def table(root: Root, group: str) -> ExtentTable:
+def table(root: Root, group: str, budget: Budget | None = None) -> ExtentTable:
     """The address space of a group by IOVA page, which the caller closes; all of its devices share it.
 
     Raises:
+        TooMany: the budget, if one is given, does not last.
         NotFound: there is no such group, or its page tables are not shown: why not.
         Denied, KernelRefused, BadFile: they cannot be read.
     """
@@ -97,7 +98,7 @@ def table(root: Root, group: str) -> ExtentTable:
         raise NotFound(what, "no device is in it")
     assert unit is not None  # noqa: S101 - else there was a reason
     try:
-        return _WALKS[unit.kind](root, min(devices), None)
+        return _WALKS[unit.kind](root, min(devices), budget)
     except NotFound as error:
         raise NotFound(what, _no_debugfs(unit, error)) from error
 

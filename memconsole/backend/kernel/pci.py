@@ -4,6 +4,7 @@
     /sys/bus/pci/devices/BDF/resource       rows 0-5 are BARs (6 the ROM, then windows of a bridge):
                                             START " " END " " FLAGS, hexadecimal, END inclusive, zeros where unused
     /sys/bus/pci/devices/BDF/{numa_node,iommu_group}
+    /sys/bus/pci/devices/BDF -> .../BRIDGE/BDF
 
 A process maps a BAR through sysfs (``.../BDF/resourceN``) or VFIO (``anon_inode:[vfio-device]``,
 ``/dev/vfio/devices/vfioN``; the offset is the BAR's number << 40).
@@ -28,6 +29,7 @@ _DEVICES = "/sys/bus/pci/devices"
 _BARS = 6
 _IO, _MEM, _PREFETCH, _MEM_64 = 0x100, 0x200, 0x2000, 0x100000
 _UNSET, _DISABLED = 0x20000000, 0x10000000
+_BDF = re.compile(r"[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 _SYSFS = re.compile(r".*/([0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7])/resource(\d)(?:_wc)?")
 _VFIO_ANON, _VFIO_CDEV, _VFIO_GROUP = "anon_inode:[vfio-device]", "/dev/vfio/devices/", "/dev/vfio/"
 _VFIO_INDEX = 40
@@ -104,6 +106,20 @@ def holders(census: Census, known: Iterable[Function]) -> dict[str, tuple[int, .
     return {window: tuple(sorted(pids)) for window, pids in found.items()}
 
 
+def openers(census: Census) -> dict[str, tuple[int, ...]]:
+    """The PIDs that have each device by VFIO, mapped or not, by BDF.
+
+    Raises:
+        KernelRefused, BadFile: a process cannot be read.
+    """
+    found: dict[str, set[int]] = {}
+    for process in census.processes.values():
+        if any("vfio" in link for link in process.fds.values()):
+            for bdf in _vfio_devices(census.root, process):
+                found.setdefault(bdf, set()).add(process.pid)
+    return {bdf: tuple(sorted(pids)) for bdf, pids in found.items()}
+
+
 def _function(root: Root, bdf: str) -> Function:
     base = f"{_DEVICES}/{bdf}"
     source = f"{base}/uevent"
@@ -119,6 +135,7 @@ def _function(root: Root, bdf: str) -> Function:
             driver=pairs.get("DRIVER"),
             group=None if group is None else int(group),
             node=_node(root, base),
+            bridge=_bridge(root, base),
         )
     except (KeyError, ValueError) as error:
         raise tree.malformed(source, pairs) from error
@@ -132,6 +149,11 @@ def _node(root: Root, base: str) -> int:
         return tree.number(root, f"{base}/numa_node", 10)
     except NotFound:
         return -1
+
+
+def _bridge(root: Root, base: str) -> str | None:
+    above = (tree.link(root, base) or "").split("/")[-2:-1]
+    return above[0] if above and _BDF.fullmatch(above[0]) else None
 
 
 def _bar(device: Device, number: int, row: str) -> Window | None:
@@ -189,6 +211,8 @@ def _vfio_devices(root: Root, process: Process) -> list[str]:
     for fd, link in process.fds.items():
         if link == _VFIO_ANON:
             said.update(_syspath(root, process.pid, fd))
+        elif link.startswith(_VFIO_CDEV):
+            said.update(filter(None, [_cdev(root, link.removeprefix(_VFIO_CDEV))]))
         elif link.startswith(_VFIO_GROUP) and link.removeprefix(_VFIO_GROUP).isdecimal():
             group_fds.append(link.removeprefix(_VFIO_GROUP))
     if not said:

@@ -15,7 +15,8 @@ from textual.widget import Widget
 from memconsole.fields import TABLES, Table
 from memconsole.model import Snapshot
 from memconsole.views import tables
-from memconsole.views.screens.listing import PFN_KEY, action_bindings, make_table, prefill
+from memconsole.views.screens.listing import JOINED_KEY, PFN_KEY, action_bindings, make_table, prefill
+from memconsole.views.screens.reach import Reach
 from memconsole.views.view import View, entitle
 from memconsole.views.widgets.facts import Lines, facts_of, laid_out
 from memconsole.views.widgets.table import VirtualTable
@@ -126,7 +127,7 @@ class Detail(View):
         """Grey out what cannot be done to this entity."""
         if action == "act":
             return True if self.why_not(str(parameters[0])) == "" else None
-        if action in {"pfn", "subject"}:
+        if action in {"pfn", "subject", "joined"}:
             return True if self.item is not None and not self._gone else None
         return super().check_action(action, parameters)
 
@@ -142,6 +143,11 @@ class Detail(View):
         """Open this entity's PFN map."""
         if self.item is not None:
             self.console.open_pfn(self.TABLE.id, self.item)
+
+    def action_joined(self) -> None:
+        """Open this guest's memory joined with frames, windows and IOVAs."""
+        if self.item is not None:
+            self.console.open_reach(self.item.name)
 
 
 class RegionDetail(Detail):
@@ -165,7 +171,7 @@ class GuestDetail(Detail):
     """A guest: its RAM joined with the regions behind it, its grants, windows and vCPUs."""
 
     TABLE = TABLES["guests"]
-    BINDINGS: ClassVar[list[BindingType]] = [*action_bindings("guests", on_subject=True), PFN_KEY]
+    BINDINGS: ClassVar[list[BindingType]] = [*action_bindings("guests", on_subject=True), PFN_KEY, JOINED_KEY]
     SECTIONS = (
         Section(tables.RAM, lambda _, guest: guest.seen.ram if guest.seen else ()),
         Section(TABLES["grants"], lambda snapshot, guest: [g for g in snapshot.grants if g.guest == guest.name]),
@@ -253,7 +259,7 @@ class EventDetail(Note):
     TABLE = TABLES["events"]
 
 
-DETAILS: dict[str, type[Detail]] = {
+DETAILS: dict[str, type[View]] = {
     "region": RegionDetail,
     "guest": GuestDetail,
     "grant": GrantDetail,
@@ -263,5 +269,6 @@ DETAILS: dict[str, type[Detail]] = {
     "domain": DomainDetail,
     "finding": FindingDetail,
     "event": EventDetail,
+    "reach": Reach,
 }
 """The detail of each kind of subject."""

@@ -64,7 +64,7 @@ class ActionTable(VirtualTable):
         """Grey out actions where nothing may be changed, and those that need a row where there is none."""
         if action == "act":
             return True if self.why_not(str(parameters[0])) == "" else None
-        if action == "pfn":
+        if action in {"pfn", "joined"}:
             return True if self.selected is not None else None
         return super().check_action(action, parameters)
 
@@ -81,8 +81,16 @@ class ActionTable(VirtualTable):
         if self.selected is not None:
             self.console.open_pfn(self.table.id, self.selected)
 
+    def action_joined(self) -> None:
+        """Open the memory of the guest under the cursor, joined with frames, windows and IOVAs."""
+        if self.selected is not None:
+            self.console.open_reach(self.selected.name)
+
 
 PFN_KEY = Binding("f", "pfn", "PFN map", id="pfn", tooltip="where every page of it is")
+
+
+JOINED_KEY = Binding("w", "joined", "Joined", id="joined", tooltip="its memory with frames, windows and IOVAs")
 
 
 class RegionTable(ActionTable):
@@ -94,7 +102,7 @@ class RegionTable(ActionTable):
 class GuestTable(ActionTable):
     """Guests, and what is done to them."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [*action_bindings("guests"), PFN_KEY]
+    BINDINGS: ClassVar[list[BindingType]] = [*action_bindings("guests"), PFN_KEY, JOINED_KEY]
 
 
 class GrantTable(ActionTable):

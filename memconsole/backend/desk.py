@@ -267,14 +267,24 @@ class Desk:
         return survey.windows(self.state, census.take(self.root, closed=self.exempt), Readers())
 
     def reaches_window(self, guest: Guest, window: Window) -> bool:
-        """Whether a guest's process maps a window, or holds its resource file."""
+        """Whether a guest's process maps a window, or holds its resource file, or the device's.
+
+        The device's file is not counted while the guest has another window of it, which it may be open for.
+        """
         seen = census.take(self.root, closed=self.exempt)
         process = seen.processes.get(guest.pid or 0)
         if process is None or process.start_ticks != guest.start_ticks:
             return False
         holders = pci.holders(seen, pci.functions(self.root))
         name = f"{window.bdf}/resource{window.bar}"
-        return process.pid in holders.get(window.id, ()) or any(link.endswith(name) for link in process.fds.values())
+        if process.pid in holders.get(window.id, ()) or any(link.endswith(name) for link in process.fds.values()):
+            return True
+        others = [
+            grant
+            for grant in self.state.windows.values()
+            if grant.guest == guest.name and grant.window != window.id and grant.window.startswith(f"{window.bdf}:")
+        ]
+        return not others and process.pid in pci.openers(seen).get(window.bdf, ())
 
     # --- guests ---------------------------------------------------------------------------------------------------
 
@@ -372,7 +382,8 @@ class Desk:
 
     @contextlib.contextmanager
     def shown(self, grant: WindowGrant) -> Iterator[Offer]:
-        """A window as its guest receives it: the BAR's resource file of sysfs, closed when it was handed over.
+        """A window as its guest receives it, closed when it was handed over: a part of the device's VFIO file, where it
+        is attached for this guest (a kernel with IO_STRICT_DEVMEM maps it no other way then), else its file in sysfs.
 
         Raises:
             NotFound, Denied, KernelRefused: the device is gone, or its file cannot be opened.
@@ -380,6 +391,11 @@ class Desk:
         from memconsole.backend.guests.base import Offer
 
         bdf, _, bar = grant.window.rpartition(":")
+        with self.spaces.bar(grant.guest, bdf, int(bar)) as found:
+            if found is not None:
+                device, region = found
+                yield Offer(grant.id, device, region.offset, region.size, Access.RW, None, window=True)
+                return
         path = f"/sys/bus/pci/devices/{bdf}/resource{bar}"
         try:
             fd = os.open(tree.below(self.root, path), os.O_RDWR | os.O_CLOEXEC)

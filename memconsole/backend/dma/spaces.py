@@ -148,6 +148,24 @@ class Spaces:
                 stack.callback(os.close, devices[-1])
             yield fd, tuple(devices)
 
+    @contextlib.contextmanager
+    def bar(self, guest: str, bdf: str, number: int) -> Iterator[tuple[int, vfio.Region] | None]:
+        """A BAR of a device as its file has it, closed again; None where the guest's device cannot be mapped so.
+
+        Raises:
+            KernelRefused: the device does not say.
+        """
+        with self._lock:
+            if self._devices.get(bdf) != guest or guest in self.filled:
+                yield None
+                return
+            device, _ = self._desk.custody.get(_DEVICE + bdf)
+            try:
+                region = vfio.region(device, number)
+                yield (device, region) if region.mappable else None
+            finally:
+                os.close(device)
+
     def map(self, grant: Grant) -> None:
         """Let the devices of a grant's guest reach it, at its GPA.
 

@@ -27,8 +27,8 @@ CONTAINER = "/dev/vfio/vfio"
 GROUPS = "/dev/vfio"
 
 _IO = ord(";") << 8
-_CHECK_EXTENSION, _SET_IOMMU, _GROUP_STATUS, _SET_CONTAINER, _GET_DEVICE, _MAP, _UNMAP = (
-    _IO | 100 + number for number in (1, 2, 3, 4, 6, 13, 14)
+_CHECK_EXTENSION, _SET_IOMMU, _GROUP_STATUS, _SET_CONTAINER, _GET_DEVICE, _GET_INFO, _MAP, _UNMAP = (
+    _IO | 100 + number for number in (1, 2, 3, 4, 6, 12, 13, 14)
 )
 _TYPE1V2 = 3
 _VIABLE = 1
@@ -130,8 +130,24 @@ def unmap(container: int, iova: int, length: int) -> int:
     Raises:
         KernelRefused: a mapping lies across an end of the range; nothing was unmapped.
     """
-    answer = call("VFIO_IOMMU_UNMAP_DMA", container, _UNMAP, struct.pack("IIQQ", 24, 0, iova, length))
+    try:
+        answer = call("VFIO_IOMMU_UNMAP_DMA", container, _UNMAP, struct.pack("IIQQ", 24, 0, iova, length))
+    except KernelRefused as error:
+        if error.errno == errno.EINVAL and not _has_group(container):
+            return 0
+        raise
     return int(struct.unpack_from("Q", answer, 16)[0])
+
+
+def _has_group(container: int) -> bool:
+    """Whether a container maps anything: it does with the first of its groups, and no more once the last has left."""
+    try:
+        call("VFIO_IOMMU_GET_INFO", container, _GET_INFO, struct.pack("IIQII", 24, 0, 0, 0, 0))
+    except KernelRefused as error:
+        if error.errno == errno.EINVAL:
+            return False
+        raise
+    return True
 
 
 def _open(root: Root, path: str) -> int:

@@ -14,6 +14,7 @@ import errno
 import fcntl
 import os
 import struct
+from typing import NamedTuple
 
 from memconsole.backend.kernel import tree
 from memconsole.backend.kernel.tree import Root
@@ -26,6 +27,7 @@ _GET_REGION_INFO = ord(";") << 8 | 100 + 8
 _CONFIG_REGION = 7
 _COMMAND = 4
 _MEMORY, _MASTER = 2, 4
+_MAPPABLE = 4
 
 
 def driver(root: Root, bdf: str) -> str | None:
@@ -82,6 +84,28 @@ def open_device(root: Root, bdf: str) -> int:
         raise tree.failure(path, error) from error
 
 
+class Region(NamedTuple):
+    """A region of a device (a BAR by its number, the configuration space): where it is in the device's file."""
+
+    offset: int
+    size: int
+    mappable: bool
+
+
+def region(device: int, index: int) -> Region:
+    """What a device says of one of its regions; ``size`` 0 where it has none.
+
+    Raises:
+        KernelRefused: it does not say.
+    """
+    try:
+        answer = fcntl.ioctl(device, _GET_REGION_INFO, struct.pack("IIIIQQ", 32, 0, index, 0, 0, 0))
+    except OSError as error:
+        raise KernelRefused("VFIO_DEVICE_GET_REGION_INFO", error.errno or errno.EIO) from error
+    _, flags, _, _, size, offset = struct.unpack("IIIIQQ", answer)
+    return Region(offset, size, bool(flags & _MAPPABLE))
+
+
 def enable(device: int) -> None:
     """Let an attached device answer to its BARs and master the bus (PCI command register).
 
@@ -89,8 +113,7 @@ def enable(device: int) -> None:
         KernelRefused: its configuration space cannot be reached.
     """
     try:
-        request = struct.pack("IIIIQQ", 32, 0, _CONFIG_REGION, 0, 0, 0)
-        at = struct.unpack_from("Q", fcntl.ioctl(device, _GET_REGION_INFO, request), 24)[0] + _COMMAND
+        at = region(device, _CONFIG_REGION).offset + _COMMAND
         (command,) = struct.unpack("<H", os.pread(device, 2, at))
         os.pwrite(device, struct.pack("<H", command | _MEMORY | _MASTER), at)
     except OSError as error:

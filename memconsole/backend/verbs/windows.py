@@ -1,4 +1,4 @@
-"""``window map|revoke``: MMIO of a device, granted like memory: its sysfs resource file, as a descriptor.
+"""``window map|revoke``: MMIO of a device, granted like memory, as a descriptor: its VFIO file, or the BAR's in sysfs.
 
 Only who has an agent can take one: a process, or a canary. QEMU has devices through VFIO when it starts.
 """
@@ -24,7 +24,7 @@ _PASSIVE_DRIVERS = {None, *pci.VFIO_CLAIMS, "pci-stub", "uio_pci_generic"}
 
 
 def map(desk: Desk, action: WindowMap) -> Work:
-    """Grant a window: ``offer`` hands its resource file to the guest."""
+    """Grant a window: ``offer`` hands its file to the guest."""
     work = Work(action.window, f"{action.guest} has window {action.window}")
     window = _known(work, desk, action.window)
     guest = known_guest(work, desk, action.guest)

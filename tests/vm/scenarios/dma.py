@@ -30,6 +30,7 @@ from services import services
 from memconsole import actions as do
 from memconsole.backend.custody import KeeperCustody
 from memconsole.backend.dma import iommufd, vfio
+from memconsole.backend.kernel import procmaps
 from memconsole.errors import MemconsoleError
 from memconsole.extents import ExtentTable
 
@@ -80,6 +81,9 @@ with services() as service:
 
     # --- DMA through the region
     said = guest.say("wait", "g1"), guest.say("wait", "g2"), guest.say("window", "g3")
+    window = next(window for window in client.snapshot().windows if window.id == f"{EDU}:0")
+    files = [vma.path for vma in procmaps.vmas("/", guest.pid) if "vfio" in vma.path]
+    check("window", guest.pid in window.holders and len(files) == 1, files=files, holders=window.holders)
     check("edu", said == ("done", "done", "0x10000ed"), said=said)
     guest.say("start", SRC, DST)
     with bytes_of(client, "dst") as view:

@@ -28,6 +28,7 @@ from services import services
 
 from memconsole import actions as do
 from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.kernel import procmaps
 from memconsole.errors import MemconsoleError
 
 SRC, DST = 0x100000, 0x8000000
@@ -73,6 +74,9 @@ with services() as service:
     # --- the process that mapped dies: the pins keep the pages, DMA goes on
     for words in (("wait", "g1"), ("wait", "g2"), ("window", "g3")):
         guest.say(*words)
+    window = next(window for window in client.snapshot().windows if window.id == f"{EDU}:0")
+    files = [vma.path for vma in procmaps.vmas("/", guest.pid) if "vfio" in vma.path]
+    check("window", guest.pid in window.holders and files == ["anon_inode:[vfio-device]"], files=files)
     guest.say("start", SRC, DST)
     with bytes_of(client, "dst") as view:
         now = guest.rounds(3)
@@ -112,6 +116,8 @@ with services() as service:
 
     # --- the last grant takes the device and its group with it; somebody else may have them
     client.apply(do.Revoke("g1"))
+    guest.say("close")
+    client.apply(do.WindowRevoke(f"{EDU}:0"))
     check("closed", held(keeper) == [], held=keeper.names())
     taken = os.open(f"/dev/vfio/{number}", os.O_RDWR)
     try:

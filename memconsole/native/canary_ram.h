@@ -271,7 +271,8 @@ static int window_map(struct canary *c, const struct agent_grant *m, int fd, cha
 		return EINVAL;
 	if (fstat(fd, &st) < 0)
 		return errno;
-	if (m->offset > (uint64_t)st.st_size || m->length > (uint64_t)st.st_size - m->offset)
+	/* a resource file of sysfs has a size; VFIO's file of a device refuses to be mapped beyond its regions */
+	if (S_ISREG(st.st_mode) && (m->offset > (uint64_t)st.st_size || m->length > (uint64_t)st.st_size - m->offset))
 		return ERANGE;
 	for (int i = 0; i < WINDOWS && !w; i++)
 		if (!c->windows[i].at)

@@ -135,3 +135,13 @@ def test_a_missing_qemu_is_an_error_with_a_remedy(ram: Offer, tmp_path: Path, mo
     with pytest.raises(GuestError) as caught:
         QemuGuest.start("vm", ram, tmp_path)
     assert "install qemu-system-nowhere" in caught.value.remedy
+
+
+def test_a_device_passed_through_is_seen_in_its_command_line() -> None:
+    given = qemu.Devices(7, (8,)).words
+    assert given == [
+        "-object", "iommufd,id=memconsole,fd=4", "-device", "vfio-pci,id=memconsole-0,iommufd=memconsole,fd=5",
+    ]  # fmt: skip
+    assert qemu.given_a_device(["qemu", *given])
+    assert qemu.given_a_device(["qemu", "--device", '{"driver": "vfio-pci", "host": "0000:00:04.0"}'])
+    assert not qemu.given_a_device(["qemu", "-name", "vfio-pci", "-device", "virtio-net"])

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,6 +46,11 @@ def accelerator() -> str:
     )
     verdict, _, figure = probe.stdout.strip().partition(" ")
     return "kvm" if verdict == "kvm" and int(figure) >= KVM_FAST else "tcg"
+
+
+def given_a_device(words: Sequence[str]) -> bool:
+    """Whether a QEMU's command line has a VFIO device, in either form of ``-device``."""
+    return any(option.lstrip("-") == "device" and "vfio-" in value for option, value in pairwise(words))
 
 
 class Devices(NamedTuple):
@@ -189,8 +195,7 @@ class QemuGuest:
         Raises:
             Gone: it ended. GuestError: it does not answer.
         """
-        self._handle.check()
-        words = [word.decode() for word in Path(f"/proc/{self.pid}/cmdline").read_bytes().split(b"\0")[:-1]]
+        words = self._words()
         if words[-2:] != [*_WAITING]:
             words += _WAITING
         come: _Command = ("migrate-incoming", {"uri": f"fd:{GIVEN_FD + 1}"})
@@ -201,6 +206,19 @@ class QemuGuest:
             lines += [(_line("cont", None), "return"), (_line("query-status", None), '"running"')]
         fds = ((ram, GIVEN_FD), (state, GIVEN_FD + 1))
         return Restart(tuple(words), fds, str(self._directory / "qmp"), tuple(lines))
+
+    def passes_through(self) -> bool:
+        """Whether it was started with a device of this host (VFIO), whose state it cannot save.
+
+        Raises:
+            Gone: it ended.
+        """
+        return given_a_device(self._words())
+
+    def _words(self) -> list[str]:
+        """What it was started with."""
+        self._handle.check()
+        return [word.decode() for word in Path(f"/proc/{self.pid}/cmdline").read_bytes().split(b"\0")[:-1]]
 
     def shares(self) -> bool:
         """Whether it can be saved without its RAM (it knows ``x-ignore-shared``).

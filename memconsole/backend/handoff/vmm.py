@@ -23,6 +23,8 @@ def incapable(live: LiveGuest) -> str:
     Raises:
         GuestError, Gone: it does not answer.
     """
+    if isinstance(live, QemuGuest) and live.passes_through():
+        return "its QEMU cannot save the device that is passed through to it (VFIO)"
     if isinstance(live, QemuGuest) and not live.shares():
         return "its QEMU cannot leave shared RAM out of a migration (x-ignore-shared)"
     return ""

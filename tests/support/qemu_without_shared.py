@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 ANSWERS: dict[str, Any] = {
     "query-status": {"status": "running", "running": True},
     "query-migrate-capabilities": [{"capability": "xbzrle", "state": False}],
 }
+
+
+def commands(connection: socket.socket) -> Iterator[dict[str, Any]]:
+    """What comes over a connection, one object after the other, with or without white space between them."""
+    text = ""
+    while raw := connection.recv(65536):
+        text += raw.decode()
+        with contextlib.suppress(json.JSONDecodeError):  # the rest of it comes
+            while text := text.lstrip():
+                command, end = json.JSONDecoder().raw_decode(text)
+                text = text[end:]
+                yield command
+
+
+def serve(connection: socket.socket) -> None:
+    """Greet, and answer until the other side goes."""
+
+    def say(value: dict[str, Any]) -> None:
+        connection.sendall(json.dumps(value).encode() + b"\r\n")
+
+    version = {"qemu": {"major": 3, "minor": 1, "micro": 0}, "package": "stand-in"}
+    say({"QMP": {"version": version, "capabilities": []}})
+    for command in commands(connection):
+        id = {"id": command["id"]} if "id" in command else {}
+        say({"return": ANSWERS.get(command["execute"], {}), **id})
+        if command["execute"] == "quit":
+            sys.exit()
 
 
 def main() -> None:
@@ -21,13 +50,8 @@ def main() -> None:
         listener.listen()
         while True:
             connection, _ = listener.accept()
-            with connection, connection.makefile("rw") as lines:
-                version = {"qemu": {"major": 3, "minor": 1, "micro": 0}, "package": "stand-in"}
-                print(json.dumps({"QMP": {"version": version, "capabilities": []}}), file=lines, flush=True)
-                for line in lines:
-                    asked = json.loads(line)
-                    answer = {"return": ANSWERS.get(asked["execute"], {}), "id": asked.get("id")}
-                    print(json.dumps(answer), file=lines, flush=True)
+            with connection, contextlib.suppress(OSError):
+                serve(connection)
 
 
 main()

@@ -19,6 +19,7 @@ from support.notify import Manager
 from memconsole import native
 from memconsole.backend.custody import Custody, KeeperCustody, OwnCustody
 from memconsole.backend.fdstore import SystemdCustody, inherited
+from memconsole.backend.refill import RefilledCustody
 from memconsole.errors import Gone, MemconsoleError, NotFound, Refused, UsageError
 
 
@@ -39,6 +40,14 @@ def own(_: Path) -> Iterator[Custody]:
 def kept(_: Path) -> Iterator[Custody]:
     with keepers.running(native.program("memconsole-keeper")) as run:
         custody = KeeperCustody(run.path)
+        yield custody
+        custody.close()
+
+
+@contextlib.contextmanager
+def refilled(_: Path) -> Iterator[Custody]:
+    with keepers.running(native.program("memconsole-keeper")) as run:
+        custody = RefilledCustody(run.path.parent)
         yield custody
         custody.close()
 
@@ -65,7 +74,7 @@ def stored(directory: Path) -> Iterator[Custody]:
     manager.close()
 
 
-@pytest.fixture(params=[own, kept, stored], ids=["own", "keeper", "systemd"])
+@pytest.fixture(params=[own, kept, refilled, stored], ids=["own", "keeper", "refilled", "systemd"])
 def custody(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Custody]:
     make: Callable[[Path], contextlib.AbstractContextManager[Custody]] = request.param
     with make(tmp_path) as made:
@@ -290,6 +299,28 @@ def test_a_keeper_that_ended_is_said_and_another_in_its_place_is_not_taken_for_i
         second.end()
         second.close()
         first.close()
+
+
+def test_a_keeper_that_ended_is_replaced_with_copies_and_what_nobody_else_had_is_named(keeper: keepers.Running) -> None:
+    with contextlib.closing(KeeperCustody(keeper.path)) as before:
+        put(before, "was there", b"contents", b"payload")
+        with contextlib.closing(RefilledCustody(keeper.path.parent)) as custody:
+            put(custody, "mine", b"mine")
+            put(before, "somebody's", b"gone")
+            assert custody.names() == ["mine", "somebody's", "was there"]
+            keeper.process.kill()
+            keeper.process.wait()
+            assert custody.names() == ["mine", "was there"]
+            fd, payload = custody.get("was there")
+            assert (os.pread(fd, 99, 0), payload) == (b"contents", b"payload")
+            os.close(fd)
+            (said,) = custody.troubles()
+            assert f"pid {keeper.process.pid}, ended" in said
+            assert said.endswith("holds 2 descriptors anew, and somebody's are lost")
+            custody.check()
+            assert len(custody.troubles()) == 1
+            with contextlib.closing(KeeperCustody(keeper.path)) as last:
+                last.end(holding=True)
 
 
 def test_a_connection_that_broke_is_made_anew(keeper: keepers.Running) -> None:

@@ -300,7 +300,7 @@ class Control:
             if self._past is not None:
                 self._past.close()
             if not self._custody.survives:
-                for directory in ("guests", HISTORY):
+                for directory in ("vmm", HISTORY):
                     shutil.rmtree(self._desk.runtime_dir / directory, ignore_errors=True)
                 with contextlib.suppress(OSError):
                     self._desk.runtime_dir.rmdir()

@@ -290,7 +290,7 @@ class Desk:
 
     def directory(self, guest: str) -> Path:
         """Where a guest's sockets and log lie."""
-        return self.runtime_dir / "guests" / guest
+        return self.runtime_dir / "vmm" / guest
 
     def live(self, guest: str) -> LiveGuest | None:
         """A guest as something that answers; None when its process is gone."""

@@ -1,5 +1,8 @@
 """What the ledger means, as files on the mount of ``memconsole serve --mount`` (DESIGN section 9).
 
+The filesystem lies at :func:`staging`, its subtrees in the directory that was asked for (:mod:`.exports.attach`): the
+runtime directory, if none was.
+
     whole grant of a region     guests/GUEST/ram/REGION, of the user the guest's process runs as
     every guest                 guests/GUEST/status, as of the last Snapshot; pfnmap, while it has grants
     window grant                guests/GUEST/mmio/BDF-barN, a link
@@ -27,11 +30,13 @@ import msgspec
 from msgspec.structs import replace
 
 from memconsole.backend.desk import MOUNT
+from memconsole.backend.exports.attach import SUBTREES, attach
 from memconsole.backend.exports.fuse import Entry, FuseTree, MapPart
 from memconsole.backend.guests.handle import Handle
 from memconsole.backend.kernel import census
 from memconsole.backend.stores import memfd
 from memconsole.backend.survey import Face
+from memconsole.backend.wire.places import make_directory
 from memconsole.errors import Gone, MemconsoleError, NotFound, Refused
 from memconsole.model import Access, Finding, Grant, Guest, Region, Severity, Snapshot, Value
 
@@ -67,29 +72,39 @@ class _Wanted(NamedTuple):
 
 
 def check(mountpoint: Path, *, runtime: Path, state_dir: Path) -> None:
-    """Nothing, for a directory that can be mounted over.
+    """Nothing, for a directory in which the tree can be.
 
     Raises:
-        Refused: a mount there would hide the service's own files (``MountHidesRuntime``).
+        Refused: it would hide the service's own files there (``MountHidesRuntime``).
     """
-    place = mountpoint.parent.resolve() / mountpoint.name
-    for hidden in (runtime.resolve(), state_dir.resolve()):
-        if hidden.is_relative_to(place):
-            raise Refused(
-                f"nothing can be mounted at {mountpoint}",
-                f"it would hide {hidden}, where the service has its own files",
-                f"memconsole serve --mount {default(runtime)}",
-                code="MountHidesRuntime",
-            )
+    for name in SUBTREES:
+        place = mountpoint.parent.resolve() / mountpoint.name / name
+        for hidden in (runtime.resolve(), state_dir.resolve()):
+            if hidden.is_relative_to(place):
+                raise Refused(
+                    f"nothing can be mounted at {place}",
+                    f"it would hide {hidden}, where the service has its own files",
+                    f"memconsole serve --mount {runtime}",
+                    code="MountHidesRuntime",
+                )
 
 
-def default(runtime: Path) -> Path:
-    """Where ``--mount`` alone mounts: beside the runtime directory."""
-    return runtime.with_name(f"{runtime.name}-mount")
+def staging(runtime: Path) -> Path:
+    """Where the whole filesystem is, of which the mountpoint has the subtrees: in a directory that only root enters.
+
+    Raises:
+        Refused, KernelRefused: the directory cannot be.
+    """
+    private = runtime.absolute() / "mount"
+    make_directory(private, 0o700)
+    place = private / "tree"
+    with contextlib.suppress(FileExistsError):  # which it is; nothing looks at what a dead server left there
+        place.mkdir(mode=0o700)
+    return place.parent.resolve() / place.name
 
 
 class Mounting:
-    """The mount of one control process; ``mountpoint`` None: the one that is there, and none once its server ended.
+    """The mount of one control process; ``mountpoint`` None: wherever it is, and none once its server ended.
 
     Raises:
         Refused, MemconsoleError: it cannot be mounted (:meth:`FuseTree.start`).
@@ -118,10 +133,13 @@ class Mounting:
 
     @property
     def faces(self) -> tuple[Face, ...]:
-        """The files through which regions may be mapped, those of servers that ended among them."""
+        """The files through which regions may be mapped, those of servers that ended among them.
+
+        The path of one whose mount is gone begins in the subtree that was mounted.
+        """
         now = _memfds(self._desk.state)
         return tuple(
-            Face(shown.region, shown.device, shown.inode, 0, f"/{shown.path}")
+            Face(shown.region, shown.device, shown.inode, 0, f"/{shown.path.partition('/')[2]}")
             for shown in tuple(self._shown)
             if now.get(shown.region) == shown.memfd
         )
@@ -212,7 +230,7 @@ class Mounting:
         self._let_go()
         self._statuses, self._maps, self._device = {}, {}, 0
         if self._mountpoint is not None:
-            tree = FuseTree.start(self._desk.runtime_dir, self._mountpoint)
+            tree = FuseTree.start(self._desk.runtime_dir, staging(self._desk.runtime_dir))
         else:
             try:
                 tree = FuseTree(self._desk.runtime_dir / SOCKET)
@@ -252,6 +270,8 @@ class Mounting:
         self._put_ram(tree, {path: wanted[path] for path in fresh})
         self._map_pages(tree, owners, listed)
         self._forget()
+        if self._mountpoint is not None:
+            attach(tree.mountpoint, self._device, self._mountpoint)
         self._trouble = self._without
 
     def _wanted(

@@ -12,7 +12,13 @@ from memconsole.cli.connect import socket_of
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``memconsole serve``; ``--socket`` is the command line's own."""
     parser.add_argument("--state-dir", metavar="DIR", help="where the audit trail and the history are kept")
-    parser.add_argument("--mount", metavar="DIR", nargs="?", const="", help="show grants as files here")
+    parser.add_argument(
+        "--mount",
+        metavar="DIR",
+        nargs="?",
+        const="",
+        help="show grants as files in DIR/guests and DIR/regions (the runtime directory)",
+    )
     parser.add_argument("--foreground", action="store_true", help="stay, and log to stderr (under systemd: always)")
     parser.add_argument("--custody", choices=("auto", "keeper", "systemd"), default="auto", help="who holds memory")
     parser.add_argument("--operators", metavar="GROUP", help="the group whose members may act (memconsole)")
@@ -30,14 +36,13 @@ def _seconds(text: str) -> float:
 
 def serve(options: argparse.Namespace) -> int:
     """The control process, in the background once it is ready, or with ``--foreground`` until it is stopped."""
-    from memconsole.backend import mounting
     from memconsole.backend.serve import Settings
     from memconsole.backend.serve import serve as run
 
     path = socket_of(options).absolute()
     mountpoint = None
     if options.mount is not None:
-        mountpoint = Path(options.mount).absolute() if options.mount else mounting.default(path.parent)
+        mountpoint = Path(options.mount).absolute() if options.mount else path.parent
     return run(
         Settings(
             socket=path,

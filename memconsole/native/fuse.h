@@ -6,7 +6,8 @@
  *   fuse_pages.c	`pfnmap` files: scanned when opened, turned into text where read
  *   fuse_requests.c	the kernel's requests (FUSE protocol 7.x), parsed and answered
  *   fuse_control.c	the control process's requests: how the tree gets its entries, and loses them
- *   fuse.c		mount, threads, end
+ *   fuse_mount.c	mounted where, and no more
+ *   fuse.c		threads, end
  *
  * One lock (``tree_lock``) guards nodes and handles and is held for memory-only work: never over a system call that
  * may wait. What a node holds is counted, so that a reader keeps what it opened while the node gets something else.
@@ -156,5 +157,8 @@ void invalidate_name(uint64_t parent, const char *name);
 int control_serve(int client);
 int control_greet(int client, bool room);
 enum quit { STAY, QUIT, QUIT_LAZILY } control_quits(void);
+
+/* fuse_mount.c */
+int mount_at(const char *path);
 int unmount(bool lazily);
 #endif

@@ -40,7 +40,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mount.h>
 #include <sys/syscall.h>
 
 #include "daemon.h"
@@ -575,14 +574,6 @@ static enum code check(const struct message *message, size_t len, struct asked *
 	if (!payload_is_good(head, asked->payload, asked->nr_fds))
 		return BAD_MESSAGE;
 	return head->op == OP_PUT && head->kind == KIND_MAP && !parts_are_good(asked) ? BAD_MESSAGE : OK;
-}
-
-/* Takes the mount away. Returns 0 or -errno; -EBUSY while files are open or mapped, unless lazily. */
-int unmount(bool lazily)
-{
-	if (!server.mountpoint || !umount2(server.mountpoint, UMOUNT_NOFOLLOW | (lazily ? MNT_DETACH : 0)))
-		return 0;
-	return errno == EINVAL || errno == ENOENT ? 0 : -errno;		/* somebody else has unmounted it */
 }
 
 static enum code quit(struct asked *asked)

@@ -242,7 +242,7 @@ def test_a_qemu_that_cannot_start_leaves_nothing(control: Control) -> None:
         control.apply(do.GuestStart("vm", vmm="qemu", memory=64 * M, args=("-nonsense",)))
     snapshot = control.snapshot()
     assert (snapshot.regions, ours(snapshot), snapshot.grants) == ((), [], ())
-    assert not (control.runtime_dir / "guests" / "vm").exists()
+    assert not (control.runtime_dir / "vmm" / "vm").exists()
     assert [event.text[:6] for event in control.events(0)] == ["failed"]
     control.apply(do.Reserve("vm", M))
 

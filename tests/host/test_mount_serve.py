@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from support import controls
 from support.guests import until
-from support.mounts import NOBODY, STRANGER, end_at, wait_gone
+from support.mounts import NOBODY, STRANGER, end_at, mounted_below, wait_gone
 from support.services import Service, services
 
 from memconsole import actions as do
@@ -25,7 +25,7 @@ from memconsole.backend.exports.fuse import FuseTree
 from memconsole.backend.steps import FAULT_VARIABLE
 from memconsole.backend.wire.client import Client
 from memconsole.cli import main
-from memconsole.errors import ExitCode, GuestError, MemconsoleError
+from memconsole.errors import ExitCode, GuestError, MemconsoleError, Refused
 from memconsole.model import Access, GrantState, RevokeOutcome, RevokeReport, Rung, Snapshot
 
 M = controls.M
@@ -160,7 +160,7 @@ def place() -> Iterator[Place]:
         pytest.skip("there is no /dev/fuse")
     with services() as service, contextlib.ExitStack() as stack:
         service.directory.chmod(0o755)
-        stack.callback(lambda: end_at(service.runtime, service.directory / "mnt"))
+        stack.callback(lambda: end_at(service.runtime, service.directory))
         place = Place(service, stack)
         stack.callback(place.stop)
         with contextlib.closing(FuseTree(service.runtime / "fuse")) as tree:
@@ -394,13 +394,95 @@ def test_a_stock_qemu_started_by_hand_on_the_path(place: Place) -> None:
 
 
 def test_a_mount_never_hides_the_service(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    runtime = tmp_path / "run"
-    for point in (runtime, tmp_path, tmp_path / "state"):
-        words = ["--socket", f"{runtime}/control", "serve", "--foreground", "--state-dir", f"{tmp_path}/state"]
-        assert main([*words, "--mount", str(point)]) == ExitCode.REFUSED
+    runtime = tmp_path / "guests/run"
+    state = tmp_path / "regions"
+    for words in (["--socket", f"{runtime}/control"], ["--socket", f"{tmp_path}/run/control"]):
+        words += ["serve", "--foreground", "--state-dir", str(state), "--mount", str(tmp_path)]
+        assert main(words) == ExitCode.REFUSED
         said = capfd.readouterr().err
         assert "would hide" in said
-        assert f"--mount {runtime}-mount" in said
+        assert "serve --mount" in said
+    assert not state.exists()
+
+
+def test_the_tree_lies_beside_the_sockets_by_default(place: Place) -> None:
+    """``serve --mount`` with nothing else, and DESIGN's own place for the tree."""
+    service = place.service
+    place.stop()
+    service.start("--mount")
+    place.client = service.client()
+    place.point = service.runtime
+    user = place.user()
+    path = place.grant(user)
+    assert path == service.runtime / "guests/web/ram/pool"
+    assert [user.do("open", path), user.do("map"), user.do("write", "kept")] == ["done"] * 3
+    assert service.path.is_socket(), "nothing of the service is hidden"
+    assert (service.runtime / "agents").is_socket()
+    assert user.do("open", service.runtime / "mount/tree/guests/web/ram/pool") == "Permission denied", "one way in"
+    old = place.kill_server()
+    assert user.do("open", path) == "Transport endpoint is not connected"
+    place.shown()
+    assert user.do("open", path) == "done", "mounted anew, in the same place"
+    place.stop()
+    assert user.do("open", path) == "done", "without the service"
+    service.start("--mount")
+    place.client = service.client()
+    with contextlib.closing(FuseTree(service.runtime / "fuse")) as tree:
+        assert tree.pid != old
+    assert len(mounted_below(service.runtime)) == 3, "nothing is mounted twice"
+    assert not unexpected(place.shown())
+    assert place.revoke().rung is Rung.COPY
+    assert user.do("open", path) == "No such file or directory"
+    assert user.do("read") == ""
+
+
+def test_what_somebody_unmounts_is_mounted_again(place: Place) -> None:
+    for name in ("guests", "regions"):
+        subprocess.run(["umount", place.point / name], check=True)
+    place.shown()
+    assert [path.name for path in mounted_below(place.point)] == ["regions", "guests"]
+
+
+def test_a_mount_in_use_stays_whole_when_its_server_is_told_to_end(place: Place) -> None:
+    user = place.user()
+    path = place.grant(user)
+    assert [user.do("open", path), user.do("map"), user.do("write", "kept")] == ["done"] * 3
+    before = mounted_below(place.point)
+    with contextlib.closing(FuseTree(place.service.runtime / "fuse")) as tree:
+        place.stop()
+        user.do("close")
+        with pytest.raises(Refused, match="in use"):
+            tree.unmount()
+        os.kill(tree.pid, signal.SIGTERM)
+        assert tree.status().entries
+        assert mounted_below(place.point) == before
+        assert user.do("open", path) == "done"
+        assert [user.do("close"), user.do("unmap")] == ["done"] * 2
+        until(lambda: _unmounts(tree), "files are let go of")
+        wait_gone(tree.pid)
+    assert mounted_below(place.service.directory) == []
+
+
+def _unmounts(tree: FuseTree) -> bool:
+    try:
+        tree.unmount()
+    except Refused:
+        return False
+    return True
+
+
+def test_files_of_others_are_not_hidden(place: Place) -> None:
+    other = place.service.directory / "other"
+    (other / "guests").mkdir(parents=True)
+    (other / "guests/photo").touch()
+    place.stop()
+    place.service.start("--mount", str(other))
+    place.client = place.service.client()
+    findings = {finding.id: finding for finding in place.shown().findings}
+    assert "would hide photo" in findings["mount-behind"].evidence
+    (other / "guests/photo").unlink()
+    assert "mount-behind" not in {finding.id for finding in place.shown().findings}
+    assert (other / "regions").is_mount()
 
 
 def test_the_doctor_says_that_memory_can_be_files(place: Place, capfd: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from typing import Self
 import pytest
 
 from memconsole.backend.exports.fuse import FuseTree
+from memconsole.backend.kernel.mounts import mounts as mounted
 from memconsole.errors import Gone
 from memconsole.native import program
 
@@ -114,13 +115,18 @@ def _end_server(pid: int, connection: int) -> None:
         wait_gone(pid)
 
 
+def mounted_below(directory: Path) -> list[Path]:
+    """What is mounted at a directory and below it, the deepest first."""
+    return sorted({each.path for each in mounted() if each.path.is_relative_to(directory)}, reverse=True)
+
+
 def _unmount(point: Path) -> None:
-    while str(point) in {line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()}:
-        subprocess.run(["umount", "-l", point], check=True)
+    while found := mounted_below(point):
+        subprocess.run(["umount", "-l", found[0]], check=True)
 
 
 def end_at(runtime: Path, point: Path) -> None:
-    """End the server of a runtime directory, if there is one, and whatever is mounted at a directory."""
+    """End the server of a runtime directory, if there is one, and whatever is mounted at a directory or below it."""
     with contextlib.suppress(Gone), contextlib.closing(FuseTree(runtime / "fuse")) as tree:
         _end_server(tree.pid, tree.status().connection)
     _unmount(point)

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support.trees import FakeProcess, Tree, intel_dump, maps_line
 
-from memconsole.backend.kernel import census, dax, host, iomem, iommu, kho, memory, pci, procmaps, tree, vtd
+from memconsole.backend.kernel import census, dax, host, iomem, iommu, kho, memory, mounts, pci, procmaps, tree, vtd
 from memconsole.errors import BadFile
 from memconsole.extents import Flag
 
@@ -27,6 +27,15 @@ def test_maps(raw: bytes) -> None:
     with suppress(BadFile):
         for vma in procmaps.parse(raw):
             msgspec.json.encode(vma.path)
+
+
+@given(ANYTHING)
+@example(b"1 2 0:3 /a\\040b /c - fuse.x y rw")
+@example(b"1 2 99999999999:3 / /c rw - x y\n")
+def test_mounts(raw: bytes) -> None:
+    with suppress(BadFile):
+        for each in mounts.parse(raw):
+            assert each.device >= 0
 
 
 @given(ANYTHING)

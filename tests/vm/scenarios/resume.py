@@ -77,7 +77,7 @@ def births(custody: KeeperCustody, hub: Hub) -> dict[str, CanaryGuest]:
     for name, size in GUESTS.items():
         (fd,) = memfd.reserve(name, size)
         custody.put(region(name), fd, name.encode())
-        guests[name] = CanaryGuest.start(name, hub, RUNTIME / "guests" / name, args=["--as", "kvm"], within=60)
+        guests[name] = CanaryGuest.start(name, hub, RUNTIME / "vmm" / name, args=["--as", "kvm"], within=60)
         mine = memfd.give(fd, Access.RW)
         assert guests[name].offer(Offer(f"g-{name}", mine, 0, size, Access.RW, 0), 30)
         os.close(mine)
@@ -123,7 +123,7 @@ def save(custody: KeeperCustody, session: luo.Session, name: str, guest: CanaryG
     session.preserve(fd, token)
     os.close(fd)
     again = guest.restart(RUNTIME / "agents", state(name), [(f"g-{name}", region(name))])
-    directory = RUNTIME / "guests" / name
+    directory = RUNTIME / "vmm" / name
     start = Start(name, again.words, str(directory), str(directory / "log"), again.fds)
     return Hold(bootplan.MANIFEST_SESSION, token, state(name)), start
 

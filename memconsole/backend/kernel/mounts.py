@@ -1,0 +1,63 @@
+r"""What is mounted where in this process's mount namespace.
+
+mountinfo = line*
+line      = id parent major:minor root path options optional* "-" fstype source superoptions
+                                    blanks and backslashes in paths are written as \ooo, octal
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from memconsole.backend.kernel import tree
+from memconsole.backend.kernel.tree import Root
+
+_MOUNTINFO = "/proc/self/mountinfo"
+_DEVICE = re.compile(r"([0-9]{1,4}):([0-9]{1,7})", re.ASCII)
+_ESCAPED = re.compile(r"\\([0-7]{3})")
+
+
+class Mounted(NamedTuple):
+    """One mount: ``root`` of filesystem ``device`` (st_dev) shown at ``path``; a later one there hides it."""
+
+    device: int
+    root: str
+    path: Path
+    fstype: str
+    source: str
+
+
+def mounts(root: Root = "/") -> list[Mounted]:
+    """Every mount, in the order of the kernel's list.
+
+    Raises:
+        BadFile: a line is none.
+    """
+    return list(parse(tree.read(root, _MOUNTINFO)))
+
+
+def parse(raw: bytes) -> Iterator[Mounted]:
+    """The mounts of a mountinfo file; raises as :func:`mounts`."""
+    for line in tree.text(raw).split("\n"):
+        if not line:
+            continue
+        before, dash, after = line.partition(" - ")
+        words, ends = before.split(" "), after.split(" ")
+        if not dash or len(words) < 6 or len(ends) < 2:
+            raise tree.malformed(_MOUNTINFO, line)
+        yield Mounted(_device(line, words[2]), _plain(words[3]), Path(_plain(words[4])), ends[0], _plain(ends[1]))
+
+
+def _device(line: str, numbers: str) -> int:
+    found = _DEVICE.fullmatch(numbers)
+    if found is None:
+        raise tree.malformed(_MOUNTINFO, line)
+    return os.makedev(int(found[1]), int(found[2]))
+
+
+def _plain(word: str) -> str:
+    return _ESCAPED.sub(lambda found: chr(int(found[1], 8)), word)

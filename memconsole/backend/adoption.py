@@ -24,7 +24,7 @@ from memconsole.backend import steps, verbs
 from memconsole.backend.desk import STOP_S, Desk, custody_name
 from memconsole.backend.handoff import adopt as handoff
 from memconsole.backend.handoff.adopt import Landing
-from memconsole.backend.revoke import halt, move
+from memconsole.backend.revoke import aside, halt, move
 from memconsole.backend.state import Change, Done, Failed, Happened, Intent, Record
 from memconsole.backend.stores import memfd
 from memconsole.backend.verbs.grants import OFFER_S
@@ -71,6 +71,7 @@ def adopt(desk: Desk, write: Write) -> list[Finding]:
         found += landing.findings
     steps.point("adopt.settled")
     found += _unknown(desk, write)
+    aside.tidy(desk)
     desk.uffds.forget()
     desk.spaces.settle()
     steps.point("adopt.done")

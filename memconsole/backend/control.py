@@ -162,6 +162,7 @@ class Control:
                 *(self._past.findings() if self._past is not None else ()),
                 *(self._desk.mount.findings() if self._desk.mount is not None else ()),
                 *self._devices(),
+                *self._waiting(),
             ),
             self._desk.faces,
             self._desk.shields,
@@ -360,6 +361,14 @@ class Control:
         from memconsole.backend.dma import check
 
         return check.check(self._desk)
+
+    def _waiting(self) -> tuple[Finding, ...]:
+        """The guests that gave their RAM back by ending."""
+        if all(guest.pid is not None for guest in self._state.guests.values()):
+            return ()
+        from memconsole.backend.revoke import aside
+
+        return aside.findings(self._desk)
 
     @contextlib.contextmanager
     def _mounted(self) -> Iterator[None]:

@@ -26,14 +26,15 @@ RUNS_SLOW = 8192
 
 
 def find(snapshot: Snapshot, strays: Iterable[Over], sessions: Mapping[int, int]) -> tuple[Finding, ...]:
-    """Every difference in this Snapshot.
+    """Every difference in this Snapshot, which has the standing findings already.
 
     ``strays`` are mappings of regions that no grant accounts for, ``sessions`` how many sessions of live update
     processes hold that are not ours, by PID.
     """
+    waiting = {finding.subject for finding in snapshot.findings if finding.id == "guest-aside"}
     return (
         *(finding for region in snapshot.regions for finding in _region(region, snapshot)),
-        *(finding for guest in snapshot.guests for finding in _guest(guest)),
+        *(finding for guest in snapshot.guests if guest.name not in waiting for finding in _guest(guest)),
         *_grants(snapshot),
         *_strays(strays),
         *_quarantine(snapshot),

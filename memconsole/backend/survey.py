@@ -202,7 +202,7 @@ def survey(meant: Meant, root: Root = "/") -> Snapshot:
         events=tuple(state.events),
         handoff=meant.handoff,
     )
-    snapshot = replace(snapshot, gaps=tuple(read.gaps))
+    snapshot = replace(snapshot, gaps=tuple(read.gaps), findings=meant.standing)
     return replace(
         snapshot, findings=(*meant.standing, *findings.find(snapshot, strays(state, overs), sessions(census)))
     )

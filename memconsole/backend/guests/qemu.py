@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
@@ -71,7 +72,7 @@ class Devices(NamedTuple):
 
 
 class QemuGuest:
-    """A QEMU: boot RAM cannot be unplugged, so it has no agent that would give a grant back."""
+    """A QEMU: boot RAM cannot be unplugged, so it gives it back by ending (:mod:`~memconsole.backend.revoke.aside`)."""
 
     kind = GuestKind.QEMU
 
@@ -145,8 +146,8 @@ class QemuGuest:
         return _STATES.get(self._execute("query-status")["status"], GuestState.PAUSED)
 
     def agent(self) -> bool:
-        """False: nothing in it answers a request to unmap."""
-        return False
+        """Whether it would answer a request to give its RAM back: its monitor is what answers."""
+        return True
 
     def offer(self, offer: Offer, within: float) -> bool:  # noqa: ARG002 - there is no waiting
         """True for the grant it was started with; it can take no other."""
@@ -154,9 +155,41 @@ class QemuGuest:
         return offer.grant == self.ram
 
     def ask_unmap(self, grant: str, within: float) -> bool:  # noqa: ARG002 - there is no asking
-        """False: boot RAM cannot be unplugged."""
+        """False: boot RAM cannot be unplugged from one that goes on."""
         self._handle.check()
         return False
+
+    def await_answer(self, within: float) -> None:
+        """Nothing, once its monitor answers; what a stopped process is told, it would do whenever it goes on.
+
+        Raises:
+            Gone: it ended. GuestError: it does not answer.
+        """
+        deadline = time.monotonic() + within
+        while self._handle.stopped():
+            if time.monotonic() > deadline:
+                raise GuestError(f"guest {self.name} does not answer", "a signal has stopped it", "kill -CONT it")
+            time.sleep(0.02)
+        self._execute("query-status", max(0.1, deadline - time.monotonic()))
+
+    def is_saved(self) -> bool:
+        """Whether it stands still since it was saved.
+
+        Raises:
+            Gone: it ended. GuestError: it does not answer.
+        """
+        return bool(self._execute("query-status")["status"] == "postmigrate")
+
+    def quit(self, within: float) -> None:
+        """QMP ``quit``, by itself.
+
+        Raises:
+            GuestError: it is still there after ``within`` seconds.
+        """
+        with contextlib.suppress(GuestError, Gone):  # whose end may come before its answer
+            self._execute("quit", within)
+        if not self._handle.wait(within):
+            raise GuestError(f"guest {self.name} does not quit", f"it is still there after {within:g} s", "kill it")
 
     def pause(self) -> None:
         """Stop its vCPUs (QMP ``stop``)."""

@@ -198,23 +198,37 @@ def again(desk: Desk, guest: Guest) -> Guest:
     Raises:
         GuestError: it did not come back this time either. BadFile: the boot plan cannot be read.
     """
-    whole, payload = desk.custody.get(MANIFEST)
+    raw = _content(desk, MANIFEST)
+    plan = bootplan.decode(raw)
+    starts = tuple(each for each in plan.starts if each.guest == guest.name)
+    says = tuple(each for each in plan.says if each.guest == guest.name)
+    alone = manifest.write(bootplan.Plan(plan.holds, (), starts, says, bootplan.moment()), manifest.read(raw))
     try:
-        raw = manifest.content(whole)
-        plan = bootplan.decode(raw)
-        starts = tuple(each for each in plan.starts if each.guest == guest.name)
-        says = tuple(each for each in plan.says if each.guest == guest.name)
-        alone = manifest.write(bootplan.Plan(plan.holds, (), starts, says, bootplan.moment()), manifest.read(raw))
-        try:
-            desk.custody.put(MANIFEST, alone)
-            with contextlib.suppress(NotFound):
-                desk.custody.drop(RESUME)  # it would say that all of this was done
-            revive(desk)
-        finally:
-            os.close(alone)
-            desk.custody.put(MANIFEST, whole, payload)
+        back = start_alone(desk, guest, alone)
     finally:
-        os.close(whole)
+        os.close(alone)
+    desk.custody.drop(f"state:{guest.name}")
+    return back
+
+
+def start_alone(desk: Desk, guest: Guest, plan: int) -> Guest:
+    """Start one guest by a boot plan (an fd), in the manifest's place meanwhile; who it is now.
+
+    Raises:
+        GuestError: it did not come back. BadFile: what became of it cannot be read.
+    """
+    before = desk.custody.get(MANIFEST) if MANIFEST in desk.custody.names() else None
+    try:
+        desk.custody.put(MANIFEST, plan)
+        with contextlib.suppress(NotFound):
+            desk.custody.drop(RESUME)  # it would say that all of this was done
+        revive(desk)
+    finally:
+        if before is None:
+            desk.custody.drop(MANIFEST)
+        else:
+            desk.custody.put(MANIFEST, *before)
+            os.close(before[0])
     found = next(
         (each for each in bootplan.read_resume(_content(desk, RESUME)).guests if each.guest == guest.name), None
     )
@@ -224,7 +238,6 @@ def again(desk: Desk, guest: Guest) -> Guest:
         raise GuestError(f"guest {guest.name} did not come back", why, f"look into {desk.directory(guest.name)}/log")
     back = replace(guest, pid=found.pid, start_ticks=found.start_ticks, state=GuestState.RUNNING)
     take_hold(desk, [back])
-    desk.custody.drop(f"state:{guest.name}")
     return back
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from memconsole.backend.desk import Desk
+from memconsole.backend.guests.base import Guest
 from memconsole.backend.guests.handle import Handle
 from memconsole.backend.reach import Reach
 from memconsole.backend.revoke import move
@@ -18,6 +19,7 @@ from memconsole.backend.state import Change
 from memconsole.backend.stores import memfd
 from memconsole.errors import Gone, GuestError, MemconsoleError
 from memconsole.model import Grant, GuestKind, RevokeOutcome, RevokeReport, Rung
+from memconsole.model import Guest as LedgerGuest
 
 _LOOK_S = 0.02
 
@@ -87,6 +89,7 @@ class Ladder:
         for name in dead:
             self._desk.part(name)
         return Change(
+            guests=self._aside(),
             without_grants=tuple(sorted(grants)),
             without_guests=tuple(dead),
             without_windows=tuple(windows),
@@ -101,12 +104,33 @@ class Ladder:
         if live is not None:
             try:
                 self._desk.connected(live.name)
-                agreed = live.ask_unmap(self._grant.id, self._within)
+                agreed = self._asked(live)
                 why = f"guest {self._grant.guest} " + ("said it did" if agreed else "has no agent that would unmap it")
             except MemconsoleError as error:
                 why = str(error)
         reach = self._look(self._within if agreed else 0)
         return _Passed(f"{why}; {reach}") if reach.pids else self._settled(reach)
+
+    def _asked(self, live: Guest) -> bool:
+        """Whether a guest did what it was asked: to unmap the grant, or, a QEMU, to end once it was saved."""
+        if live.kind is not GuestKind.QEMU:
+            return live.ask_unmap(self._grant.id, self._within)
+        from memconsole.backend.guests.qemu import QemuGuest
+        from memconsole.backend.revoke import aside
+
+        if not isinstance(live, QemuGuest) or self._grant.id != live.ram:
+            return False
+        aside.ask(self._desk, live, self._grant, self._within)
+        return True
+
+    def _aside(self) -> tuple[LedgerGuest, ...]:
+        """The grant's guest, if it gave its RAM back by ending, as the ledger is to have it."""
+        guest = self._desk.state.guests.get(self._grant.guest)
+        if guest is None or guest.kind is not GuestKind.QEMU:
+            return ()
+        from memconsole.backend.revoke import aside
+
+        return (aside.put_aside(self._desk, guest),) if aside.waits(self._desk, guest.name) else ()
 
     def _protect(self) -> End | _Passed:
         """Only a guest whose code is ours can be trusted to have kept no second uffd, which could undo it."""

@@ -6,6 +6,8 @@ from memconsole.backend import steps
 
 POINTS = (
     "revoke.ask.before",
+    "revoke.aside.saved",
+    "revoke.aside.held",
     "revoke.ask.after",
     "revoke.protect.before",
     "revoke.protect.after",

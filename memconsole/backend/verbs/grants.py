@@ -16,7 +16,7 @@ import msgspec
 
 from memconsole.actions import Map, Revoke
 from memconsole.backend.desk import Desk
-from memconsole.backend.revoke import Ladder
+from memconsole.backend.revoke import Ladder, aside
 from memconsole.backend.stores import memfd
 from memconsole.backend.verbs import dma
 from memconsole.backend.verbs.common import known_guest, known_region, not_frozen
@@ -38,7 +38,7 @@ OFFER_S = 5.0
 """Seconds a guest has to map what it is offered."""
 GPA_LIMIT = 1 << 52
 RUNGS = {
-    Rung.ASK: "ask its guest to unmap it",
+    Rung.ASK: "ask its guest to unmap it (a QEMU: to be saved and end)",
     Rung.PROTECT: "bar its mapping through its userfaultfd",
     Rung.COPY: "move the contents to fresh frames and empty the old file",
     Rung.KILL: "kill whoever still reaches it",
@@ -55,9 +55,11 @@ def map(desk: Desk, action: Map) -> Work:
     length = region.size - action.offset if action.length is None else action.length
     not_frozen(work, region, "mapped")
     _in_range(work, region, action.offset, length, action.gpa)
-    _alive(work, desk, guest)
+    back = guest.kind is GuestKind.QEMU and aside.waits(desk, guest.name)
+    if not back:
+        _alive(work, desk, guest)
     _access(work, desk, region, action.access)
-    if guest.kind is GuestKind.QEMU:
+    if guest.kind is GuestKind.QEMU and not back:
         work.refuse(
             "FixedRam",
             f"guest {guest.name} takes no more memory",
@@ -80,7 +82,9 @@ def map(desk: Desk, action: Map) -> Work:
     _apart(work, desk, grant)
     if grant.dma is not None:
         dma.refuse(work, desk, grant, grant.dma)
-    if work.refusals:
+    if back:
+        aside.give(work, desk, grant, region)
+    if work.refusals or back:
         return work
     if grant.dma is not None:
         dma.attach(work, desk, grant, grant.dma)

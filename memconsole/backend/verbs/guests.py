@@ -18,7 +18,7 @@ from memconsole.backend.guests.handle import Handle
 from memconsole.backend.guests.process import ProcessGuest
 from memconsole.backend.guests.qemu import BINARY, Devices, QemuGuest
 from memconsole.backend.kernel import census
-from memconsole.backend.revoke import Ladder
+from memconsole.backend.revoke import Ladder, aside
 from memconsole.backend.state import Change
 from memconsole.backend.verbs import dma, handoff
 from memconsole.backend.verbs.common import free_name, is_vm, known_guest
@@ -202,6 +202,7 @@ def _cut(work: Work, desk: Desk, grant: Grant) -> None:
 def forget(desk: Desk, name: str) -> None:
     """Let go of a guest and remove what lies in its directory."""
     desk.part(name)
+    aside.drop(desk, name)
     shutil.rmtree(desk.directory(name), ignore_errors=True)
 
 
@@ -211,8 +212,10 @@ def pause(desk: Desk, action: GuestPause) -> Work:
 
 
 def resume(desk: Desk, action: GuestResume) -> Work:
-    """Let it go on; one that did not come back from a handoff is tried again."""
+    """Let it go on; one that did not come back from a handoff, or gave its RAM back, is started again."""
     guest = desk.state.guests.get(action.name)
+    if guest is not None and aside.waits(desk, guest.name):
+        return aside.again(desk, guest)
     if guest is not None and handoff.waits(desk, guest.name):
         return handoff.again(desk, guest)
     return _switch(desk, action.name, GuestState.PAUSED, GuestState.RUNNING)

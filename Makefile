@@ -28,9 +28,9 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(BIN)/python tools/run_tests.py $(TIER)
 
-# What does not fit into an ordinary run: every fault point, twenty kexecs in a row.
+# What does not fit into an ordinary run: every fault point, twenty kexecs in a row, a minute of storm.
 soak: $(VENV)/installed-test
-	MEMCONSOLE_SOAK=1 $(BIN)/python -m pytest -q tests/vm tests/host/test_handoff_rehearse.py
+	MEMCONSOLE_SOAK=1 $(BIN)/python -m pytest -q tests/vm tests/host/test_handoff_rehearse.py tests/host/test_revoke_storm.py
 
 # The kernel of the lab: the shared one beside the checkout, else built from Debian's source, once, into ~/.cache.
 lab: $(VENV)/installed-test

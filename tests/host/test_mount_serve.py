@@ -10,167 +10,29 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support import controls
 from support.guests import until
-from support.mounts import NOBODY, STRANGER, end_at, mounted_below, wait_gone
-from support.services import Service, services
+from support.mounted import SIZE, Place, places, unexpected
+from support.mounts import NOBODY, STRANGER, mounted_below, wait_gone
 
 from memconsole import actions as do
 from memconsole.backend.exports.fuse import FuseTree
-from memconsole.backend.steps import FAULT_VARIABLE
-from memconsole.backend.wire.client import Client
 from memconsole.cli import main
 from memconsole.errors import ExitCode, GuestError, MemconsoleError, Refused
-from memconsole.model import Access, GrantState, RevokeOutcome, RevokeReport, Rung, Snapshot
+from memconsole.model import Access, GrantState, RevokeOutcome, Rung
 
 M = controls.M
-SIZE = 4 * M
 RAM = 32 * M
-
-USER = """
-import mmap, os, socket, sys
-os.setgroups([]); os.setgid(int(sys.argv[1])); os.setuid(int(sys.argv[1]))
-ours, theirs = socket.socketpair()
-fd = memory = None
-for line in sys.stdin:
-    word, *more = line.split()
-    said = "done"
-    try:
-        if word == "open":
-            fd = os.open(more[0], os.O_RDWR)
-        elif word == "close":
-            os.close(fd)
-        elif word == "map":
-            memory = mmap.mmap(fd, os.fstat(fd).st_size)
-        elif word == "unmap":
-            memory.close()
-        elif word == "write":
-            memory[: len(more[0])] = more[0].encode()
-        elif word == "read":
-            said = bytes(memory[:6]).decode().strip("\\0") or "nothing"
-        elif word == "send":
-            socket.send_fds(ours, [b"."], [fd])
-        elif word == "receive":
-            fd = socket.recv_fds(theirs, 1, 1)[1][0]
-    except OSError as error:
-        said = error.strerror
-    print(said, flush=True)
-"""
-
-
-class User:
-    """A process of some user that does what it is told; it ends with the test."""
-
-    def __init__(self, uid: int = NOBODY) -> None:
-        command = [sys.executable, "-c", USER, str(uid)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.pid = self.process.pid
-
-    def do(self, *words: object) -> str:
-        """What it says; an empty string if it died of it."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(" ".join(map(str, words)) + "\n")
-        self.process.stdin.flush()
-        return self.process.stdout.readline().strip()
-
-    def end(self) -> int:
-        self.process.kill()
-        self.process.communicate()
-        return self.process.returncode
-
-
-class Place:
-    """A service with a mount, its client, and processes that end with the test."""
-
-    def __init__(self, service: Service, stack: contextlib.ExitStack) -> None:
-        self.service = service
-        self.point = service.directory / "mnt"
-        self._stack = stack
-        self.client = self.start()
-
-    def start(self, fault: str = "") -> Client:
-        self.service.start("--mount", str(self.point), env={FAULT_VARIABLE: fault})
-        self.client = self.service.client()
-        self._stack.callback(self.client.close)
-        return self.client
-
-    def stop(self) -> None:
-        """kill -9."""
-        self.client.close()
-        if self.service.process is not None:
-            self.service.process.kill()
-            self.service.process.communicate()
-            self.service.process = None
-
-    def restart(self, fault: str = "") -> None:
-        """kill -9, and another one, which dies at a fault point."""
-        self.stop()
-        self.start(fault)
-
-    def shown(self) -> Snapshot:
-        """A Snapshot begun from now on, which the mount has followed: the one after one begun from now on."""
-        for _ in range(2):
-            now = time.time_ns()
-            until(lambda now=now: self.client.snapshot().taken_ns > now, "a new Snapshot")  # type: ignore[misc]
-        return self.client.snapshot()
-
-    def kill_server(self) -> int:
-        """The mount's server dies; its PID."""
-        with contextlib.closing(FuseTree(self.service.runtime / "fuse")) as tree:
-            os.kill(tree.pid, signal.SIGKILL)
-            wait_gone(tree.pid)
-            return tree.pid
-
-    def user(self, uid: int = NOBODY) -> User:
-        user = User(uid)
-        self._stack.callback(user.end)
-        return user
-
-    def path(self, guest: str, region: str) -> Path:
-        return self.point / "guests" / guest / "ram" / region
-
-    def owners(self, region: str) -> Path:
-        return self.point / "regions" / region
-
-    def grant(self, user: User, *, name: str = "web", region: str = "pool") -> Path:
-        """A process becomes a guest with a whole region: the file."""
-        until(lambda: user.do("nothing") == "done", "the process runs as its user")
-        self.client.apply(do.Reserve(region, SIZE))
-        self.client.apply(do.GuestAttach(name, user.pid))
-        self.client.apply(do.Map(region, name))
-        return self.path(name, region)
-
-    def revoke(self, grant: str = "g1", at_most: Rung = Rung.KILL) -> RevokeReport:
-        report = self.client.apply(do.Revoke(grant, within=2.0, at_most=at_most)).revoke
-        assert report is not None
-        return report
 
 
 @pytest.fixture
 def place() -> Iterator[Place]:
-    if os.geteuid():
-        pytest.skip("mounting is for root")
-    if not Path("/dev/fuse").exists():
-        pytest.skip("there is no /dev/fuse")
-    with services() as service, contextlib.ExitStack() as stack:
-        service.directory.chmod(0o755)
-        stack.callback(lambda: end_at(service.runtime, service.directory))
-        place = Place(service, stack)
-        stack.callback(place.stop)
-        with contextlib.closing(FuseTree(service.runtime / "fuse")) as tree:
-            if tree.status().passthrough:
-                pytest.skip(tree.status().capability().why)
+    with places() as place:
         yield place
-
-
-def unexpected(snapshot: Snapshot) -> list[str]:
-    return [finding.what for finding in snapshot.findings if finding.id.startswith(("mapping-", "grant-", "mount-"))]
 
 
 def test_a_process_maps_its_grant_by_path_without_an_agent(place: Place) -> None:

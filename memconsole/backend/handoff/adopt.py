@@ -378,9 +378,12 @@ def _report(described: Manifest | None, resume: Resume, progress: Progress | Non
         written = clock.at(described.written)
         phases[-1] = replace(phases[-1], end_ns=written)
         if resume.mode != "rehearse":
-            phases.append(
-                report.phase("jump", "preserve them, boot the next kernel, reach memconsole-resume", written, begun)
-            )
+            # the next kernel's clock began with it
+            booted = max(written, begun - resume.phases[0].at.boottime_ns) if resume.phases else written
+            phases += [
+                report.phase("jump", "preserve them, leave this kernel", written, booted),
+                report.phase("boot", "the next kernel boots, up to memconsole-resume", booted, begun),
+            ]
     last = begun
     for each in resume.phases[1:]:
         now = clock.at(each.at)

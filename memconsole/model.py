@@ -513,6 +513,35 @@ class Kept(Value, frozen=True):
     contents: bool | None = None
 
 
+class CarriedDevice(Value, frozen=True):
+    """A device of a handoff; ``pages`` and ``runs`` of its IOVA table, as ``source`` (kernel, ledger) said.
+
+    ``how`` it came along: ``rebuilt``, ``preserved`` by the kernel, or ``kept`` in custody (a rehearsal); ``why`` it
+    had to be rebuilt, or is not back. ``same``: each IOVA leads to the frame it led to. ns since the handoff began.
+    """
+
+    bdf: str
+    guest: str
+    pages: int
+    runs: int
+    source: str
+    how: str
+    quiesced_ns: int | None = None
+    back_ns: int | None = None
+    same: bool | None = None
+    why: str = ""
+
+
+class CarriedWindow(Value, frozen=True):
+    """A window of a handoff: whether its guest mapped it again."""
+
+    window: str
+    guest: str
+    grant: str
+    back: bool = False
+    why: str = ""
+
+
 class HandoffReport(Value, frozen=True):
     """The last handoff, or the one under way; the phases of ``blackout`` are those in which guests stand still."""
 
@@ -524,6 +553,8 @@ class HandoffReport(Value, frozen=True):
     phases: tuple[Phase, ...] = ()
     guests: tuple[Carried, ...] = ()
     regions: tuple[Kept, ...] = ()
+    devices: tuple[CarriedDevice, ...] = ()
+    windows: tuple[CarriedWindow, ...] = ()
     why: str = ""
     notes: tuple[str, ...] = ()
 

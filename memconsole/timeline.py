@@ -9,16 +9,25 @@ from collections.abc import Iterator
 from html import escape
 from typing import NamedTuple
 
-from memconsole.model import HandoffReport
-from memconsole.units import format_duration
+from memconsole.model import CarriedDevice, HandoffReport
+from memconsole.units import PAGE, format_duration, format_size
 
 _LABEL = 14
 _SVG_LABEL, _SVG_WIDTH, _MARGIN, _ROW, _CHARACTER = 110, 1000, 30, 22, 7.3
-_COLOURS = {"phase": "#7aa2c8", "blackout": "#c8553d", "guest": "#333333", "scale": "#dddddd"}
+_COLOURS = {
+    "phase": "#7aa2c8",
+    "blackout": "#c8553d",
+    "guest": "#333333",
+    "device": "#7a6a3a",
+    "scale": "#dddddd",
+}
 
 
 class Bar(NamedTuple):
-    """One row: a phase, or the time a guest stood still; ns since the handoff began, ``end`` None while it lasts."""
+    """One row: a phase, or the time a guest stood still or a device was quiet.
+
+    ns since the handoff began, ``end`` None while it lasts.
+    """
 
     kind: str
     label: str
@@ -28,7 +37,7 @@ class Bar(NamedTuple):
 
 
 def bars(report: HandoffReport) -> Iterator[Bar]:
-    """The rows of a picture: phases in order, then guests."""
+    """The rows of a picture: phases in order, then guests, then devices."""
     for phase in report.phases:
         took = "..." if phase.end_ns is None else format_duration(phase.end_ns - phase.start_ns)
         yield Bar(
@@ -41,6 +50,18 @@ def bars(report: HandoffReport) -> Iterator[Bar]:
             yield Bar("guest", guest.name, stood, stood + guest.blackout_ns, by)
         elif report.state != "running":
             yield Bar("guest", guest.name, stood, stood, f"is not back: {guest.why}" if guest.why else "ran on")
+    for each in report.devices:
+        if each.quiesced_ns is not None:
+            text = "not back" if each.back_ns is None else f"quiet {format_duration(each.back_ns - each.quiesced_ns)}"
+            yield Bar("device", each.bdf, each.quiesced_ns, each.back_ns, f"{text}  {each.how} for {each.guest}")
+
+
+def device(value: CarriedDevice) -> str:
+    """How a device came along, in one line."""
+    size = f"{format_size(value.pages * PAGE)} of IOVA in {value.runs} runs"
+    place = {True: "every IOVA where it was", False: "IOVA DIFFER", None: "NOT BACK"}[value.same]
+    who = "" if value.source == "kernel" else " (by the ledger)"
+    return f"{value.how}, {size}, {place}{who}" + (f": {value.why}" if value.why else "")
 
 
 def span(report: HandoffReport) -> int:
@@ -49,14 +70,14 @@ def span(report: HandoffReport) -> int:
 
 
 def lines(report: HandoffReport, width: int = 100) -> list[str]:
-    """The picture as text of at most ``width`` cells a line: ``=`` passes, ``#`` is blackout."""
+    """The picture as text of at most ``width`` cells a line: ``=`` passes, ``#`` is blackout, ``~`` a quiet device."""
     room = max(10, width // 3)
     total = span(report)
     drawn = []
     for bar in bars(report):
         left = bar.start * room // total
         right = max(left + 1, -(-(total if bar.end is None else bar.end) * room // total))
-        mark = "=" if bar.kind == "phase" else "#"
+        mark = {"phase": "=", "device": "~"}.get(bar.kind, "#")
         line = f"{bar.label[:_LABEL]:<{_LABEL}} {'':<{left}}{mark * (right - left):<{room - left}} {bar.text}"
         drawn.append(line[:width].rstrip())
     return drawn

@@ -60,7 +60,8 @@ def adopt(desk: Desk, write: Write) -> list[Finding]:
     for guest in desk.state.guests.values():
         with contextlib.suppress(Gone):
             if guest.pid is not None:
-                desk.adopt_guest(guest)
+                # What waits for its devices gets its windows once they are there.
+                desk.adopt_guest(guest, windows=landing is None or guest.name not in landing.waiting)
         steps.point(f"adopt.guest.{guest.name}")
     for number, intent in list(desk.state.unfinished.items()):
         found += _finish(desk, write, number, intent)

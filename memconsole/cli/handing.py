@@ -53,5 +53,9 @@ def report(options: argparse.Namespace) -> int:
         output.json(made)
     else:
         output.handoff(made)
-    whole = all(guest.back for guest in made.guests) and all(region.same is not False for region in made.regions)
+    whole = (
+        all(guest.back for guest in made.guests)
+        and all(region.same is not False for region in made.regions)
+        and all(device.same for device in made.devices)
+    )
     return ExitCode.DONE if whole and not made.why else ExitCode.FINDINGS

@@ -105,6 +105,10 @@ def handoff(report: HandoffReport) -> None:
         place = {True: "every page where it was", False: "PAGES MOVED", None: "not compared"}[region.same]
         contents = {True: ", contents the same", False: ", CONTENTS DIFFER", None: ""}[region.contents]
         text(f"  {region.name}: {format_size(region.size)} in {region.runs} runs, {place}{contents}")
+    for device in report.devices:
+        text(f"  {device.bdf} of {device.guest}: {timeline.device(device)}")
+    for window in report.windows:
+        text(f"  window {window.window} of {window.guest}: {'mapped again' if window.back else window.why}")
     for line in report.notes:
         text(f"  note: {line}")
 

@@ -7,6 +7,8 @@ from support.synthetic import SyntheticSource, snapshot
 
 from memconsole.model import (
     Carried,
+    CarriedDevice,
+    CarriedWindow,
     Condition,
     GuestKind,
     HandoffReport,
@@ -49,6 +51,20 @@ def test_a_handoff_under_way_shows_the_phase_it_is_in() -> None:
     assert "run running, 0 of 1 guests back" in text
     assert "preserve" in text
     assert "..." in text
+
+
+def test_a_report_shows_its_devices_and_windows() -> None:
+    devices = (
+        CarriedDevice("0000:00:04.0", "web0", 256, 3, "kernel", "rebuilt", 80 * MS, 90 * MS, same=True),
+        CarriedDevice("0000:00:05.0", "web0", 256, 3, "kernel", "rebuilt", 80 * MS, same=False),
+    )
+    windows = (CarriedWindow("0000:00:04.0:0", "web0", "g3", back=True),)
+    made = msgspec.structs.replace(DONE, devices=devices, windows=windows)
+    text = render(SyntheticSource(shown(made)), "handoff", "text", (120, 40))
+    assert "0000:00:04.0 ✔ rebuilt, 1M of IOVA in 3 runs, every IOVA where it was" in text
+    assert "0000:00:05.0 ✖ rebuilt, 1M of IOVA in 3 runs, IOVA DIFFER" in text
+    assert "quiet 10.0ms" in text
+    assert "window 0000:00:04.0:0 of web0: mapped again" in text
 
 
 def test_a_report_shows_blackout_and_moved_pages() -> None:

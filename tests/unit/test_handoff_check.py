@@ -10,6 +10,7 @@ import pytest
 from memconsole.backend.handoff import check, facts
 from memconsole.backend.handoff.facts import Facts, Held, Met
 from memconsole.backend.handoff.image import Image
+from memconsole.backend.handoff.passed import Passed
 from memconsole.model import (
     Guest,
     GuestKind,
@@ -69,6 +70,10 @@ def held(**changes: Any) -> dict[str, Any]:
     return {"regions": (replace(CLEAN.regions[0], **changes),)}
 
 
+def passed(**changes: Any) -> dict[str, Any]:
+    return {"devices": (Passed("0000:00:04.0", "web", ("g1",), **changes),)}
+
+
 ERRORS: dict[str, dict[str, Any]] = {
     "live-update": {"survival": Survival(kho=True)},
     "kexec-disabled": {"kexec_disabled": True},
@@ -88,7 +93,11 @@ ERRORS: dict[str, dict[str, Any]] = {
     "custody": {"survives": False},
     "guest-silent": {"guests": (guest("web", why_not="no answer to query-status within 5 s"),)},
     "guest-incapable": {"guests": (guest("vm", GuestKind.QEMU, incapable="it is too old"),)},
-    "dma-granted": {"dma": (("g1", "0000:00:04.0"),)},
+    "device-lost": passed(lost="nobody holds it"),
+    "device-restless": passed(restless="it still waited for memory after 1.5 s"),
+    "device-group": passed(active=("0000:00:05.0 (e1000)",)),
+    "device-driver": {**passed(), "missing": ("vfio_pci",)},
+    "command-line-iommu": {**passed(), "here": f"{LINE} intel_iommu=on"},
 }
 WARNINGS: dict[str, dict[str, Any]] = {
     "image-of-another": {"loaded": True},
@@ -100,7 +109,10 @@ WARNINGS: dict[str, dict[str, Any]] = {
     "guest-ended": {"guests": (guest("web", state=GuestState.GONE),)},
     "guest-process": {"guests": (guest("db", GuestKind.PROCESS),)},
     "guest-foreign": {"strangers": (Guest("qemu-9", GuestKind.FOREIGN, GuestState.RUNNING, 9),)},
-    "window-granted": {"windows": (("0000:00:04.0:0", "web"),)},
+    "device-hidden": passed(hidden="/sys/kernel/debug/iommu is not there"),
+    "device-wanted": passed(wanted=("nvme",)),
+    "device-beside": passed(beside=("0000:00:04.1",)),
+    "device-reset": passed(resets=True),
 }
 WARNINGS["base-pages"] = {
     **held(loose=64 * M),
@@ -132,6 +144,21 @@ def test_what_makes_it_slow_or_ends_a_guest_warns_and_does_not_refuse(id: str) -
 def test_every_condition_is_provoked() -> None:
     known = {each.id for each in check.check(CLEAN)} | {"image-abi-unknown"}
     assert known == {*ERRORS, *WARNINGS}
+
+
+def test_a_device_that_nothing_speaks_against_is_not_refused() -> None:
+    found = check.check(replace(CLEAN, **passed(unpreserved="PRESERVE_FD of its iommufd: ENOENT")))
+    assert [each.id for each in found if not each.ok] == []
+
+
+def test_a_next_kernel_that_does_not_say_what_it_has_warns() -> None:
+    found = check.check(replace(CLEAN, **passed(), missing=None))
+    bad = [each for each in found if not each.ok]
+    assert [(each.id, each.severity) for each in bad] == [("device-driver", Severity.WARNING)]
+
+
+def test_without_devices_the_command_line_may_leave_the_iommu_out() -> None:
+    assert check.refusals(check.check(replace(CLEAN, here=f"{LINE} intel_iommu=on"))) == []
 
 
 def test_a_rehearsal_asks_nothing_of_the_next_kernel() -> None:

@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ET
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from memconsole import timeline
 from memconsole.backend.handoff import bootplan, manifest, report
@@ -17,6 +18,7 @@ from memconsole.backend.handoff.report import Clock, Progress
 from memconsole.errors import BadFile
 from memconsole.model import (
     Carried,
+    CarriedDevice,
     Guest,
     GuestKind,
     GuestState,
@@ -182,3 +184,25 @@ def test_what_is_done_while_guests_stand_still_is_blackout() -> None:
 def test_what_a_guest_says_of_itself_counts() -> None:
     (guest,) = whole().guests
     assert (guest.blackout_ns, guest.by) == (800 * MS, "guest")
+
+
+DEVICE = CarriedDevice(
+    "0000:00:04.0", "web", 256, 3, "kernel", "rebuilt", 40 * MS, 960 * MS, True, "PRESERVE_FD: ENOENT"
+)
+
+
+def test_a_device_is_in_the_picture_from_quiet_to_back() -> None:
+    made = replace(whole(), devices=(DEVICE,))
+    line = timeline.lines(made, 150)[-1]
+    assert line.count("~") == 46  # 920 of 1000 ms in 50 cells
+    assert "quiet 920" in line
+    assert timeline.device(DEVICE) == ("rebuilt, 1M of IOVA in 3 runs, every IOVA where it was: PRESERVE_FD: ENOENT")
+    assert ET.fromstring(timeline.svg(made)).tag.endswith("svg")
+
+
+def test_a_guest_whose_devices_are_not_back_is_not_back() -> None:
+    (guest,) = report.held(whole(), {"web"}).guests
+    assert (guest.back, guest.blackout_ns) == (False, None)
+    assert "devices" in guest.why
+    assert "IOVA DIFFER" in timeline.device(replace(DEVICE, same=False))
+    assert "NOT BACK (by the ledger)" in timeline.device(replace(DEVICE, same=None, source="ledger"))

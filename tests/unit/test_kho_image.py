@@ -136,3 +136,9 @@ def test_nothing_is_loaded_that_is_no_kernel(tmp_path: Path) -> None:
     with pytest.raises(NotFound):
         image.load(str(tmp_path / "text"), str(tmp_path / "none"), "quiet")
     assert image.loaded() == was
+
+
+def test_what_is_built_in_is_known_by_its_parameters(tmp_path: Path) -> None:
+    parts = b"bound to vfio-pci\0vfio_pci.ids\0xiommufd.allow_unsafe_interrupts\0"
+    found = image.inspect(bzimage(tmp_path / "vmlinuz", gzip.compress(ELF + parts)))
+    assert found.modules == ("vfio_pci",)

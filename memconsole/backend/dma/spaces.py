@@ -30,6 +30,11 @@ _END = (1 << 64) - (1 << 12)
 _SPACE, _DEVICE, _GROUP = "iommu:", "vfio:", "group:"
 
 
+def held(guest: str, bdf: str) -> tuple[str, str]:
+    """What a guest's address space and a device of it are called in custody."""
+    return _SPACE + guest, _DEVICE + bdf
+
+
 class Space(Value, frozen=True):
     """A guest's address space as custody keeps it: the id it has in its fd, and what it is made of."""
 
@@ -39,11 +44,15 @@ class Space(Value, frozen=True):
 
 
 class Attached(Value, frozen=True):
-    """A device as custody keeps it: whose address space it is attached to, and the IOMMU group it came out of."""
+    """A device as custody keeps it: whose address space it is attached to, and the IOMMU group it came out of.
+
+    ``quiet``: the bus was taken from it.
+    """
 
     bdf: str
     guest: str
     group: int | None = None
+    quiet: bool = False
 
 
 class Spaces:
@@ -56,6 +65,13 @@ class Spaces:
         self._devices: dict[str, str] = {}
         self._groups: dict[str, int] = {}
         self._joined: set[int] = set()
+        self._quiet: set[str] = set()
+
+    @property
+    def quiet(self) -> frozenset[str]:
+        """The devices from which the bus was taken, by BDF."""
+        with self._lock:
+            return frozenset(self._quiet)
 
     @property
     def devices(self) -> Mapping[str, str]:
@@ -92,9 +108,11 @@ class Spaces:
                     self._devices[attached.bdf] = attached.guest
                     if attached.group is not None:
                         self._groups[attached.bdf] = attached.group
+                    if attached.quiet:
+                        self._quiet.add(attached.bdf)
 
-    def attach(self, guest: str, bdf: str) -> None:
-        """Attach a device to a guest's address space, and let it master the bus; nothing is mapped by this.
+    def attach(self, guest: str, bdf: str, *, quiet: bool = False) -> None:
+        """Attach a device to a guest's address space, and unless ``quiet`` let it master the bus; nothing is mapped.
 
         Raises:
             Refused: it is attached to another guest's (``DeviceInUse``).
@@ -112,8 +130,8 @@ class Spaces:
             group = None if number is None else stack.enter_context(self._group(number, fd))
             device = backends.opened(space.kind, fd, space.space).attach(self._desk.root, bdf, group)
             stack.callback(os.close, device)
-            vfio.enable(device)
-            self._keep(Attached(bdf, guest, number), device)
+            vfio.enable(device, master=not quiet)
+            self._keep(Attached(bdf, guest, number, quiet), device)
 
     def hand(self, guest: str, bdf: str) -> None:
         """Open a device, and an iommufd for it, for a guest whose VMM confines it: :meth:`handed` has both.
@@ -165,6 +183,42 @@ class Spaces:
                 yield (device, region) if region.mappable else None
             finally:
                 os.close(device)
+
+    def quiesce(self, bdf: str) -> None:
+        """Take the bus from a device that is attached; :meth:`restart` gives it back.
+
+        Raises:
+            NotFound: nobody holds it. KernelRefused: it cannot be quiesced, and goes on.
+        """
+        with self._lock, self._device(bdf) as device:
+            self._keep(self._attached(bdf, quiet=True), device)  # first: whoever dies here must be known to have begun
+            try:
+                vfio.quiet(device)
+            except KernelRefused:
+                with contextlib.suppress(KernelRefused):
+                    vfio.enable(device)
+                self._keep(self._attached(bdf), device)
+                raise
+
+    def restart(self, bdf: str) -> None:
+        """Let a device that was quiesced master the bus again.
+
+        Raises:
+            NotFound: nobody holds it. KernelRefused: its configuration space cannot be reached.
+        """
+        with self._lock, self._device(bdf) as device:
+            vfio.enable(device)
+            self._keep(self._attached(bdf), device)
+
+    @contextlib.contextmanager
+    def borrowed(self, bdf: str) -> Iterator[tuple[int, int]]:
+        """A device's file and that of its guest's address space, closed again.
+
+        Raises:
+            NotFound: nobody holds it.
+        """
+        with self._lock, self._device(bdf) as device, self._space(self._devices[bdf]) as (fd, _):
+            yield device, fd
 
     def map(self, grant: Grant) -> None:
         """Let the devices of a grant's guest reach it, at its GPA.
@@ -243,13 +297,18 @@ class Spaces:
     def _keep(self, attached: Attached, device: int) -> None:
         self._desk.custody.put(_DEVICE + attached.bdf, device, msgspec.json.encode(attached))
         self._devices[attached.bdf] = attached.guest
+        (self._quiet.add if attached.quiet else self._quiet.discard)(attached.bdf)
         if attached.group is not None:
             self._groups[attached.bdf] = attached.group
+
+    def _attached(self, bdf: str, *, quiet: bool = False) -> Attached:
+        return Attached(bdf, self._devices[bdf], self._groups.get(bdf), quiet)
 
     def _drop(self, bdf: str) -> None:
         self._desk.custody.drop(_DEVICE + bdf)
         del self._devices[bdf]
         self._groups.pop(bdf, None)
+        self._quiet.discard(bdf)
 
     def _take_back(self, guest: str) -> None:
         with self.handed(guest) as (fd, devices):
@@ -277,6 +336,17 @@ class Spaces:
             space = Space(guest, id, kind)
             self._desk.custody.put(_SPACE + guest, fd, msgspec.json.encode(space))
             self._spaces[guest] = space
+        finally:
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def _device(self, bdf: str) -> Iterator[int]:
+        """A device's file, closed again."""
+        if bdf not in self._devices:
+            raise NotFound(f"nobody holds device {bdf}", "", "map with --dma BDF")
+        fd, _ = self._desk.custody.get(_DEVICE + bdf)
+        try:
+            yield fd
         finally:
             os.close(fd)
 

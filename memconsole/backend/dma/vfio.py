@@ -10,10 +10,13 @@ the bus no more from then on.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import struct
+import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from memconsole.backend.kernel import tree
@@ -23,11 +26,14 @@ from memconsole.errors import KernelRefused, MemconsoleError, NotFound
 DRIVER = "vfio-pci"
 FILES = "/dev/vfio/devices"
 
-_GET_REGION_INFO = ord(";") << 8 | 100 + 8
+_GET_INFO, _GET_REGION_INFO = (ord(";") << 8 | 100 + number for number in (7, 8))
 _CONFIG_REGION = 7
-_COMMAND = 4
-_MEMORY, _MASTER = 2, 4
-_MAPPABLE = 4
+_COMMAND, _STATUS, _CAPABILITIES = 4, 6, 0x34
+_MEMORY, _MASTER, _LISTED = 2, 4, 16
+_EXPRESS, _DEVICE_STATUS, _PENDING = 0x10, 10, 1 << 5
+_RESET, _MAPPABLE = 1, 4
+_DRAIN_S = 1.5
+"""Seconds a device has for the completions it waits for; the kernel gives it as long before a reset."""
 
 
 def driver(root: Root, bdf: str) -> str | None:
@@ -106,18 +112,95 @@ def region(device: int, index: int) -> Region:
     return Region(offset, size, bool(flags & _MAPPABLE))
 
 
-def enable(device: int) -> None:
-    """Let an attached device answer to its BARs and master the bus (PCI command register).
+def enable(device: int, *, master: bool = True) -> None:
+    """Let an attached device answer to its BARs and, with ``master``, master the bus (PCI command register).
 
     Raises:
         KernelRefused: its configuration space cannot be reached.
     """
+    with _config(device) as config:
+        config.write(_COMMAND, config.read(_COMMAND, 2) | _MEMORY | (_MASTER if master else 0))
+
+
+def quiet(device: int) -> None:
+    """Take the bus from a device: when this returns it neither reads nor writes memory, nor interrupts anybody.
+
+    What it had written before has arrived (a read behind it pushes it out), and a PCI Express device has got what it
+    had asked for. It keeps its registers: :func:`enable` lets it go on.
+
+    Raises:
+        KernelRefused: its configuration space cannot be reached, or it waits for ever (``Restless``).
+    """
+    with _config(device) as config:
+        config.write(_COMMAND, config.read(_COMMAND, 2) & ~_MASTER)
+        if config.read(_COMMAND, 2) & _MASTER:
+            raise KernelRefused("PCI command register", errno.EIO, what="it keeps the bus", code="Restless")
+        status = config.find(_EXPRESS)
+        deadline = time.monotonic() + _DRAIN_S
+        while status and config.read(status + _DEVICE_STATUS, 2) & _PENDING:
+            if time.monotonic() > deadline:
+                what = f"it still waited for memory after {_DRAIN_S:g} s"
+                raise KernelRefused("PCI Express device status", errno.ETIMEDOUT, what=what, code="Restless")
+            time.sleep(0.001)
+
+
+def masters(device: int) -> bool:
+    """Whether a device may master the bus.
+
+    Raises:
+        KernelRefused: its configuration space cannot be reached.
+    """
+    with _config(device) as config:
+        return bool(config.read(_COMMAND, 2) & _MASTER)
+
+
+def resets(device: int) -> bool:
+    """Whether vfio-pci can reset a device; it does then, whenever the device's file is opened first.
+
+    Raises:
+        KernelRefused: it is no VFIO device.
+    """
+    with _named_as_config():
+        return bool(
+            struct.unpack_from("I", fcntl.ioctl(device, _GET_INFO, struct.pack("IIIII", 20, 0, 0, 0, 0)), 4)[0] & _RESET
+        )
+
+
+class _Config:
+    """The configuration space of an open device; numbers are little-endian."""
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+        self._at = region(device, _CONFIG_REGION).offset
+
+    def read(self, at: int, size: int) -> int:
+        return int.from_bytes(os.pread(self._device, size, self._at + at), "little")
+
+    def write(self, at: int, value: int) -> None:
+        os.pwrite(self._device, struct.pack("<H", value), self._at + at)
+
+    def find(self, capability: int) -> int:
+        """Where a capability stands; 0 where the device has none of it."""
+        at = self.read(_CAPABILITIES, 1) if self.read(_STATUS, 2) & _LISTED else 0
+        for _ in range(48):  # more do not fit
+            if not at or self.read(at, 1) == capability:
+                return at
+            at = self.read(at + 1, 1)
+        return 0
+
+
+@contextlib.contextmanager
+def _named_as_config() -> Iterator[None]:
     try:
-        at = region(device, _CONFIG_REGION).offset + _COMMAND
-        (command,) = struct.unpack("<H", os.pread(device, 2, at))
-        os.pwrite(device, struct.pack("<H", command | _MEMORY | _MASTER), at)
+        yield
     except OSError as error:
         raise KernelRefused("the configuration space of a VFIO device", error.errno or errno.EIO) from error
+
+
+@contextlib.contextmanager
+def _config(device: int) -> Iterator[_Config]:
+    with _named_as_config():
+        yield _Config(device)
 
 
 def _write(root: Root, path: str, text: str) -> None:

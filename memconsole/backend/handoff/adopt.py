@@ -13,7 +13,7 @@ import contextlib
 import os
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -22,7 +22,7 @@ from msgspec.structs import replace
 from memconsole.actions import Handoff, HandoffRehearse
 from memconsole.backend.desk import STOP_S, Desk, custody_name
 from memconsole.backend.guests.canary import CanaryGuest
-from memconsole.backend.handoff import bootplan, image, manifest, report, verify
+from memconsole.backend.handoff import bootplan, devices, image, manifest, report, verify
 from memconsole.backend.handoff.bootplan import LANDED, MANIFEST, RESUME, STARTED, Moment, Resume, Resumed
 from memconsole.backend.handoff.manifest import Manifest
 from memconsole.backend.handoff.report import Clock, Progress
@@ -31,6 +31,7 @@ from memconsole.backend.steps import point
 from memconsole.backend.stores import memfd
 from memconsole.errors import BadFile, Gone, GuestError, MemconsoleError, NotFound
 from memconsole.model import (
+    CarriedDevice,
     Finding,
     Guest,
     GuestKind,
@@ -58,6 +59,13 @@ class Landing:
     manifest: Manifest | None = None
     moved: frozenset[str] = frozenset()
     clock: Clock | None = None
+
+    @property
+    def waiting(self) -> frozenset[str]:
+        """The guests that stay paused until it is settled."""
+        return (
+            frozenset(each.guest.name for each in self.manifest.guests if each.waits) if self.manifest else frozenset()
+        )
 
 
 def landed(desk: Desk) -> bool:
@@ -91,27 +99,42 @@ def land(desk: Desk, progress: Progress | None = None) -> Landing:
 
 
 def settle(desk: Desk, landing: Landing) -> None:
-    """Once the ledger knows of it: compare, keep the report, let guests go on that waited for that, tidy custody.
+    """Once the ledger knows of it: devices and windows, compare, keep the report, let guests go on that waited, tidy.
 
     Who is interrupted here does it again; contents are compared once, for guests change them as soon as they go on.
+    Guests whose contents were not asked for do not wait until all regions were looked at once more.
     """
-    made, described = landing.report, landing.manifest
+    made, described, clock = landing.report, landing.manifest, landing.clock
     before = desk.handoff
-    if before is not None and before.began_ns == made.began_ns and before.state is HandoffState.DONE:
+    again = before is not None and before.began_ns == made.began_ns and before.state is HandoffState.DONE
+    if again and before is not None:
         made = before
-    elif described is not None:
-        kept, found = verify.compare(desk, described, landing.moved)
-        landing.findings += found
-        made = replace(made, regions=kept)
+    late: dict[str, int] = {}
+    waiting: frozenset[str] = frozenset()
+    contents = described is not None and any(placed.contents for placed in described.regions)
+    if described is not None and clock is not None:
+        returned = devices.back(desk, described, clock)
+        waiting = returned.waiting
+        landing.findings += returned.findings
+        made = replace(made, devices=_newest(made.devices, returned.devices), windows=returned.windows or made.windows)
+        if not contents:
+            late = _let_go_on(desk, described, clock, waiting)
+        if not again:
+            kept, found = verify.compare(desk, described, landing.moved)
+            landing.findings += found
+            made = replace(made, regions=kept)
     point("adopt.compared")
     store(desk, replace(made, state=HandoffState.DONE))
     point("adopt.reported")
-    if described is not None and landing.clock is not None:
-        late = _let_go_on(desk, described, {each.name for each in made.regions if each.contents is False})
-        if late:
-            said = [(name, landing.clock.between(stood, bootplan.moment())) for name, stood in late.items()]
-            store(desk, replace(report.filled(made, said, "its VMM"), state=HandoffState.DONE))
-    _tidy(desk, made)
+    if described is not None and clock is not None:
+        if contents:
+            wrong = {each.name for each in made.regions if each.contents is False}
+            held = {grant.guest for grant in desk.state.grants.values() if grant.region in wrong}
+            late = _let_go_on(desk, described, clock, waiting | held)
+        made = report.held(report.filled(made, late.items(), "its VMM"), waiting)
+        store(desk, replace(made, state=HandoffState.DONE))
+        devices.settle(desk, described)
+    _tidy(desk, landing.report)
 
 
 def _tidy(desk: Desk, made: HandoffReport) -> None:
@@ -132,6 +155,9 @@ def _tidy(desk: Desk, made: HandoffReport) -> None:
 
 def take_back(desk: Desk, intent: Intent) -> None:
     """Undo what a control process that died did of a handoff, before the jump."""
+    for bdf in desk.spaces.quiet:
+        with contextlib.suppress(MemconsoleError):
+            desk.spaces.restart(bdf)
     for guest in desk.state.guests.values():
         live = desk.live(guest.name)
         if live is None or guest.kind is GuestKind.PROCESS or guest.state is GuestState.PAUSED:
@@ -141,7 +167,7 @@ def take_back(desk: Desk, intent: Intent) -> None:
             if live.state() is not GuestState.RUNNING:
                 live.resume()
     for name in desk.custody.names():
-        if name.startswith(("session:", "state:")) or name == MANIFEST:
+        if name.startswith(("session:", "state:", devices.IOVA)) or name == MANIFEST:
             desk.custody.drop(name)
     if not isinstance(intent.action, HandoffRehearse):
         with contextlib.suppress(MemconsoleError):
@@ -208,6 +234,10 @@ def again(desk: Desk, guest: Guest) -> Guest:
     finally:
         os.close(alone)
     desk.custody.drop(f"state:{guest.name}")
+    live = desk.live(guest.name)
+    if live is not None and desk.connected(guest.name) and live.state() is GuestState.PAUSED:
+        give_back(desk, guest.name)
+        live.resume()
     return back
 
 
@@ -241,13 +271,38 @@ def start_alone(desk: Desk, guest: Guest, plan: int) -> Guest:
     return back
 
 
-def take_hold(desk: Desk, guests: Sequence[Guest]) -> None:
-    """Adopt the processes of guests that were started again by this control process's own rehearsal."""
+def devices_wait(desk: Desk, guest: str) -> bool:
+    """Whether devices of a guest are not back since a handoff, and its grants still mean them."""
+    described, _ = _described(desk)
+    return described is not None and bool(devices.waits(desk, described, guest))
+
+
+def give_back(desk: Desk, guest: str) -> None:
+    """Try again to give a guest its devices and windows as they were.
+
+    Raises:
+        GuestError: they still are not; it stays paused. BadFile: the manifest cannot be read.
+    """
+    described = manifest.read(_content(desk, MANIFEST))
+    now = bootplan.moment()
+    clock = Clock(described.began, [(described.began, described.written), (now, now)])
+    returned = devices.back(desk, described, clock, guest)
+    devices.settle(desk, described)
+    made = desk.handoff
+    if made is not None:
+        store(desk, replace(made, devices=_newest(made.devices, returned.devices)))
+    if returned.findings:
+        first = returned.findings[0]
+        raise GuestError(f"guest {guest} stays paused", first.what, first.remedy)
+
+
+def take_hold(desk: Desk, guests: Sequence[Guest], *, windows: bool = False) -> None:
+    """Adopt the processes of guests that this control process started again; ``windows``: give them those at once."""
     for guest in guests:
         if guest.pid is not None and guest.kind is not GuestKind.PROCESS:
             desk.part(guest.name)
             with contextlib.suppress(Gone):
-                desk.adopt_guest(guest)
+                desk.adopt_guest(guest, windows=windows)
 
 
 # --- the report in custody ------------------------------------------------------------------------------------------
@@ -409,19 +464,24 @@ def _pairs(described: Manifest, resume: Resume, arrived: Moment) -> list[tuple[M
     return pairs
 
 
-def _let_go_on(desk: Desk, described: Manifest, wrong: set[str]) -> dict[str, Moment]:
-    """Resume the guests that waited until their contents were compared, and are whole; when each was stopped."""
-    late: dict[str, Moment] = {}
-    if not any(placed.contents for placed in described.regions):
-        return late
+def _let_go_on(desk: Desk, described: Manifest, clock: Clock, held: Collection[str]) -> dict[str, int]:
+    """Resume the guests that waited, but for those that are held; for how long each stood still, in ns."""
+    late: dict[str, int] = {}
     for stopped in described.guests:
-        mine = {grant.region for grant in desk.state.grants_of(guest=stopped.guest.name)}
-        live = desk.live(stopped.guest.name)
-        if live is None or mine & wrong or stopped.guest.state is GuestState.PAUSED:
+        name = stopped.guest.name
+        live = desk.live(name)
+        if live is None or not stopped.waits or name in held:
             continue
         with contextlib.suppress(MemconsoleError):
-            desk.connected(stopped.guest.name)
-            live.resume()
-            point(f"adopt.goes-on.{stopped.guest.name}")
-            late[stopped.guest.name] = stopped.at
+            desk.connected(name)
+            if live.state() is GuestState.PAUSED:
+                live.resume()
+                point(f"adopt.goes-on.{name}")
+                late[name] = clock.between(stopped.at, bootplan.moment())
     return late
+
+
+def _newest(before: Iterable[CarriedDevice], now: Iterable[CarriedDevice]) -> tuple[CarriedDevice, ...]:
+    """The devices of a report, those that were looked at again as they are now."""
+    found = {each.bdf: each for each in before}
+    return tuple((found | {each.bdf: each for each in now}).values())

@@ -21,6 +21,7 @@ QUADRATIC_NS = 13
 LONG_BOOT_NS = 1_000_000_000
 LARGEST_SEGMENT = 1 << 40
 HUGE = 2 << 20
+_OF_IOMMUS = ("iommu=", "intel_iommu=", "amd_iommu=", "iommu.", "vfio_iommu_type1.", "iommufd.")
 _TRUE = {"on", "1", "y", "yes", "Y", "true", "t"}
 
 Judge = Callable[[Facts], Iterator[Condition]]
@@ -333,24 +334,95 @@ def _guests(facts: Facts) -> Iterator[Condition]:
         )
 
 
+# --- devices --------------------------------------------------------------------------------------------------------
+
+
 def _devices(facts: Facts) -> Iterator[Condition]:
+    found = facts.devices
     yield Condition(
-        "dma-granted",
+        "device-lost",
         ERROR,
-        not facts.dma,
-        "no device writes into a guest's memory: nothing stops it during the jump, and no table outlives it",
-        ", ".join(f"{bdf} by {grant}" for grant, bdf in facts.dma),
-        "revoke the grant first",
+        not any(each.lost for each in found),
+        "every device that a grant is for is in custody, and works: one that is not cannot be given back",
+        "; ".join(f"{each.bdf} of {each.guest}: {each.lost}" for each in found if each.lost),
+        "revoke its grants, and map them again with --dma; of a guest that is held: memconsole guest resume NAME",
     )
     yield Condition(
-        "window-granted",
+        "device-restless",
+        ERROR,
+        not any(each.restless for each in found),
+        "the bus can be taken from every device: one that writes on during the jump writes anywhere",
+        "; ".join(f"{each.bdf}: {each.restless}" for each in found if each.restless),
+        "revoke its grants first: that closes it",
+    )
+    yield Condition(
+        "device-group",
+        ERROR,
+        not any(each.active for each in found),
+        "no driver has another device of a device's IOMMU group: such a group is given to nobody",
+        "; ".join(f"{each.bdf}: {', '.join(each.active)}" for each in found if each.active),
+        "take it from its driver: echo BDF > /sys/bus/pci/devices/BDF/driver/unbind",
+    )
+    hidden = [each for each in found if each.hidden]
+    yield Condition(
+        "device-hidden",
         WARNING,
-        not facts.windows,
-        "no guest has a device's window: the device is whatever the next kernel makes of it",
-        ", ".join(f"{window} of {guest}" for window, guest in facts.windows),
-        "memconsole window revoke WINDOW, and map it again afterwards",
+        not hidden,
+        "the kernel shows where every device's page tables lead: else the ledger's word is compared, which proves less",
+        hidden[0].hidden if hidden else "",
+        "mount debugfs; a kernel with CONFIG_INTEL_IOMMU_DEBUGFS shows them",
+    )
+
+
+def _devices_beyond(facts: Facts) -> Iterator[Condition]:
+    """What devices need on the other side; where there are none, it is no matter."""
+    found = facts.devices
+    yield Condition(
+        "device-driver",
+        ERROR if facts.missing is not None else WARNING,
+        facts.missing == (),
+        "the next kernel has vfio-pci and iommufd: without them no device comes back, and its guest stays paused",
+        f"it lacks {', '.join(facts.missing)}" if facts.missing else "" if facts.missing == () else "it does not say",
+        "choose a kernel with VFIO_PCI, VFIO_DEVICE_CDEV and IOMMUFD, or revoke the devices' grants",
+    )
+    words = facts.line.partition(" -- ")[0].split()
+    gone = [word for word in facts.here.split() if found and word.startswith(_OF_IOMMUS) and word not in words]
+    yield Condition(
+        "command-line-iommu",
+        ERROR,
+        not gone,
+        "the next command line repeats what this one says of the IOMMU: without it devices are given to nobody",
+        f"missing: {' '.join(gone)}" if gone else "",
+        f'add it: --append "... {" ".join(gone)}"',
+    )
+    wanted = [each for each in found if each.wanted]
+    yield Condition(
+        "device-wanted",
+        WARNING,
+        not wanted,
+        "no driver of the next kernel wants a device: one that takes it first sets it up anew, and its guest waits",
+        "; ".join(f"{each.bdf}: {', '.join(each.wanted)}" for each in wanted),
+        'give it to vfio-pci as it boots: --append "... vfio-pci.ids=VENDOR:DEVICE"',
+    )
+    beside = [each for each in found if each.beside]
+    yield Condition(
+        "device-beside",
+        WARNING,
+        not beside,
+        "every device is alone in its IOMMU group: a driver that takes another of it in the next kernel is in the way",
+        "; ".join(f"{each.bdf}: {', '.join(each.beside)}" for each in beside),
+        "let no driver have those in the next kernel (vfio-pci.ids=, modprobe.d), or use a slot with ACS",
+    )
+    resets = [each.bdf for each in found if each.resets]
+    yield Condition(
+        "device-reset",
+        WARNING,
+        not resets,
+        "every device keeps its registers: one that can be reset is, when it is opened again",
+        ", ".join(resets),
+        "its guest's driver must set it up anew, as after a reset",
     )
 
 
 _ALWAYS: tuple[Judge, ...] = (_custody, _guests, _devices)
-_OF_A_JUMP: tuple[Judge, ...] = (_this_kernel, _next_kernel, _command_line, _memory)
+_OF_A_JUMP: tuple[Judge, ...] = (_this_kernel, _next_kernel, _command_line, _memory, _devices_beyond)

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memconsole.actions import Handoff
-from memconsole.backend.handoff import image, luo, vmm
+from memconsole.backend.handoff import image as images
+from memconsole.backend.handoff import luo, passed, vmm
 from memconsole.backend.handoff.image import Image
+from memconsole.backend.handoff.passed import Passed
 from memconsole.backend.kernel import census, kho, tree
 from memconsole.backend.kernel.memory import memory as read_memory
 from memconsole.backend.survey import foreign
@@ -89,8 +91,8 @@ class Facts:
     opener: int | None = None
     custody: str = ""
     survives: bool = True
-    windows: tuple[tuple[str, str], ...] = ()
-    dma: tuple[tuple[str, str], ...] = ()
+    devices: tuple[Passed, ...] = ()
+    missing: tuple[str, ...] | None = ()
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,9 @@ def gather(desk: Desk, action: Handoff, *, jump: bool) -> Facts:
             if link.startswith(_SESSION)
         )
         facts["opener"] = next((each.pid for each in seen.processes.values() if each.holds(luo.DEVICE)), None)
+    target_image = facts.get("image")
+    image = target_image if isinstance(target_image, Image) else None
+    found = passed.gather(desk, image, str(facts.get("line", "")), jump=jump)
     return Facts(
         jump=jump,
         survival=survival,
@@ -148,8 +153,8 @@ def gather(desk: Desk, action: Handoff, *, jump: bool) -> Facts:
         strangers=foreign(seen, state),
         custody=desk.custody.label,
         survives=desk.custody.survives,
-        windows=tuple((grant.window, grant.guest) for grant in state.windows.values()),
-        dma=tuple((grant.id, grant.dma) for grant in state.grants.values() if grant.dma),
+        devices=found,
+        missing=passed.missing(image, root) if jump and found else (),
         **facts,  # type: ignore[arg-type]  # the fields of Facts that _of_the_jump names
     )
 
@@ -163,7 +168,7 @@ def _of_the_jump(action: Handoff, root: tree.Root) -> dict[str, object]:
         "here": tree.line(root, "/proc/cmdline"),
         "abis": _abis(root),
         "kexec_disabled": _number(root, "/proc/sys/kernel/kexec_load_disabled") == 1,
-        "loaded": image.loaded(root),
+        "loaded": images.loaded(root),
     }
     try:
         if not aim.kernel:
@@ -189,7 +194,7 @@ def _inspected(path: str) -> Image:
 
 @lru_cache(maxsize=4)
 def _of_file(path: str, *_identity: int) -> Image:
-    return image.inspect(path)
+    return images.inspect(path)
 
 
 def _number(root: tree.Root, path: str) -> int:

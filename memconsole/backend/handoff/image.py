@@ -31,6 +31,8 @@ from memconsole.units import PAGE, format_size
 _LARGEST = 1 << 30
 _ABI_WORDS = (b"kho-v", b"luo-v", b"memfd-v")
 _ABI = re.compile(rb"(?<![a-z0-9-])[a-z]+-v\d+(?=\0)")
+_PARAMETERS = {"vfio_pci": b"\0vfio_pci.ids\0", "iommufd": b"\0iommufd.allow_unsafe_interrupts\0"}
+"""Modules that devices need, and a parameter that bears their name where they are built in, and only there."""
 _SMALL_PARTS = 1 << 20
 """Bytes for purgatory, boot parameters, command line and the table of scratch regions, which go there too."""
 _UNLOAD, _NO_INITRAMFS = 1, 4
@@ -58,7 +60,10 @@ _REFUSALS = {
 
 
 class Image(Value, frozen=True):
-    """A kernel image. ``abis`` are the ABI strings in it; None where it cannot be unpacked, and ``why`` says why."""
+    """A kernel image. ``abis`` are the ABI strings in it, ``modules`` what of ``_PARAMETERS`` is built in.
+
+    Both are None where it cannot be unpacked, and ``why`` says why.
+    """
 
     path: str
     size: int
@@ -68,6 +73,7 @@ class Image(Value, frozen=True):
     init_size: int
     abis: tuple[str, ...] | None
     why: str = ""
+    modules: tuple[str, ...] | None = None
 
 
 def inspect(path: str) -> Image:
@@ -90,11 +96,11 @@ def inspect(path: str) -> Image:
     release = tree.text(data[0x200 + release_at :][:256].split(bytes(1))[0]).split(" ")[0]
     compression = next((name for magic, name in _MAGICS.items() if payload.startswith(magic)), "unknown")
     try:
-        abis: tuple[str, ...] | None = _abis(_unpacked(compression, payload))
-        why = ""
+        kernel = _unpacked(compression, payload)
     except (OSError, EOFError, ValueError) as error:
-        abis, why = None, str(error)
-    return Image(path, len(data), release, compression, alignment, init_size, abis, why)
+        return Image(path, len(data), release, compression, alignment, init_size, None, str(error))
+    modules = tuple(name for name, parameter in _PARAMETERS.items() if parameter in kernel)
+    return Image(path, len(data), release, compression, alignment, init_size, _abis(kernel), "", modules)
 
 
 def _abis(kernel: bytes) -> tuple[str, ...]:

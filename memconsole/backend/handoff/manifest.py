@@ -46,11 +46,33 @@ class Placed(Value, frozen=True):
 
 
 class Stopped(Value, frozen=True):
-    """A guest as it is carried: who it is, what its state is called in custody, and when it stood still."""
+    """A guest as it is carried: who it is, what its state is called in custody, and when it stood still.
+
+    ``waits``: it ran, and is to stay paused until the next control process has compared what it must be sure of.
+    """
 
     guest: Guest
     state: str
     at: Moment
+    waits: bool = False
+
+
+class Recorded(Value, frozen=True):
+    """A device as it is carried: what its IOVA table is called in custody, who said it, its pages and runs.
+
+    ``source``: ``kernel`` or ``ledger``; ``preserved``: by the kernel, or ``why`` it has to be rebuilt;
+    ``quiesced_ns``: since the handoff began.
+    """
+
+    bdf: str
+    guest: str
+    table: str
+    source: str
+    pages: int
+    runs: int
+    preserved: bool
+    why: str
+    quiesced_ns: int | None = None
 
 
 class Manifest(Value, frozen=True, kw_only=True):
@@ -69,6 +91,7 @@ class Manifest(Value, frozen=True, kw_only=True):
     guests: tuple[Stopped, ...]
     grants: tuple[Grant, ...]
     windows: tuple[WindowGrant, ...]
+    devices: tuple[Recorded, ...] = ()
     report: HandoffReport
 
 

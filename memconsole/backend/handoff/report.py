@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from msgspec.structs import replace
 
@@ -20,13 +20,15 @@ BEFORE = (
     ("load", "load the next kernel"),
     ("preserve", "preserve the regions while guests run"),
     ("place", "read again where their pages are"),
+    ("iova", "record where the devices' page tables lead"),
     ("pause", "stop the guests"),
     ("save", "write down what the guests are besides their RAM"),
+    ("quiesce", "take the bus from the devices"),
     ("manifest", "preserve state, ledger and manifest"),
     ("jump", "boot the next kernel"),
 )
 """The phases on this side, in order."""
-BLACKOUT = frozenset({"pause", "save", "manifest", "jump", "end", "early"})
+BLACKOUT = frozenset({"pause", "save", "quiesce", "manifest", "jump", "end", "early"})
 
 
 class Progress:
@@ -38,11 +40,15 @@ class Progress:
         self.report = report
         show(report)
 
+    def now(self) -> int:
+        """Nanoseconds since it began."""
+        return time.monotonic_ns() - self._began
+
     def phase(self, id: str, text: str) -> None:
         """The phase of this name begins, unless it is the present one; the one before it ends."""
         if self.report.phases and self.report.phases[-1].id == id:
             return
-        now = time.monotonic_ns() - self._began
+        now = self.now()
         # a rehearsal reads where pages are while guests stand still
         still = any(phase.blackout for phase in self.report.phases)
         begun = Phase(id, text, now, blackout=still or id in BLACKOUT)
@@ -50,7 +56,7 @@ class Progress:
 
     def fail(self, why: str) -> None:
         """The last phase ends, and so does the handoff."""
-        phases = _ended(self.report.phases, time.monotonic_ns() - self._began)
+        phases = _ended(self.report.phases, self.now())
         self._put(replace(self.report, phases=phases, state=HandoffState.FAILED, why=why))
 
     def _put(self, report: HandoffReport) -> None:
@@ -68,6 +74,10 @@ class Clock:
     def at(self, moment: Moment) -> int:
         """Since it began."""
         return self.between(self._began, moment)
+
+    def now(self) -> int:
+        """Since it began, until now."""
+        return self.at(bootplan.moment())
 
     def between(self, start: Moment, stop: Moment) -> int:
         """From one moment to another."""
@@ -106,6 +116,17 @@ def filled(report: HandoffReport, blackouts: Iterable[tuple[str, int]], by: str 
         for guest in report.guests
     )
     return report if guests == report.guests else replace(report, guests=guests)
+
+
+def held(report: HandoffReport, waiting: Collection[str]) -> HandoffReport:
+    """A report in which guests whose devices are not back are not back either."""
+    guests = tuple(
+        replace(guest, back=False, blackout_ns=None, by="", why="it is paused: its devices are not back")
+        if guest.name in waiting
+        else guest
+        for guest in report.guests
+    )
+    return replace(report, guests=guests)
 
 
 def longest(report: HandoffReport) -> Carried | None:

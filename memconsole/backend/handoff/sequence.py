@@ -1,7 +1,8 @@
 """The handoff as steps, each with its undo: until the jump, a failure leaves every guest running where it was.
 
-    run         load ─ preserve-SESSION... ─ place ─ pause-GUEST... ─ save-GUEST... ─ manifest ─ jump
-    rehearse    pause-GUEST... ─ save-GUEST... ─ place ─ manifest ─ end ─ early ─ adopt
+    run         load ─ preserve-SESSION... ─ place ─ iova-BDF... ─ pause-GUEST... ─ save-GUEST... ─ quiesce-BDF...
+                ─ manifest ─ jump
+    rehearse    iova-BDF... ─ pause-GUEST... ─ save-GUEST... ─ quiesce-BDF... ─ place ─ manifest ─ end ─ early ─ adopt
 
 Every step is a fault point; what a control process that died at one leaves, :mod:`~.adopt` takes back or carries on.
 
@@ -26,9 +27,11 @@ from msgspec.structs import replace
 from memconsole import __version__
 from memconsole.actions import Handoff, HandoffRehearse, HandoffRun
 from memconsole.backend.desk import Desk, custody_name
-from memconsole.backend.handoff import adopt, bootplan, check, facts, image, luo, manifest, report, vmm
+from memconsole.backend.dma import spaces
+from memconsole.backend.handoff import adopt, bootplan, check, devices, facts, image, luo, manifest, report, vmm
 from memconsole.backend.handoff.bootplan import MANIFEST_SESSION, Hold, Moment, Verify
-from memconsole.backend.handoff.manifest import Manifest, Placed, Stopped
+from memconsole.backend.handoff.manifest import Manifest, Placed, Recorded, Stopped
+from memconsole.backend.handoff.passed import Passed
 from memconsole.backend.handoff.report import Progress
 from memconsole.backend.kernel import host, tree
 from memconsole.backend.steps import Step
@@ -90,6 +93,7 @@ class _Sequence:
     placed: dict[str, Placed] = field(default_factory=dict)
     stopped: dict[str, Stopped] = field(default_factory=dict)
     preserved_ns: dict[str, int] = field(default_factory=dict)
+    recorded: dict[str, Recorded] = field(default_factory=dict)
     began: Moment = field(default_factory=Moment)
     progress: Progress | None = None
 
@@ -108,13 +112,20 @@ class _Sequence:
         self._begin(work, going, seen.image.release if seen.image else "")
         if jump:
             self._load(work, facts.target(self.action, desk.root))
-            for each in cargo:
-                self._preserve(work, each)
+            for load in cargo:
+                self._preserve(work, load)
             self._place(work, cargo)
+        # In a rehearsal, processes go on, and their devices with them.
+        names = {guest.name for guest in going}
+        passed = [each for each in seen.devices if jump or each.guest in names]
+        for each in passed:
+            self._record(work, each)
         for guest in going:
             self._pause(work, guest)
         for guest in going:
             self._save(work, guest)
+        for each in passed:
+            self._quiesce(work, each)
         if not jump:  # nothing is pinned: pages come to be as long as guests run
             self._place(work, cargo)
         self._manifest(work, cargo, going, jump=jump)
@@ -214,6 +225,28 @@ class _Sequence:
                 runs += len(table)
         return Placed(region, session, tokens, tuple(digests), runs, self.preserved_ns.get(region.name, 0))
 
+    def _record(self, work: Work, device: Passed) -> None:
+        bdf = device.bdf
+
+        def do() -> None:
+            self.recorded[bdf] = devices.record(self.desk, bdf, device.guest, device.unpreserved)
+
+        text = f"record where the page tables of device {bdf} lead: they must lead there afterwards"
+        undo = partial(_drop, self.desk, devices.IOVA + bdf)
+        self._add(work, "iova", Step(f"iova-{bdf}", text, do, undo, "forget it"))
+
+    def _quiesce(self, work: Work, device: Passed) -> None:
+        bdf = device.bdf
+
+        def do() -> None:
+            self.desk.spaces.quiesce(bdf)
+            at = self.progress.now() if self.progress is not None else None
+            self.recorded[bdf] = replace(self.recorded[bdf], quiesced_ns=at)
+
+        text = f"take the bus from device {bdf} of {device.guest}: no byte arrives from then on"
+        undo = partial(self.desk.spaces.restart, bdf)
+        self._add(work, "quiesce", Step(f"quiesce-{bdf}", text, do, undo, "give it back"))
+
     def _pause(self, work: Work, guest: Guest) -> None:
         live = self.desk.live(guest.name)
         if live is None:
@@ -233,7 +266,7 @@ class _Sequence:
             with contextlib.closing(os.fdopen(fd, "rb", closefd=True)):
                 vmm.save(live, fd, SAVE_S)
                 self.desk.custody.put(held, fd)
-            self.stopped[guest.name] = Stopped(guest, held, bootplan.moment())
+            self.stopped[guest.name] = Stopped(guest, held, bootplan.moment(), self._waits(guest))
 
         text = f"write down what {guest.name} is besides its RAM"
         undo = partial(self._unsave, guest.name)
@@ -279,11 +312,19 @@ class _Sequence:
                     os.close(fd)
                     holds.append(Hold(each.session, token, name, payload))
         token = LEDGER_TOKEN
-        for name in (LEDGER, *(state_held(guest.name) for guest in going)):
+        for name in (LEDGER, *(state_held(guest.name) for guest in going), *self._of_devices()):
             fds[token], payload = desk.custody.get(name)
             holds.append(Hold(MANIFEST_SESSION, token, name, payload))
             token += 1
         return tuple(holds), fds
+
+    def _of_devices(self) -> list[str]:
+        """What custody has of devices that goes along: their tables, and they themselves where the kernel can."""
+        names = [each.table for each in self.recorded.values()]
+        for each in self.recorded.values():
+            if each.preserved:
+                names += [name for name in spaces.held(each.guest, each.bdf) if name not in names]
+        return names
 
     def _preserve_manifest(self, fds: dict[int, int]) -> None:
         with luo.Session.create(MANIFEST_SESSION) as session:
@@ -306,15 +347,18 @@ class _Sequence:
         starts, says = [], []
         for guest in going:
             grants = self.desk.state.grants_of(guest=guest.name)
-            start, say = vmm.revival(self.desk, guest, grants, state_held(guest.name), paused=self._stays(guest))
+            paused = guest.state is GuestState.PAUSED or self._waits(guest)
+            start, say = vmm.revival(self.desk, guest, grants, state_held(guest.name), paused=paused)
             starts.append(start)
             if say is not None:
                 says.append(say)
         return tuple(starts), tuple(says)
 
-    def _stays(self, guest: Guest) -> bool:
-        """Whether a guest stays paused when it is back: it was before, or its contents are to be compared first."""
-        return guest.state is GuestState.PAUSED or self.action.contents
+    def _waits(self, guest: Guest) -> bool:
+        """Whether a guest that ran stays paused when it is back, until its contents and its devices were compared."""
+        mine = [each for each in self.recorded.values() if each.guest == guest.name]
+        windows = [each for each in self.desk.state.windows.values() if each.guest == guest.name]
+        return guest.state is not GuestState.PAUSED and bool(self.action.contents or mine or windows)
 
     def _described(self, written: Moment) -> Manifest:
         desk, here = self.desk, host.host(self.desk.root)
@@ -334,6 +378,7 @@ class _Sequence:
             guests=tuple(self.stopped.values()),
             grants=tuple(state.grants.values()),
             windows=tuple(state.windows.values()),
+            devices=tuple(self.recorded.values()),
             report=progress.report,
         )
 
@@ -347,7 +392,7 @@ class _Sequence:
             adopt.end(desk, going)  # those that the failure left alive
             adopt.revive(desk)
             landing = adopt.land(desk, self.progress)
-            adopt.take_hold(desk, landing.change.guests)
+            adopt.take_hold(desk, landing.change.guests, windows=True)
             work.lasting = landing.change
 
         end = Step("end", f"end the VMMs of {names}", partial(adopt.end, desk, going), back, "start them again")
@@ -390,7 +435,8 @@ def state_held(guest: str) -> str:
 
 def clean(desk: Desk) -> None:
     """Let go of what an earlier handoff left in custody: sessions, states, its manifest and its resume."""
-    left = [name for name in desk.custody.names() if name.startswith(("session:", "state:", bootplan.STARTED))]
+    before = ("session:", "state:", bootplan.STARTED, devices.IOVA)
+    left = [name for name in desk.custody.names() if name.startswith(before)]
     _drop(desk, *left, bootplan.MANIFEST, bootplan.RESUME, bootplan.LANDED)
 
 

@@ -236,6 +236,8 @@ def _switch(desk: Desk, name: str, old: GuestState, new: GuestState) -> Work:
         remedy = f"memconsole guest resume {name}" if state is GuestState.PAUSED else f"memconsole guest pause {name}"
         work.refuse("NotRunning" if pausing else "NotPaused", f"guest {name} is {state}", f"it is not {old}", remedy)
         return work
+    if not pausing and handoff.devices_wait(desk, name):
+        handoff.give_back(desk, work, guest)
     do, undo = (live.pause, live.resume) if pausing else (live.resume, live.pause)
     text = f"stop the vCPUs of {name}" if pausing else f"let {name} go on"
     if not is_vm(guest):

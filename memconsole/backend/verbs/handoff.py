@@ -38,6 +38,22 @@ def waits(desk: Desk, guest: str) -> bool:
     return adopt.waits(desk, guest)
 
 
+def devices_wait(desk: Desk, guest: str) -> bool:
+    """Whether a guest is held after a handoff because devices of it are not back."""
+    if not any(name.startswith("iova:") for name in desk.custody.names()):
+        return False
+    from memconsole.backend.handoff import adopt
+
+    return adopt.devices_wait(desk, guest)
+
+
+def give_back(desk: Desk, work: Work, guest: Guest) -> None:
+    """The step before ``guest resume`` of one whose devices are not back."""
+    from memconsole.backend.handoff import adopt
+
+    work.step("devices", f"give {guest.name} its devices back as they were", lambda: adopt.give_back(desk, guest.name))
+
+
 def rehearse(desk: Desk, action: HandoffRehearse) -> Work:
     """See :mod:`memconsole.backend.handoff.sequence`."""
     from memconsole.backend.handoff import sequence

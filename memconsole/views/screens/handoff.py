@@ -24,8 +24,8 @@ from memconsole.views.widgets.bars import Part, line
 if TYPE_CHECKING:
     from textual.widget import Widget
 
-_MARKS = {"phase": "━", "blackout": "█", "guest": "█"}
-_STYLES = {"phase": "$primary", "blackout": "$error", "guest": "$warning"}
+_MARKS = {"phase": "━", "blackout": "█", "guest": "█", "device": "▒"}
+_STYLES = {"phase": "$primary", "blackout": "$error", "guest": "$warning", "device": "$secondary"}
 LABEL = 12
 
 
@@ -82,6 +82,13 @@ def report_lines(report: HandoffReport, width: int) -> list[Content]:
             verdict = ("✖ contents differ", "$error")
         words = f"{format_size(region.size)} in {region.runs:,} runs  "
         lines.append(line([(f"{region.name[:LABEL]:<{LABEL}} ", "$secondary"), (words, ""), verdict]))
+    for device in report.devices:
+        mark: Part = ("✔ ", "$success") if device.same else ("✖ ", "$error")
+        lines.append(line([(f"{device.bdf[-LABEL:]:<{LABEL}} ", "$secondary"), mark, (timeline.device(device), "")]))
+    for window in report.windows:
+        mark = ("✔ ", "$success") if window.back else ("▲ ", "$warning")
+        words = f"window {window.window} of {window.guest}: {'mapped again' if window.back else window.why}"
+        lines.append(line([(f"{'':<{LABEL}} ", ""), mark, (words, "")]))
     lines += [line([("▲ ", "$warning"), (note, "")]) for note in report.notes]
     return lines
 

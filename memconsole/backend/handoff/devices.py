@@ -1,0 +1,282 @@
+"""Devices on the way into the next kernel: quiet during the jump, and afterwards as they were.
+
+    before   iova-BDF       where its page tables lead, recorded while guests run: only grants change them
+             quiesce-BDF    the bus is taken from it once every guest stands still; undone by giving it back
+    after    vfio-pci has it again ─ attached, still quiet ─ every grant of its guest mapped at the same IOVA ─ its
+             tables compared page by page with what was recorded ─ the bus given back ─ the windows ─ its guest goes on
+
+The table of a device is an ExtentTable in custody, ``iova:BDF``: a row's offset is the page of an IOVA, and UFFD_WP
+marks what the device may only read. It is read from the kernel's own page tables where they are shown (``kernel``),
+else made of the grants and their regions' frames (``ledger``). It stays in custody while the device is not back.
+
+A device is not reset before the jump, for that could not be undone; vfio-pci resets it afterwards, if it can be.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from msgspec.structs import replace
+
+from memconsole.backend import steps
+from memconsole.backend.dma import vfio
+from memconsole.backend.handoff import luo
+from memconsole.backend.handoff.manifest import Manifest, Recorded
+from memconsole.backend.kernel import tree, vtd
+from memconsole.backend.stores import memfd
+from memconsole.errors import KernelRefused, MemconsoleError, Refused
+from memconsole.extents import Change, ChangeKind, Extent, ExtentTable, Flag
+from memconsole.model import (
+    Access,
+    CarriedDevice,
+    CarriedWindow,
+    Finding,
+    Grant,
+    GuestKind,
+    Severity,
+)
+from memconsole.units import PAGE, format_address, format_size
+
+if TYPE_CHECKING:
+    from memconsole.backend.desk import Desk
+    from memconsole.backend.handoff.report import Clock
+
+IOVA = "iova:"
+"""Before a device's BDF: what its table is called in custody."""
+PROBE = f"{luo.PREFIX}probe"
+WINDOW_S = 5.0
+"""Seconds a guest has to map a window."""
+_POINT = "handoff-back"
+
+
+# --- before the jump ------------------------------------------------------------------------------------------------
+
+
+def given(desk: Desk) -> dict[str, str]:
+    """The devices that grants are for, with their guests, in the order in which they were given."""
+    grants = sorted(desk.state.grants.values(), key=lambda grant: grant.created_ns)
+    return {grant.dma: grant.guest for grant in grants if grant.dma is not None}
+
+
+def cannot_preserve(desk: Desk, bdf: str) -> str:
+    """Why this kernel cannot hand a device over as it is, tried in a throw-away session; empty where it can."""
+    try:
+        with desk.spaces.borrowed(bdf) as (device, iommufd), luo.Session.create(PROBE) as session:
+            refused = []
+            for token, (what, fd) in enumerate((("iommufd", iommufd), ("VFIO device", device)), 1):
+                try:
+                    session.preserve(fd, token)
+                except KernelRefused as error:
+                    refused.append(f"PRESERVE_FD of its {what}: {errno.errorcode.get(error.errno, error.errno)}")
+            return ", ".join(refused)
+    except MemconsoleError as error:
+        return str(error)
+
+
+def record(desk: Desk, bdf: str, guest: str, why: str | None) -> Recorded:
+    """Put where a device's tables lead into custody; ``why`` the kernel cannot preserve it, None if it need not.
+
+    Raises:
+        NotFound, KernelRefused, BadFile: neither the kernel nor the regions can be read.
+    """
+    table, source = look(desk, bdf, guest)
+    with table:
+        desk.custody.put(IOVA + bdf, table.fd)
+        return Recorded(bdf, guest, IOVA + bdf, source, table.stats().present, len(table), why == "", why or "")
+
+
+def look(desk: Desk, bdf: str, guest: str, source: str = "") -> tuple[ExtentTable, str]:
+    """Where a device's tables lead now, and who says so: ``kernel`` or ``ledger``; ``source``: who is to be asked.
+
+    Raises:
+        NotFound, KernelRefused, BadFile: who is asked does not know.
+    """
+    if source != "ledger":
+        try:
+            return ExtentTable.from_rows(_shown(desk.root, bdf)), "kernel"
+        except tree.UNREADABLE:
+            if source:
+                raise
+    grants = [grant for grant in desk.state.grants_of(guest=guest) if grant.dma is not None]
+    return ExtentTable.from_rows(row for grant in grants for row in _meant(desk, grant)), "ledger"
+
+
+def _shown(root: tree.Root, bdf: str) -> Iterator[Extent]:
+    for run in vtd.iovas(root, bdf):
+        yield Extent(run.iova, run.pfn, run.pages, _flags(writable="w" in run.access))
+
+
+def _meant(desk: Desk, grant: Grant) -> Iterator[Extent]:
+    """Where a region has a grant's pages, by IOVA."""
+    index, offset = divmod(grant.offset, memfd.SEGMENT)
+    first, end = offset // PAGE, (offset + grant.length) // PAGE
+    segment = desk.state.regions[grant.region].segments[index]
+    flags = _flags(writable=grant.access is Access.RW)
+    with desk.borrowed(grant.region) as fds, ExtentTable.scan_fd(fds[index], segment.size) as table:
+        for row in table:
+            start, stop = max(row.offset, first), min(row.offset + row.count, end)
+            if start < stop:
+                iova = (grant.gpa or 0) // PAGE + start - first
+                yield Extent(iova, row.pfn + start - row.offset, stop - start, flags)
+
+
+def _flags(*, writable: bool) -> int:
+    return Flag.PRESENT if writable else Flag.PRESENT | Flag.UFFD_WP
+
+
+# --- after it -------------------------------------------------------------------------------------------------------
+
+
+class Back(NamedTuple):
+    """What became of the devices and windows: for the report, what does not match, and whose guests must wait."""
+
+    devices: tuple[CarriedDevice, ...]
+    windows: tuple[CarriedWindow, ...]
+    findings: tuple[Finding, ...]
+    waiting: frozenset[str]
+
+
+def waits(desk: Desk, described: Manifest, guest: str) -> list[Recorded]:
+    """The devices of a guest that are not back yet, and that its grants still mean."""
+    names = desk.custody.names()
+    meant = given(desk)
+    return [
+        each
+        for each in described.devices
+        if each.guest == guest and each.table in names and meant.get(each.bdf) == guest
+    ]
+
+
+def back(desk: Desk, described: Manifest, clock: Clock, only: str | None = None) -> Back:
+    """Rebuild every device that was recorded (``only`` a guest's), and give every window again.
+
+    It may be done again by whoever is interrupted. A device that does not come back as it was stays quiet.
+    """
+    devices, windows, findings, waiting = [], [], [], set()
+    names, meant = desk.custody.names(), given(desk)
+    carried = {stopped.guest.name for stopped in described.guests}
+    for each in described.devices:
+        if each.table not in names or meant.get(each.bdf) != each.guest or only not in {None, each.guest}:
+            continue
+        made, found = _device(desk, each, kept=described.report.kind == "rehearse")
+        if found is None and (each.guest not in carried or desk.live(each.guest) is not None):
+            desk.spaces.restart(each.bdf)  # else its guest is not back, and it stays quiet until it is
+            made = replace(made, back_ns=clock.now())
+        devices.append(made)
+        if found is not None:
+            findings.append(found)
+            waiting.add(each.guest)
+    for grant in described.windows:
+        if grant.id in desk.state.windows and only in {None, grant.guest}:
+            if described.report.kind == "rehearse" and grant.guest not in carried:
+                continue  # its process goes on meanwhile
+            shown, found = _window(desk, grant.id)
+            windows.append(shown)
+            if found is not None:
+                findings.append(found)
+                waiting.add(grant.guest)
+    return Back(tuple(devices), tuple(windows), tuple(findings), frozenset(waiting))
+
+
+def _device(desk: Desk, each: Recorded, *, kept: bool) -> tuple[CarriedDevice, Finding | None]:
+    how = "kept" if kept else "preserved" if each.preserved else "rebuilt"
+    made = CarriedDevice(each.bdf, each.guest, each.pages, each.runs, each.source, how, each.quiesced_ns, why=each.why)
+    try:
+        _rebuild(desk, each)
+        changes = _differences(desk, each)
+    except MemconsoleError as error:
+        what = f"device {each.bdf} of guest {each.guest} is not back: {error}"
+        remedy = f"{error.remedy or 'look at dmesg'}; then: memconsole guest resume {each.guest}"
+        return replace(made, why=str(error)), Finding("handoff-device", Severity.ERROR, each.bdf, what, "vfio", remedy)
+    steps.point(f"{_POINT}.compared")
+    if changes:
+        pages = sum(change.count for change in changes)
+        why = f"{format_size(pages * PAGE)} differ: {_said(changes[0])}"
+        what = f"device {each.bdf} of guest {each.guest} does not reach what it reached: {why}"
+        remedy = f"it stays quiet: revoke its grants, map them again, then: memconsole guest resume {each.guest}"
+        where = f"{vtd.DEBUGFS}/{each.bdf}" if each.source == "kernel" else "the regions' frames"
+        return (
+            replace(made, same=False, why=why),
+            Finding("handoff-iova", Severity.ERROR, each.bdf, what, where, remedy),
+        )
+    return replace(made, same=True), None
+
+
+def _rebuild(desk: Desk, each: Recorded) -> None:
+    """Bind, attach and map as it was; what is there already stays."""
+    if desk.spaces.devices.get(each.bdf) != each.guest:
+        driver = vfio.driver(desk.root, each.bdf)
+        if driver is None:
+            vfio.bind(desk.root, each.bdf)
+        elif driver != vfio.DRIVER:
+            remedy = f"echo {each.bdf} > /sys/bus/pci/devices/{each.bdf}/driver/unbind"
+            raise Refused(f"device {each.bdf} is in use", f"the kernel's {driver} took it", remedy, code="DeviceInUse")
+        steps.point(f"{_POINT}.bound")
+        desk.spaces.attach(each.guest, each.bdf, quiet=True)
+        steps.point(f"{_POINT}.attached")
+    for grant in desk.state.grants_of(guest=each.guest):
+        if grant.dma is None:
+            continue
+        try:
+            desk.spaces.map(grant)
+        except KernelRefused as error:
+            if error.code != "IovaTaken":  # by whoever was interrupted here, or for another device of the guest
+                raise
+    steps.point(f"{_POINT}.mapped")
+
+
+def _differences(desk: Desk, each: Recorded) -> list[Change]:
+    fd, _ = desk.custody.get(each.table)
+    try:
+        was = ExtentTable.from_fd(fd)
+    finally:
+        os.close(fd)
+    with was:
+        now, _ = look(desk, each.bdf, each.guest, each.source)
+        with now:
+            return was.diff(now)
+
+
+def _said(change: Change) -> str:
+    at = f"IOVA {format_address(change.offset * PAGE)}"
+    if change.kind is ChangeKind.VANISHED:
+        return f"{at} led to PFN {change.old_pfn:#x}, and leads nowhere"
+    if change.kind is ChangeKind.APPEARED:
+        return f"{at} led nowhere, and leads to PFN {change.new_pfn:#x}"
+    if change.kind is ChangeKind.MOVED:
+        return f"{at} led to PFN {change.old_pfn:#x}, and leads to {change.new_pfn:#x}"
+    return f"{at} may be written where it could only be read, or only read where it could be written"
+
+
+def _window(desk: Desk, id: str) -> tuple[CarriedWindow, Finding | None]:
+    grant = desk.state.windows[id]
+    made = CarriedWindow(grant.window, grant.guest, id)
+    guest, live = desk.state.guests[grant.guest], desk.live(grant.guest)
+    if live is None:
+        why = "its process ended" if guest.kind is GuestKind.PROCESS else "its guest is not back"
+        return replace(made, why=why), None
+    try:
+        desk.connected(grant.guest)
+        with desk.shown(grant) as shown:
+            given = live.offer(shown, WINDOW_S)
+        return replace(made, back=given, why="" if given else "it gets it as soon as its agent connects"), None
+    except MemconsoleError as error:
+        what = f"guest {grant.guest} did not get window {grant.window} again: {error}"
+        remedy = f"memconsole window revoke {grant.window}, map it again, then: memconsole guest resume {grant.guest}"
+        return (
+            replace(made, why=str(error)),
+            Finding("handoff-window", Severity.ERROR, grant.window, what, "sysfs", remedy),
+        )
+
+
+def settle(desk: Desk, described: Manifest) -> None:
+    """Let go of the tables of devices that are back, or that nobody means any more."""
+    meant, quiet = given(desk), desk.spaces.quiet
+    attached = desk.spaces.devices
+    for each in described.devices:
+        away = attached.get(each.bdf) != each.guest or each.bdf in quiet
+        if each.table in desk.custody.names() and not (away and meant.get(each.bdf) == each.guest):
+            desk.custody.drop(each.table)

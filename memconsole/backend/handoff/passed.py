@@ -1,0 +1,153 @@
+"""What is known of the devices that reach guests' memory, before a handoff carries them: nothing is changed.
+
+grants               the ledger's, of a guest for a device          custody    ``vfio:BDF``, quiet or not
+IOMMU group          who else is in it, and with which driver       VFIO       can it be quiesced, is it reset
+PRESERVE_FD          tried in a session that is thrown away         debugfs    are its page tables shown
+next kernel          is vfio-pci in its image or below /lib/modules/RELEASE; which modules there want the device
+                     (modules.alias: "alias pci:v..." patterns against the device's modalias)
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from memconsole.backend.dma import vfio
+from memconsole.backend.handoff import devices
+from memconsole.backend.handoff.image import Image
+from memconsole.backend.kernel import pci, tree, vtd
+from memconsole.errors import MemconsoleError
+from memconsole.model import Device
+
+if TYPE_CHECKING:
+    from memconsole.backend.desk import Desk
+
+NEEDED = ("vfio_pci", "iommufd")
+"""Modules without which no device comes back."""
+_PASSIVE = {None, vfio.DRIVER, "pci-stub", "pcieport"}
+_BRIDGE = 0x06
+_ALIAS = re.compile(r"alias (pci:\S+) (\S+)")
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A device that reaches a guest's memory, and what speaks against its coming along; empty where nothing does.
+
+    ``lost``: it is in nobody's custody; ``restless``: it cannot be quiesced; ``active`` and ``beside``: who else is in
+    its group, with a driver or without; ``hidden``: its page tables are not shown; ``wanted``: modules that may take it
+    in the next kernel; ``unpreserved``: why the kernel does not carry it (None: it was not asked).
+    """
+
+    bdf: str
+    guest: str
+    grants: tuple[str, ...]
+    lost: str = ""
+    restless: str = ""
+    active: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    hidden: str = ""
+    resets: bool = False
+    wanted: tuple[str, ...] = ()
+    unpreserved: str | None = None
+
+
+def gather(desk: Desk, image: Image | None, line: str, *, jump: bool) -> tuple[Passed, ...]:
+    """Look at every device that a grant is for.
+
+    Raises:
+        Denied, KernelRefused, BadFile: the devices of this host cannot be read.
+    """
+    given = devices.given(desk)
+    if not given:
+        return ()
+    known = {function.device.bdf: function.device for function in pci.functions(desk.root)}
+    found = []
+    for bdf, guest in given.items():
+        seen = _look(desk, bdf, guest, known)
+        if jump and not seen.lost:
+            wanted = _wanted(desk.root, known[bdf], image, line)
+            seen = replace(seen, wanted=wanted, unpreserved=devices.cannot_preserve(desk, bdf))
+        found.append(seen)
+    return tuple(found)
+
+
+def _look(desk: Desk, bdf: str, guest: str, known: dict[str, Device]) -> Passed:
+    grants = tuple(grant.id for grant in desk.state.grants_of(guest=guest) if grant.dma == bdf)
+    lost = ""
+    if bdf not in known:
+        lost = "there is no such device any more"
+    elif desk.spaces.devices.get(bdf) != guest:
+        lost = "nobody holds it"
+    elif bdf in desk.spaces.quiet:
+        lost = "it is quiet since the last handoff"
+    if lost:
+        return Passed(bdf, guest, grants, lost=lost)
+    restless, resets = "", False
+    try:
+        with desk.spaces.borrowed(bdf) as (device, _):
+            vfio.masters(device)
+            resets = vfio.resets(device)
+    except MemconsoleError as error:
+        restless = str(error)
+    group = [
+        each
+        for each in known.values()
+        if each.group == known[bdf].group and each.bdf != bdf and each.class_code >> 16 != _BRIDGE
+    ]
+    return Passed(
+        bdf,
+        guest,
+        grants,
+        restless=restless,
+        active=tuple(f"{each.bdf} ({each.driver})" for each in group if each.driver not in _PASSIVE),
+        beside=tuple(each.bdf for each in group if each.driver in _PASSIVE and each.bdf not in desk.spaces.devices),
+        hidden=_hidden(desk.root, bdf),
+        resets=resets,
+    )
+
+
+def _hidden(root: tree.Root, bdf: str) -> str:
+    try:
+        next(vtd.iovas(root, bdf), None)
+    except tree.UNREADABLE as error:
+        return str(error)
+    return ""
+
+
+def missing(image: Image | None, root: tree.Root) -> tuple[str, ...] | None:
+    """The modules devices need that the next kernel has neither built in nor below /lib/modules; None: nobody knows."""
+    if image is None:
+        return None
+    built = set(image.modules or ())
+    there: str | None = None
+    for name in ("modules.builtin", "modules.dep"):
+        try:
+            there = (there or "") + tree.text(tree.read(root, f"/lib/modules/{image.release}/{name}", limit=64 << 20))
+        except tree.UNREADABLE:
+            continue
+    if image.modules is None and there is None:
+        return None
+    text = (there or "").replace("-", "_")
+    return tuple(each for each in NEEDED if each not in built and f"/{each}.ko" not in text)
+
+
+def _wanted(root: tree.Root, device: Device, image: Image | None, line: str) -> tuple[str, ...]:
+    """The modules of the next kernel that take such a device, unless its command line gives it to vfio-pci."""
+    id = f"{device.vendor:04x}:{device.device:04x}"
+    words = line.partition(" -- ")[0].split()
+    if any(word.startswith(("vfio-pci.ids=", "vfio_pci.ids=")) and id in word.partition("=")[2] for word in words):
+        return ()
+    if image is None:
+        return ()
+    try:
+        alias = tree.line(root, f"/sys/bus/pci/devices/{device.bdf}/modalias")
+        text = tree.text(tree.read(root, f"/lib/modules/{image.release}/modules.alias", limit=64 << 20))
+    except tree.UNREADABLE:
+        return ()
+    starts = (f"pci:v{device.vendor:08X}", "pci:v*")
+    found = {
+        match[2] for match in _ALIAS.finditer(text) if match[1].startswith(starts) and fnmatchcase(alias, match[1])
+    }
+    return tuple(sorted(found))

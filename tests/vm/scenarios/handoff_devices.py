@@ -1,0 +1,282 @@
+"""A guest's device through a real kexec: real DMA before and after, the same IOVAs, the window, and whoever dies there.
+
+Who drives the device is this scenario, through the BAR that sysfs shows: the canary's vCPU has no driver. The witness
+of the page tables is the text of debugfs itself, each leaf's IOVA and last entry, read by nothing of memconsole.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import re
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import lab_guest as lab
+import msgspec
+
+from memconsole import actions as do
+from memconsole import paths, timeline
+from memconsole.backend import steps
+from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.dma import vfio
+from memconsole.backend.wire.client import Client
+from memconsole.errors import MemconsoleError
+from memconsole.model import Guest, GuestState, Snapshot
+
+EDU = "0000:00:04.0"
+GUEST, PLAIN = "vm", "plain"
+MIB = 1 << 20
+SIZE = 8 * MIB
+GPA = 0x10000000
+PAGE = 4096
+TOOL = str(Path(sys.executable).parent / "memconsole")
+STATE = "/run/state"
+NOTES = lab.SHARE / "notes.json"
+PATTERN = bytes(range(256)) * 8
+PATIENCE = 120.0
+AFTER = ("handoff-back.bound", "handoff-back.attached", "handoff-back.mapped", "handoff-back.compared")
+
+
+def serve(fault: str = "") -> Client | None:
+    """The control process, and a connection; None if it ended itself at a fault point while it adopted."""
+    env = os.environ | ({steps.FAULT_VARIABLE: fault} if fault else {})
+    done = subprocess.run([TOOL, "serve", "--state-dir", STATE], env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        if fault:
+            return None
+        raise AssertionError(f"serve: {done.stderr}")
+    return Client(paths.control_socket())
+
+
+def served(fault: str = "") -> Client:
+    client = serve(fault)
+    assert client is not None
+    return client
+
+
+def end(client: Client) -> None:
+    """Have the control process end in order; guests, memory and devices stay."""
+    client.close()
+    said = subprocess.run(["pgrep", "-f", "memconsole serve"], capture_output=True, text=True, check=True).stdout
+    pid = int(said.split()[0])
+    os.kill(pid, 15)
+    while Path(f"/proc/{pid}").exists():
+        time.sleep(0.05)
+
+
+def guest(snapshot: Snapshot, name: str) -> Guest:
+    return next(each for each in snapshot.guests if each.name == name)
+
+
+def goes_on(client: Client, name: str) -> str:
+    """Why a canary does not count on; empty if it does, and every byte of it is right."""
+    deadline = time.monotonic() + PATIENCE
+    first = None
+    while time.monotonic() < deadline:
+        found = guest(client.snapshot(), name)
+        if found.progress is not None and found.state is GuestState.RUNNING:
+            if found.progress.wrong:
+                return f"{found.progress.wrong} bytes are wrong"
+            if first is not None and found.progress.beats > first:
+                return ""
+            first = found.progress.beats if first is None else first
+        time.sleep(0.1)
+    return f"it does not count: {guest(client.snapshot(), name)}"
+
+
+def witness() -> list[tuple[str, str]]:
+    """IOVA page and last entry of each leaf, as the kernel's text has them."""
+    text = Path(f"/sys/kernel/debug/iommu/intel/{EDU}/domain_translation_struct").read_text()
+    rows = re.findall(r"^(0x[0-9a-f]+) \|((?:\t0x[0-9a-f]{16})+)$", text, re.MULTILINE)
+    return [(iova, [entry for entry in entries.split() if int(entry, 16)][-1]) for iova, entries in rows]
+
+
+class Edu:
+    """The device, driven through its BAR."""
+
+    def __init__(self) -> None:
+        with Path(f"/sys/bus/pci/devices/{EDU}/resource0").open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), 1 << 20)
+        self._words = memoryview(self._map).cast("Q")
+
+    def move(self, source: int, target: int, command: int) -> None:
+        for register, value in ((0x80, source), (0x88, target), (0x90, len(PATTERN)), (0x98, command)):
+            self._words[register // 8] = value
+        deadline = time.monotonic() + 20
+        while self._words[0x98 // 8] & 1:
+            assert time.monotonic() < deadline, "the DMA does not end"
+
+    def close(self) -> None:
+        self._words.release()
+        self._map.close()
+
+
+def carried(offset: int, pattern: bytes) -> bool:
+    """Whether the device carries bytes of the grant to another place of it: from memory, and back into memory."""
+    edu, keeper = Edu(), KeeperCustody(paths.runtime_dir() / "keeper")
+    fd, _ = keeper.get("region:ring:0")
+    try:
+        with mmap.mmap(fd, SIZE) as view:
+            view[offset : offset + len(pattern)] = pattern
+            edu.move(GPA + offset, 0x40000, 1)
+            edu.move(0x40000, GPA + offset + PAGE, 3)
+            return view[offset + PAGE : offset + PAGE + len(pattern)] == pattern
+    finally:
+        os.close(fd)
+        keeper.close()
+        edu.close()
+
+
+def masters() -> bool:
+    """Whether the device has the bus, as its configuration space says."""
+    return bool(Path(f"/sys/bus/pci/devices/{EDU}/config").read_bytes()[4] & 4)
+
+
+def held() -> list[str]:
+    keeper = KeeperCustody(paths.runtime_dir() / "keeper")
+    try:
+        return keeper.names()
+    finally:
+        keeper.close()
+
+
+def left() -> list[str]:
+    return [name for name in held() if name.startswith(("session:", "state:", "iova:", "manifest"))]
+
+
+def has_window(client: Client) -> bool:
+    snapshot = client.snapshot()
+    found = next(each for each in snapshot.windows if each.id == f"{EDU}:0")
+    return found.guest == GUEST and guest(snapshot, GUEST).pid in found.holders
+
+
+def findings(client: Client) -> list[tuple[str, str]]:
+    begun = time.time_ns()
+    while (snapshot := client.snapshot()).taken_ns < begun:
+        time.sleep(0.1)
+    return [(each.id, each.what) for each in snapshot.findings if each.severity != "info"]
+
+
+def run() -> do.HandoffRun:
+    share = str(lab.SHARE)
+    return do.HandoffRun(f"{share}/bzImage", f"{share}/initrd", lab.next_command_line())
+
+
+def begin() -> Client:
+    client = served()
+    client.apply(do.GuestStart(PLAIN, memory=SIZE))
+    client.apply(do.GuestStart(GUEST, memory=SIZE))
+    client.apply(do.Reserve("ring", SIZE))
+    client.apply(do.Map("ring", GUEST, gpa=GPA, dma=EDU))
+    client.apply(do.WindowMap(f"{EDU}:0", GUEST))
+    lab.say("window", has_window(client))
+    # The canary stamps what it may write: the pattern lies in the same page as no stamp, behind its 32 bytes.
+    lab.say("dma", carried(5 * PAGE + 64, PATTERN))
+    return client
+
+
+def as_before(client: Client, was: list[tuple[str, str]]) -> str:
+    """What is not as before; empty if guests go on, the device has the bus, and its tables are the same."""
+    for name in (GUEST, PLAIN):
+        if why := goes_on(client, name):
+            return f"{name}: {why}"
+    if not masters() or witness() != was:
+        return f"the device: bus {masters()}, same tables {witness() == was}"
+    if not carried(9 * PAGE + 64, PATTERN[::-1]):
+        return "DMA does not arrive"
+    return "" if has_window(client) else "the window is gone"
+
+
+def faults(client: Client, was: list[tuple[str, str]], count: int) -> Client:
+    """kill -9 at the new steps' points (a rotating sample of ``count``): everybody goes on as before."""
+    points = [each for each in steps.fault_points(client.plan(run())) if ".iova-" in each or ".quiesce-" in each]
+    lab.say("points", len(points) == 4, points=points)
+    day = int(time.time() // 86400)
+    for row in range(min(count, len(points))):
+        point = points[(day + row) % len(points)]
+        end(client)
+        client = served(point)
+        try:
+            client.apply(run())
+            died = "it came back"
+        except MemconsoleError as error:
+            died = error.code
+        client.close()
+        client = served()
+        why = as_before(client, was)
+        lab.say(f"killed-{point}", not why and not left() and died == "ControlDied", why=why, left=left(), died=died)
+    return client
+
+
+def rehearse(client: Client, was: list[tuple[str, str]]) -> None:
+    client.apply(do.HandoffRehearse())
+    report = client.snapshot().handoff
+    assert report is not None
+    why = as_before(client, was)
+    lab.say("rehearsed", not why, why=why, report=msgspec.to_builtins(report))
+    lab.say(
+        "kept",
+        [(each.how, each.same) for each in report.devices] == [("kept", True)] and not findings(client),
+        findings=findings(client),
+    )
+
+
+def jump(client: Client, was: list[tuple[str, str]]) -> None:
+    plan = client.plan(run())
+    bad = [each.id for each in plan.conditions if not each.ok and each.severity == "error"]
+    lab.say("check", not plan.refusals, bad=bad, not_ok=[each.id for each in plan.conditions if not each.ok])
+    NOTES.write_text(json.dumps({"was": was, "beats": {}}))
+    client.apply(run())
+    raise AssertionError("the handoff returned")
+
+
+def landed() -> None:
+    notes = json.loads(NOTES.read_text())
+    was = [tuple(row) for row in notes["was"]]
+    code = Path("/run/early.code").read_text().strip()
+    lab.say("early", code == "0", code=code, err=Path("/run/early.log").read_text())
+    lab.say("quiet", vfio.driver("/", EDU) is None and not masters())
+    for point in AFTER if "faults" in sys.argv else ():
+        lab.say(f"killed-{point}", serve(point) is None)
+    client = served()
+    why = as_before(client, was)
+    lab.say("as-before", not why, why=why, leaves=len(was))
+    lab.say("tables", witness() == was and len(was) > 0)
+    report = client.snapshot().handoff
+    assert report is not None
+    (device,) = report.devices
+    lab.say("rebuilt", device.how == "rebuilt" and device.same is True and "ENOENT" in device.why, device=str(device))
+    lab.say("timed", device.quiesced_ns is not None and device.back_ns is not None)
+    lab.say("window-again", [each.back for each in report.windows] == [True], windows=str(report.windows))
+    lab.say("back", all(each.back for each in report.guests), shown=timeline.lines(report, 140))
+    blackouts = {each.name: (each.blackout_ns or 0) / 1e9 for each in report.guests}
+    lab.say("blackouts", 0 < blackouts[PLAIN] < blackouts[GUEST], **blackouts)
+    said = subprocess.run([TOOL, "handoff", "report"], capture_output=True, text=True, check=False)
+    lab.say("report", said.returncode == 0 and EDU in said.stdout, text=said.stdout, err=said.stderr)
+    lab.say("findings", findings(client) == [], findings=findings(client))
+    lab.say("settled", not [name for name in left() if name != "manifest"], held=held())
+
+
+def main() -> None:
+    if lab.stage() == 1:
+        client = begin()
+        was = witness()
+        rehearse(client, was)
+        if "faults" in sys.argv:
+            client = faults(client, was, 4)
+        jump(client, was)
+    landed()
+    lab.say("end")
+
+
+try:
+    main()
+except Exception as error:  # noqa: BLE001 - whatever it is, the host is told
+    logs = {path.name: path.read_text()[-3000:] for path in Path(STATE).glob("*.log")}
+    dmesg = subprocess.run(["dmesg"], capture_output=True, text=True, check=False).stdout[-1500:]
+    lab.say("exception", ok=False, text=f"{error}", trace=traceback.format_exc()[-3000:], logs=logs, dmesg=dmesg)

@@ -1,0 +1,23 @@
+"""Devices go through a real handoff: quiet in between, afterwards the same IOVAs lead to the same frames."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lab
+import pytest
+
+pytestmark = pytest.mark.rotating("handoff-devices")
+
+
+def test_a_device_goes_along_and_whoever_dies_on_the_way_harms_nobody(tmp_path: Path) -> None:
+    said = lab.run("handoff_devices", tmp_path, early=lab.RESUME, timeout=900, arguments=["faults"])
+    said.check()
+    assert said.stages == 2
+
+
+OTHERS = ("edu,addr=6,multifunction=on,dma_mask=0xffffffffffff", "pci-testdev,addr=6.1", "virtio-rng-pci,addr=7")
+
+
+def test_what_keeps_a_device_from_going_along_is_said_by_its_name(tmp_path: Path) -> None:
+    lab.run("handoff_devices_refused", tmp_path, timeout=600, devices=OTHERS).check()

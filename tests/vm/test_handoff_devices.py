@@ -11,9 +11,9 @@ pytestmark = pytest.mark.rotating("handoff-devices")
 
 
 def test_a_device_goes_along_and_whoever_dies_on_the_way_harms_nobody(tmp_path: Path) -> None:
-    said = lab.run("handoff_devices", tmp_path, early=lab.RESUME, timeout=900, arguments=["faults"])
+    said = lab.run("handoff_devices", tmp_path, early=lab.RESUME, timeout=900, arguments=["faults", "differs"])
     said.check()
-    assert said.stages == 2
+    assert said.stages == 3
 
 
 OTHERS = ("edu,addr=6,multifunction=on,dma_mask=0xffffffffffff", "pci-testdev,addr=6.1", "virtio-rng-pci,addr=7")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 
 IOVA = "iova:"
 """Before a device's BDF: what its table is called in custody."""
-PROBE = f"{luo.PREFIX}probe"
 WINDOW_S = 5.0
 """Seconds a guest has to map a window."""
 _POINT = "handoff-back"
@@ -63,8 +63,9 @@ def given(desk: Desk) -> dict[str, str]:
 
 def cannot_preserve(desk: Desk, bdf: str) -> str:
     """Why this kernel cannot hand a device over as it is, tried in a throw-away session; empty where it can."""
+    probe = luo.session_name(f"probe-{threading.get_native_id()}")
     try:
-        with desk.spaces.borrowed(bdf) as (device, iommufd), luo.Session.create(PROBE) as session:
+        with desk.spaces.borrowed(bdf) as (device, iommufd), luo.Session.create(probe) as session:
             refused = []
             for token, (what, fd) in enumerate((("iommufd", iommufd), ("VFIO device", device)), 1):
                 try:
@@ -141,13 +142,13 @@ class Back(NamedTuple):
 
 def waits(desk: Desk, described: Manifest, guest: str) -> list[Recorded]:
     """The devices of a guest that are not back yet, and that its grants still mean."""
-    names = desk.custody.names()
-    meant = given(desk)
-    return [
-        each
-        for each in described.devices
-        if each.guest == guest and each.table in names and meant.get(each.bdf) == guest
-    ]
+    return [each for each in described.devices if each.guest == guest and _is_away(desk, each)]
+
+
+def _is_away(desk: Desk, each: Recorded) -> bool:
+    """Whether a device is not back, though a grant means it."""
+    back = desk.spaces.devices.get(each.bdf) == each.guest and each.bdf not in desk.spaces.quiet
+    return not back and given(desk).get(each.bdf) == each.guest and each.table in desk.custody.names()
 
 
 def back(desk: Desk, described: Manifest, clock: Clock, only: str | None = None) -> Back:
@@ -274,9 +275,6 @@ def _window(desk: Desk, id: str) -> tuple[CarriedWindow, Finding | None]:
 
 def settle(desk: Desk, described: Manifest) -> None:
     """Let go of the tables of devices that are back, or that nobody means any more."""
-    meant, quiet = given(desk), desk.spaces.quiet
-    attached = desk.spaces.devices
     for each in described.devices:
-        away = attached.get(each.bdf) != each.guest or each.bdf in quiet
-        if each.table in desk.custody.names() and not (away and meant.get(each.bdf) == each.guest):
+        if each.table in desk.custody.names() and not _is_away(desk, each):
             desk.custody.drop(each.table)

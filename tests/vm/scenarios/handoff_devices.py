@@ -6,6 +6,7 @@ of the page tables is the text of debugfs itself, each leaf's IOVA and last entr
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 import os
@@ -235,7 +236,7 @@ def jump(client: Client, was: list[tuple[str, str]]) -> None:
     raise AssertionError("the handoff returned")
 
 
-def landed() -> None:
+def landed() -> Client:
     notes = json.loads(NOTES.read_text())
     was = [tuple(row) for row in notes["was"]]
     code = Path("/run/early.code").read_text().strip()
@@ -260,6 +261,53 @@ def landed() -> None:
     lab.say("report", said.returncode == 0 and EDU in said.stdout, text=said.stdout, err=said.stderr)
     lab.say("findings", findings(client) == [], findings=findings(client))
     lab.say("settled", not [name for name in left() if name != "manifest"], held=held())
+    return client
+
+
+def tamper() -> None:
+    """Have pages of the region lie in other frames, with the bytes they had, before anybody has compared them."""
+    lib = ctypes.CDLL(None, use_errno=True)
+    keeper = KeeperCustody(paths.runtime_dir() / "keeper")
+    fd, _ = keeper.get("region:ring:0")
+    at, size = 32 * PAGE, 4 * PAGE
+    bytes_ = os.pread(fd, size, at)
+    punched = lib.fallocate(fd, 3, ctypes.c_long(at), ctypes.c_long(size))
+    taken = os.memfd_create("whoever has the frames now")
+    os.write(taken, bytes(64 * PAGE))
+    os.pwrite(fd, bytes_, at)
+    lab.say("tampered", punched == 0 and len(bytes_) == size)
+    os.close(taken)
+    os.close(fd)
+    keeper.close()
+
+
+def differs() -> None:
+    """An IOVA that leads to another frame: the guest is held, and says why, until its grant was mapped anew."""
+    tamper()
+    client = served()
+    snapshot = client.snapshot()
+    report = snapshot.handoff
+    assert report is not None
+    found = [each[0] for each in findings(client)]
+    lab.say("found", "handoff-iova" in found and "handoff-device" not in found, found=findings(client))
+    lab.say("differs", [each.same for each in report.devices] == [False], devices=str(report.devices))
+    state = guest(snapshot, GUEST).state
+    lab.say("held", state is GuestState.PAUSED and not masters(), state=state, bus=masters())
+    back = {each.name: each.back for each in report.guests}
+    lab.say("plain-goes-on", not goes_on(client, PLAIN) and back == {PLAIN: True, GUEST: False}, back=back)
+    refused = [each.code for each in client.plan(run()).refusals]
+    lab.say("no-handoff-meanwhile", refused == ["DeviceLost"], refused=refused)
+    try:
+        client.apply(do.GuestResume(GUEST))
+        lab.say("stays-held", ok=False)
+    except MemconsoleError as error:
+        lab.say("stays-held", "IOVA" in str(error), error=str(error))
+    grant = next(each.id for each in snapshot.grants if each.dma)
+    client.apply(do.Revoke(grant))
+    client.apply(do.Map("ring", GUEST, gpa=GPA, dma=EDU))
+    client.apply(do.GuestResume(GUEST))
+    why = as_before(client, witness())
+    lab.say("mapped-anew", not why, why=why)
 
 
 def main() -> None:
@@ -270,7 +318,12 @@ def main() -> None:
         if "faults" in sys.argv:
             client = faults(client, was, 4)
         jump(client, was)
-    landed()
+    elif lab.stage() == 2:
+        client = landed()
+        if "differs" in sys.argv:
+            jump(client, witness())
+    else:
+        differs()
     lab.say("end")
 
 

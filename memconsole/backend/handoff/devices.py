@@ -97,7 +97,7 @@ def look(desk: Desk, bdf: str, guest: str, source: str = "") -> tuple[ExtentTabl
     """
     if source != "ledger":
         try:
-            return ExtentTable.from_rows(_shown(desk.root, bdf)), "kernel"
+            return ExtentTable.from_rows(shown(desk.root, bdf)), "kernel"
         except tree.UNREADABLE:
             if source:
                 raise
@@ -105,7 +105,12 @@ def look(desk: Desk, bdf: str, guest: str, source: str = "") -> tuple[ExtentTabl
     return ExtentTable.from_rows(row for grant in grants for row in _meant(desk, grant)), "ledger"
 
 
-def _shown(root: tree.Root, bdf: str) -> Iterator[Extent]:
+def shown(root: tree.Root, bdf: str) -> Iterator[Extent]:
+    """Where the kernel says that a device's tables lead.
+
+    Raises:
+        NotFound, Denied, KernelRefused, BadFile: it does not show them.
+    """
     for run in vtd.iovas(root, bdf):
         yield Extent(run.iova, run.pfn, run.pages, _flags(writable="w" in run.access))
 
@@ -174,8 +179,8 @@ def back(desk: Desk, described: Manifest, clock: Clock, only: str | None = None)
         if grant.id in desk.state.windows and only in {None, grant.guest}:
             if described.report.kind == "rehearse" and grant.guest not in carried:
                 continue  # its process goes on meanwhile
-            shown, found = _window(desk, grant.id)
-            windows.append(shown)
+            window, found = _window(desk, grant.id)
+            windows.append(window)
             if found is not None:
                 findings.append(found)
                 waiting.add(grant.guest)
@@ -261,8 +266,8 @@ def _window(desk: Desk, id: str) -> tuple[CarriedWindow, Finding | None]:
         return replace(made, why=why), None
     try:
         desk.connected(grant.guest)
-        with desk.shown(grant) as shown:
-            given = live.offer(shown, WINDOW_S)
+        with desk.shown(grant) as offer:
+            given = live.offer(offer, WINDOW_S)
         return replace(made, back=given, why="" if given else "it gets it as soon as its agent connects"), None
     except MemconsoleError as error:
         what = f"guest {grant.guest} did not get window {grant.window} again: {error}"

@@ -67,7 +67,7 @@ def gather(desk: Desk, image: Image | None, line: str, *, jump: bool) -> tuple[P
     for bdf, guest in given.items():
         seen = _look(desk, bdf, guest, known)
         if jump and not seen.lost:
-            wanted = _wanted(desk.root, known[bdf], image, line)
+            wanted = takers(desk.root, known[bdf], image.release, line) if image is not None else ()
             seen = replace(seen, wanted=wanted, unpreserved=devices.cannot_preserve(desk, bdf))
         found.append(seen)
     return tuple(found)
@@ -133,17 +133,15 @@ def missing(image: Image | None, root: tree.Root) -> tuple[str, ...] | None:
     return tuple(each for each in NEEDED if each not in built and f"/{each}.ko" not in text)
 
 
-def _wanted(root: tree.Root, device: Device, image: Image | None, line: str) -> tuple[str, ...]:
-    """The modules of the next kernel that take such a device, unless its command line gives it to vfio-pci."""
+def takers(root: tree.Root, device: Device, release: str, line: str) -> tuple[str, ...]:
+    """The modules of a kernel that take such a device, unless its command line gives it to vfio-pci."""
     id = f"{device.vendor:04x}:{device.device:04x}"
     words = line.partition(" -- ")[0].split()
     if any(word.startswith(("vfio-pci.ids=", "vfio_pci.ids=")) and id in word.partition("=")[2] for word in words):
         return ()
-    if image is None:
-        return ()
     try:
         alias = tree.line(root, f"/sys/bus/pci/devices/{device.bdf}/modalias")
-        text = tree.text(tree.read(root, f"/lib/modules/{image.release}/modules.alias", limit=64 << 20))
+        text = tree.text(tree.read(root, f"/lib/modules/{release}/modules.alias", limit=64 << 20))
     except tree.UNREADABLE:
         return ()
     starts = (f"pci:v{device.vendor:08X}", "pci:v*")

@@ -1,0 +1,86 @@
+"""Devices of a handoff: what their tables say however the kernel splits them, and what the next kernel has for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+from support.trees import Tree, intel_dump
+
+from memconsole.backend.handoff import devices, facts, passed
+from memconsole.backend.handoff.image import Image
+from memconsole.errors import NotFound
+from memconsole.extents import ChangeKind, ExtentTable
+from memconsole.model import Device
+
+BDF = "0000:00:04.0"
+EDU = Device(BDF, 0x1234, 0x11E8, 0xFF0000)
+IMAGE = Image("/boot/vmlinuz", 1, "7.3.4", "zstd", 1, 1, facts.ABIS, "", ("vfio_pci", "iommufd"))
+FILE = f"/sys/kernel/debug/iommu/intel/{BDF}/domain_translation_struct"
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Tree:
+    return Tree(tmp_path)
+
+
+def table(tree: Tree, leaves: Sequence[tuple[int, int, int, int]]) -> ExtentTable:
+    tree.write(FILE, intel_dump(BDF, leaves))
+    return ExtentTable.from_rows(devices.shown(tree.root, BDF))
+
+
+def test_a_large_page_is_the_small_ones_it_covers(made: Tree) -> None:
+    large = table(made, [(0x10000, 0x4000, 2, 3)])
+    small = table(made, [(0x10000 + n, 0x4000 + n, 1, 3) for n in range(512)])
+    assert large.diff(small) == []
+    assert (large.stats().present, len(small)) == (512, 1)
+
+
+@pytest.mark.parametrize(
+    ("now", "kind"),
+    [
+        ([(16, 64, 1, 3), (17, 66, 1, 3)], ChangeKind.MOVED),
+        ([(16, 64, 1, 3)], ChangeKind.VANISHED),
+        ([(16, 64, 1, 3), (17, 65, 1, 3), (18, 66, 1, 3)], ChangeKind.APPEARED),
+        ([(16, 64, 1, 3), (17, 65, 1, 1)], ChangeKind.FLAGS),
+    ],
+)
+def test_every_difference_is_one(made: Tree, now: list[tuple[int, int, int, int]], kind: ChangeKind) -> None:
+    before = table(made, [(16, 64, 1, 3), (17, 65, 1, 3)])
+    (change,) = before.diff(table(made, now))
+    assert (change.kind, change.count) == (kind, 1)
+
+
+def test_what_is_not_shown_is_not_an_empty_table(made: Tree) -> None:
+    with pytest.raises(NotFound):
+        list(devices.shown(made.root, BDF))
+
+
+def test_what_devices_need_is_built_in_or_a_module_or_missing_or_not_known(made: Tree) -> None:
+    assert passed.missing(IMAGE, made.root) == ()
+    assert passed.missing(replace(IMAGE, modules=()), made.root) == ("vfio_pci", "iommufd")
+    assert passed.missing(replace(IMAGE, modules=None), made.root) is None
+    assert passed.missing(None, made.root) is None
+    made.write(
+        "/lib/modules/7.3.4/modules.dep", "kernel/drivers/vfio/pci/vfio-pci.ko.xz: kernel/drivers/vfio/vfio.ko.xz\n"
+    )
+    assert passed.missing(replace(IMAGE, modules=()), made.root) == ("iommufd",)
+    made.write("/lib/modules/7.3.4/modules.builtin", "kernel/drivers/iommu/iommufd/iommufd.ko\n")
+    assert passed.missing(replace(IMAGE, modules=None), made.root) == ()
+
+
+def test_who_takes_a_device_is_known_by_its_alias_unless_vfio_is_told_to(made: Tree) -> None:
+    made.write(f"/sys/bus/pci/devices/{BDF}/modalias", "pci:v00001234d000011E8sv00001AF4sd00001100bc00scFFi00\n")
+    assert passed.takers(made.root, EDU, "7.3.4", "") == ()
+    aliases = [
+        "alias pci:v00001234d000011E8sv*sd*bc*sc*i* edu_host",
+        "alias pci:v00001234d000011E9sv*sd*bc*sc*i* another",
+        "alias pci:v*d*sv*sd*bc01sc06i01* ahci",
+        "alias vfio_pci:v*d*sv*sd*bc*sc*i* vfio_pci",
+    ]
+    made.write("/lib/modules/7.3.4/modules.alias", "\n".join(aliases) + "\n")
+    assert passed.takers(made.root, EDU, "7.3.4", "quiet") == ("edu_host",)
+    assert passed.takers(made.root, EDU, "7.3.4", "vfio-pci.ids=8086:1,1234:11e8") == ()
+    assert passed.takers(made.root, EDU, "7.3.4", "quiet -- vfio-pci.ids=1234:11e8") == ("edu_host",)

@@ -290,7 +290,10 @@ def give_back(desk: Desk, guest: str) -> None:
     devices.settle(desk, described)
     made = desk.handoff
     if made is not None:
-        store(desk, replace(made, devices=_newest(made.devices, returned.devices)))
+        guests = made.guests
+        if not returned.findings:
+            guests = tuple(replace(each, back=True, why="") if each.name == guest else each for each in guests)
+        store(desk, replace(made, guests=guests, devices=_newest(made.devices, returned.devices)))
     if returned.findings:
         first = returned.findings[0]
         raise GuestError(f"guest {guest} stays paused", first.what, first.remedy)

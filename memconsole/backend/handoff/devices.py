@@ -1,7 +1,7 @@
 """Devices on the way into the next kernel: quiet during the jump, and afterwards as they were.
 
     before   iova-BDF       where its page tables lead, recorded while guests run: only grants change them
-             quiesce-BDF    the bus is taken from it once every guest stands still; undone by giving it back
+             quiesce-BDF    the bus is taken from it once its guest stands still; undone by giving it back
     after    vfio-pci has it again ─ attached, still quiet ─ every grant of its guest mapped at the same IOVA ─ its
              tables compared page by page with what was recorded ─ the bus given back ─ the windows ─ its guest goes on
 

@@ -1,8 +1,9 @@
 """The handoff as steps, each with its undo: until the jump, a failure leaves every guest running where it was.
 
     run         load ─ preserve-SESSION... ─ place ─ iova-BDF... ─ pause-GUEST... ─ save-GUEST... ─ quiesce-BDF...
-                ─ manifest ─ jump
-    rehearse    iova-BDF... ─ pause-GUEST... ─ save-GUEST... ─ quiesce-BDF... ─ place ─ manifest ─ end ─ early ─ adopt
+                ─ pause-GUEST... ─ save-GUEST... ─ manifest ─ jump
+    rehearse    iova-BDF... ─ pause-GUEST... ─ save-GUEST... ─ quiesce-BDF... ─ pause-GUEST... ─ save-GUEST... ─ place
+                ─ manifest ─ end ─ early ─ adopt
 
 Every step is a fault point; what a control process that died at one leaves, :mod:`~.adopt` takes back or carries on.
 
@@ -120,12 +121,12 @@ class _Sequence:
         passed = [each for each in seen.devices if jump or each.guest in names]
         for each in passed:
             self._record(work, each)
-        for guest in going:
-            self._pause(work, guest)
-        for guest in going:
-            self._save(work, guest)
+        busy = {each.guest for each in passed}
+        self._still(work, [guest for guest in going if guest.name in busy])
         for each in passed:
             self._quiesce(work, each)
+        # Those without devices stand still last: what devices take is not in their blackout.
+        self._still(work, [guest for guest in going if guest.name not in busy])
         if not jump:  # nothing is pinned: pages come to be as long as guests run
             self._place(work, cargo)
         self._manifest(work, cargo, going, jump=jump)
@@ -246,6 +247,12 @@ class _Sequence:
         text = f"take the bus from device {bdf} of {device.guest}: no byte arrives from then on"
         undo = partial(self.desk.spaces.restart, bdf)
         self._add(work, "quiesce", Step(f"quiesce-{bdf}", text, do, undo, "give it back"))
+
+    def _still(self, work: Work, guests: Sequence[Guest]) -> None:
+        for guest in guests:
+            self._pause(work, guest)
+        for guest in guests:
+            self._save(work, guest)
 
     def _pause(self, work: Work, guest: Guest) -> None:
         live = self.desk.live(guest.name)

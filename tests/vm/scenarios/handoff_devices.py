@@ -2,6 +2,8 @@
 
 Who drives the device is this scenario, through the BAR that sysfs shows: the canary's vCPU has no driver. The witness
 of the page tables is the text of debugfs itself, each leaf's IOVA and last entry, read by nothing of memconsole.
+
+handoff_devices FAULTS [differs]    so many faults before the jump; a second jump, after which frames are others
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ STATE = "/run/state"
 NOTES = lab.SHARE / "notes.json"
 PATTERN = bytes(range(256)) * 8
 PATIENCE = 120.0
+FAULTS = int(sys.argv[1])
 AFTER = ("handoff-back.bound", "handoff-back.attached", "handoff-back.mapped", "handoff-back.compared")
 
 
@@ -198,8 +201,8 @@ def faults(client: Client, was: list[tuple[str, str]], count: int) -> Client:
     points = [each for each in steps.fault_points(client.plan(run())) if ".iova-" in each or ".quiesce-" in each]
     lab.say("points", len(points) == 4, points=points)
     day = int(time.time() // 86400)
-    for row in range(min(count, len(points))):
-        point = points[(day + row) % len(points)]
+    for row in range(count):
+        point = points[(day + row * len(points) // count) % len(points)]
         end(client)
         client = served(point)
         try:
@@ -242,7 +245,7 @@ def landed() -> Client:
     code = Path("/run/early.code").read_text().strip()
     lab.say("early", code == "0", code=code, err=Path("/run/early.log").read_text())
     lab.say("quiet", vfio.driver("/", EDU) is None and not masters())
-    for point in AFTER if "faults" in sys.argv else ():
+    for point in AFTER if FAULTS else ():
         lab.say(f"killed-{point}", serve(point) is None)
     client = served()
     why = as_before(client, was)
@@ -315,8 +318,7 @@ def main() -> None:
         client = begin()
         was = witness()
         rehearse(client, was)
-        if "faults" in sys.argv:
-            client = faults(client, was, 4)
+        client = faults(client, was, FAULTS)
         jump(client, was)
     elif lab.stage() == 2:
         client = landed()

@@ -112,8 +112,8 @@ def main() -> None:
 
     # --- and one that nobody has any more: the keeper lost it, and the control process is another
     client.close()
-    pid = int(subprocess.run(["pgrep", "-f", "memconsole serve"], capture_output=True, text=True, check=True).stdout)
-    os.kill(pid, 9)
+    served = subprocess.run(["pgrep", "-f", "memconsole serve"], capture_output=True, text=True, check=True).stdout
+    os.kill(int(served.split()[0]), 9)
     os.close(other)
     keeper.drop(f"vfio:{RESETS}")
     keeper.close()

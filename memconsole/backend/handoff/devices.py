@@ -5,9 +5,9 @@
     after    vfio-pci has it again ─ attached, still quiet ─ every grant of its guest mapped at the same IOVA ─ its
              tables compared page by page with what was recorded ─ the bus given back ─ the windows ─ its guest goes on
 
-The table of a device is an ExtentTable in custody, ``iova:BDF``: a row's offset is the page of an IOVA, and UFFD_WP
-marks what the device may only read. It is read from the kernel's own page tables where they are shown (``kernel``),
-else made of the grants and their regions' frames (``ledger``). It stays in custody while the device is not back.
+The table of a device is an ExtentTable in custody, ``iova:BDF``, by IOVA page. It is read from the kernel's own page
+tables where they are shown (``kernel``), else made of the grants and their regions' frames (``ledger``). It stays in
+custody while the device is not back.
 
 A device is not reset before the jump, for that could not be undone; vfio-pci resets it afterwards, if it can be.
 """
@@ -26,7 +26,7 @@ from memconsole.backend import steps
 from memconsole.backend.dma import vfio
 from memconsole.backend.handoff import luo
 from memconsole.backend.handoff.manifest import Manifest, Recorded
-from memconsole.backend.kernel import tree, vtd
+from memconsole.backend.kernel import iommu, pci, tree
 from memconsole.backend.stores import memfd
 from memconsole.errors import KernelRefused, MemconsoleError, Refused
 from memconsole.extents import Change, ChangeKind, Extent, ExtentTable, Flag
@@ -97,7 +97,7 @@ def look(desk: Desk, bdf: str, guest: str, source: str = "") -> tuple[ExtentTabl
     """
     if source != "ledger":
         try:
-            return ExtentTable.from_rows(shown(desk.root, bdf)), "kernel"
+            return iommu.table(desk.root, pci.iommu_group(desk.root, bdf)), "kernel"
         except tree.UNREADABLE:
             if source:
                 raise
@@ -105,22 +105,12 @@ def look(desk: Desk, bdf: str, guest: str, source: str = "") -> tuple[ExtentTabl
     return ExtentTable.from_rows(row for grant in grants for row in _meant(desk, grant)), "ledger"
 
 
-def shown(root: tree.Root, bdf: str) -> Iterator[Extent]:
-    """Where the kernel says that a device's tables lead.
-
-    Raises:
-        NotFound, Denied, KernelRefused, BadFile: it does not show them.
-    """
-    for run in vtd.iovas(root, bdf):
-        yield Extent(run.iova, run.pfn, run.pages, _flags(writable="w" in run.access))
-
-
 def _meant(desk: Desk, grant: Grant) -> Iterator[Extent]:
     """Where a region has a grant's pages, by IOVA."""
     index, offset = divmod(grant.offset, memfd.SEGMENT)
     first, end = offset // PAGE, (offset + grant.length) // PAGE
     segment = desk.state.regions[grant.region].segments[index]
-    flags = _flags(writable=grant.access is Access.RW)
+    flags = Flag.PRESENT | Flag.READ | (Flag.WRITE if grant.access is Access.RW else 0)
     with desk.borrowed(grant.region) as fds, ExtentTable.scan_fd(fds[index], segment.size) as table:
         for row in table:
             start, stop = max(row.offset, first), min(row.offset + row.count, end)
@@ -129,8 +119,12 @@ def _meant(desk: Desk, grant: Grant) -> Iterator[Extent]:
                 yield Extent(iova, row.pfn + start - row.offset, stop - start, flags)
 
 
-def _flags(*, writable: bool) -> int:
-    return Flag.PRESENT if writable else Flag.PRESENT | Flag.UFFD_WP
+def differences(was: ExtentTable, now: ExtentTable) -> list[Change]:
+    """What leads elsewhere, or may be used otherwise; how large the pages are that lead there does not count."""
+    changes = was.diff(now)
+    return [
+        each for each in changes if each.kind is not ChangeKind.FLAGS or (each.old_flags ^ each.new_flags) & ~Flag.HUGE
+    ]
 
 
 # --- after it -------------------------------------------------------------------------------------------------------
@@ -203,7 +197,7 @@ def _device(desk: Desk, each: Recorded, *, kept: bool) -> tuple[CarriedDevice, F
         why = f"{format_size(pages * PAGE)} differ: {_said(changes[0])}"
         what = f"device {each.bdf} of guest {each.guest} does not reach what it reached: {why}"
         remedy = f"it stays quiet: revoke its grants, map them again, then: memconsole guest resume {each.guest}"
-        where = f"{vtd.DEBUGFS}/{each.bdf}" if each.source == "kernel" else "the regions' frames"
+        where = "the IOMMU's page tables" if each.source == "kernel" else "the regions' frames"
         return (
             replace(made, same=False, why=why),
             Finding("handoff-iova", Severity.ERROR, each.bdf, what, where, remedy),
@@ -243,7 +237,7 @@ def _differences(desk: Desk, each: Recorded) -> list[Change]:
     with was:
         now, _ = look(desk, each.bdf, each.guest, each.source)
         with now:
-            return was.diff(now)
+            return differences(was, now)
 
 
 def _said(change: Change) -> str:

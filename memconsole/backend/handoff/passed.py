@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from memconsole.backend.dma import vfio
 from memconsole.backend.handoff import devices
 from memconsole.backend.handoff.image import Image
-from memconsole.backend.kernel import pci, tree, vtd
+from memconsole.backend.kernel import iommu, pci, tree, vtd
 from memconsole.errors import MemconsoleError
 from memconsole.model import Device
 
@@ -35,14 +35,16 @@ _ALIAS = re.compile(r"alias (pci:\S+) (\S+)")
 class Passed:
     """A device that reaches a guest's memory, and what speaks against its coming along; empty where nothing does.
 
-    ``lost``: it is in nobody's custody; ``restless``: it cannot be quiesced; ``active`` and ``beside``: who else is in
-    its group, with a driver or without; ``hidden``: its page tables are not shown; ``wanted``: modules that may take it
-    in the next kernel; ``unpreserved``: why the kernel does not carry it (None: it was not asked).
+    ``by_vmm``: its guest's VMM has it in its own hands; ``lost``: it is in nobody's custody; ``restless``: it cannot be
+    quiesced; ``active`` and ``beside``: who else is in its group, with a driver or without; ``hidden``: its page tables
+    are not shown; ``wanted``: modules that may take it in the next kernel; ``unpreserved``: why the kernel does not
+    carry it (None: it was not asked).
     """
 
     bdf: str
     guest: str
     grants: tuple[str, ...]
+    by_vmm: bool = False
     lost: str = ""
     restless: str = ""
     active: tuple[str, ...] = ()
@@ -66,7 +68,7 @@ def gather(desk: Desk, image: Image | None, line: str, *, jump: bool) -> tuple[P
     found = []
     for bdf, guest in given.items():
         seen = _look(desk, bdf, guest, known)
-        if jump and not seen.lost:
+        if jump and not seen.lost and not seen.by_vmm:
             wanted = takers(desk.root, known[bdf], image.release, line) if image is not None else ()
             seen = replace(seen, wanted=wanted, unpreserved=devices.cannot_preserve(desk, bdf))
         found.append(seen)
@@ -84,6 +86,8 @@ def _look(desk: Desk, bdf: str, guest: str, known: dict[str, Device]) -> Passed:
         lost = "it is quiet since the last handoff"
     if lost:
         return Passed(bdf, guest, grants, lost=lost)
+    if guest in desk.spaces.filled:
+        return Passed(bdf, guest, grants, by_vmm=True)
     restless, resets = "", False
     try:
         with desk.spaces.borrowed(bdf) as (device, _):
@@ -109,8 +113,11 @@ def _look(desk: Desk, bdf: str, guest: str, known: dict[str, Device]) -> Passed:
 
 
 def _hidden(root: tree.Root, bdf: str) -> str:
+    """Why a device's page tables are not shown; one leaf of them is enough to know that they are."""
     try:
-        next(vtd.iovas(root, bdf), None)
+        iommu.table(root, pci.iommu_group(root, bdf), vtd.Budget(1)).close()
+    except vtd.TooMany:
+        return ""
     except tree.UNREADABLE as error:
         return str(error)
     return ""

@@ -124,7 +124,7 @@ def _function(root: Root, bdf: str) -> Function:
     base = f"{_DEVICES}/{bdf}"
     source = f"{base}/uevent"
     pairs = dict(row.partition("=")[::2] for row in tree.text(tree.read(root, source)).splitlines())
-    group = tree.link_name(root, f"{base}/iommu_group")
+    group = iommu_group(root, bdf)
     try:
         vendor, device = (int(word, 16) for word in pairs["PCI_ID"].split(":"))
         found = Device(
@@ -142,6 +142,11 @@ def _function(root: Root, bdf: str) -> Function:
     rows = tree.text(tree.read(root, f"{base}/resource")).splitlines()[:_BARS]
     bars = (_bar(found, number, row) for number, row in enumerate(rows))
     return Function(found, tuple(bar for bar in bars if bar is not None))
+
+
+def iommu_group(root: Root, bdf: str) -> str:
+    """The number of a function's IOMMU group; empty where it has none."""
+    return tree.link_name(root, f"{_DEVICES}/{bdf}/iommu_group") or ""
 
 
 def _node(root: Root, base: str) -> int:

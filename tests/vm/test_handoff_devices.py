@@ -19,7 +19,12 @@ def test_a_device_goes_along_and_whoever_dies_on_the_way_harms_nobody(tmp_path: 
     assert said.stages == 3
 
 
-OTHERS = ("edu,addr=6,multifunction=on,dma_mask=0xffffffffffff", "pci-testdev,addr=6.1", "virtio-rng-pci,addr=7")
+OTHERS = (
+    "edu,addr=6,multifunction=on,dma_mask=0xffffffffffff",
+    "pci-testdev,addr=6.1",
+    "pcie-root-port,id=port,addr=7",
+    "virtio-rng-pci,bus=port",
+)
 
 
 def test_what_keeps_a_device_from_going_along_is_said_by_its_name(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from memconsole.model import Condition, Severity
 
 TOOL = str(Path(sys.executable).parent / "memconsole")
 MIB = 1 << 20
-ALONE, TWIN, SIBLING, RESETS = "0000:00:04.0", "0000:00:06.0", "0000:00:06.1", "0000:00:07.0"
+ALONE, TWIN, SIBLING, RESETS = "0000:00:04.0", "0000:00:06.0", "0000:00:06.1", "0000:01:00.0"
 GPA = 0x10000000
 
 

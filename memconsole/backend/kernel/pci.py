@@ -133,7 +133,7 @@ def _function(root: Root, bdf: str) -> Function:
             device=device,
             class_code=int(pairs["PCI_CLASS"], 16),
             driver=pairs.get("DRIVER"),
-            group=None if group is None else int(group),
+            group=int(group) if group else None,
             node=_node(root, base),
             bridge=_bridge(root, base),
         )

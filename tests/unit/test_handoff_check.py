@@ -94,7 +94,6 @@ ERRORS: dict[str, dict[str, Any]] = {
     "guest-silent": {"guests": (guest("web", why_not="no answer to query-status within 5 s"),)},
     "guest-incapable": {"guests": (guest("vm", GuestKind.QEMU, incapable="it is too old"),)},
     "device-lost": passed(lost="nobody holds it"),
-    "device-of-vmm": passed(by_vmm=True),
     "device-restless": passed(restless="it still waited for memory after 1.5 s"),
     "device-group": passed(active=("0000:00:05.0 (e1000)",)),
     "device-driver": {**passed(), "missing": ("vfio_pci",)},

@@ -347,15 +347,6 @@ def _devices(facts: Facts) -> Iterator[Condition]:
         "; ".join(f"{each.bdf} of {each.guest}: {each.lost}" for each in found if each.lost),
         "revoke its grants, and map them again with --dma; of a guest that is held: memconsole guest resume NAME",
     )
-    mine = [each for each in found if each.by_vmm]
-    yield Condition(
-        "device-of-vmm",
-        ERROR,
-        not mine,
-        "no VMM has a device in its own hands: QEMU saves such a VM only while its guest sleeps (S3)",
-        ", ".join(f"{each.bdf} of {each.guest}" for each in mine),
-        "shut the guest down, or stop it: memconsole guest stop NAME",
-    )
     yield Condition(
         "device-restless",
         ERROR,

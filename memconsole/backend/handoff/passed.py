@@ -35,16 +35,14 @@ _ALIAS = re.compile(r"alias (pci:\S+) (\S+)")
 class Passed:
     """A device that reaches a guest's memory, and what speaks against its coming along; empty where nothing does.
 
-    ``by_vmm``: its guest's VMM has it in its own hands; ``lost``: it is in nobody's custody; ``restless``: it cannot be
-    quiesced; ``active`` and ``beside``: who else is in its group, with a driver or without; ``hidden``: its page tables
-    are not shown; ``wanted``: modules that may take it in the next kernel; ``unpreserved``: why the kernel does not
-    carry it (None: it was not asked).
+    ``lost``: it is in nobody's custody; ``restless``: it cannot be quiesced; ``active`` and ``beside``: who else is in
+    its group, with a driver or without; ``hidden``: its page tables are not shown; ``wanted``: modules that may take it
+    in the next kernel; ``unpreserved``: why the kernel does not carry it (None: it was not asked).
     """
 
     bdf: str
     guest: str
     grants: tuple[str, ...]
-    by_vmm: bool = False
     lost: str = ""
     restless: str = ""
     active: tuple[str, ...] = ()
@@ -67,8 +65,10 @@ def gather(desk: Desk, image: Image | None, line: str, *, jump: bool) -> tuple[P
     known = {function.device.bdf: function.device for function in pci.functions(desk.root)}
     found = []
     for bdf, guest in given.items():
+        if guest in desk.spaces.filled and desk.live(guest) is not None:
+            continue  # its VMM has it in its own hands, and cannot be saved: see vmm.py
         seen = _look(desk, bdf, guest, known)
-        if jump and not seen.lost and not seen.by_vmm:
+        if jump and not seen.lost:
             wanted = takers(desk.root, known[bdf], image.release, line) if image is not None else ()
             seen = replace(seen, wanted=wanted, unpreserved=devices.cannot_preserve(desk, bdf))
         found.append(seen)
@@ -82,12 +82,12 @@ def _look(desk: Desk, bdf: str, guest: str, known: dict[str, Device]) -> Passed:
         lost = "there is no such device any more"
     elif desk.spaces.devices.get(bdf) != guest:
         lost = "nobody holds it"
+    elif guest in desk.spaces.filled:
+        lost = "its VMM ended, and has not let go of it"
     elif bdf in desk.spaces.quiet:
         lost = "it is quiet since the last handoff"
     if lost:
         return Passed(bdf, guest, grants, lost=lost)
-    if guest in desk.spaces.filled:
-        return Passed(bdf, guest, grants, by_vmm=True)
     restless, resets = "", False
     try:
         with desk.spaces.borrowed(bdf) as (device, _):

@@ -163,7 +163,7 @@ def found(client: Client) -> list[tuple[str, str]]:
     begun = time.time_ns()
     while (snapshot := client.snapshot()).taken_ns < begun:
         time.sleep(0.1)
-    return [(each.id, each.subject) for each in snapshot.findings if each.id.startswith(("dma", "device"))]
+    return [(each.id, each.subject) for each in snapshot.findings if each.id.startswith(("dma", "device", "frame"))]
 
 
 def held(keeper: KeeperCustody) -> list[str]:

@@ -105,6 +105,12 @@ for line in sys.stdin:
         spread = libc.mmap(None, 4096, 3, 1, fd, int(words[1]))
         ctypes.memmove(spread, b"spread", 6)
         said = "done"
+    elif words[0] == "drop":  # the mapping alone, and say nothing
+        import ctypes
+        memory = agent.grants[words[1]].memory
+        place = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        ctypes.CDLL(None).munmap(ctypes.c_void_p(place), ctypes.c_size_t(len(memory)))
+        said = "done"
     elif words[0] == "look":
         said = ctypes.string_at(spread, 6).decode()
     elif words[0] == "grants":

@@ -7,12 +7,15 @@ from pathlib import Path
 import lab
 import pytest
 
-pytestmark = pytest.mark.rotating("dma")
-
 
 @pytest.fixture(scope="module")
 def type1(tmp_path_factory: pytest.TempPathFactory) -> lab.Verdicts:
     return lab.run("dma_type1", tmp_path_factory.mktemp("type1"), timeout=900)
+
+
+@pytest.fixture(scope="module")
+def qemu(tmp_path_factory: pytest.TempPathFactory) -> lab.Verdicts:
+    return lab.run("dma_qemu", tmp_path_factory.mktemp("qemu"), timeout=900)
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +24,16 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> lab.Verdicts:
     return lab.run("dma", directory, timeout=400)
 
 
+@pytest.mark.rotating("dma")
 def test_every_verdict_is_good(said: lab.Verdicts) -> None:
     said.check()
 
 
+@pytest.mark.rotating("dma-type1")
 def test_every_verdict_is_good_without_iommufd(type1: lab.Verdicts) -> None:
     type1.check()
+
+
+@pytest.mark.rotating("dma-qemu")
+def test_every_verdict_is_good_of_a_qemu(qemu: lab.Verdicts) -> None:
+    qemu.check()

@@ -1,0 +1,153 @@
+"""QEMU with a device of ours: its guest drives edu, custody has it, DMA goes on without a control process."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import subprocess
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import lab_guest as lab
+from edu import BDF as EDU
+from edu import PAGE, found, frames, grants, held, refused, started, tables
+from services import Service, services
+
+from memconsole import actions as do
+from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.dma import vfio
+from memconsole.backend.wire.client import Client
+
+RAM = 16 << 20
+STATUS, SRC, DST = 0x100000, 0x200000, 0x300000
+HOLE = range(0xA0, 0x100)
+"""Pages of a PC that its firmware and its screen have; RAM there only as its guest says."""
+
+
+def check(name: str, ok: bool, **more: object) -> None:
+    lab.say(name, ok, **more)
+
+
+def firmware(directory: Path) -> Path:
+    """The guest's code (tests/support/edu_firmware.S)."""
+    source = Path(os.environ["PYTHONPATH"]) / "edu_firmware.S"
+    made, image = directory / "edu.o", directory / "edu.bin"
+    subprocess.run(["as", "--32", "-o", made, source], check=True)
+    link = ["ld", "-m", "elf_i386", "-Ttext", "0xffff0000", "-e", "0xfffffff0", "--oformat", "binary"]
+    subprocess.run([*link, "-o", image, made], check=True)
+    return image
+
+
+class Ram:
+    """A guest's RAM as root reads it, through one file whatever becomes of the region."""
+
+    def __init__(self, client: Client, region: str) -> None:
+        (fd,) = client.open_region(region)
+        self._view = mmap.mmap(fd, RAM, prot=mmap.PROT_READ)
+        os.close(fd)
+
+    def counters(self) -> tuple[int, int, int]:
+        """Rounds begun, what came back from the device in the last one, the device's identification."""
+        begun, back, id = struct.unpack_from("<III", self._view, STATUS)
+        return begun, back, id
+
+    def arrived(self) -> int:
+        """What the device last wrote."""
+        return int(struct.unpack_from("<I", self._view, DST)[0])
+
+    def page(self) -> bytes:
+        return self._view[DST : DST + PAGE]
+
+    def rounds(self, more: int, within: float = 60) -> int:
+        """Its rounds once it did so many more, or time is up."""
+        begin, deadline = self.counters()[0], time.monotonic() + within
+        while (now := self.counters()[0]) < begin + more and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return now
+
+    def close(self) -> None:
+        self._view.close()
+
+
+def outside(pages: Iterable[int]) -> list[int]:
+    return [page for page in pages if page in range(RAM // PAGE) and page not in HOLE]
+
+
+def run(service: Service, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(service.command(*words), capture_output=True, text=True, check=False)
+
+
+with services() as service:
+    client = started(service)
+    image = firmware(service.directory)
+    start = do.GuestStart("vm", vmm="qemu", memory=RAM, device=EDU, args=("-bios", str(image)))
+
+    # --- what is refused, each by its name
+    check("canary", refused(client, do.GuestStart("c", device=EDU)) == ["NoDevices"])
+    codes = refused(client, do.GuestStart("c", vmm="qemu", device="0000:00:1e.7"))
+    check("no-device", codes == ["NoSuchDevice"], codes=codes)
+    used = next(device.bdf for device in client.snapshot().devices if device.driver == "virtio-pci")
+    codes = refused(client, do.GuestStart("c", vmm="qemu", device=used))
+    check("in-use", codes == ["DeviceInUse"], codes=codes, bdf=used)
+    keeper = KeeperCustody(service.runtime / "keeper")
+
+    # --- a QEMU that does not start leaves nothing, and the device is as it was
+    wrong = do.GuestStart("vm", vmm="qemu", memory=RAM, device=EDU, args=("-bios", "/nowhere"))
+    try:
+        client.apply(wrong)
+        check("wrong", False)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is what is looked at
+        check("wrong", held(keeper) == [] and vfio.driver("/", EDU) is None, error=str(error), held=held(keeper))
+
+    # --- start, as a user would
+    steps = [effect.id for effect in client.plan(start).effects]
+    check("steps", steps[-3:] == ["bind", "hand", "spawn"], steps=steps)
+    words = ("guest", "start", "vm", "--vmm", "qemu", "--memory", "16M", "--device", EDU, "--", "-bios", str(image))
+    done = run(service, *words)
+    check("cli", done.returncode == 0, out=done.stdout, err=done.stderr)
+    guest = next(guest for guest in client.snapshot().guests if guest.name == "vm")
+    assert guest.pid is not None
+    service.guests.add(guest.pid)
+    check("custody", held(keeper) == ["iommu:vm", f"vfio:{EDU}"], held=held(keeper))
+    (grant,) = grants(client)
+    check("grant", grants(client)[grant].dma == EDU)
+
+    # --- real DMA, from inside the guest, into the region
+    ram = Ram(client, "vm")
+    now = ram.rounds(4, 120)
+    begun, back, id = ram.counters()
+    check("dma", id == 0x10000ED and ram.arrived() > 0 and back >= now - 2, begun=begun, back=back, id=hex(id))
+    with client.extents("region:vm") as table:
+        want = frames(table, 0, "rw")
+    have = tables()
+    same = [page for page in outside(want) if have.get(page) == want[page]]
+    check("tables", len(same) == len(outside(range(RAM // PAGE))), same=len(same), have=len(have))
+    check("clean", found(client) == [], found=found(client))
+    window = next(window for window in client.snapshot().windows if window.id == f"{EDU}:0")
+    check("window", guest.pid in window.holders, holders=window.holders)
+
+    # --- nobody else gets the device, nor its window
+    client.apply(do.Reserve("other", PAGE))
+    client.apply(do.GuestAttach("second", os.getpid()))
+    codes = refused(client, do.Map("other", "second", gpa=0, dma=EDU))
+    check("device-twice", codes == ["DeviceInUse"], codes=codes)
+    codes = refused(client, do.WindowMap(f"{EDU}:0", "second"))
+    check("window-twice", codes == ["DeviceInUse"], codes=codes)
+
+    # --- the control process dies: DMA goes on, and the next one takes over
+    client.close()
+    service.end(9)
+    before = ram.arrived()
+    ram.rounds(3)
+    check("goes-on", ram.arrived() > before, before=before, after=ram.arrived())
+    client = started(service)
+    check("adopted", grants(client)[grant].dma == EDU and found(client) == [], found=found(client))
+    have = tables()
+    check("tables-after-restart", all(have.get(page) == want[page] for page in outside(want)))
+
+    ram.close()
+    keeper.close()
+    client.close()
+lab.say("end")

@@ -61,7 +61,7 @@ def test_it_pauses_resumes_and_answers_for_its_state(guest: QemuGuest, ram: Offe
     assert guest.state() is GuestState.PAUSED
     guest.resume()
     assert guest.state() is GuestState.RUNNING
-    assert not guest.agent()
+    assert guest.agent()
     assert guest.offer(ram, 1)
     assert not guest.offer(Offer("other", ram.fd, 0, RAM, Access.RW, None), 1)
     assert not guest.ask_unmap("vm-1", 1)

@@ -264,3 +264,26 @@ def test_killed_at_every_point_of_taking_over_the_next_one_does_the_rest(place: 
             goes_on(after, name)
         assert left(place) == []
         assert [each for each in after.snapshot().findings if each.severity != "info"] == []
+
+
+def test_killed_at_every_point_of_starting_them_guests_go_on_once(place: Path, tmp_path: Path) -> None:
+    """VMMs have ended; memconsole-resume dies at each of its points in turn, and the next start of it does the rest."""
+    with contextlib.closing(begin(place)):
+        pass
+    env = os.environ | {steps.FAULT_VARIABLE: "handoff-rehearse.end.after"}
+    words = [sys.executable, "-c", DIES, str(place)]
+    assert subprocess.run(words, env=env, capture_output=True, timeout=60, check=False).returncode == -signal.SIGKILL
+    seen = tmp_path / "points"
+    env |= {steps.FAULT_VARIABLE: f"@{seen}"}
+    words = [program("memconsole-resume"), "--rehearse", "--runtime", str(place)]
+    with (tmp_path / "log").open("wb") as log:  # a pipe would be waited for by the VMMs that are left behind
+        while (code := subprocess.run(words, env=env, stdout=log, stderr=log, timeout=60, check=False).returncode) < 0:
+            assert code == -signal.SIGKILL
+    assert (code, (tmp_path / "log").read_text()) == (0, "")
+    assert {f"resume.start.{name}.after" for name in SIZES} < set(seen.read_text().splitlines())
+    with contextlib.closing(control(place)) as after:
+        assert all(each.back for each in report(after).guests)
+        for name in SIZES:
+            goes_on(after, name)
+        assert left(place) == []
+        assert [each for each in after.snapshot().findings if each.severity != "info"] == []

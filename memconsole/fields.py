@@ -132,6 +132,20 @@ REGIONS = Table(
             "huge", "Huge", "bytes mapped by huge pages, once scanned", lambda r: r.seen and r.seen.huge, default=False
         ),
         Field("grants", "Grants", "grants on it", lambda r: r.grants, width=12),
+        _size(
+            "preserved",
+            "KHO",
+            "bytes the kernel hands over, in KHO's tree of pages, while a session is open",
+            lambda r: r.seen and r.seen.preserved,
+        ),
+        Field(
+            "retrieved",
+            "Retrieved",
+            "whether its file came from the kernel before",
+            lambda r: ("yes" if r.seen.retrieved else "no") if r.seen else None,
+            width=9,
+            default=False,
+        ),
         Field("mappers", "Mapped by", "processes that map it (PID)", lambda r: r.seen and r.seen.mappers, width=14),
         _size(
             "moved",

@@ -168,8 +168,22 @@ class Dax(Value, frozen=True):
     start: int = 0
 
 
+class LiveSession(Value, frozen=True):
+    """A session of live update that is open: who holds its file (/proc/PID/fd), and what custody calls it, if it does.
+
+    ``session:`` in custody is one of this kernel, ``incoming:`` one of the kernel before that is kept.
+    """
+
+    name: str
+    holders: tuple[int, ...]
+    custody: str = ""
+
+
 class Survival(Value, frozen=True):
-    """What of the kernel half of live update this host has (/sys/kernel/debug/kho, /dev/liveupdate, /proc/cmdline)."""
+    """What of the kernel half of live update this host has (/sys/kernel/debug/kho, /dev/liveupdate, /proc/cmdline).
+
+    ``preserved`` bytes are in KHO's tree of pages, in ``runs``; None: no session is open, or ``unread`` says why.
+    """
 
     kho: bool = False
     luo: bool = False
@@ -180,6 +194,10 @@ class Survival(Value, frozen=True):
     outgoing: tuple[str, ...] = ()
     kexec_count: int = 0
     detail: str = ""
+    sessions: tuple[LiveSession, ...] = ()
+    preserved: int | None = None
+    runs: int = 0
+    unread: str = ""
 
 
 # --- regions, guests, grants ------------------------------------------------------------------------------------
@@ -197,6 +215,8 @@ class RegionSeen(Value, frozen=True):
     """What the kernel says of a region: frames in place, seals, mappers; ``runs`` once its PFNs were scanned.
 
     ``moved`` bytes of it lay in other frames at a later scan than at the one before.
+    ``preserved`` bytes of it are in KHO's tree of pages to hand over; None: nobody had a session open. ``retrieved``:
+    it came from the kernel before (a memfd without a name).
     """
 
     resident: int
@@ -206,6 +226,8 @@ class RegionSeen(Value, frozen=True):
     huge: int | None = None
     scanned_ns: int | None = None
     moved: int = 0
+    preserved: int | None = None
+    retrieved: bool = False
 
 
 class Region(Value, frozen=True):

@@ -31,7 +31,7 @@ from memconsole.backend.verbs.grants import OFFER_S
 from memconsole.backend.verbs.guests import forget, orphans
 from memconsole.backend.verbs.regions import drop_custody
 from memconsole.errors import Gone, MemconsoleError
-from memconsole.model import Finding, Grant, GrantState, Region, RegionState, Severity
+from memconsole.model import Finding, Grant, GrantState, Guest, Region, RegionState, Severity
 
 FORWARD = (
     actions.Release,
@@ -83,6 +83,10 @@ def _landed(desk: Desk, write: Write) -> tuple[Landing | None, list[Finding]]:
     """The other side of a jump: the ledger learns which inodes its regions, which processes its guests are now."""
     if not handoff.landed(desk):
         return None, []
+    for number, intent in list(desk.state.unfinished.items()):
+        guest = desk.state.guests.get(intent.subject)
+        if isinstance(intent.action, actions.GuestResume) and guest is not None:  # alone, long after the landing
+            return None, _resumed(desk, write, number, guest)
     try:
         landing = handoff.land(desk)
     except MemconsoleError as error:
@@ -95,6 +99,17 @@ def _landed(desk: Desk, write: Write) -> tuple[Landing | None, list[Finding]]:
             text = f"{intent.subject} was handed off: {back} of {len(landing.report.guests)} guests are back"
             write(Done(number, time.time_ns(), text, landing.change))
     return landing, []
+
+
+def _resumed(desk: Desk, write: Write, number: int, guest: Guest) -> list[Finding]:
+    try:
+        change = Change(guests=(handoff.started(desk, guest),))
+    except MemconsoleError as error:
+        write(Failed(number, time.time_ns(), error.code, str(error)))
+    else:
+        write(Done(number, time.time_ns(), f"guest {guest.name} goes on (carried through after a restart)", change))
+        handoff.let_go(desk, guest.name)
+    return []
 
 
 # --- regions ----------------------------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from memconsole.backend.past import Past
     from memconsole.backend.survey import Scanned
     from memconsole.backend.tables import Tables
+    from memconsole.backend.truth import Truth
     from memconsole.backend.verbs.work import Work
     from memconsole.extents import ExtentTable
 
@@ -106,6 +107,7 @@ class Control:
         self._past = past
         self._closed = False
         self._tables: Tables | None = None
+        self._truth: Truth | None = None
         with contextlib.ExitStack() as undo:
             self._ledger = _ledger(custody, root)
             undo.callback(self._ledger.close)
@@ -168,8 +170,9 @@ class Control:
             self._desk.shields,
             self._desk.faults,
             self._handed_off(),
+            self._sessions(),
         )
-        taken = survey.survey(meant, self._root)
+        taken = self._with_truth(survey.survey(meant, self._root))
         if self._past is not None:
             self._past.note(taken)
         self._show(taken)
@@ -325,6 +328,23 @@ class Control:
 
         return adopt.reported(self._desk)
 
+    def _sessions(self) -> tuple[str, ...]:
+        """The sessions of live update that are in custody."""
+        if not self._closed and self._custody.survives and tree.exists(self._root, "/dev/liveupdate"):
+            with contextlib.suppress(Gone):
+                return tuple(name for name in self._custody.names() if name.startswith(("session:", "incoming:")))
+        return ()
+
+    def _with_truth(self, taken: Snapshot) -> Snapshot:
+        """What KHO hands over of each region, where this kernel has it."""
+        if not taken.survival.luo or self._closed:
+            return taken
+        from memconsole.backend.truth import Truth
+
+        with self._recording:
+            self._truth = self._truth or Truth(self._desk)
+        return self._truth.shown(taken)
+
     def _recheck(self) -> None:
         """Let quarantined frames go whose pins have dropped; asked at most once a second."""
         if self._state.quarantine and time.monotonic() > self._rechecked + RECHECK_S:
@@ -363,12 +383,15 @@ class Control:
         return check.check(self._desk)
 
     def _waiting(self) -> tuple[Finding, ...]:
-        """The guests that gave their RAM back by ending."""
-        if all(guest.pid is not None for guest in self._state.guests.values()):
+        """The guests that gave their RAM back by ending, and those that a handoff left in custody."""
+        if self._closed or all(guest.pid is not None for guest in self._state.guests.values()):
             return ()
         from memconsole.backend.revoke import aside
+        from memconsole.backend.verbs import handoff
 
-        return aside.findings(self._desk)
+        with contextlib.suppress(Gone):  # that nobody has custody any more is a finding of its own
+            return (*aside.findings(self._desk), *handoff.held(self._desk))
+        return ()
 
     @contextlib.contextmanager
     def _mounted(self) -> Iterator[None]:

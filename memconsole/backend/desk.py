@@ -223,7 +223,9 @@ class Desk:
             for name, fds in self._fds.items():
                 stats = [os.fstat(fd) for fd in fds]
                 found[name] = tuple(
-                    Backing(stat.st_dev, stat.st_ino, stat.st_size, stat.st_blocks * 512, memfd.seals(fd))
+                    Backing(
+                        stat.st_dev, stat.st_ino, stat.st_size, stat.st_blocks * 512, memfd.seals(fd), memfd.came(fd)
+                    )
                     for fd, stat in zip(fds, stats, strict=True)
                 )
         return found

@@ -6,14 +6,19 @@ Nothing is written and no control process is needed. A ledger's image is read fr
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from memconsole.backend import history, ledger
-from memconsole.errors import BadFile
+from memconsole.errors import BadFile, NotFound
 from memconsole.model import Finding, Severity, Value
+
+if TYPE_CHECKING:
+    from memconsole.backend.kernel.handover.values import Handover
 
 
 class Description(Value, frozen=True):
@@ -126,12 +131,43 @@ def _audit(path: Path) -> Description:
     return Description(str(path), "audit", version, facts, tuple(findings))
 
 
+def describe_kernel() -> Description:
+    """What the kernel that runs was handed, and will hand over at its next jump; what is not to be read is a gap of it.
+
+    Raises:
+        NotFound: it has no KHO. Denied: its memory cannot be read.
+    """
+    from memconsole.backend.kernel import census, handover, kho
+    from memconsole.backend.kernel.handover import outgoing
+
+    here = kho.survival()
+    if not here.kho:
+        raise NotFound("this kernel hands nothing over", here.detail, "memconsole inspect FILE reads a file")
+    found = [handover.live("out")]
+    with contextlib.suppress(NotFound):  # it was not booted through KHO
+        found.append(handover.live("in"))
+    facts = _facts(found)
+    facts["sessions"] = [
+        {"session": each.name, "held_by": ",".join(map(str, each.holders))} for each in outgoing.sessions(census.take())
+    ]
+    facts["not_shown"] = [
+        {"root": each.side, "what": gap.source, "why": gap.why} for each in found for gap in each.gaps
+    ]
+    return Description("this kernel", "handover", int(found[0].compatible.rpartition("-v")[2]), facts)
+
+
 def _handover(path: Path) -> Description:
     """A dump of a kernel's memory, or a root FDT of KHO: what was handed over in it; ``root`` tells several apart."""
     from memconsole.backend.kernel import handover
 
     found = handover.describe(str(path))
-    facts: dict[str, Any] = {
+    findings = (_damage("handover-torn", path, f"{gap.source}: {gap.why}") for each in found for gap in each.gaps)
+    version = int(found[0].compatible.rpartition("-v")[2])
+    return Description(str(path), "handover", version, _facts(found), tuple(findings))
+
+
+def _facts(found: Sequence[Handover]) -> dict[str, Any]:
+    return {
         "handovers": [
             {
                 "root": each.side,
@@ -161,8 +197,6 @@ def _handover(path: Path) -> Description:
             for file in session.files
         ],
     }
-    findings = (_damage("handover-torn", path, f"{gap.source}: {gap.why}") for each in found for gap in each.gaps)
-    return Description(str(path), "handover", int(found[0].compatible.rpartition("-v")[2]), facts, tuple(findings))
 
 
 def _snapshot(path: Path) -> Description:

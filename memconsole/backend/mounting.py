@@ -5,6 +5,7 @@ runtime directory, if none was.
 
     whole grant of a region     guests/GUEST/ram/REGION, of the user the guest's process runs as
     every guest                 guests/GUEST/status, as of the last Snapshot; pfnmap, while it has grants
+    guest a handoff left        guests/GUEST/state/handoff, what its VMM saved
     window grant                guests/GUEST/mmio/BDF-barN, a link
     region of one segment       regions/REGION, for root
 
@@ -14,6 +15,9 @@ control process that comes back, and for a server that had to be started anew.
 The kernel shows who maps such a file by the file's own device and inode, not by the memfd's. Both end with the server,
 mappings do not: so which file showed which memfd is written into custody (``mount``) before anybody but root can open
 it, and kept until the memfd is no more what the region is.
+
+A handoff carries that table. Of another boot only the guests' owners and the mountpoint count: numbers of memfds mean
+nothing any more, and nobody maps what that server showed.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from memconsole.backend.exports.attach import SUBTREES, attach
 from memconsole.backend.exports.fuse import Entry, FuseTree, MapPart
 from memconsole.backend.guests.handle import Handle
 from memconsole.backend.kernel import census
+from memconsole.backend.kernel.tree import line
 from memconsole.backend.stores import memfd
 from memconsole.backend.survey import Face
 from memconsole.backend.wire.places import make_directory
@@ -59,6 +64,15 @@ class Shown(Value, frozen=True):
     device: int
     inode: int
     closed: bool = False
+
+
+class Table(Value, frozen=True):
+    """What custody knows of the mount: its boot, where it was, whose each guest's files are, and what they show."""
+
+    boot_id: str
+    mountpoint: str = ""
+    owners: dict[str, int] = msgspec.field(default_factory=dict)
+    shown: tuple[Shown, ...] = ()
 
 
 class _Wanted(NamedTuple):
@@ -114,7 +128,12 @@ class Mounting:
         self._desk = desk
         self._mountpoint = mountpoint
         self._lock = threading.RLock()
-        self._shown = _stored(desk)
+        self._boot_id = line(desk.root, "/proc/sys/kernel/random/boot_id")
+        known = _stored(desk, self._boot_id)
+        self._before = known.mountpoint if known.boot_id != self._boot_id else ""
+        self._shown_at = str(mountpoint) if mountpoint is not None else known.mountpoint
+        self._owners = dict(known.owners)
+        self._shown = list(known.shown) if known.boot_id == self._boot_id else []
         self._tree: FuseTree | None = None
         self._server: Handle | None = None
         self._statuses: dict[str, bytes] = {}
@@ -146,6 +165,10 @@ class Mounting:
 
     def findings(self) -> tuple[Finding, ...]:
         """Why the mount is not as it should be."""
+        if self._tree is None and self._before:
+            what = f"before the handoff memory was shown at {self._before}, and now it is shown nowhere"
+            remedy = f"memconsole serve --mount {self._before}"
+            return (*self._trouble, Finding("mount-not-back", Severity.WARNING, "mount", what, "custody", remedy))
         return self._trouble
 
     def sync(self, owners: Mapping[str, int] | None = None) -> None:
@@ -269,7 +292,7 @@ class Mounting:
                 want.put(want.uid, want.mode)
         self._put_ram(tree, {path: wanted[path] for path in fresh})
         self._map_pages(tree, owners, listed)
-        self._forget()
+        self._forget(wanted)
         if self._mountpoint is not None:
             attach(tree.mountpoint, self._device, self._mountpoint)
         self._trouble = self._without
@@ -279,6 +302,7 @@ class Mounting:
     ) -> Iterator[tuple[str, _Wanted]]:
         """Every entry but ``status``, ``pfnmap`` and ``state/*``, directories before what is in them."""
         state = self._desk.state
+        saved = {name for name in self._desk.custody.names() if name.startswith("state:")}
         yield "guests", _Wanted(0, 0o755, _directory(tree, "guests"))
         yield "regions", _Wanted(0, 0o700, _directory(tree, "regions"))
         for guest in state.guests.values():
@@ -286,6 +310,8 @@ class Mounting:
             uid = self._owner(guest, owners, listed.get(top))
             for path in (top, *(f"{top}/{name}" for name in ("ram", "state", "mmio"))):
                 yield path, _Wanted(uid, 0o550, _directory(tree, path))
+            if f"state:{guest.name}" in saved:
+                yield f"{top}/state/handoff", _Wanted(uid, 0o440, partial(self._put_state, tree, guest.name))
             for grant in state.grants_of(guest=guest.name):
                 region = state.regions.get(grant.region)
                 if region is not None and self._can_be_shown(region) and _is_whole(grant, region):
@@ -313,6 +339,13 @@ class Mounting:
         finally:
             os.close(fd)
 
+    def _put_state(self, tree: FuseTree, guest: str, uid: int, _mode: int) -> None:
+        fd, _ = self._desk.custody.get(f"state:{guest}")
+        try:
+            tree.set_state(guest, "handoff", fd, uid)
+        finally:
+            os.close(fd)
+
     def _put_region(self, tree: FuseTree, region: str, _uid: int, _mode: int) -> None:
         fd = memfd.give(self._desk.fds(region)[0], Access.RW)
         try:
@@ -329,7 +362,7 @@ class Mounting:
                 process = census.process(self._desk.root, guest.pid)
                 if process.start_ticks == guest.start_ticks:
                     return census.uid(self._desk.root, guest.pid)
-        return entry.uid if entry is not None else 0
+        return self._owners.get(guest.name, entry.uid if entry is not None else 0)
 
     def _shows(self, entry: Entry, of: tuple[int, int]) -> bool:
         return any(
@@ -380,30 +413,32 @@ class Mounting:
                 if shown.device == self._device and shown.inode == entry.inode:
                     self._shown[at] = replace(shown, closed=not left.open)
 
-    def _forget(self) -> None:
-        """Files of memfds that no region is made of any more: those were emptied."""
+    def _forget(self, wanted: Mapping[str, _Wanted]) -> None:
+        """Files of memfds that no region is made of any more: those were emptied. Owners are those of now."""
         now = _memfds(self._desk.state)
         kept = [shown for shown in self._shown if now.get(shown.region) == shown.memfd]
-        if kept != self._shown:
-            self._shown = kept
+        owners = {guest: wanted[f"guests/{guest}"].uid for guest in self._desk.state.guests}
+        if kept != self._shown or owners != self._owners:
+            self._shown, self._owners = kept, owners
             self._store()
 
     def _store(self) -> None:
+        table = Table(self._boot_id, self._shown_at, self._owners, tuple(self._shown))
         fd = os.memfd_create("memconsole-mount", os.MFD_CLOEXEC)
         try:
             with open(fd, "wb", closefd=False) as file:
-                file.write(msgspec.json.encode(self._shown))
+                file.write(msgspec.json.encode(table))
             self._desk.custody.put(MOUNT, fd)
         finally:
             os.close(fd)
 
 
-def _stored(desk: Desk) -> list[Shown]:
+def _stored(desk: Desk, boot_id: str) -> Table:
     if MOUNT not in desk.custody.names():
-        return []
+        return Table(boot_id)
     fd, _ = desk.custody.get(MOUNT)
     try:
-        return msgspec.json.decode(os.pread(fd, os.fstat(fd).st_size, 0), type=list[Shown])
+        return msgspec.json.decode(os.pread(fd, os.fstat(fd).st_size, 0), type=Table)
     finally:
         os.close(fd)
 
@@ -439,4 +474,4 @@ def _is_kept(path: str, wanted: Mapping[str, _Wanted]) -> bool:
     words = path.split("/")
     if words[0] != "guests" or len(words) < 3 or "/".join(words[:2]) not in wanted:
         return False
-    return words[2:] in (["status"], ["pfnmap"]) or (words[2] == "state" and len(words) == 4)
+    return words[2:] in (["status"], ["pfnmap"])

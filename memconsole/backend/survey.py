@@ -83,13 +83,14 @@ class Shield(NamedTuple):
 
 
 class Backing(NamedTuple):
-    """One segment of a region as our own fd shows it (fstat, F_GET_SEALS); sizes in bytes."""
+    """One segment of a region as our own fd shows it (fstat, F_GET_SEALS, /proc/self/fd); sizes in bytes."""
 
     device: int
     inode: int
     size: int
     resident: int
     seals: tuple[str, ...]
+    retrieved: bool = False
 
 
 class Answer(NamedTuple):
@@ -110,7 +111,10 @@ class Scanned(NamedTuple):
 
 
 class Meant(msgspec.Struct, frozen=True):
-    """All that the control process itself brings to a survey; ``exempt`` are processes that hold fds for us."""
+    """All that the control process itself brings to a survey; ``exempt`` are processes that hold fds for us.
+
+    ``sessions`` are those of live update that are in custody, as custody calls them.
+    """
 
     state: State = msgspec.field(default_factory=State)
     backings: Mapping[str, tuple[Backing, ...]] = msgspec.field(default_factory=dict)
@@ -122,6 +126,7 @@ class Meant(msgspec.Struct, frozen=True):
     shields: tuple[Shield, ...] = ()
     faults: Mapping[str, Faults] = msgspec.field(default_factory=dict)
     handoff: HandoffReport | None = None
+    sessions: tuple[str, ...] = ()
 
 
 class Over(NamedTuple):
@@ -182,7 +187,7 @@ def survey(meant: Meant, root: Root = "/") -> Snapshot:
         taken_ns=time.time_ns(),
         host=host.host(root),
         memory=memory.memory(root),
-        survival=read("/sys/kernel/debug/kho", lambda: kho.survival(root), Survival()),
+        survival=_survival(meant, census, read),
         regions=tuple(
             _region(region, of_region[region.name], meant, mappers[region.name]) for region in state.regions.values()
         ),
@@ -206,6 +211,17 @@ def survey(meant: Meant, root: Root = "/") -> Snapshot:
     return replace(
         snapshot, findings=(*meant.standing, *findings.find(snapshot, strays(state, overs), sessions(census)))
     )
+
+
+def _survival(meant: Meant, census: Census, read: Readers) -> Survival:
+    found = read("/sys/kernel/debug/kho", lambda: kho.survival(census.root), Survival())
+    if not found.luo:
+        return found
+    from memconsole.backend.kernel.handover import outgoing
+
+    sessions = read("/proc/PID/fd", lambda: outgoing.sessions(census, census.root, meant.exempt), ())
+    held = {name.partition(":")[2]: name for name in meant.sessions}
+    return replace(found, sessions=tuple(replace(each, custody=held.get(each.name, "")) for each in sessions))
 
 
 # --- who maps what ----------------------------------------------------------------------------------------------
@@ -299,6 +315,7 @@ def _region(region: Region, grants: Sequence[Grant], meant: Meant, mappers: Coll
         seen = RegionSeen(
             resident=sum(backing.resident for backing in backings),
             seals=backings[0].seals if backings else (),
+            retrieved=bool(backings) and all(backing.retrieved for backing in backings),
             mappers=tuple(sorted(mappers)),
             runs=scanned.runs if scanned else None,
             huge=scanned.huge if scanned else None,

@@ -108,8 +108,17 @@ def _headless(commands: Any, json_too: argparse.ArgumentParser) -> None:
     reach.add_argument("--from", dest="origin", metavar="FILE", help="in a recorded snapshot (--pfn), not on this host")
     reach.set_defaults(run=_lazily("listing", "reach"))
 
-    inspect = commands.add_parser("inspect", help="what a file of ours is, and whether it is whole", parents=[json_too])
-    inspect.add_argument("file", metavar="FILE", help="a snapshot, a ledger, an audit trail, or a file of the history")
+    inspect = commands.add_parser(
+        "inspect",
+        help="what a file of ours is and whether it is whole; or what this kernel hands over",
+        parents=[json_too],
+    )
+    inspect.add_argument(
+        "file",
+        metavar="FILE",
+        nargs="?",
+        help="a snapshot, a ledger, an audit trail, a file of the history, a kernel's dump; none: this kernel",
+    )
     inspect.set_defaults(run=_lazily("past", "inspect"))
 
     schema = commands.add_parser("schema", help="the JSON Schema of a Snapshot")

@@ -57,10 +57,10 @@ def history_show(options: argparse.Namespace) -> int:
 
 
 def inspect(options: argparse.Namespace) -> int:
-    """What a file of ours is, of which version, what it holds and whether it is whole; exit code 4 if it is not."""
-    from memconsole.backend.inspect import describe
+    """What a file of ours, or this kernel's handover, is, holds, and whether it is whole; exit code 4 if it is not."""
+    from memconsole.backend.inspect import describe, describe_kernel
 
-    found = describe(Path(options.file))
+    found = describe(Path(options.file)) if options.file else describe_kernel()
     if options.json:
         output.json(found)
     else:

@@ -2,14 +2,17 @@
  * memconsole-resume: the first thing to run after a jump, before anything that could fail for reasons of its own.
  *
  *   memconsole-resume [--runtime DIR]             adopts what the kernel before handed over
- *   memconsole-resume --rehearse [--runtime DIR]  the same with what the keeper holds, on the kernel that runs
+ *   memconsole-resume --rehearse [--plan NAME] [--runtime DIR]
+ *                                                 the same with what the keeper holds, on the kernel that runs; the
+ *                                                 plan is "manifest", or what custody calls so
  *   memconsole-resume --moment                    prints the three clocks of clock.h
  *
  * It retrieves every fd of the boot plan (bootplan.h) into the custody of the keeper, which it starts if none runs;
  * compares where pages are with where they were; starts the VMMs whose memory is whole; finishes the sessions; and
  * leaves a record of it, JSON in a memfd called "resume", in custody. Who came with the plan may rely on this: a fd that
  * was handed over is closed nowhere before another process holds it, and a session with a fd that is still inside is
- * kept, as "incoming:SESSION". A fd the keeper will not take is held by a child that does nothing else.
+ * kept, as "incoming:SESSION", with a line for each region and state that came in it. A fd the keeper will not take is
+ * held by a child that does nothing else.
  *
  * It may be killed at any moment, and is then started again: what it does is either done again with the same result, or
  * seen to be done.
@@ -39,7 +42,7 @@
 #include "resume_json.h"
 #include "starter.h"
 
-struct resume r = { .keeper = -1, .device = -1, .lock = -1 };
+struct resume r = { .manifest = MANIFEST, .keeper = -1, .device = -1, .lock = -1 };
 
 void phase(const char *name)
 {
@@ -189,18 +192,51 @@ static void start_guests(void)
 	phase("resumed");
 }
 
+/* Keep a session for what else may be in it, and note what came in it: it is closed when none of that is left. */
+static void keep_session(const struct session *s)
+{
+	char in_custody[KEEPER_NAME_LEN_MAX + 1], came[KEEPER_PAYLOAD_MAX];
+	size_t used = 0;
+	int fd = s->fd;
+
+	for (size_t i = 0; i < r.plan.nr_holds; i++) {
+		const struct plan_hold *h = &r.plan.holds[i];
+		size_t length = strlen(h->name);
+
+		if (r.held[i].fd < 0 || strcmp(h->session, s->name) ||
+		    (strncmp(h->name, "region:", 7) && strncmp(h->name, "state:", 6)))
+			continue;
+		if (used + length + 1 > sizeof(came)) {
+			used = 0;	/* nobody can tell when it may be closed */
+			break;
+		}
+		memcpy(came + used, h->name, length);
+		used += length;
+		came[used++] = '\n';
+	}
+	snprintf(in_custody, sizeof(in_custody), "incoming:%s", s->name);
+	if (r.keeper >= 0)
+		keeper_request(r.keeper, OP_PUT, in_custody, came, used, &fd);
+}
+
 static void finish_session(struct session *s)
 {
 	char in_custody[KEEPER_NAME_LEN_MAX + 1];
 	int err, none = -1;
 
-	if (s->fd < 0 || !s->whole || r.plan.fault)
-		return;		/* what may still be inside stays there */
+	if (s->fd < 0)
+		return;
+	if (!s->whole || r.plan.fault) {	/* what may still be inside stays there */
+		finding("session-kept", s->name, "it is kept as incoming:%s for what else may be in it", s->name);
+		keep_session(s);
+		return;
+	}
 	point("finish", s->name, "before");
 	err = luo_finish(s->fd);
 	point("finish", s->name, "after");
 	if (err) {
 		finding("session-unfinished", s->name, "%s", strerror(-err));
+		keep_session(s);
 		return;
 	}
 	snprintf(in_custody, sizeof(in_custody), "incoming:%s", s->name);
@@ -347,7 +383,7 @@ static enum result resume(void)
 
 static int usage(void)
 {
-	fprintf(stderr, "usage: memconsole-resume [--rehearse] [--runtime DIR] | --moment\n");
+	fprintf(stderr, "usage: memconsole-resume [--rehearse [--plan NAME]] [--runtime DIR] | --moment\n");
 	return USAGE;
 }
 
@@ -368,6 +404,8 @@ int main(int argc, char **argv)
 	for (int i = 1; i < argc; i++) {
 		if (strcmp(argv[i], "--rehearse") == 0)
 			r.rehearsal = true;
+		else if (strcmp(argv[i], "--plan") == 0 && r.rehearsal && i + 1 < argc)
+			r.manifest = argv[++i];
 		else if (strcmp(argv[i], "--runtime") == 0 && i + 1 < argc && argv[i + 1][0] == '/')
 			runtime = argv[++i];
 		else

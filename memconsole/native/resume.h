@@ -39,6 +39,7 @@ struct session {
 
 struct resume {
 	bool rehearsal;
+	const char *manifest;	/* what custody calls it */
 	bool recorded;		/* an earlier start of this program did all but finish the last session */
 	bool started_keeper;
 	int lock;		/* one at a time, and no VMM on its way to be one */

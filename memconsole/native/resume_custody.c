@@ -251,7 +251,7 @@ int get_manifest(void)
 
 	if (r.rehearsal) {
 		r.keeper = keeper_connect(r.keeper_path);
-		err = r.keeper < 0 ? r.keeper : keeper_request(r.keeper, OP_GET, MANIFEST, NULL, 0, &fd);
+		err = r.keeper < 0 ? r.keeper : keeper_request(r.keeper, OP_GET, r.manifest, NULL, 0, &fd);
 		if (err == NOT_FOUND)
 			return -1000 - NOTHING;
 		if (err) {

@@ -14,17 +14,28 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.controls import goes_on, guest, runtime_dir
+from support.controls import goes_on, grant, guest, runtime_dir
 from support.guests import until
 
-from memconsole.actions import GuestPause, GuestResume, GuestStart, HandoffRehearse, HandoffRun
+from memconsole.actions import (
+    GuestPause,
+    GuestResume,
+    GuestStart,
+    GuestStop,
+    HandoffRehearse,
+    HandoffRun,
+    Map,
+    Release,
+    Reserve,
+    Revoke,
+)
 from memconsole.backend import steps
 from memconsole.backend.control import Control
 from memconsole.backend.custody import KeeperCustody
 from memconsole.backend.guests.qemu import BINARY
-from memconsole.backend.handoff import vmm
+from memconsole.backend.handoff import bootplan, manifest, vmm
 from memconsole.errors import MemconsoleError, Refused
-from memconsole.model import GuestState, HandoffState
+from memconsole.model import Faults, GuestState, HandoffState, Rung
 from memconsole.native import program
 
 M = 1 << 20
@@ -128,12 +139,14 @@ def test_contents_are_compared_before_a_guest_may_touch_them(place: Path) -> Non
 def test_it_can_be_done_again_and_again_and_leaves_nothing(place: Path) -> None:
     with contextlib.closing(begin(place)) as found:
         found.apply(HandoffRehearse())
+        for name in SIZES:
+            goes_on(found, name)
         before = files(), held(place)
         for _ in range(3):
             found.apply(HandoffRehearse())
-        assert (files(), held(place)) == before
         for name in SIZES:
             goes_on(found, name)
+        assert (files(), held(place)) == before
 
 
 @pytest.mark.skipif(shutil.which(BINARY) is None, reason=f"{BINARY} is not installed")
@@ -189,6 +202,82 @@ def test_a_guest_that_did_not_come_back_is_kept_and_can_be_resumed_later(
         goes_on(found, "two")
         goes_on(found, "one")
         assert left(place) == []
+
+
+def test_what_a_newer_memconsole_wrote_is_kept_and_resumed_by_hand(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is another that hands off; this one knows neither its boot plan nor its manifest, and loses nothing."""
+    begin(place).close()
+    written = manifest.write
+    with monkeypatch.context() as newer, contextlib.closing(control(place)) as other:
+        newer.setattr(bootplan, "VERSION", bootplan.VERSION + 1)
+        newer.setattr(manifest, "write", lambda plan, whole: written(plan, replace(whole, version=99)))
+        other.apply(HandoffRehearse())
+        kept_ids = {"manifest-unknown", "handoff-plan-broken", "handoff-guest-held"}
+        assert kept_ids <= {each.id for each in other.snapshot().findings}
+    for name in SIZES:
+        with contextlib.closing(control(place)) as found:
+            waits = [each.subject for each in found.snapshot().findings if each.id == "handoff-guest-held"]
+            assert name in waits, "the next one finds it waiting"
+            assert guest(found.snapshot(), name).state is GuestState.GONE
+            found.apply(GuestResume(name))
+            goes_on(found, name)
+            assert name not in [each.subject for each in found.snapshot().findings if each.id == "handoff-guest-held"]
+    assert left(place) == []
+
+
+def test_a_guest_that_waits_can_be_given_up(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.closing(begin(place)) as found:
+        with monkeypatch.context() as newer:
+            newer.setattr(bootplan, "VERSION", bootplan.VERSION + 1)
+            found.apply(HandoffRehearse())
+        assert left(place) == ["state:one", "state:two"]
+        found.apply(GuestStop("two"))
+        found.apply(Release("two"))
+        assert left(place) == ["state:one"]
+        found.apply(GuestResume("one"))
+        goes_on(found, "one")
+
+
+def test_killed_while_it_resumes_one_by_hand_it_is_resumed_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.closing(begin(place)) as found:
+        monkeypatch.setattr(bootplan, "VERSION", bootplan.VERSION + 1)
+        found.apply(HandoffRehearse())
+        monkeypatch.undo()
+        points = steps.fault_points(found.plan(GuestResume("one")))
+    for name, point in zip(SIZES, points, strict=True):
+        words = [
+            sys.executable,
+            "-c",
+            DIES.replace("HandoffRehearse", "GuestResume").replace("me())", f"me('{name}'))"),
+            str(place),
+        ]
+        env = os.environ | {steps.FAULT_VARIABLE: point}
+        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == -signal.SIGKILL, f"{point}: {done.stderr}"
+        with contextlib.closing(control(place)) as after:
+            until(lambda name=name: guest(after.snapshot(), name).state is GuestState.RUNNING, f"{name} at {point}")
+            goes_on(after, name)
+            assert f"state:{name}" not in left(place)
+
+
+def test_a_lazy_grant_is_an_ordinary_one_afterwards(place: Path) -> None:
+    with contextlib.closing(begin(place)) as found:
+        found.apply(Reserve("more", 8 * M))
+        lazy = found.apply(Map("more", "one", gpa=1 << 30, lazy=True)).subject
+        until(lambda: (grant(found.snapshot(), lazy).faults or Faults(served=False)).present > 0, "it faults")
+        (told,) = [each for each in found.plan(HandoffRehearse()).conditions if each.id == "lazy-granted"]
+        assert (told.ok, told.evidence) == (False, f"{lazy} of one")
+        found.apply(HandoffRehearse())
+        goes_on(found, "one")
+        after = grant(found.snapshot(), lazy)
+        assert (after.lazy, after.faults) == (False, None)
+        assert any(lazy in note for note in report(found).notes)
+        with keeper(place) as custody:
+            assert not [name for name in custody.names() if name.startswith(("uffd:", "board:"))]
+        found.apply(Revoke(lazy, at_most=Rung.ASK))
+        goes_on(found, "one")
 
 
 def test_a_jump_is_refused_by_name_where_the_kernel_has_no_live_update(place: Path) -> None:

@@ -194,6 +194,47 @@ def test_the_owner_of_a_file_follows_the_process(place: Place) -> None:
         daemon.kill()
 
 
+def test_a_rehearsal_leaves_every_file_as_it_was(place: Place) -> None:
+    place.client.apply(do.GuestStart("web", memory=16 * M))
+    path = place.path("web", "web")
+    place.shown()
+    before, frames = path.stat(), place.frames(path)
+    place.client.apply(do.HandoffRehearse())
+    after = path.stat()
+    assert (after.st_ino, after.st_uid, after.st_mode) == (before.st_ino, before.st_uid, before.st_mode)
+    assert place.frames(path) == frames
+    assert not unexpected(place.shown())
+    place.client.apply(do.GuestStop("web"))
+
+
+def test_another_process_takes_the_place_of_one_that_ended(place: Place) -> None:
+    """The grant and its file stay when a database ends; the next one of the same name has them."""
+    user, next_user = place.user(), place.user()
+    for each in (user, next_user):
+        until(lambda each=each: each.do("nothing") == "done", "it runs as its user")  # type: ignore[misc]
+    place.client.apply(do.Reserve("pool", SIZE))
+    place.client.apply(do.GuestAttach("db", user.pid))
+    with pytest.raises(Refused):
+        place.client.apply(do.GuestAttach("db", next_user.pid))
+    place.client.apply(do.Map("pool", "db"))
+    path = place.path("db", "pool")
+    assert user.do("open", path) == "done"
+    assert user.do("map") == "done"
+    assert user.do("write", "stands") == "done"
+    user.end()
+    place.kill_server()
+    place.restart()
+    assert path.stat().st_uid == NOBODY, "whose it was is not forgotten with the process and the server"
+    place.client.apply(do.GuestAttach("db", next_user.pid))
+    assert next_user.do("open", path) == "done"
+    assert next_user.do("map") == "done"
+    assert next_user.do("read") == "stands"
+    shown = place.shown()
+    assert controls.guest(shown, "db").pid == next_user.pid
+    assert shown.grants[0].state is GrantState.MAPPED
+    assert not unexpected(shown)
+
+
 def qmp(path: Path, command: str) -> dict:
     with socket.socket(socket.AF_UNIX) as monitor:
         monitor.settimeout(30)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.guests import until
+from support.guests import own_frames, until
 from support.mounts import NOBODY, end_at, wait_gone
 from support.services import Service, services
 
@@ -130,6 +130,14 @@ class Place:
 
     def path(self, guest: str, region: str) -> Path:
         return self.point / "guests" / guest / "ram" / region
+
+    def frames(self, path: Path) -> list[int]:
+        """The PFNs of a file of the mount, through a mapping of it."""
+        fd = os.open(path, os.O_RDWR)
+        try:
+            return own_frames(fd, os.fstat(fd).st_size)
+        finally:
+            os.close(fd)
 
     def owners(self, region: str) -> Path:
         return self.point / "regions" / region

@@ -14,14 +14,16 @@ from memconsole.model import (
     HandoffReport,
     HandoffState,
     Kept,
+    LiveSession,
     Phase,
     Severity,
     Snapshot,
+    Survival,
 )
 from memconsole.views.app import ConsoleApp
 from memconsole.views.headless import render
 from memconsole.views.screens.acting import Form
-from memconsole.views.screens.handoff import condition_lines
+from memconsole.views.screens.handoff import condition_lines, kernel_lines
 
 MS = 1_000_000
 RUNNING = HandoffReport(
@@ -84,6 +86,25 @@ def test_what_refuses_comes_first_and_what_holds_is_counted() -> None:
     assert lines[0].startswith("✖ hugetlb")
     assert "  ▸ reserve it again" in lines
     assert lines[-1] == "✔ 1 of 3 conditions hold"
+
+
+def test_the_kernels_word_stands_beside_the_ledgers() -> None:
+    before = snapshot()
+    assert "no live update" in kernel_lines(before)[0].plain
+    name = before.regions[0].name
+    regions = tuple(
+        msgspec.structs.replace(each, seen=each.seen and msgspec.structs.replace(each.seen, preserved=each.size // 2))
+        for each in before.regions[:1]
+    )
+    session = LiveSession("memconsole:web", (77,), "session:memconsole:web")
+    survival = Survival(kho=True, luo=True, sessions=(session,), preserved=64 << 20, runs=3)
+    told = msgspec.structs.replace(before, survival=survival, regions=regions)
+    lines = [each.plain for each in kernel_lines(told)]
+    assert any("memconsole:web  of this kernel, in custody, its file held by 77" in each for each in lines)
+    assert any("64M preserved in 3 runs" in each for each in lines)
+    assert any(each.startswith(name[:12]) and "▲" in each and "of it preserved" in each for each in lines)
+    unread = msgspec.structs.replace(told, survival=Survival(kho=True, luo=True, sessions=(session,), unread="locked"))
+    assert any("locked" in each.plain for each in kernel_lines(unread))
 
 
 async def test_keys_open_the_view_check_and_begin() -> None:

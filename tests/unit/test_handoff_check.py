@@ -113,6 +113,9 @@ WARNINGS: dict[str, dict[str, Any]] = {
     "device-wanted": passed(wanted=("nvme",)),
     "device-beside": passed(beside=("0000:00:04.1",)),
     "device-reset": passed(resets=True),
+    "lazy-granted": {"lazy": (("g2", "web"),)},
+    "session-kept": {"kept": ("incoming:memconsole:web",)},
+    "mapped-elsewhere": {"users": ((812, "web"),)},
 }
 WARNINGS["base-pages"] = {
     **held(loose=64 * M),

@@ -25,6 +25,25 @@ def test_qemu_goes_along(tmp_path: Path) -> None:
     assert said.stages == 2
 
 
+WITHOUT = 'case "$(cat /proc/cmdline)" in *stage=4*) mv /dev/kvm /dev/kvm.away; OLD=$PATH; PATH=/nowhere;; esac'
+"""The fourth kernel comes up without KVM, and without a QEMU that could be found."""
+
+
+@pytest.mark.rotating("handoff-custody")
+def test_what_cannot_be_rebuilt_is_kept_and_resumed_by_hand(tmp_path: Path) -> None:
+    early = f"{WITHOUT}; {lab.RESUME}; PATH=${{OLD:-$PATH}}"
+    said = lab.run("handoff_custody", tmp_path, early=early, timeout=840)
+    said.check()
+    assert said.stages == 4
+
+
+@pytest.mark.rotating("handoff-mount")
+def test_files_are_the_same_and_a_qemu_started_by_hand_keeps_its_memory(tmp_path: Path) -> None:
+    said = lab.run("handoff_mount", tmp_path, early=lab.RESUME, timeout=500)
+    said.check()
+    assert said.stages == 2
+
+
 @pytest.mark.rotating("handoff-faults")
 def test_every_fault_before_the_jump_leaves_every_guest_running(tmp_path: Path) -> None:
     sample = "all" if os.environ.get("MEMCONSOLE_SOAK") else "3"

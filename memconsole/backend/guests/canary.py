@@ -79,11 +79,18 @@ class CanaryGuest(AgentedGuest):
         self._ask(Type.SAVE, within, fd)
 
     def restart(self, agents: Path, state: str, grants: Sequence[tuple[str, str]], *, paused: bool = False) -> Restart:
-        """How it goes on from its ``state`` in custody, its ``grants`` with what each is a part of in custody."""
+        """How it goes on: see :meth:`again`."""
+        return self.again(self.name, agents, state, grants, paused=paused)
+
+    @staticmethod
+    def again(
+        name: str, agents: Path, state: str, grants: Sequence[tuple[str, str]], *, paused: bool = False
+    ) -> Restart:
+        """How one goes on from its ``state`` in custody, its ``grants`` with what each is a part of in custody."""
         fds = [(state, GIVEN_FD), *((segment, GIVEN_FD + 1 + row) for row, (_, segment) in enumerate(grants))]
         given = [("--give", f"{grant}={GIVEN_FD + 1 + row}") for row, (grant, _) in enumerate(grants)]
         words = (
-            *(program("memconsole-canary"), "--socket", str(agents), "--name", self.name),
+            *(program("memconsole-canary"), "--socket", str(agents), "--name", name),
             *("--restore", str(GIVEN_FD), *(word for pair in given for word in pair)),
             *(("--paused", "yes") if paused else ()),
         )

@@ -30,6 +30,8 @@ KVM_FAST = 1_000_000
 _STATE = "memconsole-state"
 _WAITING = ("-incoming", "defer")
 _Command = tuple[str, dict[str, object] | None]
+_SHARED: _Command = ("migrate-set-capabilities", {"capabilities": [{"capability": "x-ignore-shared", "state": True}]})
+_CPR: _Command = ("migrate-set-parameters", {"mode": "cpr-reboot"})
 _STATES = {
     "running": GuestState.RUNNING,
     "shutdown": GuestState.STOPPED,
@@ -107,17 +109,7 @@ class QemuGuest:
             raise GuestError(f"guest {name} cannot start", "QEMU takes a whole region, read-write", "map it so")
         log = directory / "log"
         socket = directory / "qmp"
-        # QEMU opens the path itself: through its own copy of the fd it reaches the memfd, which has no other name.
-        backend = f"memory-backend-file,id=ram,size={ram.length},mem-path=/proc/self/fd/{GIVEN_FD},share=on"
-        argv = [
-            BINARY,
-            *("-name", name, "-nodefaults", "-no-user-config", "-display", "none"),
-            *("-machine", "q35,memory-backend=ram", "-accel", accelerator()),
-            *("-m", f"size={ram.length}B", "-object", backend),
-            *("-qmp", f"unix:{socket},server=on,wait=off"),
-            *(devices.words if devices is not None else ()),
-            *args,
-        ]
+        argv = _words(name, ram.length, socket, [*(devices.words if devices is not None else ()), *args])
         socket.unlink(missing_ok=True)
         handed = (devices.iommufd, *devices.files) if devices is not None else ()
         handle = spawn(argv, log, ram.fd, *handed)
@@ -228,17 +220,15 @@ class QemuGuest:
         Raises:
             Gone: it ended. GuestError: it does not answer.
         """
-        words = self._words()
-        if words[-2:] != [*_WAITING]:
-            words += _WAITING
-        come: _Command = ("migrate-incoming", {"uri": f"fd:{GIVEN_FD + 1}"})
-        say: list[_Command] = [("qmp_capabilities", None), *self._ways(), come]
-        lines = [(_line(command, arguments), "return") for command, arguments in say]
-        lines.append((_line("query-status", None), '"paused"'))
-        if not paused:
-            lines += [(_line("cont", None), "return"), (_line("query-status", None), '"running"')]
-        fds = ((ram, GIVEN_FD), (state, GIVEN_FD + 1))
-        return Restart(tuple(words), fds, str(self._directory / "qmp"), tuple(lines))
+        return _restart(self._words(), self._directory, self._ways(), (state, ram), paused=paused)
+
+    @staticmethod
+    def again(  # noqa: PLR0917 - what QEMU was started with is this much
+        name: str, memory: int, directory: Path, args: Sequence[str], state: str, ram: str, *, paused: bool = False
+    ) -> Restart:
+        """The same of one that is gone, as :meth:`start` would begin it; it must know cpr-reboot."""
+        ways = [_SHARED, _CPR]
+        return _restart(_words(name, memory, directory / "qmp", args), directory, ways, (state, ram), paused=paused)
 
     def passes_through(self) -> bool:
         """Whether it was started with a device of this host (VFIO), whose state it cannot save.
@@ -263,11 +253,7 @@ class QemuGuest:
 
     def _ways(self) -> list[_Command]:
         """The commands after which a migration leaves shared RAM alone: cpr-reboot where this QEMU knows it."""
-        shared = [{"capability": "x-ignore-shared", "state": True}]
-        ways: list[_Command] = [("migrate-set-capabilities", {"capabilities": shared})]
-        if "mode" in self._execute("query-migrate-parameters"):
-            ways.append(("migrate-set-parameters", {"mode": "cpr-reboot"}))
-        return ways
+        return [_SHARED, *([_CPR] if "mode" in self._execute("query-migrate-parameters") else [])]
 
     def stop(self, within: float) -> None:
         """QMP ``quit``, and SIGKILL when it is still there after ``within`` seconds."""
@@ -328,6 +314,35 @@ class QemuGuest:
         if self._monitor is None:
             self._monitor = Qmp(self.name, self._directory / "qmp")
         return self._monitor.execute(command, arguments, within=ANSWERS if within is None else within, fd=fd)
+
+
+def _words(name: str, memory: int, socket: Path, args: Sequence[str]) -> list[str]:
+    """A command line for so many bytes of RAM, which is the fd that every guest is given."""
+    # QEMU opens the path itself: through its own copy of the fd it reaches the memfd, which has no other name.
+    backend = f"memory-backend-file,id=ram,size={memory},mem-path=/proc/self/fd/{GIVEN_FD},share=on"
+    return [
+        BINARY,
+        *("-name", name, "-nodefaults", "-no-user-config", "-display", "none"),
+        *("-machine", "q35,memory-backend=ram", "-accel", accelerator()),
+        *("-m", f"size={memory}B", "-object", backend),
+        *("-qmp", f"unix:{socket},server=on,wait=off", *args),
+    ]
+
+
+def _restart(
+    words: Sequence[str], directory: Path, ways: Sequence[_Command], held: tuple[str, str], *, paused: bool
+) -> Restart:
+    """One with these words that waits for its state; ``held``: state and RAM as custody calls them."""
+    state, ram = held
+    if tuple(words[-2:]) != _WAITING:
+        words = [*words, *_WAITING]
+    come: _Command = ("migrate-incoming", {"uri": f"fd:{GIVEN_FD + 1}"})
+    say: list[_Command] = [("qmp_capabilities", None), *ways, come]
+    lines = [(_line(command, arguments), "return") for command, arguments in say]
+    lines.append((_line("query-status", None), '"paused"'))
+    if not paused:
+        lines += [(_line("cont", None), "return"), (_line("query-status", None), '"running"')]
+    return Restart(tuple(words), ((ram, GIVEN_FD), (state, GIVEN_FD + 1)), str(directory / "qmp"), tuple(lines))
 
 
 def _line(command: str, arguments: dict[str, object] | None) -> str:

@@ -22,7 +22,7 @@ from msgspec.structs import replace
 from memconsole.actions import Handoff, HandoffRehearse
 from memconsole.backend.desk import STOP_S, Desk, custody_name
 from memconsole.backend.guests.canary import CanaryGuest
-from memconsole.backend.handoff import bootplan, devices, image, manifest, report, verify
+from memconsole.backend.handoff import bootplan, devices, image, manifest, report, verify, vmm
 from memconsole.backend.handoff.bootplan import LANDED, MANIFEST, RESUME, STARTED, Moment, Resume, Resumed
 from memconsole.backend.handoff.manifest import Manifest
 from memconsole.backend.handoff.report import Clock, Progress
@@ -31,8 +31,10 @@ from memconsole.backend.steps import point
 from memconsole.backend.stores import memfd
 from memconsole.errors import BadFile, Gone, GuestError, MemconsoleError, NotFound
 from memconsole.model import (
+    Carried,
     CarriedDevice,
     Finding,
+    Grant,
     Guest,
     GuestKind,
     GuestState,
@@ -86,13 +88,16 @@ def land(desk: Desk, progress: Progress | None = None) -> Landing:
     regions = _regions(desk, restored=jumped)
     guests = {each.guest: each for each in resume.guests}
     known = tuple(_guest(guest, guests.get(guest.name), jumped=jumped) for guest in desk.state.guests.values())
+    served = tuple(grant for grant in desk.state.grants.values() if grant.lazy and (jumped or grant.guest in guests))
     change = Change(
         regions=tuple(region for region in regions if region is not None),
         guests=known,
+        grants=tuple(replace(grant, lazy=False) for grant in served),
         without_quarantine=tuple(desk.state.quarantine) if jumped else (),
     )
-    findings += list(_findings(resume, described))
-    made = _report(described, resume, progress, arrived)
+    findings += list(_findings(resume))
+    made = _report(desk, described, resume, progress, arrived)
+    made = replace(made, notes=(*made.notes, *(_served_no_more(grant) for grant in served)))
     moved = frozenset(each.subject for each in resume.findings if each.id == "pages-moved")
     clock = None if described is None else Clock(described.began, _pairs(described, resume, arrived))
     return Landing(change, made, findings, described, moved, clock)
@@ -101,8 +106,9 @@ def land(desk: Desk, progress: Progress | None = None) -> Landing:
 def settle(desk: Desk, landing: Landing) -> None:
     """Once the ledger knows of it: devices and windows, compare, keep the report, let guests go on that waited, tidy.
 
-    Who is interrupted here does it again; contents are compared once, for guests change them as soon as they go on.
-    Guests whose contents were not asked for do not wait until all regions were looked at once more.
+    The state of a guest that is not known to be back stays. Who is interrupted here does it again; contents are
+    compared once, for guests change them as soon as they go on. Guests whose contents were not asked for do not wait
+    until all regions were looked at once more.
     """
     made, described, clock = landing.report, landing.manifest, landing.clock
     before = desk.handoff
@@ -139,10 +145,11 @@ def settle(desk: Desk, landing: Landing) -> None:
 
 def _tidy(desk: Desk, made: HandoffReport) -> None:
     """Drop from custody what nobody needs any more; last of all the record, which becomes the word that it was used."""
-    held = {guest.name for guest in made.guests if not guest.back}
+    back = {guest.name for guest in made.guests if guest.back}
     for name in desk.custody.names():
-        used = name.startswith("state:") and name.removeprefix("state:") not in held
-        if used or name.startswith(("session:", STARTED)):
+        saved = name.removeprefix("state:")
+        used = saved != name and (saved in back or desk.live(saved) is not None)
+        if used or name.startswith(("session:", "again:", STARTED)):
             desk.custody.drop(name)
             point(f"adopt.dropped.{name}")
     if made.kind == "run":
@@ -192,21 +199,23 @@ def carry_on(desk: Desk) -> Landing:
 
 
 def end(desk: Desk, guests: Iterable[Guest]) -> None:
-    """Kill the VMMs of guests that were saved."""
+    """Kill the VMMs of guests that were saved; their userfaultfds lead nowhere then."""
     for guest in guests:
         live = desk.live(guest.name)
         if live is not None:
             live.kill(STOP_S)
             desk.part(guest.name)
+        for grant in desk.state.grants_of(guest=guest.name):
+            desk.uffds.drop(grant.id)
 
 
-def revive(desk: Desk) -> None:
-    """Start every VMM of the manifest from what was saved.
+def revive(desk: Desk, plan: str = MANIFEST) -> None:
+    """Start every VMM of the manifest, or of another ``plan`` in custody, from what was saved.
 
     Raises:
         GuestError: nothing could be started.
     """
-    words = [program("memconsole-resume"), "--rehearse", "--runtime", str(desk.runtime_dir.absolute())]
+    words = [program("memconsole-resume"), "--rehearse", "--runtime", str(desk.runtime_dir.absolute()), "--plan", plan]
     done = subprocess.run(words, capture_output=True, text=True, timeout=RESUME_S, check=False)
     if done.returncode not in _OK:
         why = done.stderr.strip().splitlines()
@@ -214,61 +223,97 @@ def revive(desk: Desk) -> None:
 
 
 def waits(desk: Desk, guest: str) -> bool:
-    """Whether a guest was saved and did not come back: its state and the manifest are in custody."""
-    return desk.live(guest) is None and {f"state:{guest}", MANIFEST} <= set(desk.custody.names())
+    """Whether a guest was saved and did not come back: its state is in custody."""
+    return desk.live(guest) is None and f"state:{guest}" in desk.custody.names()
 
 
 def again(desk: Desk, guest: Guest) -> Guest:
     """Start one guest that waits from what was saved; who it is now.
 
     Raises:
-        GuestError: it did not come back this time either. BadFile: the boot plan cannot be read.
+        GuestError: it did not come back this time either.
     """
-    raw = _content(desk, MANIFEST)
-    plan = bootplan.decode(raw)
-    starts = tuple(each for each in plan.starts if each.guest == guest.name)
-    says = tuple(each for each in plan.says if each.guest == guest.name)
-    alone = manifest.write(bootplan.Plan(plan.holds, (), starts, says, bootplan.moment()), manifest.read(raw))
+    fd = manifest.memfd("memconsole-plan", bootplan.encode(_alone(desk, guest)))
     try:
-        back = start_alone(desk, guest, alone)
+        back = _start_alone(desk, guest, fd)
     finally:
-        os.close(alone)
-    desk.custody.drop(f"state:{guest.name}")
+        os.close(fd)
     live = desk.live(guest.name)
     if live is not None and desk.connected(guest.name) and live.state() is GuestState.PAUSED:
-        give_back(desk, guest.name)
+        try:
+            give_back(desk, guest.name)
+        except MemconsoleError:
+            let_go(desk, guest.name)
+            raise
         live.resume()
     return back
 
 
 def start_alone(desk: Desk, guest: Guest, plan: int) -> Guest:
-    """Start one guest by a boot plan (an fd), in the manifest's place meanwhile; who it is now.
+    """Start one guest by a boot plan (an fd); who it is now.
 
     Raises:
         GuestError: it did not come back. BadFile: what became of it cannot be read.
     """
-    before = desk.custody.get(MANIFEST) if MANIFEST in desk.custody.names() else None
+    back = _start_alone(desk, guest, plan)
+    desk.custody.drop(RESUME)
+    return back
+
+
+def _start_alone(desk: Desk, guest: Guest, plan: int) -> Guest:
+    """The same; the record of it stays, so that whoever comes after a control process that dies now knows of it."""
+    name = f"again:{guest.name}"
     try:
-        desk.custody.put(MANIFEST, plan)
+        desk.custody.put(name, plan)
         with contextlib.suppress(NotFound):
             desk.custody.drop(RESUME)  # it would say that all of this was done
-        revive(desk)
+        revive(desk, name)
     finally:
-        if before is None:
-            desk.custody.drop(MANIFEST)
-        else:
-            desk.custody.put(MANIFEST, *before)
-            os.close(before[0])
+        desk.custody.drop(name)
+    back = started(desk, guest)
+    take_hold(desk, [back])
+    return back
+
+
+def started(desk: Desk, guest: Guest) -> Guest:
+    """Who a guest is that was started again alone; what it was started from stays until the ledger knows.
+
+    Raises:
+        GuestError: it did not come back.
+    """
     found = next(
         (each for each in bootplan.read_resume(_content(desk, RESUME)).guests if each.guest == guest.name), None
     )
-    desk.custody.drop(RESUME)
     if found is None or found.state == "held":
+        desk.custody.drop(RESUME)
         why = found.why if found is not None else "the boot plan does not know it"
         raise GuestError(f"guest {guest.name} did not come back", why, f"look into {desk.directory(guest.name)}/log")
-    back = replace(guest, pid=found.pid, start_ticks=found.start_ticks, state=GuestState.RUNNING)
-    take_hold(desk, [back])
-    return back
+    return replace(guest, pid=found.pid, start_ticks=found.start_ticks, state=GuestState.RUNNING)
+
+
+def let_go(desk: Desk, guest: str) -> None:
+    """Drop what a guest was started from, once the ledger knows who it is."""
+    for name in (f"state:{guest}", RESUME):
+        with contextlib.suppress(NotFound):
+            desk.custody.drop(name)
+
+
+def _alone(desk: Desk, guest: Guest) -> bootplan.Plan:
+    """A plan for one guest: as the boot plan has it, or by the ledger where there is none, or of another version."""
+    starts: tuple[bootplan.Start, ...] = ()
+    says: tuple[bootplan.Say, ...] = ()
+    with contextlib.suppress(BadFile, NotFound):
+        plan = bootplan.decode(_content(desk, MANIFEST))
+        starts = tuple(each for each in plan.starts if each.guest == guest.name)
+        says = tuple(each for each in plan.says if each.guest == guest.name)
+    if not starts:
+        grants = desk.state.grants_of(guest=guest.name)
+        start, say = vmm.anew(desk, guest, grants, f"state:{guest.name}", paused=False)
+        starts, says = (start,), (() if say is None else (say,))
+    holds = tuple(
+        bootplan.Hold(bootplan.MANIFEST_SESSION, token, name) for token, (name, _) in enumerate(starts[0].fds)
+    )
+    return bootplan.Plan(holds, (), starts, says, bootplan.moment())
 
 
 def devices_wait(desk: Desk, guest: str) -> bool:
@@ -386,6 +431,11 @@ def _regions(desk: Desk, *, restored: bool) -> Iterator[Region | None]:
                 os.close(fd)
 
 
+def _served_no_more(grant: Grant) -> str:
+    """A lazy grant's userfaultfd ended with the process that made it."""
+    return f"{grant.id}: {grant.guest} had it lazily; its faults are the kernel's own from now on"
+
+
 def _guest(guest: Guest, back: Resumed | None, *, jumped: bool) -> Guest:
     """A guest as the process it is now; one that is no more has none."""
     if back is not None and back.state != "held":
@@ -395,22 +445,26 @@ def _guest(guest: Guest, back: Resumed | None, *, jumped: bool) -> Guest:
     return replace(guest, pid=None, start_ticks=None, state=GuestState.GONE)
 
 
-def _findings(resume: Resume, described: Manifest | None) -> Iterator[Finding]:
+def _findings(resume: Resume) -> Iterator[Finding]:
     for each in resume.findings:
-        severity = Severity.WARNING if each.id in {"name-taken", "session-unfinished"} else Severity.ERROR
-        remedy = "its regions and its state are in custody"
         if each.id == "guest-held":
-            remedy = f"memconsole guest resume {each.subject} tries again; its log says more"
+            continue  # for as long as it waits: see verbs/handoff.py
+        severity = Severity.WARNING if each.id in _LESSER else Severity.ERROR
+        remedy = _REMEDIES.get(each.id, "its regions and its state are in custody")
         yield Finding(f"handoff-{each.id}", severity, each.subject, f"{each.subject}: {each.text}", "resume", remedy)
-    if described is None:
-        return
-    for stopped in described.guests:
-        if all(each.guest != stopped.guest.name for each in resume.guests):
-            name = stopped.guest.name
-            what = f"guest {name} was handed over and not started: the boot plan does not know it"
-            yield Finding("handoff-guest-held", Severity.ERROR, name, what, "resume", "its state is in custody")
 
 
+def _saved(desk: Desk) -> list[str]:
+    """The guests whose state is in custody, of those the ledger knows."""
+    return [name for name in desk.state.guests if f"state:{name}" in desk.custody.names()]
+
+
+_LESSER = {"name-taken", "session-unfinished", "session-kept"}
+_REMEDIES = {
+    "plan-broken": "resume guests by hand, or release their regions: everything is in custody",
+    "session-kept": "it is closed when nothing that came in it is in custody any more",
+    "session-unfinished": "it is closed when nothing that came in it is in custody any more",
+}
 _RESUME = {
     "keeper": "start the keeper",
     "planned": "read the boot plan",
@@ -422,12 +476,18 @@ _RESUME = {
 }
 
 
-def _report(described: Manifest | None, resume: Resume, progress: Progress | None, arrived: Moment) -> HandoffReport:
+def _report(
+    desk: Desk, described: Manifest | None, resume: Resume, progress: Progress | None, arrived: Moment
+) -> HandoffReport:
     if described is None:
         release = os.uname().release
         kind = "rehearse" if resume.mode == "rehearse" else "run"
         made = HandoffReport(kind, HandoffState.DONE, time.time_ns(), to_kernel=release)  # type: ignore[arg-type]
-        return replace(made, notes=("the manifest could not be read: what went before the jump is not known",))
+        saved = (desk.state.guests[name] for name in _saved(desk))
+        guests = tuple(report.come(Carried(each.name, each.kind, each.memory), resume) for each in saved)
+        unknown = "the manifest could not be read: what went before the jump is not known"
+        notes = (unknown, *(f"{each.subject}: {each.text}" for each in resume.findings))
+        return replace(made, guests=guests, notes=notes)
     clock = Clock(described.began, _pairs(described, resume, arrived))
     base = progress.report if progress is not None else described.report
     phases = [phase for phase in base.phases if phase.id not in {"early", "adopt"}]

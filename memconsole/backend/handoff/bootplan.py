@@ -27,7 +27,7 @@ STARTED = "started:"
 """Before a guest's name: the mark that its VMM was started (native/marks.h)."""
 """What the manifest, and afterwards the record of the resume, are called in custody."""
 INCOMING = "incoming:"
-"""Before a session's name in custody: a session of the kernel before that could not be finished."""
+"""Before a session's name in custody: of the kernel before, not finished; its payload has a line for each fd in it."""
 
 _HEADER = struct.Struct("<8sIIIIQQQ")
 _HEAD = struct.Struct("<4sIIHH")

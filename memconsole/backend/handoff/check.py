@@ -100,6 +100,25 @@ def _this_kernel(facts: Facts) -> Iterator[Condition]:
     )
 
 
+def _left(facts: Facts) -> Iterator[Condition]:
+    yield Condition(
+        "session-kept",
+        WARNING,
+        not facts.kept,
+        "no session of the kernel before is kept: what is in it and not in custody ends with this kernel",
+        ", ".join(facts.kept),
+        "have the memconsole that wrote it look into it first, or stop its guests and release its regions",
+    )
+    yield Condition(
+        "mapped-elsewhere",
+        WARNING,
+        not facts.users,
+        "nobody maps a region but its guest: whoever else does ends with this kernel, though the memory is carried",
+        ", ".join(f"process {pid} maps {region}" for pid, region in facts.users),
+        "end it in order; after the jump it finds the region at the same path of the mount",
+    )
+
+
 # --- the next kernel ------------------------------------------------------------------------------------------------
 
 
@@ -262,6 +281,18 @@ def _layout(facts: Facts) -> Iterator[Condition]:
     )
 
 
+def _lazy(facts: Facts) -> Iterator[Condition]:
+    fills = "preserving puts every page in place, and " if facts.jump else ""
+    yield Condition(
+        "lazy-granted",
+        WARNING,
+        not facts.lazy,
+        f"no grant is lazy: {fills}its userfaultfd ends with its VMM: the kernel alone serves its faults afterwards",
+        ", ".join(f"{grant} of {guest}" for grant, guest in facts.lazy),
+        "no byte is lost; to count its faults again, revoke it afterwards and map it with --lazy",
+    )
+
+
 def _custody(facts: Facts) -> Iterator[Condition]:
     yield Condition(
         "custody",
@@ -321,7 +352,7 @@ def _guests(facts: Facts) -> Iterator[Condition]:
             not processes,
             "no guest is an ordinary process: its regions are carried, the process ends with this kernel",
             ", ".join(processes),
-            "have it write down what it needs; after the jump start it again and map its regions anew",
+            "have it write down what it needs; start it again after the jump: memconsole guest attach NAME --pid PID",
         )
         strangers = [guest.name for guest in facts.strangers]
         yield Condition(
@@ -424,5 +455,5 @@ def _devices_beyond(facts: Facts) -> Iterator[Condition]:
     )
 
 
-_ALWAYS: tuple[Judge, ...] = (_custody, _guests, _devices)
-_OF_A_JUMP: tuple[Judge, ...] = (_this_kernel, _next_kernel, _command_line, _memory, _devices_beyond)
+_ALWAYS: tuple[Judge, ...] = (_custody, _guests, _lazy, _devices)
+_OF_A_JUMP: tuple[Judge, ...] = (_this_kernel, _left, _next_kernel, _command_line, _memory, _devices_beyond)

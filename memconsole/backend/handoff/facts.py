@@ -19,19 +19,21 @@ from typing import TYPE_CHECKING
 from memconsole.actions import Handoff
 from memconsole.backend.handoff import image as images
 from memconsole.backend.handoff import luo, passed, vmm
+from memconsole.backend.handoff.bootplan import INCOMING
 from memconsole.backend.handoff.image import Image
 from memconsole.backend.handoff.passed import Passed
 from memconsole.backend.kernel import census, kho, tree
 from memconsole.backend.kernel.memory import memory as read_memory
-from memconsole.backend.survey import foreign
+from memconsole.backend.survey import foreign, mappings, strays
 from memconsole.errors import GuestError, MemconsoleError, NotFound
 from memconsole.extents import ExtentTable, Flag
-from memconsole.model import Guest, GuestKind, GuestState, Memory, Range, Region, Survival
+from memconsole.model import Grant, Guest, GuestKind, GuestState, Memory, Range, Region, Survival
 from memconsole.units import PAGE
 
 if TYPE_CHECKING:
     from memconsole.backend.desk import Desk
     from memconsole.backend.guests.base import Guest as LiveGuest
+    from memconsole.backend.state import State
 
 ABIS = ("kho-v4", "luo-v5", "memfd-v2")
 """What the layouts of KHO, LUO and its memfds are called in the kernels this memconsole knows."""
@@ -93,6 +95,9 @@ class Facts:
     survives: bool = True
     devices: tuple[Passed, ...] = ()
     missing: tuple[str, ...] | None = ()
+    lazy: tuple[tuple[str, str], ...] = ()
+    kept: tuple[str, ...] = ()
+    users: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,9 @@ def gather(desk: Desk, action: Handoff, *, jump: bool) -> Facts:
             for link in process.fds.values()
             if link.startswith(_SESSION)
         )
+        facts["kept"] = tuple(name for name in desk.custody.names() if name.startswith(INCOMING))
+        overs = mappings(seen, state.regions.values(), desk.faces, desk.shields)
+        facts["users"] = tuple(sorted({(over.pid, over.region) for over in strays(state, overs)}))
         facts["opener"] = next((each.pid for each in seen.processes.values() if each.holds(luo.DEVICE)), None)
     target_image = facts.get("image")
     image = target_image if isinstance(target_image, Image) else None
@@ -155,6 +163,9 @@ def gather(desk: Desk, action: Handoff, *, jump: bool) -> Facts:
         survives=desk.custody.survives,
         devices=found,
         missing=passed.missing(image, root) if jump and found else (),
+        lazy=tuple(
+            (grant.id, grant.guest) for grant in state.grants.values() if grant.lazy and _ends(state, grant, jump)
+        ),
         **facts,  # type: ignore[arg-type]  # the fields of Facts that _of_the_jump names
     )
 
@@ -251,6 +262,12 @@ def _held(desk: Desk, region: Region, scratch: tuple[Range, ...]) -> Held:
 
 def _overlap(start: int, end: int, range: Range) -> int:
     return max(0, min(end, range.end) - max(start, range.start))
+
+
+def _ends(state: State, grant: Grant, jump: bool) -> bool:
+    """Whether a grant's process ends in this handoff."""
+    guest = state.guests.get(grant.guest)
+    return jump or guest is None or guest.kind is not GuestKind.PROCESS
 
 
 def _state(desk: Desk, live: LiveGuest) -> GuestState:

@@ -91,15 +91,21 @@ def phase(id: str, text: str, start: int, end: int, *, blackout: bool = True) ->
 
 def carried(guests: Iterable[Carried], manifest: Manifest, resume: Resume, clock: Clock) -> Iterator[Carried]:
     """What became of each guest; its blackout as it looked from outside, until it says itself."""
-    back = {each.guest: each for each in resume.guests}
+    moments = {each.guest: each.at for each in resume.guests}
     stopped = {each.guest.name: each.at for each in manifest.guests}
     for guest in guests:
-        now = back.get(guest.name)
-        if now is None or now.state == "held":
-            yield replace(guest, back=False, why=now.why if now is not None else "it was not started")
-            continue
-        blackout = clock.between(stopped[guest.name], now.at) if guest.name in stopped else None
-        yield replace(guest, back=True, pid=now.pid, blackout_ns=blackout, by="its VMM")
+        now = come(guest, resume)
+        if now.back and now.name in stopped:
+            now = replace(now, blackout_ns=clock.between(stopped[now.name], moments[now.name]), by="its VMM")
+        yield now
+
+
+def come(guest: Carried, resume: Resume) -> Carried:
+    """A guest as the resume left it: back, or why not."""
+    now = next((each for each in resume.guests if each.guest == guest.name), None)
+    if now is None or now.state == "held":
+        return replace(guest, back=False, why=now.why if now is not None else "it was not started")
+    return replace(guest, back=True, pid=now.pid)
 
 
 def _ended(phases: tuple[Phase, ...], now: int) -> tuple[Phase, ...]:

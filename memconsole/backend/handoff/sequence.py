@@ -27,7 +27,7 @@ from msgspec.structs import replace
 
 from memconsole import __version__
 from memconsole.actions import Handoff, HandoffRehearse, HandoffRun
-from memconsole.backend.desk import Desk, custody_name
+from memconsole.backend.desk import MOUNT, Desk, custody_name
 from memconsole.backend.dma import spaces
 from memconsole.backend.handoff import adopt, bootplan, check, devices, facts, image, luo, manifest, report, vmm
 from memconsole.backend.handoff.bootplan import MANIFEST_SESSION, Hold, Moment, Verify
@@ -319,7 +319,8 @@ class _Sequence:
                     os.close(fd)
                     holds.append(Hold(each.session, token, name, payload))
         token = LEDGER_TOKEN
-        for name in (LEDGER, *(state_held(guest.name) for guest in going), *self._of_devices()):
+        mounted = [MOUNT] if MOUNT in desk.custody.names() else []
+        for name in (LEDGER, *mounted, *(state_held(guest.name) for guest in going), *self._of_devices()):
             fds[token], payload = desk.custody.get(name)
             holds.append(Hold(MANIFEST_SESSION, token, name, payload))
             token += 1

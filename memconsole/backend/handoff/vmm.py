@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 from memconsole.backend.desk import Desk, custody_name
 from memconsole.backend.guests.base import Guest as LiveGuest
+from memconsole.backend.guests.base import Restart
 from memconsole.backend.guests.canary import CanaryGuest
 from memconsole.backend.guests.qemu import QemuGuest
 from memconsole.backend.handoff.bootplan import Say, Start
 from memconsole.backend.stores import memfd
 from memconsole.errors import GuestError
-from memconsole.model import Grant, Guest
+from memconsole.model import Grant, Guest, GuestKind
 
 SAY_MS = 60_000
 
@@ -49,13 +50,37 @@ def revival(desk: Desk, guest: Guest, grants: Sequence[Grant], state: str, *, pa
         GuestError, Gone: it does not answer.
     """
     live = desk.live(guest.name)
-    segments = [(grant.id, custody_name(grant.region, grant.offset // memfd.SEGMENT)) for grant in grants]
+    segments = _segments(grants)
+    if isinstance(live, QemuGuest) and segments:
+        return _planned(desk, guest, live.restart(state, segments[0][1], paused=paused))
     if isinstance(live, CanaryGuest):
-        restart = live.restart((desk.runtime_dir / "agents").absolute(), state, segments, paused=paused)
-    elif isinstance(live, QemuGuest) and segments:
-        restart = live.restart(state, segments[0][1], paused=paused)
-    else:
-        raise GuestError(f"guest {guest.name} cannot be started again", "it has no RAM of ours", "stop it first")
+        return anew(desk, guest, grants, state, paused=paused)
+    raise GuestError(f"guest {guest.name} cannot be started again", "it has no RAM of ours", "stop it first")
+
+
+def anew(desk: Desk, guest: Guest, grants: Sequence[Grant], state: str, *, paused: bool) -> tuple[Start, Say | None]:
+    """The same by what the ledger knows of a guest, whose VMM may be gone.
+
+    Raises:
+        GuestError: it is no VM, or has no RAM.
+    """
+    segments = _segments(grants)
+    if guest.kind is GuestKind.CANARY:
+        agents = (desk.runtime_dir / "agents").absolute()
+        return _planned(desk, guest, CanaryGuest.again(guest.name, agents, state, segments, paused=paused))
+    if guest.kind is GuestKind.QEMU and segments:
+        directory, ram = desk.directory(guest.name).absolute(), segments[0][1]
+        found = QemuGuest.again(guest.name, guest.memory, directory, guest.command, state, ram, paused=paused)
+        return _planned(desk, guest, found)
+    raise GuestError(f"guest {guest.name} cannot be started again", "it has no RAM of ours", "stop it")
+
+
+def _segments(grants: Sequence[Grant]) -> list[tuple[str, str]]:
+    """Each grant, with what its segment is called in custody."""
+    return [(grant.id, custody_name(grant.region, grant.offset // memfd.SEGMENT)) for grant in grants]
+
+
+def _planned(desk: Desk, guest: Guest, restart: Restart) -> tuple[Start, Say | None]:
     directory = str(desk.directory(guest.name).absolute())
     start = Start(guest.name, restart.words, directory, f"{directory}/log", restart.fds)
     if not restart.lines:

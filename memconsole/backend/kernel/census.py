@@ -189,7 +189,7 @@ def _with_files(root: Root, process: Process) -> tuple[Process, bool]:
     maps = b""
     whole = True
     try:
-        fds = _links(root, process.pid)
+        fds = links(root, process.pid)
     except Denied:
         whole = False
     try:
@@ -210,7 +210,12 @@ def _with_files(root: Root, process: Process) -> tuple[Process, bool]:
     return seen, whole
 
 
-def _links(root: Root, pid: int) -> dict[int, str]:
+def links(root: Root, pid: int) -> dict[int, str]:
+    """The files a process holds, by fd: what its links in /proc/PID/fd say.
+
+    Raises:
+        Gone, Denied, KernelRefused, BadFile: they cannot be listed.
+    """
     source = f"/proc/{pid}/fd"
     base = tree.below(root, source)
     found = {}

@@ -157,6 +157,11 @@ def resident(fds: Sequence[int]) -> int:
     return sum(os.fstat(fd).st_blocks * 512 for fd in fds)
 
 
+def came(fd: int) -> bool:
+    """Whether a segment was handed over by the kernel before, which hands the file over and not its name."""
+    return os.readlink(f"/proc/self/fd/{fd}") == "/ (deleted)"  # noqa: PTH115 - on the path of every snapshot
+
+
 def seals(fd: int) -> tuple[str, ...]:
     """The names of a segment's seals (F_GET_SEALS)."""
     return seal_names(fcntl.fcntl(fd, fcntl.F_GET_SEALS))

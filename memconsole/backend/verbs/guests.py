@@ -116,9 +116,11 @@ def orphans(desk: Desk, name: str) -> Iterator[Handle]:
 
 
 def attach(desk: Desk, action: GuestAttach) -> Work:
-    """Take a process as a guest: ``join`` takes hold of it; nothing of it changes."""
+    """Take a process as a guest, or in the place of one that is gone: ``join`` takes hold; nothing of it changes."""
     work = Work(action.name, f"process {action.pid} is guest {action.name}")
-    free_name(work, desk, action.name, region=False, guest=True)
+    gone = _gone(desk, action.name)
+    if gone is None:
+        free_name(work, desk, action.name, region=False, guest=True)
     taken = next((guest for guest in desk.state.guests.values() if guest.pid == action.pid), None)
     if taken is not None and desk.live(taken.name) is not None:
         work.refuse("AlreadyGuest", f"process {action.pid} is guest {taken.name} already", "", "use that name")
@@ -126,6 +128,26 @@ def attach(desk: Desk, action: GuestAttach) -> Work:
         work.refuse("Itself", f"process {action.pid} is memconsole itself", "it holds every region", "attach another")
     command = _attachable(work, action.pid)
     if work.refusals:
+        return work
+
+    if gone is not None:
+        again = replace(gone, command=command)
+        grants = desk.state.grants_of(guest=gone.name)
+        work.text = f"process {action.pid} is guest {gone.name} again, with {len(grants)} grants"
+
+        def rejoin() -> None:
+            with contextlib.closing(Handle(action.pid)) as handle:
+                found = replace(again, pid=handle.pid, start_ticks=handle.start_ticks, state=GuestState.RUNNING)
+            desk.part(gone.name)
+            for grant in grants:
+                desk.uffds.drop(grant.id)
+            desk.adopt_guest(found)
+            offered = tuple(replace(grant, state=GrantState.OFFERED) for grant in grants)
+            work.change = Change(guests=(found,), grants=offered)
+
+        had = ", ".join(grant.id for grant in grants) or "no grant"
+        text = f"take process {action.pid} ({' '.join(command)[:60]}) as guest {gone.name}, which ended; it gets {had}"
+        work.step("join", text, rejoin, lambda: desk.part(gone.name), "let it go")
         return work
 
     def join() -> None:
@@ -145,6 +167,15 @@ def attach(desk: Desk, action: GuestAttach) -> Work:
     text = f"take process {action.pid} ({' '.join(command)[:60]}) as guest {action.name}"
     work.step("join", text, join, lambda: desk.part(action.name), "let it go")
     return work
+
+
+def _gone(desk: Desk, name: str) -> Guest | None:
+    """The process guest of this name, if its process ended."""
+    guest = desk.state.guests.get(name)
+    if guest is None or guest.kind is not GuestKind.PROCESS:
+        return None
+    live = desk.live(name)
+    return guest if live is None or live.state() is GuestState.GONE else None
 
 
 def _attachable(work: Work, pid: int) -> tuple[str, ...]:
@@ -200,9 +231,10 @@ def _cut(work: Work, desk: Desk, grant: Grant) -> None:
 
 
 def forget(desk: Desk, name: str) -> None:
-    """Let go of a guest and remove what lies in its directory."""
+    """Let go of a guest, of what it saved at a handoff, and remove what lies in its directory."""
     desk.part(name)
     aside.drop(desk, name)
+    handoff.give_up(desk, name)
     shutil.rmtree(desk.directory(name), ignore_errors=True)
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from memconsole.actions import HandoffRehearse, HandoffRun
+import contextlib
+import os
+from collections.abc import Iterator
+
+from memconsole.actions import Handoff, HandoffRehearse, HandoffRun
 from memconsole.backend.desk import Desk
 from memconsole.backend.state import Change
 from memconsole.backend.verbs.work import Work
-from memconsole.model import Guest
+from memconsole.errors import NotFound
+from memconsole.model import Finding, Guest, Severity
 
 
 def run(desk: Desk, action: HandoffRun) -> Work:
@@ -24,9 +29,48 @@ def again(desk: Desk, guest: Guest) -> Work:
 
     def do() -> None:
         work.change = Change(guests=(adopt.again(desk, guest),))
+        work.after = after
+
+    def after() -> None:
+        adopt.let_go(desk, guest.name)
+        tidy(desk)
 
     work.step("again", f"start {guest.name} from what was saved before the handoff", do)
     return work
+
+
+def held(desk: Desk) -> Iterator[Finding]:
+    """The guests that did not come back from a handoff, each with why; what they are is in custody."""
+    state = desk.state
+    if any(isinstance(intent.action, Handoff) for intent in state.unfinished.values()):
+        return
+    whys = {each.name: each.why for each in desk.handoff.guests} if desk.handoff is not None else {}
+    for name in desk.custody.names():
+        guest = name.removeprefix("state:")
+        if guest != name and guest in state.guests and desk.live(guest) is None:
+            what = f"guest {guest} did not come back from a handoff: {whys.get(guest) or 'nobody started it'}"
+            remedy = f"memconsole guest resume {guest} tries again; memconsole guest stop {guest} gives it up"
+            yield Finding("handoff-guest-held", Severity.ERROR, guest, what, "custody", remedy)
+
+
+def give_up(desk: Desk, guest: str) -> None:
+    """Let go of what a guest saved and did not come back from, if it did, and of sessions nothing of which is left."""
+    with contextlib.suppress(NotFound):
+        desk.custody.drop(f"state:{guest}")
+    tidy(desk)
+
+
+def tidy(desk: Desk) -> None:
+    """Close the sessions of the kernel before that were kept, once nothing that came in them is in custody."""
+    from memconsole.backend.handoff.bootplan import INCOMING
+
+    names = desk.custody.names()
+    for name in names:
+        if name.startswith(INCOMING):
+            fd, payload = desk.custody.get(name)
+            os.close(fd)
+            if payload.endswith(b"\n") and not set(os.fsdecode(payload).splitlines()) & set(names):
+                desk.custody.drop(name)
 
 
 def waits(desk: Desk, guest: str) -> bool:

@@ -10,6 +10,7 @@ from memconsole.actions import Release, Reserve
 from memconsole.backend.desk import Desk, custody_name
 from memconsole.backend.state import Change
 from memconsole.backend.stores import memfd
+from memconsole.backend.verbs import handoff
 from memconsole.backend.verbs.common import free_name, known_region, not_frozen
 from memconsole.backend.verbs.work import Work
 from memconsole.model import Region, RegionState
@@ -108,7 +109,12 @@ def release(desk: Desk, action: Release) -> Work:
             work.text = f"region {region.name} is released: its frames are free after {took}, zeroed before reuse"
 
     work.step("free", f"free its {format_size(region.size)} for everybody; the kernel zeroes frames before reuse", free)
-    work.step("forget", "take it out of custody", lambda: drop_custody(desk, region.name))
+
+    def forget() -> None:
+        drop_custody(desk, region.name)
+        handoff.tidy(desk)
+
+    work.step("forget", "take it out of custody", forget)
     work.change = Change(without_regions=(region.name,))
     return work
 

@@ -15,7 +15,7 @@ from textual.message import Message
 from memconsole import timeline
 from memconsole.actions import HandoffRun
 from memconsole.errors import MemconsoleError
-from memconsole.model import Condition, HandoffReport, Plan, Severity, Snapshot
+from memconsole.model import Condition, HandoffReport, Plan, Region, Severity, Snapshot
 from memconsole.units import format_duration, format_size
 from memconsole.views.screens.overview import Panel
 from memconsole.views.view import View
@@ -93,8 +93,48 @@ def report_lines(report: HandoffReport, width: int) -> list[Content]:
     return lines
 
 
+def kernel_lines(snapshot: Snapshot) -> list[Content]:
+    """What the kernel itself says of live update: sessions and who holds them, KHO's tree, and each region in it."""
+    survival = snapshot.survival
+    if not survival.luo:
+        why = f": {survival.detail}" if survival.detail else ""
+        return [line([("○ ", "$text-muted"), (f"this kernel has no live update{why}", "$text-muted")])]
+    came = f"booted by a kexec, number {survival.kexec_count}" if survival.kexec_count else "booted cold"
+    lines = [line([(f"{'kernel':<{LABEL}} ", "$secondary"), (f"{survival.detail or came}", "")])]
+    for session in survival.sessions:
+        side = _SIDES.get(session.custody.partition(":")[0], "in nobody's custody")
+        held = ", ".join(map(str, session.holders))
+        lines.append(
+            line([(f"{'session':<{LABEL}} ", "$secondary"), (f"{session.name}  {side}, its file held by {held}", "")])
+        )
+    if not survival.sessions:
+        lines.append(line([(f"{'sessions':<{LABEL}} ", "$secondary"), ("none is open: nothing is preserved", "")]))
+    elif survival.preserved is None:
+        lines.append(line([(f"{'tree':<{LABEL}} ", "$secondary"), (survival.unread or "it is being read…", "")]))
+    else:
+        words = f"{format_size(survival.preserved)} preserved in {survival.runs:,} runs, of everybody together"
+        lines.append(line([(f"{'tree':<{LABEL}} ", "$secondary"), (words, "")]))
+    lines += [_kept_line(region) for region in snapshot.regions if region.seen is not None]
+    return lines
+
+
+def _kept_line(region: Region) -> Content:
+    seen = region.seen
+    preserved = seen.preserved if seen is not None else None
+    came = "retrieved from the kernel before" if seen is not None and seen.retrieved else "made under this kernel"
+    words: list[Part] = [(f"{region.name[:LABEL]:<{LABEL}} ", "$secondary"), (f"{format_size(region.size)} {came}", "")]
+    if preserved is not None:
+        whole = preserved == region.size
+        tone = "$success" if whole else "$warning"
+        words.append((f"  {'✔' if whole else '▲'} {format_size(preserved)} of it preserved", tone))
+    return line(words)
+
+
+_SIDES = {"session": "of this kernel, in custody", "incoming": "of the kernel before, kept in custody"}
+
+
 class Handoff(View):
-    """What a handoff would meet (key ``c`` looks again), and how the last one went."""
+    """What a handoff would meet (key ``c`` looks again), how the last one went, and what the kernel says now."""
 
     DEFAULT_CSS = """
     Handoff > VerticalScroll { scrollbar-size-vertical: 1; }
@@ -114,16 +154,18 @@ class Handoff(View):
             self.why = why
 
     def compose(self) -> ComposeResult:
-        """The last handoff above, conditions below."""
+        """The last handoff above, conditions and the kernel's word below."""
         with VerticalScroll(id="handoff-scroll"):
             yield Panel(id="last")
             yield Panel(id="conditions")
+            yield Panel(id="kernel")
 
     def on_mount(self) -> None:
         """Titles; nothing was looked at yet."""
         self.query_one("#last", Panel).border_title = "Last handoff"
         conditions = self.query_one("#conditions", Panel)
         conditions.border_title = "Conditions"
+        self.query_one("#kernel", Panel).border_title = "Kernel truth"
         conditions.say([Content("press c to look for everything that could fail")])
 
     def show(self, snapshot: Snapshot) -> None:
@@ -131,6 +173,7 @@ class Handoff(View):
         made = snapshot.handoff
         nothing = [Content("none was made since this memory was reserved; press B to rehearse one")]
         self.query_one("#last", Panel).say(nothing if made is None else report_lines(made, self._width))
+        self.query_one("#kernel", Panel).say(kernel_lines(snapshot))
 
     @property
     def _width(self) -> int:

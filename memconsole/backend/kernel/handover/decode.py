@@ -68,7 +68,7 @@ def live(side: Side) -> Handover:
         try:
             blob = tree.read("/", f"{DEBUGFS}/out/fdt", limit=PAGE)
         except NotFound:
-            blob = _search(memory)
+            blob = _outgoing(memory)
         return decode(blob, memory, side)
 
 
@@ -200,8 +200,19 @@ def _incoming(name: str, _address: int, size: int) -> bytes:
     return tree.read("/", f"{DEBUGFS}/in/sub_fdts/{name}", limit=size)
 
 
-def _search(memory: Memory) -> bytes:
-    """The outgoing root FDT of this kernel: a page of KHO whose metadata is what debugfs shows as the outgoing one.
+_place: dict[str, int] = {}
+"""Where the outgoing root FDT of the kernel of this boot ID is: it stays there."""
+
+
+def _outgoing(memory: Memory) -> bytes:
+    boot_id = tree.line("/", "/proc/sys/kernel/random/boot_id")
+    if boot_id not in _place:
+        _place[boot_id] = _search(memory)
+    return memory.read(_place[boot_id], PAGE)
+
+
+def _search(memory: Memory) -> int:
+    """Where the outgoing root FDT of this kernel is: a page of KHO whose metadata is what debugfs shows as outgoing.
 
     Raises:
         NotFound: there is none.
@@ -213,7 +224,7 @@ def _search(memory: Memory) -> bytes:
             try:
                 node = fdt.parse(blob, _STRINGS).children["kexec-metadata"]
                 if memory.read(node.number(_DATA), len(metadata)) == metadata:
-                    return blob
+                    return address
             except (BadFile, KeyError):
                 # Memory is full of other trees, and of what is left of them.
                 continue

@@ -251,6 +251,10 @@ class Handoff(Action, frozen=True):
 class HandoffRun(Handoff, frozen=True, tag="handoff-run"):
     """Boot another kernel and let the guests go on in it."""
 
+    finish: Annotated[bool, Arg(Kind.FLAG, "finish sessions that are kept: what nobody knows in them is discarded")] = (
+        False
+    )
+
     spec = Spec(
         "handoff-run",
         ("handoff", "run"),

@@ -78,6 +78,7 @@ ERRORS: dict[str, dict[str, Any]] = {
     "live-update": {"survival": Survival(kho=True)},
     "kexec-disabled": {"kexec_disabled": True},
     "device-taken": {"opener": 812},
+    "session-kept": {"kept": ("incoming:memconsole:web",)},
     "image-unreadable": {"initrd_why": "/boot/initrd: No such file or directory"},
     "image-kho-abi": with_image(abis=("kho-v3", "luo-v5", "memfd-v2")),
     "image-luo-abi": with_image(abis=("kho-v4", "luo-v4", "memfd-v2")),
@@ -114,7 +115,6 @@ WARNINGS: dict[str, dict[str, Any]] = {
     "device-beside": passed(beside=("0000:00:04.1",)),
     "device-reset": passed(resets=True),
     "lazy-granted": {"lazy": (("g2", "web"),)},
-    "session-kept": {"kept": ("incoming:memconsole:web",)},
     "mapped-elsewhere": {"users": ((812, "web"),)},
 }
 WARNINGS["base-pages"] = {

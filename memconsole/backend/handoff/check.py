@@ -103,11 +103,11 @@ def _this_kernel(facts: Facts) -> Iterator[Condition]:
 def _left(facts: Facts) -> Iterator[Condition]:
     yield Condition(
         "session-kept",
-        WARNING,
+        ERROR,
         not facts.kept,
-        "no session of the kernel before is kept: what is in it and not in custody ends with this kernel",
+        "no session of the kernel before is kept: its files cannot be preserved anew, what is unknown in it ends here",
         ", ".join(facts.kept),
-        "have the memconsole that wrote it look into it first, or stop its guests and release its regions",
+        "once nobody misses anything: --finish finishes them, and discards what nobody knows in them",
     )
     yield Condition(
         "mapped-elsewhere",

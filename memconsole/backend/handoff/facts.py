@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memconsole.actions import Handoff
+from memconsole.actions import Handoff, HandoffRun
 from memconsole.backend.handoff import image as images
 from memconsole.backend.handoff import luo, passed, vmm
 from memconsole.backend.handoff.bootplan import INCOMING
@@ -141,7 +141,8 @@ def gather(desk: Desk, action: Handoff, *, jump: bool) -> Facts:
             for link in process.fds.values()
             if link.startswith(_SESSION)
         )
-        facts["kept"] = tuple(name for name in desk.custody.names() if name.startswith(INCOMING))
+        if not (isinstance(action, HandoffRun) and action.finish):
+            facts["kept"] = kept(desk)
         overs = mappings(seen, state.regions.values(), desk.faces, desk.shields)
         facts["users"] = tuple(sorted({(over.pid, over.region) for over in strays(state, overs)}))
         facts["opener"] = next((each.pid for each in seen.processes.values() if each.holds(luo.DEVICE)), None)
@@ -168,6 +169,11 @@ def gather(desk: Desk, action: Handoff, *, jump: bool) -> Facts:
         ),
         **facts,  # type: ignore[arg-type]  # the fields of Facts that _of_the_jump names
     )
+
+
+def kept(desk: Desk) -> tuple[str, ...]:
+    """The sessions of the kernel before that were not finished, as custody calls them."""
+    return tuple(name for name in desk.custody.names() if name.startswith(INCOMING))
 
 
 def _of_the_jump(action: Handoff, root: tree.Root) -> dict[str, object]:

@@ -112,6 +112,7 @@ class _Sequence:
         going = [met.guest for met in seen.guests if _goes(met)]
         self._begin(work, going, seen.image.release if seen.image else "")
         if jump:
+            self._finish(work, facts.kept(desk))
             self._load(work, facts.target(self.action, desk.root))
             for load in cargo:
                 self._preserve(work, load)
@@ -177,6 +178,20 @@ class _Sequence:
 
         count = len(work.conditions)
         self._add(work, "check", Step("check", f"{count} conditions are looked at, none of them refuses", do))
+
+    def _finish(self, work: Work, kept: Sequence[str]) -> None:
+        """Only who asked for it gets here with sessions that are kept."""
+
+        def do() -> None:
+            for name in kept:
+                fd, _ = self.desk.custody.get(name)
+                with luo.Session.adopt(fd) as session:
+                    session.finish()
+                self.desk.custody.drop(name)
+
+        if kept:
+            text = f"finish {', '.join(kept)}: what nobody knows in them is discarded"
+            self._add(work, "load", Step("finish", text, do))
 
     def _load(self, work: Work, aim: facts.Target) -> None:
         text = f"load {aim.kernel} with {aim.initrd or 'no initrd'} by kexec_file_load: {aim.line}"

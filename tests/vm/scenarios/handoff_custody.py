@@ -14,6 +14,7 @@ from pathlib import Path
 import lab_guest as lab
 import lab_handoff as handoff
 import msgspec
+from msgspec.structs import replace
 
 from memconsole import paths
 from memconsole.actions import GuestResume, GuestStart, GuestStop, Release, Reserve
@@ -59,10 +60,10 @@ def found(client: Client) -> dict[str, list[str]]:
     return by
 
 
-def go(client: Client) -> None:
+def go(client: Client, *, finish: bool = False) -> None:
     beats = handoff.beaten(client, "c0")
     NOTES.write_text(json.dumps(beats.beats))
-    client.apply(handoff.action())
+    client.apply(replace(handoff.action(), finish=finish))
     raise AssertionError("the handoff returned")
 
 
@@ -141,7 +142,10 @@ def main() -> None:
             client = handoff.serve()
             unheard(client)
             handoff.end(client)
-            go(handoff.serve(tool=newer("manifest")))
+            client = handoff.serve(tool=newer("manifest"))
+            codes = [each.code for each in client.plan(handoff.action()).refusals]
+            lab.say("refused-session-kept", codes == ["SessionKept"], codes=codes)
+            go(client, finish=True)
         case 3:
             client = handoff.serve()
             manifest_unheard(client)

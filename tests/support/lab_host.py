@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import lab_guest as lab
@@ -18,17 +19,18 @@ from memconsole.backend import steps
 from memconsole.backend.custody import KeeperCustody
 from memconsole.backend.wire.client import Client
 from memconsole.errors import NoControl, Refused
-from memconsole.model import GuestState, Plan
+from memconsole.model import Guest, GuestState, Plan, Progress, Snapshot
 
 TOOL = str(Path(sys.executable).parent / "memconsole")
 STATE = "/run/state"
 PATIENCE = 60.0
 
 
-def serve(fault: str = "") -> Client:
-    """The control process, which ends itself at a fault point."""
+def serve(*words: str, fault: str = "", tool: Sequence[str] = (TOOL,)) -> Client:
+    """The control process, which ends itself at a fault point; ``words`` are more of its options."""
     env = os.environ | ({steps.FAULT_VARIABLE: fault} if fault else {})
-    done = subprocess.run([TOOL, "serve", "--state-dir", STATE], env=env, capture_output=True, text=True, check=False)
+    command = [*tool, "serve", "--state-dir", STATE, *words]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise AssertionError(f"serve: {done.returncode}: {done.stderr}")
     return Client(paths.control_socket())
@@ -51,7 +53,7 @@ def try_to_serve(fault: str) -> Client | None:
 def end(client: Client) -> None:
     """Have the control process end in order; guests and memory stay."""
     client.close()
-    pids = subprocess.run(["pgrep", "-f", "memconsole serve"], capture_output=True, text=True, check=True)
+    pids = subprocess.run(["pgrep", "-f", "serve --state-dir"], capture_output=True, text=True, check=True)
     pid = int(pids.stdout.split()[0])
     os.kill(pid, 15)
     while Path(f"/proc/{pid}").exists():
@@ -101,3 +103,51 @@ def action() -> HandoffRun:
     """The lab's kernel once more, with the stage counted up."""
     share = str(lab.SHARE)
     return HandoffRun(f"{share}/bzImage", f"{share}/initrd", lab.next_command_line())
+
+
+def guest(shown: Snapshot, name: str) -> Guest:
+    """A guest of a Snapshot."""
+    return next(each for each in shown.guests if each.name == name)
+
+
+def beaten(client: Client, name: str, least: int = 0) -> Progress:
+    """A canary's own word, once it counts on."""
+    deadline = time.monotonic() + PATIENCE
+    first = None
+    while time.monotonic() < deadline:
+        progress = guest(client.snapshot(), name).progress
+        if progress is not None:
+            if first is not None and progress.beats > max(first, least):
+                return progress
+            first = progress.beats if first is None else first
+        time.sleep(0.1)
+    raise AssertionError(f"{name} does not count: {guest(client.snapshot(), name)}")
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Wait for something that will happen."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited in vain: {what}")
+        time.sleep(0.1)
+
+
+def runs(client: Client, name: str) -> None:
+    """Wait until a guest says that it runs."""
+    until(lambda: guest(client.snapshot(), name).state is GuestState.RUNNING, f"{name} runs")
+
+
+def early() -> tuple[str, str]:
+    """Exit status of memconsole-resume in this kernel, and what it said."""
+    code, log = (Path(f"/run/early.{what}").read_text().strip() for what in ("code", "log"))
+    return code, log
+
+
+def told(main: Callable[[], None]) -> None:
+    """Run a scenario; whatever ends it, the host is told."""
+    try:
+        main()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the host is told
+        logs = {path.name: path.read_text()[-3000:] for path in Path(STATE).glob("*.log")}
+        lab.say("exception", ok=False, text=f"{error}", trace=traceback.format_exc()[-3000:], logs=logs)

@@ -12,13 +12,11 @@ import sys
 from pathlib import Path
 
 import lab_guest as lab
-import lab_handoff as handoff
+import lab_host as host
 import msgspec
 from msgspec.structs import replace
 
-from memconsole import paths
 from memconsole.actions import GuestResume, GuestStart, GuestStop, Release, Reserve
-from memconsole.backend.custody import KeeperCustody
 from memconsole.backend.wire.client import Client
 from memconsole.errors import MemconsoleError
 from memconsole.model import GuestState, Severity
@@ -44,11 +42,7 @@ def newer(what: str) -> tuple[str, ...]:
 
 
 def held(*kinds: str) -> list[str]:
-    keeper = KeeperCustody(paths.runtime_dir() / "keeper")
-    try:
-        return sorted(name for name in keeper.names() if name.startswith(kinds))
-    finally:
-        keeper.close()
+    return sorted(name for name in host.held() if name.startswith(kinds))
 
 
 def found(client: Client) -> dict[str, list[str]]:
@@ -61,21 +55,21 @@ def found(client: Client) -> dict[str, list[str]]:
 
 
 def go(client: Client, *, finish: bool = False) -> None:
-    beats = handoff.beaten(client, "c0")
+    beats = host.beaten(client, "c0")
     NOTES.write_text(json.dumps(beats.beats))
-    client.apply(replace(handoff.action(), finish=finish))
+    client.apply(replace(host.action(), finish=finish))
     raise AssertionError("the handoff returned")
 
 
 def goes_on(client: Client) -> None:
-    progress = handoff.beaten(client, "c0", json.loads(NOTES.read_text()))
+    progress = host.beaten(client, "c0", json.loads(NOTES.read_text()))
     lab.say("goes-on", progress.wrong == 0 and progress.runs_as == "kvm", progress=str(progress))
-    handoff.runs(client, "vm")
+    host.runs(client, "vm")
 
 
 def unheard(client: Client) -> None:
     """Nobody knows the plan: everything is in custody, and comes back by hand."""
-    code, log = handoff.early()
+    code, log = host.early()
     lab.say("plan-unknown", code == "4" and "version" in log, code=code, log=log)
     shown, told = client.snapshot(), found(client)
     states = {each.name: each.state for each in shown.guests}
@@ -97,7 +91,7 @@ def unheard(client: Client) -> None:
 
 def manifest_unheard(client: Client) -> None:
     """Nobody knows the manifest: the boot plan is enough to go on."""
-    code, log = handoff.early()
+    code, log = host.early()
     lab.say("manifest-unknown", code == "0", code=code, log=log)
     goes_on(client)
     told = found(client)
@@ -107,7 +101,7 @@ def manifest_unheard(client: Client) -> None:
 
 def unable(client: Client) -> None:
     """There is no KVM at first, and QEMU was not found: both wait, and come back once they can."""
-    code, log = handoff.early()
+    code, log = host.early()
     lab.say("unable", code == "4" and "held" in log, code=code, log=log)
     told = found(client)
     lab.say("told-held", sorted(told.get("handoff-guest-held", [])) == ["c0", "vm"], told=told)
@@ -133,30 +127,30 @@ def unable(client: Client) -> None:
 def main() -> None:
     match lab.stage():
         case 1:
-            client = handoff.serve(tool=newer("plan manifest"))
+            client = host.serve(tool=newer("plan manifest"))
             client.apply(GuestStart("c0", memory=8 * M))
             client.apply(GuestStart("vm", vmm="qemu", memory=64 * M))
             client.apply(Reserve("spare", 4 * M))
             go(client)
         case 2:
-            client = handoff.serve()
+            client = host.serve()
             unheard(client)
-            handoff.end(client)
-            client = handoff.serve(tool=newer("manifest"))
-            codes = [each.code for each in client.plan(handoff.action()).refusals]
+            host.end(client)
+            client = host.serve(tool=newer("manifest"))
+            codes = [each.code for each in host.plan(client, host.action()).refusals]
             lab.say("refused-session-kept", codes == ["SessionKept"], codes=codes)
             go(client, finish=True)
         case 3:
-            client = handoff.serve()
+            client = host.serve()
             manifest_unheard(client)
-            plan = client.plan(handoff.action())
+            plan = host.plan(client, host.action())
             lab.say(
                 "clean", not plan.refusals, bad=msgspec.to_builtins([each for each in plan.conditions if not each.ok])
             )
             go(client)
         case _:
-            unable(handoff.serve())
+            unable(host.serve())
             lab.say("end")
 
 
-handoff.told(main)
+host.told(main)

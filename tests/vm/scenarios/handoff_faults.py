@@ -39,7 +39,7 @@ def main() -> None:
     lab.say("points", len(points) >= 20, points=points)
     for point in chosen(points):
         host.end(client)
-        client = host.serve(point)
+        client = host.serve(fault=point)
         try:
             client.apply(host.action())
             died = "it came back"

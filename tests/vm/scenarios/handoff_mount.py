@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import lab_guest as lab
-import lab_handoff as handoff
+import lab_host as host
 import msgspec
 from guests import own_frames
 
@@ -146,7 +146,7 @@ def saved() -> bool:
 
 
 def before() -> None:
-    client = handoff.serve("--mount", str(MOUNT))
+    client = host.serve("--mount", str(MOUNT))
     client.apply(GuestStart("c0", memory=16 * M))
     client.apply(Reserve("more", 8 * M))
     lazy = client.apply(Map("more", "c0", gpa=1 << 30, lazy=True)).subject
@@ -160,14 +160,14 @@ def before() -> None:
     assert user.stdout is not None
     assert user.stdout.readline() == "1\n"
     attached(client, "hand", machine(), "handram")
-    handoff.until(lambda: count() > 1000, "the guest that was started by hand counts")
+    host.until(lambda: count() > 1000, "the guest that was started by hand counts")
     client.snapshot()  # it finds that db's process is of another user
     wrote = as_user(NOBODY, MOUNT / "guests/db/ram/pool", "carry!")
     lab.say("files", wrote == "carry!" and (MOUNT / "guests/db/ram/pool").stat().st_uid == NOBODY, wrote=wrote)
     monitor(*WAYS, ("migrate", {"uri": f"file:{SAVED}"}))
-    handoff.until(saved, "its state is saved by hand")
-    beats = handoff.beaten(client, "c0")
-    plan = client.plan(handoff.action())
+    host.until(saved, "its state is saved by hand")
+    beats = host.beaten(client, "c0")
+    plan = host.plan(client, host.action())
     bad = {each.id: each.evidence for each in plan.conditions if not each.ok}
     wanted = {"lazy-granted", "guest-process", "guest-foreign"}
     lab.say("check", not plan.refusals and wanted >= set(bad) >= {"lazy-granted", "guest-process"}, bad=bad)
@@ -182,18 +182,18 @@ def before() -> None:
         "size": SAVED.stat().st_size,
     }
     NOTES.write_text(json.dumps(notes))
-    client.apply(handoff.action())
+    client.apply(host.action())
     raise AssertionError("the handoff returned")
 
 
 def after() -> None:
-    code, log = handoff.early()
+    code, log = host.early()
     lab.say("early", code == "0", code=code, log=log)
-    client = handoff.serve()
+    client = host.serve()
     gone = [each.remedy for each in client.snapshot().findings if each.id == "mount-not-back"]
     lab.say("not-back", gone == [f"memconsole serve --mount {MOUNT}"], gone=gone)
-    handoff.end(client)
-    client = handoff.serve("--mount", str(MOUNT))
+    host.end(client)
+    client = host.serve("--mount", str(MOUNT))
     notes = json.loads(NOTES.read_text())
     report = client.snapshot().handoff
     assert report is not None
@@ -216,13 +216,13 @@ def after() -> None:
 
 def canary(client: Client, notes: dict[str, Any]) -> None:
     """It goes on; its lazy grant is one like any other now, and every byte of it is right."""
-    progress = handoff.beaten(client, "c0", notes["beats"])
+    progress = host.beaten(client, "c0", notes["beats"])
     shown = client.snapshot()
     grant = next(each for each in shown.grants if each.id == notes["lazy"])
     told = shown.handoff is not None and any(notes["lazy"] in note for note in shown.handoff.notes)
     lab.say("canary", progress.wrong == 0, progress=str(progress))
     lab.say("lazy-ended", not grant.lazy and grant.faults is None and told, grant=str(grant), report=str(shown.handoff))
-    handoff.runs(client, "vm")
+    host.runs(client, "vm")
 
 
 def process(client: Client) -> None:
@@ -233,25 +233,25 @@ def process(client: Client) -> None:
     user = attached(client, "db", [sys.executable, "-c", USES])
     assert user.stdout is not None
     assert user.stdout.readline() == "1\n"
-    found = handoff.guest(client.snapshot(), "db")
+    found = host.guest(client.snapshot(), "db")
     lab.say("attached-again", found.pid == user.pid and found.grants != () and path.stat().st_uid == NOBODY)
 
 
 def by_hand(client: Client, notes: dict[str, Any], frames: list[int]) -> None:
     """The operator starts QEMU again on the same path, from what it saved: it counts on from where it stood."""
-    lab.say("hand-gone", handoff.guest(client.snapshot(), "hand").state is GuestState.GONE)
+    lab.say("hand-gone", host.guest(client.snapshot(), "hand").state is GuestState.GONE)
     stood = count()
     attached(client, "hand", machine("-incoming", "defer"))
-    handoff.until(Path(MONITOR).exists, "its monitor")
+    host.until(Path(MONITOR).exists, "its monitor")
     monitor(*WAYS, ("migrate-incoming", {"uri": f"file:{SAVED}"}))
-    handoff.until(lambda: monitor(("query-status", {}))["status"] in {"paused", "postmigrate"}, "its state is loaded")
+    host.until(lambda: monitor(("query-status", {}))["status"] in {"paused", "postmigrate"}, "its state is loaded")
     still = count()
     monitor(("cont", {}))
-    handoff.until(lambda: count() > stood + 1000, "it counts on")
+    host.until(lambda: count() > stood + 1000, "it counts on")
     fine = stood == still == notes["count"] and placed(MOUNT / "guests/hand/ram/handram") == frames
     lab.say("by-hand", fine, was=notes["count"], stood=stood, still=still, now=count())
-    found = handoff.guest(client.snapshot(), "hand")
+    found = host.guest(client.snapshot(), "hand")
     lab.say("hand-back", found.state is GuestState.RUNNING and found.grants != (), hand=str(found))
 
 
-handoff.told(before if lab.stage() == 1 else after)
+host.told(before if lab.stage() == 1 else after)

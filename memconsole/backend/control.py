@@ -384,7 +384,7 @@ class Control:
 
     def _waiting(self) -> tuple[Finding, ...]:
         """The guests that gave their RAM back by ending, and those that a handoff left in custody."""
-        if self._closed or all(guest.pid is not None for guest in self._state.guests.values()):
+        if self._closed or not self._state.guests:
             return ()
         from memconsole.backend.revoke import aside
         from memconsole.backend.verbs import handoff

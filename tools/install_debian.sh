@@ -24,7 +24,7 @@ fi
 # cpr-reboot, by which a QEMU guest is carried through a handoff, came with QEMU 8.2.
 qemu_version() { qemu-system-x86_64 --version 2>/dev/null | sed -n 's/.*version \([0-9]*\)\.\([0-9]*\).*/\1 \2/p'; }
 enough() { (($1 > 8 || ($1 == 8 && $2 >= 2))); }
-read -r major minor <<<"$(qemu_version) 0 0"
+read -r major minor _ <<<"$(qemu_version) 0 0"
 if ! enough "$major" "$minor"; then
 	codename=$(. /etc/os-release && echo "$VERSION_CODENAME")
 	mirror=$(apt-get indextargets --format '$(SITE) $(RELEASE)' 'Created-By: Packages' | awk -v suite="$codename" '$2 == suite {print $1; exit}')
@@ -39,7 +39,7 @@ suite=$(. /etc/os-release && echo "$VERSION_CODENAME")-backports
 ours=$(systemctl --version 2>/dev/null | sed -n '1s/systemd \([0-9]*\).*/\1/p')
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/memconsole/lab/systemd
 if ((${ours:-0} < 254)) && [[ ! -x $cache/lib/systemd/systemd ]]; then
-	debs=$(mktemp -d)
+	debs=$(mktemp -d) && mkdir -p "$cache"
 	if (cd "$debs" && apt-get download "systemd/$suite" "libsystemd-shared/$suite" >/dev/null 2>&1); then
 		for deb in "$debs"/*.deb; do dpkg -x "$deb" "$cache"; done
 	fi

@@ -80,6 +80,7 @@ def test_a_frame_is_followed_to_the_process_and_from_its_address_back(control: C
         control.apply(do.GuestAttach("db", process.pid))
         control.apply(do.Reserve("web", M, prefault=True))
         id = control.apply(do.Map("web", "db", gpa=0x10000000)).subject
+        assert process.say(f"wait {id}") == id
         assert process.say(f"write {id} x") == "done"
         snapshot = control.snapshot()
         whole = joined.ask(snapshot, control, "db")

@@ -1,4 +1,4 @@
-"""QEMU with a device of ours: its guest drives edu, custody has it, DMA goes on without a control process."""
+"""QEMU with a device of ours: its guest drives edu, custody has the device, and takes it back while DMA runs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import lab_guest as lab
 from edu import BDF as EDU
-from edu import PAGE, found, frames, grants, held, refused, started, tables
+from edu import PAGE, dies, faults, found, frames, grants, held, refused, started, tables
 from services import Service, services
 
 from memconsole import actions as do
 from memconsole.backend.custody import KeeperCustody
-from memconsole.backend.dma import vfio
+from memconsole.backend.dma import iommufd, vfio
 from memconsole.backend.wire.client import Client
 
 RAM = 16 << 20
@@ -142,11 +142,59 @@ with services() as service:
     before = ram.arrived()
     ram.rounds(3)
     check("goes-on", ram.arrived() > before, before=before, after=ram.arrived())
-    client = started(service)
+    client = started(service, "revoke.dma.after")
     check("adopted", grants(client)[grant].dma == EDU and found(client) == [], found=found(client))
     have = tables()
     check("tables-after-restart", all(have.get(page) == want[page] for page in outside(want)))
 
+    # --- what it reaches beside its RAM and its firmware is found
+    space, _ = keeper.get("iommu:vm")
+    stray = os.memfd_create("stray")
+    os.ftruncate(stray, PAGE)
+    (number,) = iommufd.spaces(space)
+    iommufd.map_file(space, number, iommufd.Mapping(stray, 0, PAGE, 0x20000000, True))
+    check("found-unknown", found(client) == [("dma-unknown", EDU)], found=found(client))
+    iommufd.unmap(space, number, 0x20000000, PAGE)
+
+    # --- revoke while DMA runs, and die when the device is cut off and the processor is not: the guest goes on without
+    ram.rounds(2)
+    earlier = faults()
+    check("died-revoking", dies(service, client, do.Revoke(grant)))
+    last, arrived = ram.page(), ram.arrived()
+    now = ram.rounds(4)
+    check("no-byte-after", ram.page() == last and now > arrived + 3, arrived=arrived, rounds=now)
+    new = [line for line in faults() if line not in earlier]
+    check("faults", any(f"0x{SRC:x}" in line or f"0x{DST:x}" in line for line in new), lines=new[:2])
+    try:
+        check("tables-empty", tables() == {}, left=len(tables()))
+    except Exception as error:  # noqa: BLE001 - the kernel shows no table for a device that has none
+        check("tables-empty", True, error=str(error))
+    mapped = [number for number in iommufd.spaces(space) if iommufd.unmap(space, number, 0, RAM)]
+    check("unpinned", not mapped, mapped=mapped)
+    os.close(space)
+
+    # --- carried through by the next: now the processor too, and the contents stay
+    client = started(service)
+    check("carried-through", not grants(client), known=list(grants(client)))
+    again = Ram(client, "vm")
+    check("contents", again.page() == last)
+    check("settled", found(client) == [], found=found(client))
+    outcome = client.apply(do.GuestStop("vm"))
+    check("closed", held(keeper) == [], held=keeper.names(), steps=[effect.id for effect in outcome.effects])
+    for view in (ram, again):
+        view.close()
+    client.apply(do.Release("vm"))
+
+    # --- another QEMU has the device, and is stopped with it
+    client.apply(start)
+    ram = Ram(client, "vm")
+    ram.rounds(3, 120)
+    check("again", ram.arrived() > 0, arrived=ram.arrived())
+    steps = [effect.id for effect in client.plan(do.GuestStop("vm")).effects]
+    client.apply(do.GuestStop("vm"))
+    last = ram.page()
+    time.sleep(1)
+    check("stopped", steps[0] == "dma" and held(keeper) == [] and ram.page() == last, steps=steps)
     ram.close()
     keeper.close()
     client.close()

@@ -39,6 +39,10 @@ class Custody(Protocol):
     def survives(self) -> bool:
         """Whether what is held outlives this process."""
 
+    @property
+    def resumes(self) -> bool:
+        """Whether memconsole-resume finds what it holds, and so can start a VM from it."""
+
     def put(self, name: str, fd: int, payload: bytes = b"") -> None:
         """Hold a duplicate of ``fd`` with ``payload``, in the place of what was held under ``name``; at once or not.
 
@@ -131,6 +135,7 @@ class OwnCustody:
 
     label = "this process"
     survives = False
+    resumes = False
 
     def __init__(self) -> None:
         self._held: dict[str, tuple[int, bytes]] = {}
@@ -216,6 +221,7 @@ class KeeperCustody(DaemonClient):
     """
 
     survives = True
+    resumes = True
 
     def __init__(self, path: Path, *, timeout: float = 10.0) -> None:
         super().__init__(path, timeout)

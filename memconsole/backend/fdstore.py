@@ -89,6 +89,7 @@ class SystemdCustody:
 
     label = "systemd's fd store"
     survives = True
+    resumes = False
 
     def __init__(self, stored: list[tuple[str, int]], environ: MutableMapping[str, str] = os.environ) -> None:
         self._room = int(environ.get("FDSTORE", "0"))

@@ -26,6 +26,7 @@ class RefilledCustody:
     """
 
     survives = True
+    resumes = True
 
     def __init__(self, runtime_dir: Path) -> None:
         self._runtime_dir = runtime_dir

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec.structs import replace
 
-from memconsole.backend.custody import KeeperCustody
 from memconsole.backend.desk import Desk
 from memconsole.backend.revoke.points import pass_by
 from memconsole.backend.state import Change
@@ -46,7 +45,7 @@ def ask(desk: Desk, live: QemuGuest, grant: Grant, within: float) -> None:
     """
     from memconsole.backend.handoff import bootplan, manifest, vmm
 
-    if not isinstance(desk.custody, KeeperCustody):  # from which alone memconsole-resume starts a VM
+    if not desk.custody.resumes:
         why = f"its state would be with {desk.custody.label}, and only from the keeper it is started again"
         raise GuestError(f"guest {live.name} cannot be saved", why)
     deadline = time.monotonic() + within

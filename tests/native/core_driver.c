@@ -307,7 +307,7 @@ int main(int argc, char **argv)
 	}
 	state = strtoull(argv[2], NULL, 0);
 	fuzz(strtoull(argv[1], NULL, 0));
-	fuzz_dumps(strtoull(argv[1], NULL, 0) / 5);
+	fuzz_dumps(400 + strtoull(argv[1], NULL, 0) / 5);	/* enough that both ways are taken */
 	if (geteuid() == 0)
 		scan_self();
 	if (geteuid() == 0)

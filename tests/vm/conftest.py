@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-SAMPLE = 3
+SAMPLE = 2
 _left_out: list[str] = []
 
 

@@ -12,7 +12,7 @@ JUMPS = 20 if os.environ.get("MEMCONSOLE_SOAK") else 2
 
 
 def test_canaries_go_on_where_they_were_over_kexecs_in_a_row(tmp_path: Path) -> None:
-    said = lab.run("handoff", tmp_path, early=lab.RESUME, timeout=120 + 120 * JUMPS, arguments=[str(JUMPS), "16,8"])
+    said = lab.run("handoff", tmp_path, early=lab.RESUME, timeout=300 + 200 * JUMPS, arguments=[str(JUMPS), "16,8"])
     said.check()
     assert said.stages == JUMPS + 1
     assert said.of("freed")["ok"]

@@ -257,6 +257,8 @@ class Spaces:
     def settle(self) -> None:
         """Make the address spaces what the ledger means: whatever else they map or hold is let go.
 
+        A device of which the guest has a window stays attached; without grants it reaches nothing.
+
         Raises:
             KernelRefused, Gone: that cannot be done.
         """
@@ -274,14 +276,22 @@ class Spaces:
                         backend = backends.opened(space.kind, fd, space.space)
                         for start, end in _gaps(grants):
                             backend.unmap(start, end - start)
-                for bdf in [bdf for bdf, owner in self._devices.items() if owner == guest and bdf not in meant]:
-                    self._drop(bdf)
-                if not grants:
+                self._let_go(guest, {bdf for bdf, owner in self._devices.items() if owner == guest} - meant)
+                if guest not in self._devices.values():
                     self._desk.custody.drop(_SPACE + guest)
                     del self._spaces[guest]
             for number in self._joined - set(self._groups.values()):
                 self._desk.custody.drop(f"{_GROUP}{number}")
                 self._joined.discard(number)
+
+    def _let_go(self, guest: str, devices: set[str]) -> None:
+        """Devices no grant is for; a window may be a part of a device's file, which is attached once."""
+        windows = self._desk.state.windows.values()
+        windowed = {window.window.rpartition(":")[0] for window in windows if window.guest == guest}
+        for bdf in devices - windowed:
+            self._drop(bdf)
+        for bdf in devices & windowed & self._quiet:
+            self.restart(bdf)
 
     def _is_free(self, guest: str, bdf: str) -> bool:
         """Whether a device is nobody's; false if it is this guest's already.

@@ -265,6 +265,7 @@ def trouble(custody: KeeperCustody, notes: Notes) -> None:
         os.write(fd, bootplan.encode(plan))
         custody.put(bootplan.MANIFEST, fd)
         os.close(fd)
+        custody.drop(bootplan.RESUME)  # it would say that all of this was done
         done = subprocess.run([program("memconsole-resume"), "--rehearse"], capture_output=True, text=True, check=False)
         fd, _ = custody.get(bootplan.RESUME)
         (found,) = bootplan.read_resume(os.pread(fd, 1 << 20, 0)).guests

@@ -37,7 +37,8 @@ def test_canaries_go_on_over_two_kexecs_with_every_page_where_it_was(tmp_path: P
 def test_a_broken_plan_loses_nothing_and_guests_can_be_resumed_by_hand(tmp_path: Path) -> None:
     said = run(tmp_path, "broken")
     resume = said.of("resume")
-    assert [finding["id"] for finding in resume["findings"]] == ["plan-broken"]
+    found = [(finding["id"], finding["subject"]) for finding in resume["findings"]]
+    assert found == [("plan-broken", "manifest"), *(("session-kept", f"memconsole:{name}") for name in GUESTS)]
     assert resume["guests"] == []
     assert "plan-broken: manifest: its checksum does not match" in resume["err"]
     assert {name for name in GUESTS if said.of(f"later-{name}")["ok"]} == set(GUESTS)

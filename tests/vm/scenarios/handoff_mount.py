@@ -169,7 +169,7 @@ def before() -> None:
     beats = host.beaten(client, "c0")
     plan = host.plan(client, host.action())
     bad = {each.id: each.evidence for each in plan.conditions if not each.ok}
-    wanted = {"lazy-granted", "guest-process", "guest-foreign"}
+    wanted = {"lazy-granted", "guest-process", "guest-foreign", "base-pages"}
     lab.say("check", not plan.refusals and wanted >= set(bad) >= {"lazy-granted", "guest-process"}, bad=bad)
     lab.say("lazy", bad.get("lazy-granted") == f"{lazy} of c0", faults=str(client.snapshot().grants))
     notes = {

@@ -241,7 +241,7 @@ def by_hand(client: Client, notes: dict[str, Any], frames: list[int]) -> None:
     """The operator starts QEMU again on the same path, from what it saved: it counts on from where it stood."""
     lab.say("hand-gone", host.guest(client.snapshot(), "hand").state is GuestState.GONE)
     stood = count()
-    attached(client, "hand", machine("-incoming", "defer"))
+    attached(client, "hand", machine("-S", "-incoming", "defer"))
     host.until(Path(MONITOR).exists, "its monitor")
     monitor(*WAYS, ("migrate-incoming", {"uri": f"file:{SAVED}"}))
     host.until(lambda: monitor(("query-status", {}))["status"] in {"paused", "postmigrate"}, "its state is loaded")

@@ -277,7 +277,7 @@ class Spaces:
                         for start, end in _gaps(grants):
                             backend.unmap(start, end - start)
                 self._let_go(guest, {bdf for bdf, owner in self._devices.items() if owner == guest} - meant)
-                if guest not in self._devices.values():
+                if not grants and guest not in self._devices.values():
                     self._desk.custody.drop(_SPACE + guest)
                     del self._spaces[guest]
             for number in self._joined - set(self._groups.values()):

@@ -23,6 +23,7 @@ from memconsole import actions
 from memconsole.backend import steps, verbs
 from memconsole.backend.desk import STOP_S, Desk, custody_name
 from memconsole.backend.handoff import adopt as handoff
+from memconsole.backend.handoff import alone, kept
 from memconsole.backend.handoff.adopt import Landing
 from memconsole.backend.revoke import aside, halt, move
 from memconsole.backend.state import Change, Done, Failed, Happened, Intent, Record
@@ -50,7 +51,7 @@ def adopt(desk: Desk, write: Write) -> list[Finding]:
     steps.point("adopt.begun")
     halt.release(desk)
     move.finish(desk)
-    desk.handoff = handoff.stored(desk)
+    desk.handoff = kept.stored(desk)
     landing, found = _landed(desk, write)
     steps.point("adopt.landed")
     found += _regions(desk)
@@ -103,12 +104,12 @@ def _landed(desk: Desk, write: Write) -> tuple[Landing | None, list[Finding]]:
 
 def _resumed(desk: Desk, write: Write, number: int, guest: Guest) -> list[Finding]:
     try:
-        change = Change(guests=(handoff.started(desk, guest),))
+        change = Change(guests=(alone.started(desk, guest),))
     except MemconsoleError as error:
         write(Failed(number, time.time_ns(), error.code, str(error)))
     else:
         write(Done(number, time.time_ns(), f"guest {guest.name} goes on (carried through after a restart)", change))
-        handoff.let_go(desk, guest.name)
+        alone.let_go(desk, guest.name)
     return []
 
 

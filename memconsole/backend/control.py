@@ -324,9 +324,9 @@ class Control:
         """The report of the last handoff, with what the guests say of their blackout as soon as they do."""
         if self._desk.handoff is None:
             return None
-        from memconsole.backend.handoff import adopt
+        from memconsole.backend.handoff import kept
 
-        return adopt.reported(self._desk)
+        return kept.reported(self._desk)
 
     def _sessions(self) -> tuple[str, ...]:
         """The sessions of live update that are in custody."""

@@ -5,7 +5,6 @@ The floor of a blackout is floor_handoff.c: what a kexec of the same VM costs at
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from harness import BUILD, ROOT, Result
 from labs import RESUME, need, said
 
-PAIRS = 3
+PAIRS = 4
 COST_MB = 512
 FLOOR = BUILD / "floor_handoff"
 EARLY = f"""turn=none; read turn 2>/dev/null < /run/lab/turn
@@ -40,24 +39,43 @@ def _blackouts(turns: list[str], memory: str) -> list[dict[str, Any]]:
     return said("blackout", "blackout", str(FLOOR), *turns, memory=memory, timeout=timeout, early=EARLY)
 
 
-def _median(found: list[dict[str, Any]], turn: str) -> float:
-    """Of the blackouts of one kind of turn, in s."""
-    of_turn = [each["ns"] for each in found if f"{each['kind']}:{each['size'] >> 20}" == turn]
-    return statistics.median(of_turn) / 1e9
+def _of_turn(found: list[dict[str, Any]], turn: str) -> list[dict[str, Any]]:
+    return [each for each in found if f"{each['kind']}:{each['size'] >> 20}" == turn]
+
+
+def _least(found: list[dict[str, Any]], turn: str) -> float:
+    """The shortest blackout of one kind of turn, in s: what else the machine does only ever makes a boot longer."""
+    return min(each["ns"] for each in _of_turn(found, turn)) / 1e9
+
+
+def _own(found: list[dict[str, Any]], turn: str) -> float:
+    """The least that memconsole's own phases took of such blackouts, in s: all but the jump and the boot."""
+    spans = (
+        [phase["end_ns"] - phase["start_ns"] for phase in each["phases"] if phase["blackout"] and _is_own(phase)]
+        for each in _of_turn(found, turn)
+    )
+    return min(sum(each) for each in spans) / 1e9
+
+
+def _is_own(phase: dict[str, Any]) -> bool:
+    return phase["id"] not in {"jump", "boot"}
 
 
 def bench_floor() -> list[Result]:
     """A 64 MiB canary carried by memconsole, and by a C program that only preserves, kexecs, retrieves, resumes."""
     found = _blackouts(["floor:64", "ours:64"] * PAIRS, "2G")
-    name = f"blackout of a 64M guest, median of {PAIRS}, against the floor"
-    return [Result(name, _median(found, "ours:64"), "s", _median(found, "floor:64"), 1.25)]
+    name = f"blackout of a 64M guest, least of {PAIRS}, against the floor"
+    return [Result(name, _least(found, "ours:64"), "s", _least(found, "floor:64"), 1.25)]
 
 
 def bench_size() -> list[Result]:
     """A 1 GiB guest against one of 64 MiB."""
     found = _blackouts(["ours:64", "ours:1024"] * PAIRS, "4G")
-    name = f"blackout of a 1G guest, median of {PAIRS}, against a 64M guest"
-    return [Result(name, _median(found, "ours:1024"), "s", _median(found, "ours:64"), 1.1)]
+    name = f"blackout of a 1G guest, least of {PAIRS}, against a 64M guest"
+    return [
+        Result(name, _least(found, "ours:1024"), "s", _least(found, "ours:64"), 1.1),
+        Result("of it, all but the jump and the boot", _own(found, "ours:1024"), "s", _own(found, "ours:64")),
+    ]
 
 
 def bench_cost() -> list[Result]:

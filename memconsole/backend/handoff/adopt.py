@@ -16,23 +16,20 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import msgspec
 from msgspec.structs import replace
 
 from memconsole.actions import Handoff, HandoffRehearse
 from memconsole.backend.desk import STOP_S, Desk, custody_name
-from memconsole.backend.guests.canary import CanaryGuest
-from memconsole.backend.handoff import bootplan, devices, image, manifest, report, verify, vmm
+from memconsole.backend.handoff import bootplan, devices, image, kept, report, verify
 from memconsole.backend.handoff.bootplan import LANDED, MANIFEST, RESUME, STARTED, Moment, Resume, Resumed
 from memconsole.backend.handoff.manifest import Manifest
 from memconsole.backend.handoff.report import Clock, Progress
 from memconsole.backend.state import Change, Intent
 from memconsole.backend.steps import point
 from memconsole.backend.stores import memfd
-from memconsole.errors import BadFile, Gone, GuestError, MemconsoleError, NotFound
+from memconsole.errors import Gone, GuestError, MemconsoleError
 from memconsole.model import (
     Carried,
-    CarriedDevice,
     Finding,
     Grant,
     Guest,
@@ -82,8 +79,8 @@ def land(desk: Desk, progress: Progress | None = None) -> Landing:
         NotFound: there is no record of a resume. BadFile: it cannot be read.
     """
     arrived = bootplan.moment()
-    resume = bootplan.read_resume(_content(desk, RESUME))
-    described, findings = _described(desk)
+    resume = bootplan.read_resume(kept.content(desk, RESUME))
+    described, findings = kept.described(desk)
     jumped = resume.mode != "rehearse"
     regions = _regions(desk, restored=jumped)
     guests = {each.guest: each for each in resume.guests}
@@ -122,15 +119,17 @@ def settle(desk: Desk, landing: Landing) -> None:
         returned = devices.back(desk, described, clock)
         waiting = returned.waiting
         landing.findings += returned.findings
-        made = replace(made, devices=_newest(made.devices, returned.devices), windows=returned.windows or made.windows)
+        made = replace(
+            made, devices=kept.newest(made.devices, returned.devices), windows=returned.windows or made.windows
+        )
         if not contents:
             late = _let_go_on(desk, described, clock, waiting)
         if not again:
-            kept, found = verify.compare(desk, described, landing.moved)
+            regions, found = verify.compare(desk, described, landing.moved)
             landing.findings += found
-            made = replace(made, regions=kept)
+            made = replace(made, regions=regions)
     point("adopt.compared")
-    store(desk, replace(made, state=HandoffState.DONE))
+    kept.store(desk, replace(made, state=HandoffState.DONE))
     point("adopt.reported")
     if described is not None and clock is not None:
         if contents:
@@ -138,7 +137,7 @@ def settle(desk: Desk, landing: Landing) -> None:
             held = {grant.guest for grant in desk.state.grants.values() if grant.region in wrong}
             late = _let_go_on(desk, described, clock, waiting | held)
         made = report.held(report.filled(made, late.items(), "its VMM"), waiting)
-        store(desk, replace(made, state=HandoffState.DONE))
+        kept.store(desk, replace(made, state=HandoffState.DONE))
         devices.settle(desk, described)
     _tidy(desk, landing.report)
 
@@ -185,13 +184,13 @@ def interrupted(desk: Desk, action: Handoff) -> bool:
     """Whether a rehearsal died after it had ended a VMM that it had saved."""
     if not isinstance(action, HandoffRehearse) or MANIFEST not in desk.custody.names():
         return False
-    described, _ = _described(desk)
+    described, _ = kept.described(desk)
     return described is not None and any(desk.live(each.guest.name) is None for each in described.guests)
 
 
 def carry_on(desk: Desk) -> Landing:
     """Start what an interrupted rehearsal had ended, and land."""
-    described, _ = _described(desk)
+    described, _ = kept.described(desk)
     guests = [each.guest for each in described.guests] if described is not None else []
     end(desk, guests)
     revive(desk)
@@ -222,128 +221,6 @@ def revive(desk: Desk, plan: str = MANIFEST) -> None:
         raise GuestError("the VMMs could not be started again", why[-1] if why else "", "their state is in custody")
 
 
-def waits(desk: Desk, guest: str) -> bool:
-    """Whether a guest was saved and did not come back: its state is in custody."""
-    return desk.live(guest) is None and f"state:{guest}" in desk.custody.names()
-
-
-def again(desk: Desk, guest: Guest) -> Guest:
-    """Start one guest that waits from what was saved; who it is now.
-
-    Raises:
-        GuestError: it did not come back this time either.
-    """
-    fd = manifest.memfd("memconsole-plan", bootplan.encode(_alone(desk, guest)))
-    try:
-        back = _start_alone(desk, guest, fd)
-    finally:
-        os.close(fd)
-    live = desk.live(guest.name)
-    if live is not None and desk.connected(guest.name) and live.state() is GuestState.PAUSED:
-        try:
-            give_back(desk, guest.name)
-        except MemconsoleError:
-            let_go(desk, guest.name)
-            raise
-        live.resume()
-    return back
-
-
-def start_alone(desk: Desk, guest: Guest, plan: int) -> Guest:
-    """Start one guest by a boot plan (an fd); who it is now.
-
-    Raises:
-        GuestError: it did not come back. BadFile: what became of it cannot be read.
-    """
-    back = _start_alone(desk, guest, plan)
-    desk.custody.drop(RESUME)
-    return back
-
-
-def _start_alone(desk: Desk, guest: Guest, plan: int) -> Guest:
-    """The same; the record of it stays, so that whoever comes after a control process that dies now knows of it."""
-    name = f"again:{guest.name}"
-    try:
-        desk.custody.put(name, plan)
-        with contextlib.suppress(NotFound):
-            desk.custody.drop(RESUME)  # it would say that all of this was done
-        revive(desk, name)
-    finally:
-        desk.custody.drop(name)
-    back = started(desk, guest)
-    take_hold(desk, [back])
-    return back
-
-
-def started(desk: Desk, guest: Guest) -> Guest:
-    """Who a guest is that was started again alone; what it was started from stays until the ledger knows.
-
-    Raises:
-        GuestError: it did not come back.
-    """
-    found = next(
-        (each for each in bootplan.read_resume(_content(desk, RESUME)).guests if each.guest == guest.name), None
-    )
-    if found is None or found.state == "held":
-        desk.custody.drop(RESUME)
-        why = found.why if found is not None else "the boot plan does not know it"
-        raise GuestError(f"guest {guest.name} did not come back", why, f"look into {desk.directory(guest.name)}/log")
-    return replace(guest, pid=found.pid, start_ticks=found.start_ticks, state=GuestState.RUNNING)
-
-
-def let_go(desk: Desk, guest: str) -> None:
-    """Drop what a guest was started from, once the ledger knows who it is."""
-    for name in (f"state:{guest}", RESUME):
-        with contextlib.suppress(NotFound):
-            desk.custody.drop(name)
-
-
-def _alone(desk: Desk, guest: Guest) -> bootplan.Plan:
-    """A plan for one guest: as the boot plan has it, or by the ledger where there is none, or of another version."""
-    starts: tuple[bootplan.Start, ...] = ()
-    says: tuple[bootplan.Say, ...] = ()
-    with contextlib.suppress(BadFile, NotFound):
-        plan = bootplan.decode(_content(desk, MANIFEST))
-        starts = tuple(each for each in plan.starts if each.guest == guest.name)
-        says = tuple(each for each in plan.says if each.guest == guest.name)
-    if not starts:
-        grants = desk.state.grants_of(guest=guest.name)
-        start, say = vmm.anew(desk, guest, grants, f"state:{guest.name}", paused=False)
-        starts, says = (start,), (() if say is None else (say,))
-    holds = tuple(
-        bootplan.Hold(bootplan.MANIFEST_SESSION, token, name) for token, (name, _) in enumerate(starts[0].fds)
-    )
-    return bootplan.Plan(holds, (), starts, says, bootplan.moment())
-
-
-def devices_wait(desk: Desk, guest: str) -> bool:
-    """Whether devices of a guest are not back since a handoff, and its grants still mean them."""
-    described, _ = _described(desk)
-    return described is not None and bool(devices.waits(desk, described, guest))
-
-
-def give_back(desk: Desk, guest: str) -> None:
-    """Try again to give a guest its devices and windows as they were.
-
-    Raises:
-        GuestError: they still are not; it stays paused. BadFile: the manifest cannot be read.
-    """
-    described = manifest.read(_content(desk, MANIFEST))
-    now = bootplan.moment()
-    clock = Clock(described.began, [(described.began, described.written), (now, now)])
-    returned = devices.back(desk, described, clock, guest)
-    devices.settle(desk, described)
-    made = desk.handoff
-    if made is not None:
-        guests = made.guests
-        if not returned.findings:
-            guests = tuple(replace(each, back=True, why="") if each.name == guest else each for each in guests)
-        store(desk, replace(made, guests=guests, devices=_newest(made.devices, returned.devices)))
-    if returned.findings:
-        first = returned.findings[0]
-        raise GuestError(f"guest {guest} stays paused", first.what, first.remedy)
-
-
 def take_hold(desk: Desk, guests: Sequence[Guest], *, windows: bool = False) -> None:
     """Adopt the processes of guests that this control process started again; ``windows``: give them those at once."""
     for guest in guests:
@@ -353,65 +230,7 @@ def take_hold(desk: Desk, guests: Sequence[Guest], *, windows: bool = False) -> 
                 desk.adopt_guest(guest, windows=windows)
 
 
-# --- the report in custody ------------------------------------------------------------------------------------------
-
-
-def store(desk: Desk, made: HandoffReport) -> None:
-    """Show a report, and keep it in custody for the next control process."""
-    desk.handoff = made
-    fd = manifest.memfd("memconsole-report", msgspec.json.encode(made))
-    try:
-        desk.custody.put(report.CUSTODY, fd)
-    finally:
-        os.close(fd)
-
-
-def stored(desk: Desk) -> HandoffReport | None:
-    """The report of the last handoff, as custody holds it."""
-    if report.CUSTODY not in desk.custody.names():
-        return None
-    with contextlib.suppress(msgspec.DecodeError, NotFound):
-        return msgspec.json.decode(_content(desk, report.CUSTODY).rstrip(b"\0"), type=HandoffReport)
-    return None
-
-
-def reported(desk: Desk) -> HandoffReport | None:
-    """The report, with what guests say of their own blackout; asked until they have said it."""
-    made = desk.handoff
-    if made is None or made.state is not HandoffState.DONE:
-        return made
-    waiting = [guest for guest in made.guests if guest.back and guest.kind is GuestKind.CANARY and guest.by != "guest"]
-    said = []
-    for guest in waiting:
-        live = desk.live(guest.name)
-        with contextlib.suppress(MemconsoleError):
-            if isinstance(live, CanaryGuest) and live.agent():
-                restored, blackout_ns = live.blackout()
-                if restored and blackout_ns:
-                    said.append((guest.name, blackout_ns))
-    if said:
-        made = report.filled(made, said)
-        store(desk, made)
-    return made
-
-
 # --- inside ---------------------------------------------------------------------------------------------------------
-
-
-def _content(desk: Desk, name: str) -> bytes:
-    fd, _ = desk.custody.get(name)
-    try:
-        return manifest.content(fd)
-    finally:
-        os.close(fd)
-
-
-def _described(desk: Desk) -> tuple[Manifest | None, list[Finding]]:
-    try:
-        return manifest.read(_content(desk, MANIFEST)), []
-    except (BadFile, NotFound) as error:
-        what = f"the manifest of the handoff is not known: {error.why or error.what}"
-        return None, [Finding("manifest-unknown", Severity.WARNING, MANIFEST, what, "custody", error.remedy)]
 
 
 def _regions(desk: Desk, *, restored: bool) -> Iterator[Region | None]:
@@ -454,11 +273,6 @@ def _findings(resume: Resume) -> Iterator[Finding]:
         yield Finding(f"handoff-{each.id}", severity, each.subject, f"{each.subject}: {each.text}", "resume", remedy)
 
 
-def _saved(desk: Desk) -> list[str]:
-    """The guests whose state is in custody, of those the ledger knows."""
-    return [name for name in desk.state.guests if f"state:{name}" in desk.custody.names()]
-
-
 _LESSER = {"name-taken", "session-unfinished", "session-kept"}
 _REMEDIES = {
     "plan-broken": "resume guests by hand, or release their regions: everything is in custody",
@@ -483,7 +297,7 @@ def _report(
         release = os.uname().release
         kind = "rehearse" if resume.mode == "rehearse" else "run"
         made = HandoffReport(kind, HandoffState.DONE, time.time_ns(), to_kernel=release)  # type: ignore[arg-type]
-        saved = (desk.state.guests[name] for name in _saved(desk))
+        saved = (desk.state.guests[name] for name in kept.saved(desk))
         guests = tuple(report.come(Carried(each.name, each.kind, each.memory), resume) for each in saved)
         unknown = "the manifest could not be read: what went before the jump is not known"
         notes = (unknown, *(f"{each.subject}: {each.text}" for each in resume.findings))
@@ -542,9 +356,3 @@ def _let_go_on(desk: Desk, described: Manifest, clock: Clock, held: Collection[s
                 point(f"adopt.goes-on.{name}")
                 late[name] = clock.between(stopped.at, bootplan.moment())
     return late
-
-
-def _newest(before: Iterable[CarriedDevice], now: Iterable[CarriedDevice]) -> tuple[CarriedDevice, ...]:
-    """The devices of a report, those that were looked at again as they are now."""
-    found = {each.bdf: each for each in before}
-    return tuple((found | {each.bdf: each for each in now}).values())

@@ -114,7 +114,7 @@ def give(work: Work, desk: Desk, grant: Grant, region: Region) -> None:
 
 def again(desk: Desk, guest: Guest) -> Work:
     """``guest resume`` of a guest that waits: ``again`` starts it from what was saved."""
-    from memconsole.backend.handoff import adopt
+    from memconsole.backend.handoff import alone
 
     work = Work(guest.name, f"guest {guest.name} goes on")
     kept = _kept(desk, guest.name)
@@ -128,7 +128,7 @@ def again(desk: Desk, guest: Guest) -> Work:
     def do() -> None:
         plan, _ = desk.custody.get(f"{_PLAN}:{guest.name}")
         with contextlib.closing(os.fdopen(plan, "rb")):
-            back = adopt.start_alone(desk, guest, plan)
+            back = alone.start_alone(desk, guest, plan)
         drop(desk, guest.name)
         if kept.paused:
             back = replace(back, state=GuestState.PAUSED)

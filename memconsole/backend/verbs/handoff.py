@@ -23,16 +23,16 @@ def run(desk: Desk, action: HandoffRun) -> Work:
 
 def again(desk: Desk, guest: Guest) -> Work:
     """``guest resume`` of one that did not come back from a handoff: ``again`` starts it from what was saved."""
-    from memconsole.backend.handoff import adopt
+    from memconsole.backend.handoff import alone
 
     work = Work(guest.name, f"guest {guest.name} goes on")
 
     def do() -> None:
-        work.change = Change(guests=(adopt.again(desk, guest),))
+        work.change = Change(guests=(alone.again(desk, guest),))
         work.after = after
 
     def after() -> None:
-        adopt.let_go(desk, guest.name)
+        alone.let_go(desk, guest.name)
         tidy(desk)
 
     work.step("again", f"start {guest.name} from what was saved before the handoff", do)
@@ -77,25 +77,25 @@ def waits(desk: Desk, guest: str) -> bool:
     """Whether a guest did not come back from a handoff, and can be tried again."""
     if f"state:{guest}" not in desk.custody.names():
         return False
-    from memconsole.backend.handoff import adopt
+    from memconsole.backend.handoff import alone
 
-    return adopt.waits(desk, guest)
+    return alone.waits(desk, guest)
 
 
 def devices_wait(desk: Desk, guest: str) -> bool:
     """Whether a guest is held after a handoff because devices of it are not back."""
     if not any(name.startswith("iova:") for name in desk.custody.names()):
         return False
-    from memconsole.backend.handoff import adopt
+    from memconsole.backend.handoff import alone
 
-    return adopt.devices_wait(desk, guest)
+    return alone.devices_wait(desk, guest)
 
 
 def give_back(desk: Desk, work: Work, guest: Guest) -> None:
     """The step before ``guest resume`` of one whose devices are not back."""
-    from memconsole.backend.handoff import adopt
+    from memconsole.backend.handoff import alone
 
-    work.step("devices", f"give {guest.name} its devices back as they were", lambda: adopt.give_back(desk, guest.name))
+    work.step("devices", f"give {guest.name} its devices back as they were", lambda: alone.give_back(desk, guest.name))
 
 
 def rehearse(desk: Desk, action: HandoffRehearse) -> Work:

@@ -43,7 +43,7 @@ HELLO = struct.Struct("<II")
 DONE = struct.Struct("<iI120s")
 REPORTED = struct.Struct("<IIQQQQQQQ120s")
 SWEPT = struct.Struct("<QQQ")
-MAPPED = struct.Struct("<iIQ120s")
+HANDED = struct.Struct("<IIQ")
 GRANT = struct.Struct("<64sQQQII")
 NAME = struct.Struct("<64s")
 
@@ -55,7 +55,7 @@ class Type(enum.IntEnum):
     DONE = 2
     REPORTED = 3
     SWEPT = 4
-    MAPPED = 5
+    HANDED = 5
     GRANT = 16
     UNMAP = 17
     PAUSE = 18
@@ -64,6 +64,7 @@ class Type(enum.IntEnum):
     STOP = 21
     SAVE = 22
     SWEEP = 23
+    TAKEN = 24
 
 
 _OF_VMS = {Type.PAUSE, Type.RESUME, Type.REPORT, Type.STOP, Type.SAVE, Type.SWEEP}
@@ -167,6 +168,8 @@ class Agent:
         self._on_unmap = on_unmap
         self._changed = threading.Condition()
         self._grants: dict[str, Grant] = {}
+        self._handed: dict[int, Grant] = {}
+        """Mapped, by the request; nobody sees them until it is known that the uffd handed over is in custody."""
         self._socket: socket.socket | None = None
         self._woken, self._wake = os.pipe()
         self._thread = threading.Thread(target=self._run, name="memconsole-agent", daemon=True)
@@ -251,6 +254,10 @@ class Agent:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+        # Whether their uffds arrived nobody knows: they are offered again, and handed over again.
+        for grant in self._handed.values():
+            grant.release()
+        self._handed.clear()
 
     def _serve(self) -> None:
         assert self._socket is not None  # noqa: S101 - _run's own invariant
@@ -262,12 +269,9 @@ class Agent:
                 raise ConnectionResetError
             message = unpack(packet)
             answer = self._do(message, fds)
-            reply = pack(*answer.packed(message.id))
-            controls = (
-                [] if answer.uffd < 0 else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", answer.uffd))]
-            )
+            rights = [] if answer.uffd < 0 else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", answer.uffd))]
             try:
-                self._socket.sendmsg([reply], controls)
+                self._socket.sendmsg([pack(*answer.packed(message.id))], rights)
             finally:
                 if answer.uffd >= 0:
                     os.close(answer.uffd)
@@ -277,19 +281,22 @@ class Agent:
 
     def _do(self, message: Message, fds: list[int]) -> _Answer:
         if message.type is Type.GRANT and len(message.body) == GRANT.size and len(fds) == 1:
-            return self._map(message.body, fds[0])
+            return self._map(message.id, message.body, fds[0])
+        if message.type is Type.TAKEN and not message.body:
+            return self._taken(message.id)
         if message.type is Type.UNMAP and len(message.body) == NAME.size:
             return self._unmap(unpack_name(message.body))
         if message.type in _OF_VMS and not message.body:
             return _Answer(errno.EOPNOTSUPP, "a process has no such thing")
         raise BadMessage(f"a malformed {message.type.name}")
 
-    def _map(self, body: bytes, fd: int) -> _Answer:
+    def _map(self, request: int, body: bytes, fd: int) -> _Answer:
         raw, offset, length, gpa, access, wants = GRANT.unpack(body)
         id = unpack_name(raw)
         if id in self.grants:
             return _Answer(0)
-        if len(self.grants) >= MAX_GRANTS:
+        self._take_back(id)
+        if len(self.grants) + len(self._handed) >= MAX_GRANTS:
             return _Answer(errno.ENOSPC, f"it holds {MAX_GRANTS} grants")
         writable = access in _WRITABLE
         try:
@@ -297,12 +304,33 @@ class Agent:
         except (OSError, ValueError, OverflowError) as error:
             return _Answer(getattr(error, "errno", None) or errno.EINVAL, str(error))
         answer = _registered(mapping, length, wants) if wants else _Answer(0)
-        with self._changed:
-            self._grants[id] = Grant(id, memoryview(mapping), offset, None if gpa == NO_GPA else gpa, writable, mapping)
-            self._changed.notify_all()
+        grant = Grant(id, memoryview(mapping), offset, None if gpa == NO_GPA else gpa, writable, mapping)
+        if answer.uffd < 0:
+            self._publish(grant)
+        else:
+            self._handed[request] = grant
         return answer
 
+    def _taken(self, request: int) -> _Answer:
+        grant = self._handed.pop(request, None)
+        if grant is None:
+            return _Answer(errno.ECANCELED, "it was taken back meanwhile")
+        self._publish(grant)
+        return _Answer(0)
+
+    def _publish(self, grant: Grant) -> None:
+        with self._changed:
+            self._grants[grant.id] = grant
+            self._changed.notify_all()
+
+    def _take_back(self, id: str) -> None:
+        """Unmap a grant whose uffd was handed over and that nobody has seen yet, if it is one."""
+        for request, grant in list(self._handed.items()):
+            if grant.id == id:
+                self._handed.pop(request).release()
+
     def _unmap(self, id: str) -> _Answer:
+        self._take_back(id)
         grant = self.grants.get(id)
         if grant is None:
             return _Answer(0)
@@ -375,7 +403,7 @@ def _registered(mapping: mmap.mmap, length: int, wants: int) -> _Answer:
 
 
 class _Answer(NamedTuple):
-    """What a request is answered: with an uffd, how the mapping at ``address`` is registered with it."""
+    """What a request is answered; an uffd is handed over first, with how the mapping at ``address`` is registered."""
 
     status: int
     text: str = ""
@@ -384,7 +412,6 @@ class _Answer(NamedTuple):
     address: int = 0
 
     def packed(self, id: int) -> tuple[Type, int, bytes]:
-        text = self.text.encode()[:119]
-        if self.uffd < 0:
-            return Type.DONE, id, DONE.pack(self.status, 0, text)
-        return Type.MAPPED, id, MAPPED.pack(self.status, self.modes, self.address, text)
+        if self.uffd >= 0:
+            return Type.HANDED, id, HANDED.pack(self.modes, 0, self.address)
+        return Type.DONE, id, DONE.pack(self.status, 0, self.text.encode()[:119])

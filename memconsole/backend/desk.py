@@ -26,7 +26,7 @@ from memconsole.units import PAGE
 if TYPE_CHECKING:
     from memconsole.backend.custody import Custody
     from memconsole.backend.dma.spaces import Spaces
-    from memconsole.backend.exports.fd import Hub
+    from memconsole.backend.exports.fd import Hub, Uffd
     from memconsole.backend.guests.base import Guest as LiveGuest
     from memconsole.backend.guests.base import Offer
     from memconsole.backend.lazy import Uffds
@@ -136,17 +136,17 @@ class Desk:
         """What was served for each lazy grant."""
         return self._uffds.faults() if self._uffds is not None else {}
 
-    def _take_uffd(self, guest: str, grant: str, uffd: int, modes: int, address: int) -> None:
+    def _take_uffd(self, handed: Uffd) -> None:
         """A guest handed an uffd over; without us it goes on as if it had not."""
-        state, live = self.state, self.live(guest)
+        state = self.state
         aims = [intent.aims for intent in state.unfinished.values()]
         grants = {each.id: each for change in aims for each in change.grants} | state.grants
         regions = {each.name: each for change in aims for each in change.regions} | state.regions
-        if grant in grants and live is not None:
-            meant = grants[grant]
+        meant = grants.get(handed.grant)
+        if meant is not None and meant.guest == handed.guest:
             with contextlib.suppress(MemconsoleError):
                 page = regions[meant.region].page_size
-                self.uffds.take(meant, page, (live.pid, live.start_ticks), uffd, modes, address)
+                self.uffds.take(meant, page, handed.process, handed.fd, handed.modes, handed.address)
 
     # --- regions --------------------------------------------------------------------------------------------------
 

@@ -10,9 +10,9 @@
  *   agent -> control
  *     HELLO    = u32 runs_as  u32 count  count * name       first message; the grants it has mapped
  *     DONE     = s32 status  u32 zero  char text[120]       answers by id; status is 0 or an errno
- *     MAPPED   = s32 status  u32 modes  u64 address  char text[120]     with an uffd by SCM_RIGHTS, with which the
- *                mapping at address is registered (UFFDIO_REGISTER_MODE_*); answers a GRANT that wants one, where it can
- *                be had, before the agent touches the mapping
+ *     HANDED   = u32 modes  u32 zero  u64 address            with an uffd by SCM_RIGHTS, with which the mapping at
+ *                address is registered (UFFDIO_REGISTER_MODE_*); comes before the answer to a GRANT that wants one,
+ *                where it can be had; by the GRANT's id
  *     REPORTED = u32 runs_as  u32 state  u64 beats  u64 checked  u64 wrong  u64 gap_ns  u64 gaps
  *                u64 restored  u64 blackout_ns  char text[120]
  *     SWEPT    = u64 pages  u64 wrong  u64 ns                answers SWEEP: pages checked, bytes that are wrong
@@ -20,10 +20,13 @@
  *     GRANT    = name  u64 offset  u64 length  u64 gpa  u32 access  u32 wants    with one fd by SCM_RIGHTS
  *     UNMAP    = name
  *     SAVE     with one fd: stop, stay stopped, and write what it is besides its RAM into that file (canary_state.h)
+ *     TAKEN    the uffd handed over for the GRANT of that id is in custody, or nobody has it; no body
  *     PAUSE, RESUME, REPORT, STOP, SWEEP have no body
  *
  * Offsets and lengths are bytes. A GRANT the agent has mapped already is answered with success. Whoever breaks
  * the grammar is disconnected; an agent connects again after 100-200 ms and says in HELLO what it still has mapped.
+ * A mapping whose uffd was handed over is touched from TAKEN on, and the GRANT answered then; if the connection ends
+ * before, it is unmapped, and the grant comes again.
  */
 #ifndef MEMCONSOLE_AGENT_H
 #define MEMCONSOLE_AGENT_H
@@ -42,8 +45,8 @@ enum agent_type {
 	AGENT_HELLO = 1,
 	AGENT_DONE = 2,
 	AGENT_REPORTED = 3,
-	AGENT_MAPPED = 5,
 	AGENT_SWEPT = 4,
+	AGENT_HANDED = 5,
 	AGENT_GRANT = 16,
 	AGENT_UNMAP = 17,
 	AGENT_PAUSE = 18,
@@ -52,6 +55,7 @@ enum agent_type {
 	AGENT_STOP = 21,
 	AGENT_SAVE = 22,
 	AGENT_SWEEP = 23,
+	AGENT_TAKEN = 24,
 };
 
 /* WINDOW: registers of a device, to be read and written, and no RAM. */
@@ -84,12 +88,11 @@ struct agent_done {
 	char text[AGENT_TEXT];
 };
 
-struct agent_mapped {
+struct agent_handed {
 	struct agent_head head;
-	int32_t status;
 	uint32_t modes;
+	uint32_t zero;
 	uint64_t address;
-	char text[AGENT_TEXT];
 };
 
 struct agent_reported {
@@ -131,7 +134,7 @@ struct agent_unmap {
 _Static_assert(sizeof(struct agent_head) == 16, "the head is 16 bytes");
 _Static_assert(sizeof(struct agent_grant) == 112, "no padding in a grant");
 _Static_assert(sizeof(struct agent_done) == 144, "no padding in an answer");
-_Static_assert(sizeof(struct agent_mapped) == 152, "no padding in an answer with an uffd");
+_Static_assert(sizeof(struct agent_handed) == 32, "no padding where an uffd is handed over");
 _Static_assert(sizeof(struct agent_reported) == 200, "no padding in a report");
 _Static_assert(sizeof(struct agent_hello) <= AGENT_MAX, "a full HELLO fits into a message");
 

@@ -155,6 +155,7 @@ static void disconnect(struct canary *c)
 		close(c->sock);
 	c->sock = -1;
 	c->retry = now_ns() + RETRY_NS;
+	handed_drop(c, NULL);
 }
 
 static void post_fd(struct canary *c, void *message, size_t size, uint16_t type, uint32_t id, int fd)
@@ -262,13 +263,37 @@ static void answer(struct canary *c, uint32_t id, int err, const char *why)
 	post(c, &m, sizeof(m), AGENT_DONE, id);
 }
 
-/* Answer a GRANT: with the uffd of its mapping where one is wanted and can be had. */
+/* Take a grant into the machine, answer, and begin to touch it. */
+static void take_range(struct canary *c, const struct agent_grant *m, void *at)
+{
+	int err = range_take(c, m, at);
+	struct range *r = err ? NULL : range_find(c, m->grant);
+
+	answer(c, m->head.id, err, "");
+	if (r)
+		range_touch(r);
+}
+
+/* Hand the uffd of a mapping over, where one is wanted and can be had. Returns whether TAKEN is to come. */
+static bool hand_over(struct canary *c, const struct agent_grant *m, void *at)
+{
+	struct agent_handed with = { .address = (uintptr_t)at };
+	struct handed *h = handed_free(c);
+	int uffd = h ? uffd_register(at, m->length, m->wants, &with.modes) : -1;
+
+	if (uffd < 0)
+		return false;
+	*h = (struct handed){ *m, at };
+	post_fd(c, &with, sizeof(with), AGENT_HANDED, m->head.id, uffd);
+	close(uffd);
+	return true;
+}
+
 static void serve_grant(struct canary *c, const struct agent_grant *m, int fd)
 {
-	struct agent_mapped with = { .status = 0 };
 	char why[AGENT_TEXT] = "";
-	struct range *r;
-	int err, uffd;
+	void *at;
+	int err;
 
 	if (m->grant[AGENT_NAME - 1] || fd < 0)
 		return answer(c, m->head.id, EBADMSG, "");
@@ -278,19 +303,23 @@ static void serve_grant(struct canary *c, const struct agent_grant *m, int fd)
 		err = window_map(c, m, fd, why, sizeof(why));
 		return answer(c, m->head.id, err, why);
 	}
-	err = range_map(c, m, fd);
-	r = err ? NULL : range_find(c, m->grant);
-	if (!r)
+	handed_drop(c, m->grant);
+	err = range_claim(m, fd, &at);
+	if (err)
 		return answer(c, m->head.id, err, "");
-	uffd = uffd_register(r->header, r->length, m->wants, &with.modes);
-	with.address = (uintptr_t)r->header;
-	if (uffd < 0)
-		answer(c, m->head.id, 0, "");
-	else
-		post_fd(c, &with, sizeof(with), AGENT_MAPPED, m->head.id, uffd);
-	if (uffd >= 0)
-		close(uffd);
-	range_touch(r);
+	if (!hand_over(c, m, at))
+		take_range(c, m, at);
+}
+
+static void serve_taken(struct canary *c, uint32_t id)
+{
+	struct handed *h = handed_find(c, id);
+	void *at = h ? h->at : NULL;
+
+	if (!at)
+		return answer(c, id, ECANCELED, "");
+	h->at = NULL;
+	take_range(c, &h->grant, at);
 }
 
 static int serve_unmap(struct canary *c, const struct agent_unmap *m)
@@ -298,6 +327,8 @@ static int serve_unmap(struct canary *c, const struct agent_unmap *m)
 	struct range *r = m->grant[AGENT_NAME - 1] ? NULL : range_find(c, m->grant);
 	struct window *w = m->grant[AGENT_NAME - 1] ? NULL : window_find(c, m->grant);
 
+	if (!m->grant[AGENT_NAME - 1])
+		handed_drop(c, m->grant);
 	return r ? range_unmap(c, r) : w ? window_unmap(w) : 0;
 }
 
@@ -337,6 +368,7 @@ static size_t size_of(uint16_t type)
 	case AGENT_STOP:
 	case AGENT_SAVE:
 	case AGENT_SWEEP:
+	case AGENT_TAKEN:
 		return sizeof(struct agent_head);
 	default:
 		return 0;
@@ -374,6 +406,9 @@ static bool serve(struct canary *c)
 		break;
 	case AGENT_UNMAP:
 		answer(c, m.head.id, serve_unmap(c, &m.unmap), "");
+		break;
+	case AGENT_TAKEN:
+		serve_taken(c, m.head.id);
 		break;
 	case AGENT_REPORT:
 		report(c, m.head.id);

@@ -42,6 +42,12 @@ struct window {
 	volatile uint32_t *at;	/* NULL while there is none */
 };
 
+/* A grant that is mapped and touched by nobody: its uffd was handed over, and is not known to be in custody yet. */
+struct handed {
+	struct agent_grant grant;
+	void *at;		/* NULL while there is none */
+};
+
 struct canary {
 	const char *path;
 	int sock;
@@ -53,6 +59,7 @@ struct canary {
 	bool stop;
 	struct range ranges[AGENT_GRANTS];
 	struct window windows[WINDOWS];
+	struct handed handed[AGENT_GRANTS];
 	int home;		/* index of the range the vCPU runs in; -1 before there was one */
 	int visit;		/* index of the range visited last */
 	uint64_t quantum;
@@ -144,26 +151,39 @@ static struct range *range_slot(struct canary *c, uint64_t gpa, uint64_t length)
 	return slot;
 }
 
-/* Map a grant at its GPA, and touch nothing of it. Returns 0 or an errno; nothing is left half done. */
-static int range_map(struct canary *c, const struct agent_grant *m, int fd)
+/* Map what a grant's file holds, in this process alone, and touch nothing of it. Returns 0 or an errno. */
+static int range_claim(const struct agent_grant *m, int fd, void **at)
 {
-	uint64_t gpa = m->gpa == AGENT_NO_GPA ? range_place(c, m->length) : m->gpa;
 	bool writes = m->access == AGENT_RW;
-	bool homeless = c->home < 0 || (!c->ranges[c->home].mapped && !c->awaited);
-	struct range *r;
 	struct stat st;
-	bool again;
-	void *at;
-	int err;
 
-	if ((gpa | m->offset | m->length) % PAGE || m->length < MIN_PAGES * PAGE || m->length > GPA_END ||
-	    gpa > GPA_END - m->length || (m->access != AGENT_RO && !writes))
+	if ((m->offset | m->length) % PAGE || m->length < MIN_PAGES * PAGE || m->length > GPA_END ||
+	    (m->gpa != AGENT_NO_GPA && (m->gpa % PAGE || m->gpa > GPA_END - m->length)) ||
+	    (m->access != AGENT_RO && !writes))
 		return EINVAL;
 	/* A file shorter than the grant would end in SIGBUS, not in an answer. */
 	if (fstat(fd, &st) < 0)
 		return errno;
 	if (m->offset > (uint64_t)st.st_size || m->length > (uint64_t)st.st_size - m->offset)
 		return ERANGE;
+	*at = mmap(NULL, m->length, PROT_READ | (writes ? PROT_WRITE : 0), MAP_SHARED, fd, (off_t)m->offset);
+	if (*at == MAP_FAILED)
+		return errno;
+	madvise(*at, m->length, MADV_HUGEPAGE);	/* advice: kernels without it do as they please */
+	return 0;
+}
+
+static int range_insert(struct canary *c, const struct agent_grant *m, void *at)
+{
+	uint64_t gpa = m->gpa == AGENT_NO_GPA ? range_place(c, m->length) : m->gpa;
+	bool writes = m->access == AGENT_RW;
+	bool homeless = c->home < 0 || (!c->ranges[c->home].mapped && !c->awaited);
+	struct range *r;
+	bool again;
+	int err;
+
+	if (gpa > GPA_END - m->length)
+		return EINVAL;
 	for (int i = 0; i < AGENT_GRANTS; i++)
 		if (c->ranges[i].mapped && gpa < c->ranges[i].gpa + c->ranges[i].length &&
 		    c->ranges[i].gpa < gpa + m->length)
@@ -171,16 +191,10 @@ static int range_map(struct canary *c, const struct agent_grant *m, int fd)
 	r = range_slot(c, gpa, m->length);
 	if (!r)
 		return ENOSPC;
-	at = mmap(NULL, m->length, PROT_READ | (writes ? PROT_WRITE : 0), MAP_SHARED, fd, (off_t)m->offset);
-	if (at == MAP_FAILED)
-		return errno;
-	madvise(at, m->length, MADV_HUGEPAGE);	/* advice: kernels without it do as they please */
 	if (c->runs_as == AGENT_AS_KVM) {
 		err = vm_slot(&c->vm, (unsigned int)(r - c->ranges), gpa, m->length, at, !writes);
-		if (err) {
-			munmap(at, m->length);
+		if (err)
 			return -err;
-		}
 	}
 	again = r->used && r->gpa == gpa && r->length == m->length && r->access == m->access;
 	if (writes && homeless && !(again && r == &c->ranges[c->home])) {
@@ -203,12 +217,60 @@ static int range_map(struct canary *c, const struct agent_grant *m, int fd)
 	return 0;
 }
 
+/* Give the machine, at its GPA, what was claimed; untouched. Returns 0, or an errno, and nothing is mapped then. */
+static int range_take(struct canary *c, const struct agent_grant *m, void *at)
+{
+	int err = range_insert(c, m, at);
+
+	if (err)
+		munmap(at, m->length);
+	return err;
+}
+
+/* Map a grant at its GPA, and touch nothing of it. Returns 0 or an errno; nothing is left half done. */
+static int range_map(struct canary *c, const struct agent_grant *m, int fd)
+{
+	void *at;
+	int err = range_claim(m, fd, &at);
+
+	return err ? err : range_take(c, m, at);
+}
+
 /* Touch a range for the first time: only once whoever serves its page faults has what it takes. */
 static void range_touch(struct range *r)
 {
 	if (r->fresh)
 		range_adopt(r, r->again);
 	r->fresh = false;
+}
+
+static struct handed *handed_find(struct canary *c, uint32_t id)
+{
+	for (int i = 0; i < AGENT_GRANTS; i++)
+		if (c->handed[i].at && c->handed[i].grant.head.id == id)
+			return &c->handed[i];
+	return NULL;
+}
+
+static struct handed *handed_free(struct canary *c)
+{
+	for (int i = 0; i < AGENT_GRANTS; i++)
+		if (!c->handed[i].at)
+			return &c->handed[i];
+	return NULL;
+}
+
+/* Unmap what waits to be taken: of one grant, or (NULL) of all. */
+static void handed_drop(struct canary *c, const char *grant)
+{
+	for (int i = 0; i < AGENT_GRANTS; i++) {
+		struct handed *h = &c->handed[i];
+
+		if (!h->at || (grant && strcmp(h->grant.grant, grant)))
+			continue;
+		munmap(h->at, h->grant.length);
+		h->at = NULL;
+	}
 }
 
 /* Check every stamp of a range at once, between two beats. Returns how many bytes are wrong, and adds to ``*pages``. */

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -274,6 +276,107 @@ def test_fds_a_guest_sends_are_not_received(hub: Hub, me: str) -> None:
         assert hung_up(connection)
     assert len(open_fds()) < here + 1
     connection.close()
+
+
+def _hand(connection: socket.socket, id: int, body: bytes) -> None:
+    """An fd that is no uffd: the hub takes it as it comes."""
+    with Path(os.devnull).open() as null:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", null.fileno()))]
+        connection.sendmsg([wire.pack(wire.Type.HANDED, id, body)], rights)
+
+
+@pytest.mark.parametrize("case", ["for nothing", "too short", "nobody asked for", "twice"])
+def test_an_uffd_that_should_not_be_ends_the_connection(hub: Hub, me: str, case: str) -> None:
+    here = len(open_fds())
+    with knock(hub.path) as connection, region(M) as fd, given(fd, "me-1", M) as offer:
+        greet(connection)
+        assert hub.connected(me, 30)
+        wants = 0 if case == "nobody asked for" else wire.WANTS_FAULTS
+        with ThreadPoolExecutor(1) as pool:
+            asking = pool.submit(hub.offer, me, replace(offer, wants=wants), 30)
+            id = _take_request(connection).id
+            body = wire.HANDED.pack(5, 0, 0)
+            if case == "twice":
+                _hand(connection, id, body)
+                assert wire.unpack(connection.recv(wire.MAX_MESSAGE)) == (wire.Type.TAKEN, id, b"")
+                _hand(connection, id, body)
+            else:
+                _hand(connection, id + (case == "for nothing"), body[: 8 if case == "too short" else None])
+            assert isinstance(asking.exception(), GuestError)
+        assert hung_up(connection)
+    assert not hub.connected(me)
+    assert len(open_fds()) == here
+
+
+class Controller:
+    """The control process's end of an agent's connection, as the test will have it."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self.listener = listener
+        self.id = 0
+
+    def accept(self) -> list[str]:
+        """Take its connection; what it says it holds."""
+        self.connection, _ = self.listener.accept()
+        self.connection.settimeout(30)
+        hello = wire.unpack(self.connection.recv(wire.MAX_MESSAGE))
+        return [wire.unpack_name(raw) for (raw,) in wire.NAME.iter_unpack(hello.body[wire.HELLO.size :])]
+
+    def send(self, type: wire.Type, body: bytes = b"", fd: int | None = None) -> int:
+        self.id += 1
+        rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
+        self.connection.sendmsg([wire.pack(type, self.id, body)], rights)
+        return self.id
+
+    def offer(self, grant: str, fd: int) -> int:
+        """Grant what it hands its page faults over for; nobody serves them, and the kernel does in the end."""
+        id = self.send(wire.Type.GRANT, wire.GRANT.pack(wire.pack_name(grant), 0, M, 0, 2, wire.WANTS_FAULTS), fd)
+        packet, fds, _, _ = socket.recv_fds(self.connection, wire.MAX_MESSAGE, 1)
+        for each in fds:
+            os.close(each)
+        message = wire.unpack(packet)
+        if message.type is wire.Type.DONE:
+            pytest.skip("this user may have no userfaultfd (vm.unprivileged_userfaultfd)")
+        assert (message.type, message.id) == (wire.Type.HANDED, id)
+        return id
+
+    def answered(self, id: int) -> int:
+        """The status of a request's answer."""
+        message = wire.unpack(self.connection.recv(wire.MAX_MESSAGE))
+        assert (message.type, message.id) == (wire.Type.DONE, id)
+        return int(wire.DONE.unpack(message.body)[0])
+
+    def taken(self, id: int) -> int:
+        """Say that an uffd is in custody; what its grant is answered then."""
+        self.connection.send(wire.pack(wire.Type.TAKEN, id))
+        return self.answered(id)
+
+
+def test_an_agent_shows_no_grant_whose_uffd_is_not_in_custody(tmp_path: Path) -> None:
+    path = str(tmp_path / "agents")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, region(M) as fd:
+        listener.settimeout(30)
+        listener.bind(path)
+        listener.listen()
+        control = Controller(listener)
+        with wire.Agent(path) as agent:
+            assert control.accept() == []
+            control.offer("g", fd)
+            assert agent.grants == {}
+            control.connection.close()
+            assert control.accept() == [], "it gave up what nobody said was taken"
+            first = control.offer("g", fd)
+            unmap = control.send(wire.Type.UNMAP, wire.pack_name("g"))
+            assert control.answered(unmap) == 0
+            assert control.taken(first) == errno.ECANCELED
+            assert agent.grants == {}
+            assert control.taken(control.offer("g", fd)) == 0
+            agent.wait("g", 30).memory[:5] = b"hello"
+            assert os.pread(fd, 5, 0) == b"hello"
+            control.connection.close()
+            assert control.accept() == ["g"]
+            control.offer("h", fd)
+        control.connection.close()
 
 
 def test_a_guest_that_says_nothing_costs_no_more_than_it_was_given(hub: Hub, me: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 
@@ -11,6 +12,7 @@ from support import controls as world_of
 from support import keepers
 from support.controls import M, beats, controls, goes_on, grant, region, runtime_dir
 from support.guests import AgentProcess, frames, mapping_of, until
+from support.worlds import worlds
 
 from memconsole import actions as do
 from memconsole import native
@@ -113,6 +115,54 @@ def test_a_guest_waits_for_the_next_control_process_and_goes_on() -> None:
             assert second._desk.custody.names() == ["ledger", "region:cache:0"]
         finally:
             second.close()
+
+
+HANDOVER = ("map.uffd.before", "map.uffd.held", "map.uffd.after")
+"""What a control process passes when a guest hands its uffd over."""
+
+
+@pytest.mark.parametrize("point", HANDOVER)
+def test_one_that_dies_when_a_process_hands_its_faults_over_is_followed_by_one_that_has_them(point: str) -> None:
+    with worlds() as world, AgentProcess(world.runtime / "agents") as process:
+        os.kill(process.pid, signal.SIGSTOP)
+        with world.control() as control:
+            control.apply(do.Reserve("cache", 8 * M))
+            (fd,) = control._desk.fds("cache")
+            os.pwrite(fd, b"stands", 0)
+            control.apply(do.GuestAttach("db", process.pid))
+            control.apply(do.Map("cache", "db", lazy=True))
+            assert grant(control.snapshot(), "g1").state is GrantState.OFFERED
+        world.dies_when(lambda: os.kill(process.pid, signal.SIGCONT), point)
+        with world.control() as control:
+            assert process.say("wait g1") == "g1"
+            until(lambda: faults(control, "g1").served, "its faults are served")
+            assert present(control, process.pid) == []
+            assert process.say("read g1 6") == "stands"
+            assert present(control, process.pid) == [0]
+            assert (faults(control, "g1").minor, faults(control, "g1").missing) == (1, 0)
+            assert process.say("write g1 onward") == "done"
+            until(lambda: grant(control.snapshot(), "g1").state is GrantState.MAPPED, "the ledger knows")
+            assert control.apply(do.Revoke("g1", at_most=Rung.ASK)).revoke is not None
+            assert control._desk.custody.names() == ["ledger", "region:cache:0"]
+
+
+@pytest.mark.parametrize("point", HANDOVER)
+def test_one_that_dies_when_a_canary_hands_its_faults_over_leaves_it_running(point: str) -> None:
+    """Nobody was told that it had the memory: it is taken back, and can be had again."""
+    with worlds() as world:
+        with world.control() as control:
+            control.apply(do.GuestStart("c1", memory=4 * M))
+            control.apply(do.Reserve("more", 4 * M))
+            goes_on(control, "c1")
+        world.dies(do.Map("more", "c1", gpa=1 << 30, lazy=True), point, "c1")
+        with world.control() as control:
+            until(lambda: control._desk.live("c1").agent(), "the canary came back")  # type: ignore[union-attr]
+            assert [found.id for found in control.snapshot().grants] == ["g1"]
+            assert not [name for name in control._desk.custody.names() if name.startswith(("uffd:g2", "board:g2"))]
+            goes_on(control, "c1")
+            again = control.apply(do.Map("more", "c1", gpa=1 << 30, lazy=True)).subject
+            until(lambda: faults(control, again).present == 4 * M, "the guest goes through its memory")
+            goes_on(control, "c1")
 
 
 def test_a_canary_runs_on_memory_that_comes_as_it_goes(control: Control) -> None:

@@ -78,6 +78,8 @@ class Canary:
         self.connection.sendmsg([wire.pack(type, self.id, body)], rights)
         answer = wire.unpack(self.connection.recv(wire.MAX_MESSAGE))
         assert answer.id == self.id
+        if answer.type is Type.SWEPT:
+            return wire.SWEPT.unpack(answer.body)
         if answer.type is Type.REPORTED:
             return wire.REPORTED.unpack(answer.body)[1:7]
         return (wire.DONE.unpack(answer.body)[0],)
@@ -85,6 +87,27 @@ class Canary:
     def grant(self, name: str, fd: int, length: int = M, *, offset: int = 0, gpa: int = 0, access: int = 2) -> int:
         body = wire.GRANT.pack(wire.pack_name(name), offset, length, gpa, access, 0)
         return self.ask(Type.GRANT, body, fd)[0]
+
+    def offer_lazily(self, name: str, fd: int, length: int = M) -> int:
+        """Grant what it is to hand its page faults over for; the uffd, for whoever means to close it."""
+        self.id += 1
+        body = wire.GRANT.pack(wire.pack_name(name), 0, length, 0, 2, wire.WANTS_FAULTS)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
+        self.connection.sendmsg([wire.pack(Type.GRANT, self.id, body)], rights)
+        packet, fds, _, _ = socket.recv_fds(self.connection, wire.MAX_MESSAGE, 1)
+        message = wire.unpack(packet)
+        if message.type is Type.DONE:
+            pytest.skip("a canary of this user may have no userfaultfd (vm.unprivileged_userfaultfd)")
+        assert (message.type, message.id, len(fds)) == (Type.HANDED, self.id, 1)
+        assert wire.HANDED.unpack(message.body)[:2] == (5, 0)
+        return fds[0]
+
+    def taken(self, request: int) -> int:
+        """Say that the uffd handed over for a request is in custody; what the grant is answered then."""
+        self.connection.send(wire.pack(Type.TAKEN, request))
+        answer = wire.unpack(self.connection.recv(wire.MAX_MESSAGE))
+        assert (answer.type, answer.id) == (Type.DONE, request)
+        return int(wire.DONE.unpack(answer.body)[0])
 
     def unmap(self, name: str) -> int:
         return self.ask(Type.UNMAP, wire.pack_name(name))[0]
@@ -184,6 +207,47 @@ def test_what_it_cannot_map_is_refused(canary: Canary, memory: int) -> None:
     assert canary.grant("g", memory) == 0
     assert canary.grant("h", memory, gpa=M - PAGE) == errno.EEXIST
     assert canary.unmap("unknown") == 0
+    ended_well(canary)
+
+
+def test_it_touches_nothing_until_its_uffd_is_taken(canary: Canary, memory: int) -> None:
+    os.close(canary.offer_lazily("g", memory))
+    request = canary.id
+    assert canary.report()[:2] == (2, 0)
+    assert canary.ask(Type.SWEEP)[0] == 0
+    assert os.fstat(memory).st_blocks == 0
+    assert canary.taken(request) == 0
+    canary.sweep()
+    assert canary.taken(request) == errno.ECANCELED
+    assert canary.grant("g", memory) == 0
+    assert canary.report()[3] == 0
+    ended_well(canary)
+
+
+def test_what_was_not_taken_before_the_connection_ended_comes_again(canary: Canary, memory: int) -> None:
+    kept = canary.offer_lazily("g", memory)
+    canary.connection.close()
+    assert canary.accept() == []
+    os.close(canary.offer_lazily("g", memory))
+    os.close(kept)
+    assert canary.taken(canary.id) == 0
+    canary.sweep()
+    assert canary.report()[3] == 0
+    ended_well(canary)
+
+
+def test_what_was_not_taken_can_be_taken_back(canary: Canary, memory: int) -> None:
+    os.close(canary.offer_lazily("g", memory))
+    first = canary.id
+    assert canary.unmap("g") == 0
+    assert canary.taken(first) == errno.ECANCELED
+    os.close(canary.offer_lazily("g", memory))
+    second = canary.id
+    os.close(canary.offer_lazily("g", memory))
+    assert canary.taken(second) == errno.ECANCELED
+    assert canary.taken(canary.id) == 0
+    canary.sweep()
+    assert canary.report()[3] == 0
     ended_well(canary)
 
 

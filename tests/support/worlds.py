@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,8 +30,23 @@ from memconsole import actions
 from memconsole.backend.control import Control
 from memconsole.backend.custody import KeeperCustody
 control = Control(Path(sys.argv[1]), KeeperCustody(Path(sys.argv[2])))
+for guest in sys.argv[5:]:
+    assert control._desk.connected(guest)
 os.environ["{FAULT_VARIABLE}"] = sys.argv[4]
 control.apply(actions.decode(json.loads(sys.argv[3])))
+print("survived")
+control.close()
+"""
+
+WAITING = f"""
+import os, sys, time
+from pathlib import Path
+os.environ["{FAULT_VARIABLE}"] = sys.argv[3]
+from memconsole.backend.control import Control
+from memconsole.backend.custody import KeeperCustody
+control = Control(Path(sys.argv[1]), KeeperCustody(Path(sys.argv[2])))
+print("waits", flush=True)
+sys.stdin.read()
 print("survived")
 control.close()
 """
@@ -48,11 +63,24 @@ class World(NamedTuple):
         with contextlib.closing(Control(self.runtime, KeeperCustody(self.keeper))) as control:
             yield control
 
-    def dies(self, action: do.Action, at: str) -> None:
-        """Apply an action in a process of its own that kills itself at a fault point."""
-        words = [sys.executable, "-c", CHILD, self.runtime, self.keeper, json.dumps(do.encode(action)), at]
+    def dies(self, action: do.Action, at: str, *connected: str) -> None:
+        """Apply an action in a process of its own, once these guests' agents are back, that dies at a fault point."""
+        words = [sys.executable, "-c", CHILD, self.runtime, self.keeper, json.dumps(do.encode(action)), at, *connected]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         assert done.returncode == -signal.SIGKILL, (at, done.stdout, done.stderr)
+
+    def dies_when(self, happens: Callable[[], None], at: str) -> None:
+        """Let something happen to one in a process of its own that kills itself at a fault point it is led to so."""
+        words = [sys.executable, "-c", WAITING, self.runtime, self.keeper, at]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with subprocess.Popen(words, text=True, **pipes) as process:
+            try:
+                assert process.stdout is not None
+                assert process.stdout.readline() == "waits\n"
+                happens()
+                assert process.wait(60) == -signal.SIGKILL, at
+            finally:
+                process.kill()
 
     def processes(self) -> list[int]:
         """The guests' processes, whoever knows of them."""

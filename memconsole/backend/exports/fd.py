@@ -9,8 +9,8 @@ SOCK_SEQPACKET, one message a packet, little-endian; ``native/agent.h`` is the s
     agent -> control
       HELLO    1  = u32 runs_as (0 neither, 1 kvm, 2 process), u32 count, count * name   first message: what it holds
       DONE     2  = i32 status, u32 zero, char text[120]         the answer to the request of that id; 0 or an errno
-      MAPPED   5  = i32 status, u32 modes, u64 address, char text[120]; one fd: an uffd with which the mapping at it
-                    is registered (UFFDIO_REGISTER_MODE_*); answers a GRANT that wants one, where it can be had
+      HANDED   5  = u32 modes, u32 zero, u64 address; one fd: an uffd with which the mapping at the address is
+                    registered (UFFDIO_REGISTER_MODE_*); comes before the answer to a GRANT that wants one, by its id
       REPORTED 3  = u32 runs_as, u32 state (1 running, 2 paused, 3 failed),
                     u64 beats, checked, wrong, gap_ns, gaps, restored, blackout_ns, char text[120]
       SWEPT    4  = u64 pages, u64 wrong, u64 ns
@@ -19,11 +19,16 @@ SOCK_SEQPACKET, one message a packet, little-endian; ``native/agent.h`` is the s
                     u32 wants (1 its page faults, 2 a way to bar it); one fd
       UNMAP   17  = name
       SAVE    22    no body, one fd: stop, and write there what it is besides its RAM
+      TAKEN   24    no body: the uffd handed over for the GRANT of that id is in custody, or nobody has it
       PAUSE 18, RESUME 19, REPORT 20, STOP 21, SWEEP 23 have no body
 
 The agent connects. Who it is, the kernel says (SO_PEERCRED): a process that is not a registered guest, or whose start
 time is another's, is disconnected, and so is whoever breaks the grammar; nobody else notices. A guest is only ever
 sent its own grants. After HELLO it is sent the grants it lacks and asked to unmap what is not granted any more.
+
+An agent that has handed an uffd over uses the mapping from TAKEN on, and answers DONE then. If the connection ends
+before, it unmaps: HELLO lacks the grant, which is offered and handed over again. So whoever dies, a mapping that is in
+use and registered has its uffd in custody. Fault points: ``map.uffd.before``, ``held`` (in custody), ``after`` (told).
 """
 
 from __future__ import annotations
@@ -43,13 +48,27 @@ from typing import NamedTuple
 
 from memconsole import agent as wire
 from memconsole.agent import BadMessage, Type
+from memconsole.backend import steps
 from memconsole.backend.guests.base import Offer
 from memconsole.backend.guests.handle import stat
 from memconsole.errors import Gone, GuestError, KernelRefused, NotFound, Refused
 from memconsole.model import Access, Progress
 
-OnUffd = Callable[[str, str, int, int, int], None]
-"""Takes a guest's name, the grant's, an uffd (closed afterwards), the modes and the address it is registered for."""
+
+class Uffd(NamedTuple):
+    """An uffd as a guest's ``process`` (PID, start time) handed it over: for which grant's mapping, and how that is
+    registered; ``fd`` is closed afterwards.
+    """
+
+    guest: str
+    process: tuple[int, int]
+    grant: str
+    fd: int
+    modes: int
+    address: int
+
+
+OnUffd = Callable[[Uffd], None]
 _MAX_UNANSWERED = 256
 _STATES = {1: "running", 2: "paused", 3: "failed"}
 
@@ -73,6 +92,7 @@ class Answer(NamedTuple):
 class _Ask:
     type: Type
     grant: str
+    handed: bool = False
     answered: threading.Event = field(default_factory=threading.Event)
     answer: Answer | None = None
 
@@ -106,7 +126,7 @@ class Hub:
         """Listen on ``path``, in place of a socket left there.
 
         ``on_change`` is called, in the hub's thread, with a guest's name when it connected, went, or mapped or
-        unmapped a grant; ``on_uffd`` when it handed an uffd over, before it is known that the grant is mapped.
+        unmapped a grant; ``on_uffd`` when it handed an uffd over, before it uses the mapping.
 
         Raises:
             KernelRefused: the socket cannot be made.
@@ -403,17 +423,18 @@ class Hub:
             return changed
 
     def _take(self, peer: _Peer, message: wire.Message, fds: list[int]) -> bool:
-        if len(fds) != (message.type is Type.MAPPED):
+        if len(fds) != (message.type is Type.HANDED):
             raise BadMessage("a message with an fd too many or too few")
         if message.type is Type.HELLO:
             return self._greet(peer, message)
+        if message.type is Type.HANDED:
+            self._handed(peer, message, fds[0])
+            return False
         ask = peer.asked.pop(message.id, None)
         if not peer.greeted or ask is None:
             raise BadMessage("an answer to nothing")
         try:
             ask.answer = _answer(message)
-            if fds:
-                self._handed(peer, ask, message, fds[0])
         finally:
             ask.answered.set()
         if ask.answer.status:
@@ -427,13 +448,25 @@ class Hub:
             self._withdraw(peer, ask.grant)
         return ask.type in {Type.GRANT, Type.UNMAP}
 
-    def _handed(self, peer: _Peer, ask: _Ask, message: wire.Message, uffd: int) -> None:
+    def _handed(self, peer: _Peer, message: wire.Message, uffd: int) -> None:
+        ask = peer.asked.get(message.id)
+        if not peer.greeted or ask is None or ask.handed or len(message.body) != wire.HANDED.size:
+            raise BadMessage("an uffd for nothing")
         offered = peer.offers.get(ask.grant)
         if ask.type is not Type.GRANT or (offered is not None and not offered.offer.wants):
             raise BadMessage("an uffd nobody asked for")
-        _, modes, address, _ = wire.MAPPED.unpack(message.body)
+        ask.handed = True
+        modes, _, address = wire.HANDED.unpack(message.body)
+        steps.point("map.uffd.before")
         if offered is not None and self._on_uffd is not None:
-            self._on_uffd(peer.name, ask.grant, uffd, modes, address)
+            self._on_uffd(Uffd(peer.name, (peer.pid, peer.start_ticks), ask.grant, uffd, modes, address))
+        steps.point("map.uffd.held")
+        assert peer.socket is not None  # noqa: S101 - this came by it
+        try:
+            peer.socket.sendmsg([wire.pack(Type.TAKEN, message.id)], [], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            raise BadMessage("it does not read") from None
+        steps.point("map.uffd.after")
 
     def _greet(self, peer: _Peer, message: wire.Message) -> bool:
         if peer.greeted or len(message.body) < wire.HELLO.size:
@@ -469,9 +502,6 @@ class Hub:
 def _answer(message: wire.Message) -> Answer:
     if message.type is Type.DONE and len(message.body) == wire.DONE.size:
         status, _, text = wire.DONE.unpack(message.body)
-        return Answer(status, _text(text))
-    if message.type is Type.MAPPED and len(message.body) == wire.MAPPED.size:
-        status, _, _, text = wire.MAPPED.unpack(message.body)
         return Answer(status, _text(text))
     if message.type is Type.REPORTED and len(message.body) == wire.REPORTED.size:
         runs_as, state, beats, checked, wrong, gap_ns, gaps, restored, blackout_ns, text = wire.REPORTED.unpack(

@@ -17,7 +17,16 @@ NATIVE = Path("memconsole/native")
 CFLAGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-pthread"]
 PROGRAMS = {
     "memconsole-canary": ["canary.c"],
-    "memconsole-fuse": ["fuse.c", "fuse_control.c", "fuse_mount.c", "fuse_pages.c", "fuse_requests.c", "fuse_tree.c"],
+    "memconsole-fuse": [
+        "fuse.c",
+        "fuse_control.c",
+        "fuse_mount.c",
+        "fuse_names.c",
+        "fuse_open.c",
+        "fuse_pages.c",
+        "fuse_requests.c",
+        "fuse_tree.c",
+    ],
     "memconsole-keeper": ["keeper.c"],
     "memconsole-resume": ["resume.c", "resume_custody.c", "extents.c", "pagescan.c", "runs.c", "query.c"],
 }

@@ -4,7 +4,9 @@
  *
  *   fuse_tree.c	the tree: nodes, what they hold, who still uses them
  *   fuse_pages.c	`pfnmap` files: scanned when opened, turned into text where read
- *   fuse_requests.c	the kernel's requests (FUSE protocol 7.x), parsed and answered
+ *   fuse_requests.c	the kernel's requests (FUSE protocol 7.x), taken and answered; by fuse_request.h
+ *   fuse_names.c	those about names and attributes
+ *   fuse_open.c	those about open files, and the thread that scans
  *   fuse_control.c	the control process's requests: how the tree gets its entries, and loses them
  *   fuse_mount.c	mounted where, and no more
  *   fuse.c		threads, end
@@ -146,12 +148,14 @@ struct worker;
 struct worker *worker_new(int dev);
 void worker_free(struct worker *worker);
 int worker_serve(struct worker *worker);
-void scanner_run(void);
-void scanner_stop(void);
 void backing_close(int32_t id);
 int backing_open(int fd, int32_t *id);
 void invalidate_node(uint64_t id);
 void invalidate_name(uint64_t parent, const char *name);
+
+/* fuse_open.c */
+void scanner_run(void);
+void scanner_stop(void);
 
 /* fuse_control.c */
 int control_serve(int client);

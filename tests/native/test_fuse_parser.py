@@ -10,7 +10,7 @@ import pytest
 
 TREE = Path(__file__).parents[2]
 NATIVE = TREE / "memconsole/native"
-OURS = ["fuse_control.c", "fuse_mount.c", "fuse_pages.c", "fuse_requests.c", "fuse_tree.c"]
+OURS = [f"fuse_{part}.c" for part in ("control", "mount", "names", "open", "pages", "requests", "tree")]
 FLAGS = ["-std=gnu11", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-fno-sanitize-recover=all", "-pthread"]
 
 

@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: MIT
+/*
+ * The kernel's requests about open files.
+ *
+ * RAM files are passed through: OPEN names the memfd by its backing id, and reads, writes and mmaps never come here.
+ * The kernel checks owners and modes (default_permissions); whether a file is revoked, or opened for more than its mode
+ * ever allows, is checked here, as root passes the kernel's check.
+ *
+ * A map is scanned when it is opened, by a thread of its own: so that a large guest's map keeps nobody else waiting.
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "fuse_request.h"
+
+#define OPEN_PASSTHROUGH (1u << 7)	/* since 7.40 (Linux 6.9); not in older headers */
+
+_Static_assert(sizeof(struct open_out) == sizeof(struct fuse_open_out), "one layout in all kernels");
+
+/* A map file that is being opened. */
+struct opening {
+	struct opening *next;
+	uint64_t unique, node;
+	struct content *content;
+};
+
+static struct opening *openings;	/* under tree_lock */
+static pthread_cond_t opening_came = PTHREAD_COND_INITIALIZER;
+static bool scanner_ends;
+
+static int64_t queue_opening(uint64_t unique, struct node *node)
+{
+	struct opening *opening, **last = &openings;
+	uint32_t waiting = 0;
+
+	for (; *last; last = &(*last)->next)
+		waiting += (*last)->node == node->id;
+	if (node->handles + waiting >= MAPS_MAX)
+		return -EMFILE;
+	opening = malloc(sizeof(*opening));
+	if (!opening)
+		return -ENOMEM;
+	*opening = (struct opening){ .unique = unique, .node = node->id, .content = content_get(node->content) };
+	*last = opening;
+	pthread_cond_signal(&opening_came);
+	return NO_REPLY;
+}
+
+int64_t do_open(const struct request *request, struct node *node, uint8_t *out)
+{
+	const struct fuse_open_in *in = (const void *)request->body;
+	struct open_out *open = (void *)out;
+	int64_t fh;
+
+	if (request->len < sizeof(*in))
+		return -EINVAL;
+	if (node->kind == KIND_DIR || node->kind == KIND_LINK)
+		return node->kind == KIND_DIR ? -EISDIR : -ELOOP;
+	if (node->revoked)
+		return -EACCES;
+	if ((in->flags & O_ACCMODE) != O_RDONLY && (node->kind != KIND_RAM || !(node->mode & 0222)))
+		return -EACCES;
+	*open = (struct open_out){ 0 };
+	if (node->kind == KIND_RAM) {
+		if (!node->backing)
+			return -EACCES;		/* taken out of the tree */
+		open->open_flags = OPEN_PASSTHROUGH;
+		open->backing_id = node->backing;
+		tree.nr_handles++;
+		node->handles++;	/* until RELEASE: whoever has it open, wherever the descriptor went */
+		return sizeof(*open);
+	}
+	if (!node->content)
+		return -ESTALE;
+	if (node->kind == KIND_MAP)
+		return queue_opening(request->head->unique, node);
+	fh = handle_open(node, node->content, NULL);
+	if (fh < 0)
+		return fh;
+	content_get(node->content);
+	open->fh = (uint64_t)fh;
+	open->open_flags = FOPEN_DIRECT_IO;
+	return sizeof(*open);
+}
+
+/* Ends what an OPEN of a node began. */
+static void close_file(struct node *node, uint64_t fh)
+{
+	struct handle *handle = handle_at(fh);
+
+	if (node->kind == KIND_RAM)
+		node_release(node);
+	else if (handle && handle->node == node)
+		handle_close(fh);
+}
+
+int64_t do_release(const struct request *request, struct node *node)
+{
+	const struct fuse_release_in *in = (const void *)request->body;
+
+	if (request->len < sizeof(*in))
+		return -EINVAL;
+	close_file(node, in->fh);
+	return 0;
+}
+
+/* Reads what a handle shows; the only operation that works without the lock. */
+int64_t do_read(const struct request *request, struct node *node, uint8_t *out)
+{
+	const struct fuse_read_in *in = (const void *)request->body;
+	struct handle *handle;
+	struct content *content;
+	struct map *map;
+	int64_t got;
+	size_t size;
+
+	if (request->len < sizeof(*in) || in->offset > INT64_MAX)
+		return -EINVAL;
+	handle = handle_at(in->fh);
+	if (!handle || handle->node != node)
+		return -EBADF;
+	if (node->revoked)
+		return -EIO;
+	size = in->size < READ_MAX ? in->size : READ_MAX;
+	content = handle->content ? content_get(handle->content) : NULL;
+	map = handle->map ? map_get(handle->map) : NULL;
+	pthread_mutex_unlock(&tree_lock);
+	if (map) {
+		got = (int64_t)map_read(map, in->offset, size, (char *)out);
+		map_put(map);
+	} else {
+		got = pread(content->of[0].fd, out, size, (off_t)in->offset);
+		got = got < 0 ? -errno : got;
+		content_put(content);
+	}
+	pthread_mutex_lock(&tree_lock);
+	return got;
+}
+
+/* Who waits for a scan that has not begun may be let go; everything else is answered at once. */
+int64_t do_interrupt(const struct request *request)
+{
+	const struct fuse_interrupt_in *in = (const void *)request->body;
+
+	if (request->len < sizeof(*in))
+		return NO_REPLY;
+	for (struct opening **at = &openings; *at; at = &(*at)->next) {
+		struct opening *opening = *at;
+
+		if (opening->unique != in->unique)
+			continue;
+		*at = opening->next;
+		reply(server.dev, opening->unique, -EINTR, NULL, 0);
+		content_put(opening->content);
+		free(opening);
+		break;
+	}
+	return NO_REPLY;
+}
+
+/* The reply to an OPEN did not reach anybody. */
+void open_unsent(uint64_t id, uint64_t fh)
+{
+	struct node *node;
+
+	pthread_mutex_lock(&tree_lock);
+	node = node_by_id(id);
+	if (node)
+		close_file(node, fh);
+	pthread_mutex_unlock(&tree_lock);
+}
+
+/* Ends one opening with the map of its content, or with what went wrong. */
+static void opening_end(struct opening *opening, struct map *map, int error)
+{
+	struct open_out open = { .open_flags = FOPEN_DIRECT_IO };
+	struct node *node;
+	int64_t fh = error;
+
+	pthread_mutex_lock(&tree_lock);
+	node = node_by_id(opening->node);
+	if (!error)
+		fh = !node ? -ESTALE : node->revoked ? -EACCES : handle_open(node, NULL, map);
+	if (fh > 0)
+		map_get(map);
+	pthread_mutex_unlock(&tree_lock);
+	open.fh = (uint64_t)fh;
+	if (fh < 0)
+		reply(server.dev, opening->unique, (int)fh, NULL, 0);
+	else if (reply(server.dev, opening->unique, 0, &open, sizeof(open)))
+		open_unsent(opening->node, open.fh);
+	content_put(opening->content);
+	free(opening);
+}
+
+/* Takes the oldest opening, and all others of the same content: one scan that begins now is true for all of them. */
+static struct opening *take_openings(void)
+{
+	struct opening *taken = openings, **last = &taken->next, **at;
+
+	openings = taken->next;
+	*last = NULL;
+	for (at = &openings; *at;) {
+		struct opening *opening = *at;
+
+		if (opening->content != taken->content) {
+			at = &opening->next;
+			continue;
+		}
+		*at = opening->next;
+		opening->next = NULL;
+		*last = opening;
+		last = &opening->next;
+	}
+	return taken;
+}
+
+/* The thread that scans. Ends after scanner_stop. */
+void scanner_run(void)
+{
+	for (;;) {
+		struct opening *taken, *next;
+		struct map *map = NULL;
+		int error;
+
+		pthread_mutex_lock(&tree_lock);
+		while (!openings && !scanner_ends)
+			pthread_cond_wait(&opening_came, &tree_lock);
+		taken = openings ? take_openings() : NULL;
+		pthread_mutex_unlock(&tree_lock);
+		if (!taken)
+			return;
+		error = map_scan(&map, taken->content);
+		for (; taken; taken = next) {
+			next = taken->next;
+			opening_end(taken, map, error);
+		}
+		if (map)
+			map_put(map);
+	}
+}
+
+void scanner_stop(void)
+{
+	pthread_mutex_lock(&tree_lock);
+	scanner_ends = true;
+	pthread_cond_signal(&opening_came);
+	pthread_mutex_unlock(&tree_lock);
+}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -100,6 +102,76 @@ def test_a_pfnmap_is_read_anywhere_and_is_true_when_opened(tree: FuseTree) -> No
             os.ftruncate(fd, 0)
             assert os.pread(file.fileno(), size, 0) == whole, "an open file shows what was true when it was opened"
         assert parse(path.read_bytes()) == []
+
+
+READ = 1 << 20
+"""Bytes the kernel asks for at most in one request (native/fuse.h:READ_MAX)."""
+
+
+@contextlib.contextmanager
+def every_other(pages: int) -> Iterator[int]:
+    """A memfd of twice as many pages, of which every other has a frame: no two lie in one run."""
+    with region(2 * pages * PAGE) as fd:
+        for page in range(pages):
+            os.pwrite(fd, b"x", 2 * page * PAGE)
+        yield fd
+
+
+def test_a_pfnmap_larger_than_any_read_is_sought_in_as_any_file(tree: FuseTree) -> None:
+    need_frames()
+    pages = 36_000
+    with every_other(pages) as fd:
+        path = tree.set_pfnmap("web", [MapPart(fd, 0, 2 * pages * PAGE, 1 << 32)])
+        with path.open("rb", buffering=0) as file:
+            whole = file.readall()
+            assert len(whole) == (pages + 1) * LINE > 2 * READ
+            offsets = range(0, 2 * pages * PAGE, 2 * PAGE)
+            assert [row[:2] for row in parse(whole)] == [(at, (1 << 32) + at) for at in offsets]
+            rng = random.Random(4)
+            places = [0, 1, READ - 1, READ, READ + 1, 2 * READ - LINE, len(whole) - 1, len(whole), len(whole) + READ]
+            for at in [*places, *(rng.randrange(len(whole)) for _ in range(60))]:
+                for length in (1, LINE, rng.randrange(1, 5000), READ + 1, 3 * READ):
+                    assert os.pread(file.fileno(), length, at) == whole[at : at + length]
+            for _ in range(60):
+                at, step = rng.randrange(len(whole)), rng.randrange(100)
+                assert file.seek(at) == at
+                assert file.read(10) == whole[at : at + 10]
+                back = file.seek(-step, os.SEEK_CUR) if at + 10 >= step else file.seek(0)
+                assert file.read(200) == whole[back : back + 200]
+            assert file.seek(-LINE, os.SEEK_END) == len(whole) - LINE
+            assert file.read() == whole[-LINE:]
+            with pytest.raises(OSError, match="Invalid argument"):
+                file.seek(-1)
+        with path.open("rb") as lines:
+            lines.seek(30_000 * LINE)
+            assert lines.readline() == whole[30_000 * LINE :][:LINE]
+            assert sum(1 for _ in lines) == pages - 30_000
+        tail = subprocess.run(["tail", "-n", "2", path], capture_output=True, check=True).stdout
+        assert tail == whole[-2 * LINE :]
+        skipped = subprocess.run(["dd", f"if={path}", "bs=7000", "skip=300"], capture_output=True, check=True).stdout
+        assert skipped == whole[7000 * 300 :]
+
+
+def test_a_pfnmap_that_is_open_stays_as_it_was_while_the_memory_changes(tree: FuseTree) -> None:
+    need_frames()
+    pages = 18_000
+    with every_other(pages) as fd:
+        path = tree.set_pfnmap("web", [MapPart(fd, 0, 2 * pages * PAGE, None)])
+        with path.open("rb", buffering=0) as first, path.open("rb", buffering=0) as untouched:
+            before = os.pread(first.fileno(), READ, 0)
+            with mmap.mmap(fd, 2000 * PAGE) as memory:
+                memory.madvise(mmap.MADV_REMOVE)  # rows vanish before what is read next
+            os.pwrite(fd, b"y", PAGE * (2 * pages - 1))
+            with path.open("rb", buffering=0) as second:
+                os.ftruncate(fd, pages * PAGE)
+                old = before + os.pread(first.fileno(), 10 * READ, len(before))
+                new = second.read()
+            assert len(parse(old)) == pages
+            assert old == untouched.read(), "the same from its begin, however much later it is read"
+            assert sum(row[3] for row in parse(new)) == pages - 1000 + 1
+        last = parse(path.read_bytes())
+        assert len(last) == pages // 2 - 1000
+        assert {row[0] for row in last} < {row[0] for row in parse(old)}
 
 
 def test_only_so_many_scans_of_a_guest_are_held(tree: FuseTree) -> None:

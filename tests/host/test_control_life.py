@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import fcntl
+import mmap
 import os
+import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -59,6 +64,37 @@ def test_a_region_is_reserved_and_released(control: Control) -> None:
     control.apply(do.Release("web"))
     assert control.snapshot().regions == ()
     assert [(event.kind, event.peer) for event in control.events(0)] == [("reserve", "uid 7"), ("release", "")]
+
+
+def test_a_release_zeroes_the_frames_and_says_how_fast(control: Control) -> None:
+    """Shown by who still has the frames then: a page in a pipe, and a file descriptor that waits in a socket."""
+    control.apply(do.Reserve("web", 8 * M))
+    (fd,) = control._desk.fds("web")
+    os.pwrite(fd, b"secret" * 1000, 0)
+    os.pwrite(fd, b"secret", 4 * M)
+    reading, writing = os.pipe()
+    with mmap.mmap(fd, 8 * M) as memory:
+        page = ctypes.c_char.from_buffer(memory)
+        vector = struct.pack("QQ", ctypes.addressof(page), 4096)
+        assert ctypes.CDLL(None).vmsplice(writing, vector, ctypes.c_size_t(1), 0) == 4096
+        del page
+    outcome = control.apply(do.Release("web"))
+    assert [effect.id for effect in outcome.effects] == ["wipe", "free", "forget"]
+    assert re.fullmatch(r"region web is released: 12K zeroed at [0-9.]+[KMGT]/s, freed in [0-9.]+[mun]?s", outcome.text)
+    assert os.read(reading, 4096) == bytes(4096)
+    os.close(reading)
+    os.close(writing)
+    control.apply(do.Reserve("web", 8 * M))
+    assert control.apply(do.Release("web")).text.startswith("region web is released: it held nothing, freed in ")
+
+
+def test_a_release_of_what_cannot_be_written_to_leaves_the_zeroing_to_the_kernel(control: Control) -> None:
+    control.apply(do.Reserve("web", 8 * M))
+    (fd,) = control._desk.fds("web")
+    os.pwrite(fd, b"secret", 0)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    assert "zeroed by the kernel" in control.apply(do.Release("web")).text
+    assert control.snapshot().regions == ()
 
 
 def test_the_pfn_map_of_a_region_is_whole_and_feeds_the_snapshot(control: Control) -> None:

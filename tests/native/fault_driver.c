@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 /*
- * Drives copy.c and fault.c: files with holes copied both ways, faults served to threads that touch the same memory,
- * boards gone on with, and arguments that cannot be. Exits 0, 1 with what is wrong, or 77 where there is no userfaultfd.
+ * Drives copy.c and fault.c: files with holes copied both ways and wiped, faults served to threads that touch the same
+ * memory, boards gone on with, and arguments that cannot be. Exits 0, 1 with what is wrong, or 77 where there is no
+ * userfaultfd.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -54,6 +55,31 @@ static void copies(int by_map, unsigned int threads)
 	close(to);
 	close(small);
 	close(target);
+}
+
+static void wipes(void)
+{
+	static char seen[SIZE], zeros[SIZE];
+	struct mc_fail fail;
+	struct stat before, after;
+	uint64_t zeroed;
+	int fd = file(SIZE), sealed = memfd_create("driver", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+
+	for (uint64_t at = 0; at < SIZE; at += 3 * PAGE)
+		CHECK(pwrite(fd, "secret", 6, (off_t)at) == 6);
+	for (uint64_t at = SIZE / 2; at < SIZE; at += PAGE)
+		CHECK(pwrite(fd, "secret", 6, (off_t)at) == 6);
+	CHECK(fstat(fd, &before) == 0);
+	CHECK(mc_wipe(fd, SIZE, &zeroed, &fail) == MC_OK);
+	CHECK(pread(fd, seen, SIZE, 0) == SIZE && !memcmp(seen, zeros, SIZE));
+	CHECK(fstat(fd, &after) == 0 && after.st_blocks == before.st_blocks);
+	CHECK(zeroed == (uint64_t)before.st_blocks * 512);
+	CHECK(mc_wipe(fd, 0, &zeroed, &fail) == MC_OK && zeroed == 0);
+	CHECK(mc_wipe(-1, SIZE, &zeroed, &fail) == MC_KERNEL && fail.err == EBADF);
+	CHECK(pwrite(sealed, "secret", 6, 0) == 6 && fcntl(sealed, F_ADD_SEALS, F_SEAL_WRITE) == 0);
+	CHECK(mc_wipe(sealed, PAGE, &zeroed, &fail) == MC_KERNEL && fail.err == EPERM && zeroed == 0);
+	close(fd);
+	close(sealed);
 }
 
 static int uffd_of(char *at, uint64_t size)
@@ -123,6 +149,7 @@ int main(void)
 	for (int by_map = 0; by_map < 2; by_map++)
 		for (unsigned int threads = 0; threads < 4; threads++)
 			copies(by_map, threads);
+	wipes();
 	for (uint64_t batch = PAGE; batch <= 2 << 20; batch *= 8) {
 		faults(batch, 0);
 		faults(batch, 1);

@@ -8,6 +8,7 @@ segment is first given out, F_SEAL_SEAL keeps its holders from forbidding that.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Sequence
@@ -150,6 +151,28 @@ def free(fds: Sequence[int]) -> None:
             ) from None
     for fd in fds:
         os.close(fd)
+
+
+def wipe(fds: Sequence[int]) -> int | None:
+    """Write zeros over all that segments about to be freed hold; how many bytes, or None where that cannot be: one is
+    sealed, or of hugetlb pages, or cannot be freed.
+
+    Raises:
+        KernelRefused: it fails on the way.
+    """
+    from memconsole import native
+
+    zeroed, total = native.ffi.new("uint64_t *"), 0
+    for fd in fds:
+        size = os.fstat(fd).st_size
+        try:
+            native.call("the contents cannot be wiped", native.lib.mc_wipe, fd, size, zeroed)
+        except KernelRefused as error:
+            if error.errno in {errno.EPERM, errno.EINVAL}:
+                return None
+            raise
+        total += zeroed[0]
+    return total
 
 
 def resident(fds: Sequence[int]) -> int:

@@ -77,7 +77,9 @@ def creation(work: Work, desk: Desk, action: Reserve) -> None:
 
 
 def release(desk: Desk, action: Release) -> Work:
-    """Free a region: ``free`` takes its frames from everybody, ``forget`` drops it from custody. There is no undo."""
+    """Free a region: ``wipe`` zeroes its contents, ``free`` takes its frames from everybody, ``forget`` drops it from
+    custody. There is no undo.
+    """
     work = Work(action.region, f"region {action.region} is released")
     region = known_region(work, desk, action.region)
     if region is None:
@@ -100,15 +102,21 @@ def release(desk: Desk, action: Release) -> Work:
     if work.refusals:
         return work
 
+    wiped: list[str] = []
+    work.step(
+        "wipe",
+        f"zero its {format_size(region.size)}, as much as was ever touched",
+        lambda: wiped.append(_wipe(desk, region)),
+    )
+
     def free() -> None:
-        held, began = desk.has(region.name), time.monotonic_ns()
+        began = time.monotonic_ns()
         desk.free(region.name)
         took = format_duration(time.monotonic_ns() - began)
-        # Frames that nobody has any more are zeroed by the kernel before it gives them to anybody: not in this time.
-        if held:
-            work.text = f"region {region.name} is released: its frames are free after {took}, zeroed before reuse"
+        if wiped[0]:
+            work.text = f"region {region.name} is released: {wiped[0]}, freed in {took}"
 
-    work.step("free", f"free its {format_size(region.size)} for everybody; the kernel zeroes frames before reuse", free)
+    work.step("free", f"free its {format_size(region.size)} for everybody", free)
 
     def forget() -> None:
         drop_custody(desk, region.name)
@@ -117,6 +125,19 @@ def release(desk: Desk, action: Release) -> Work:
     work.step("forget", "take it out of custody", forget)
     work.change = Change(without_regions=(region.name,))
     return work
+
+
+def _wipe(desk: Desk, region: Region) -> str:
+    """Zero the contents of a region; how fast, or why not; nothing if its memory is lost."""
+    if not desk.has(region.name):
+        return ""
+    began = time.monotonic_ns()
+    zeroed = memfd.wipe(desk.fds(region.name))
+    took = time.monotonic_ns() - began
+    if zeroed is None:
+        return "its frames are zeroed by the kernel before anybody gets them"
+    rate = format_size(zeroed * 1_000_000_000 // max(1, took))
+    return f"{format_size(zeroed)} zeroed at {rate}/s" if zeroed else "it held nothing"
 
 
 def drop_custody(desk: Desk, region: str) -> None:

@@ -5,8 +5,9 @@
     an fd of a file on the mount  the same: what it maps is the memfd
     a process not shown to us     may do either: then the frames themselves are asked (/proc/kpagecount)
 
-What no file of the kernel shows is not found here: an fd in flight in a socket's queue, an io_uring's fixed buffer, a
-page in a pipe. Moving the contents away from all of them is what :mod:`memconsole.backend.revoke` does.
+Whose they are the kernel does not show of an fd in flight in a socket's queue, of an io_uring's fixed buffer, of a page
+in a pipe. Moving the contents away from all of them is what :mod:`memconsole.backend.revoke` does; where it cannot,
+:func:`keepers` says who may have such an fd.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 
 from memconsole.backend import survey
 from memconsole.backend.kernel import census as census_of
-from memconsole.backend.kernel import memfds
+from memconsole.backend.kernel import memfds, tree
 from memconsole.backend.kernel.census import Census
 from memconsole.backend.survey import Face, Over, Shield
 from memconsole.errors import Denied, Gone, MemconsoleError, NotFound
@@ -77,6 +78,26 @@ def find(
     if census.hidden and not mapped and not held:
         unseen = _ask_frames(region.segments[index], fds[index], len(census.hidden))
     return Reach(mapped, held, unseen)
+
+
+def keepers(exempt: Collection[int]) -> tuple[int, ...]:
+    """The processes that keep fds where the kernel does not show of what they are: in the queue of a socket
+    (/proc/PID/fdinfo/FD:scm_fds), or registered with an io_uring (UserFiles).
+
+    Raises:
+        Denied, KernelRefused, BadFile: the processes of this host cannot be read.
+    """
+    census = census_of.take(closed=exempt)
+    found = set()
+    for process in census.processes.values():
+        for fd, link in process.fds.items():
+            if link.startswith(("socket:", "anon_inode:[io_uring]")):
+                with contextlib.suppress(Gone, NotFound):
+                    rows = tree.read(census.root, f"/proc/{process.pid}/fdinfo/{fd}").split(b"\n")
+                    counts = [row.split()[1] for row in rows if row.startswith((b"scm_fds:", b"UserFiles:"))]
+                    if any(count != b"0" for count in counts):
+                        found.add(process.pid)
+    return tuple(sorted(found))
 
 
 def _openers(census: Census, faces: Iterable[Face]) -> Iterator[tuple[int, int]]:

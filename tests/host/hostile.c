@@ -152,8 +152,8 @@ static int ask_child(void)
 	return read(child_ends[1], word, 8) == 8 ? got : -EIO;
 }
 
-/* A descriptor in flight: nobody's table shows it. */
-static int post(void)
+/* Sends the descriptor to whoever reads a socket. */
+static int give(int to)
 {
 	char space[CMSG_SPACE(sizeof(int))] = { 0 };
 	struct iovec part = { "x", 1 };
@@ -163,11 +163,19 @@ static int post(void)
 	CMSG_FIRSTHDR(&header)->cmsg_type = SCM_RIGHTS;
 	CMSG_FIRSTHDR(&header)->cmsg_len = CMSG_LEN(sizeof(int));
 	memcpy(CMSG_DATA(CMSG_FIRSTHDR(&header)), &file, sizeof(int));
-	if (socketpair(AF_UNIX, SOCK_SEQPACKET, 0, mailbox) || sendmsg(mailbox[0], &header, 0) < 0)
-		return -errno;
-	close(file);
-	file = -1;
-	return 0;
+	return sendmsg(to, &header, 0) < 0 ? -errno : 0;
+}
+
+/* A descriptor in flight: nobody's table shows it. */
+static int post(void)
+{
+	int err = socketpair(AF_UNIX, SOCK_SEQPACKET, 0, mailbox) ? -errno : give(mailbox[0]);
+
+	if (!err) {
+		close(file);
+		file = -1;
+	}
+	return err;
 }
 
 static int fetch(void)
@@ -176,7 +184,7 @@ static int fetch(void)
 	struct iovec part = { &byte, 1 };
 	struct msghdr header = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = space, .msg_controllen = sizeof(space) };
 
-	if (recvmsg(mailbox[1], &header, 0) < 0 || !CMSG_FIRSTHDR(&header))
+	if (recvmsg(mailbox[1], &header, MSG_DONTWAIT) < 0 || !CMSG_FIRSTHDR(&header))
 		return -errno;
 	memcpy(&file, CMSG_DATA(CMSG_FIRSTHDR(&header)), sizeof(int));
 	return 0;
@@ -258,6 +266,7 @@ static int obey(const char *order)
 	if (IS("child-load")) return ask_child();
 	if (IS("post")) return post();
 	if (IS("fetch")) return fetch();
+	if (!strncmp(order, "give ", 5)) return give(atoi(order + 5));
 	return -ENOSYS;
 #undef IS
 }

@@ -2,8 +2,9 @@
 /*
  * A guest that keeps every way into its memory it can find, and tries them all when told to.
  *
- *   hostile_revoke SOCKET MANNERS      MANNERS: "ignore" never answers UNMAP; "lie" unmaps and closes what shows, says
- *                                      that it did, and keeps what does not show
+ *   hostile_revoke SOCKET MANNERS [FD]...   MANNERS: "ignore" never answers UNMAP; "lie" unmaps and closes what shows,
+ *                                           says that it did, and keeps what does not show
+ *                                           FD: a socket to an accomplice, who is sent the fd
  *
  * It takes one grant over the agents socket (native/agent.h), prints "ready", and then for every line on its stdin:
  *
@@ -43,6 +44,7 @@ static char *map = MAP_FAILED, *alias = MAP_FAILED;
 static size_t length;
 static char held[AGENT_NAME];	/* the grant it has */
 static bool obeys;
+static char **accomplices;	/* numbers of sockets; NULL ends them */
 
 static int flight[2];		/* a socket in whose queue the fd waits */
 static int helper[2], child[2];	/* sockets to two processes: one got the fd sent, one was forked with everything */
@@ -388,6 +390,8 @@ static void keep(void)
 	if (socketpair(AF_UNIX, SOCK_STREAM, 0, flight))
 		die("socketpair");
 	give(flight[1], fd);
+	for (char **to = accomplices; *to; to++)
+		give(atoi(*to), fd);
 	pin();
 }
 
@@ -475,8 +479,9 @@ int main(int argc, char **argv)
 	struct sigaction action = { .sa_handler = on_signal };
 	char line[64];
 
-	if (argc != 3)
+	if (argc < 3)
 		return 2;
+	accomplices = argv + 3;
 	obeys = strcmp(argv[2], "lie") == 0;
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	setvbuf(stdin, NULL, _IONBF, 0);

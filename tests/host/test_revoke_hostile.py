@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import pytest
 from support import hostile
 from support.controls import controls, region
 from support.guests import until
-from support.hostile import LATER, PINS, SECRET, Hostile, no_fresh_files
+from support.hostile import LATER, PINS, SECRET, Hostile, accomplices, no_fresh_files
 
 from memconsole import actions as do
 from memconsole.backend.control import Control
+from memconsole.errors import GuestError
 from memconsole.extents import digest_fd
 from memconsole.model import RevokeOutcome, RevokeReport, Rung
 
@@ -121,6 +123,48 @@ def test_pinned_frames_are_nobodys_until_the_pin_drops(control: Control, program
         guest.drops_pins()
         until(lambda: control.snapshot().quarantine == (), "the kernel has its frames back")
         assert [name for name in control._desk.custody.names() if name.startswith("quarantine")] == []
+
+
+def test_accomplices_reach_nothing_after_the_contents_moved(control: Control, program: Path) -> None:
+    """One has the fd it was sent, mapped; in the socket of the other it still waits."""
+    with (
+        accomplices() as (taker, waiter),
+        hostile.running(program, control.runtime_dir / "agents", "ignore", taker, waiter) as guest,
+    ):
+        kept = let_in(control, guest)
+        assert [taker.does("take"), taker.does("map")] == [SECRET.decode()] * 2
+        report = revoke(control)
+        assert (report.rung, report.outcome) == (Rung.COPY, RevokeOutcome.QUARANTINED), report
+        shut_out(control, guest, kept, pinned=True)
+        assert waiter.does("take") == "nothing"
+        assert waiter.does("map").startswith("refused")
+        assert taker.does("look") == ""
+        until(lambda: taker.ended() == -signal.SIGBUS, "there is nothing behind what it mapped")
+
+
+@pytest.mark.parametrize("manners", ["ignore", "lie"])
+def test_a_descriptor_that_waits_in_a_socket_is_not_forgotten_where_the_contents_cannot_move(
+    control: Control, program: Path, manners: str
+) -> None:
+    """Whoever shows is killed; that is not the end while somebody who does not may have the file."""
+    with (
+        accomplices() as (taker, waiter),
+        hostile.running(program, control.runtime_dir / "agents", manners, taker, waiter) as guest,
+    ):
+        kept = let_in(control, guest, length=2 * M)
+        assert [taker.does("take"), taker.does("map")] == [SECRET.decode()] * 2
+        with no_fresh_files():
+            with pytest.raises(GuestError, match=f"of {waiter.pid}") as error:
+                revoke(control)
+            assert error.value.code == "StillMapped"
+            until(lambda: not guest.alive() and taker.ended() == -signal.SIGKILL, "who showed is dead")
+            assert waiter.ended() is None
+            assert [each.id for each in control.snapshot().grants] == ["g1"], "nothing is said to be over"
+            waiter.end_it()
+            report = revoke(control)
+        assert report.outcome is RevokeOutcome.CUT, report
+        assert control.snapshot().grants == ()
+        assert contents(control) == kept
 
 
 def test_where_no_fresh_frames_can_be_had_it_takes_killing(control: Control, program: Path) -> None:

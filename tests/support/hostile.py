@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
+import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,11 +78,74 @@ class Hostile:
         return line.rstrip("\n")
 
 
+ACCOMPLICE = """
+import mmap, os, socket, sys
+end = socket.socket(fileno=int(sys.argv[1]))
+fd = memory = None
+for line in sys.stdin:
+    try:
+        if line == "take\\n":
+            fd = socket.recv_fds(end, 1, 1)[1][0]
+            said = os.pread(fd, 8, 0).decode() or "nothing"
+        elif line == "map\\n":
+            memory = mmap.mmap(fd, 4096)
+            said = memory[:8].decode()
+        else:
+            said = memory[:8].decode()
+    except (OSError, ValueError) as error:
+        said = f"refused: {error}"
+    print(said, flush=True)
+"""
+
+
+class Accomplice:
+    """A process that is no child of the hostile one, and is sent its fd, which it takes or leaves in the socket."""
+
+    def __init__(self) -> None:
+        mine, self.end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        words = [sys.executable, "-c", ACCOMPLICE, str(mine.fileno())]
+        self._process = subprocess.Popen(words, pass_fds=[mine.fileno()], **pipes)
+        mine.close()
+        self.pid = self._process.pid
+
+    def does(self, word: str) -> str:
+        """``take`` what was sent, ``map`` it, ``look`` at it: the word that is there; nothing if it dies of it."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(word + "\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline().strip()
+
+    def ended(self) -> int | None:
+        """How it ended, if it did."""
+        return self._process.poll()
+
+    def end_it(self) -> None:
+        """Have it end."""
+        with self._process:
+            self._process.kill()
+        self.end.close()
+
+
 @contextlib.contextmanager
-def running(program: Path, agents: Path, manners: str) -> Iterator[Hostile]:
+def accomplices() -> Iterator[tuple[Accomplice, Accomplice]]:
+    """Two of them."""
+    with contextlib.ExitStack() as stack:
+        found = Accomplice(), Accomplice()
+        for each in found:
+            stack.callback(each.end_it)
+        yield found
+
+
+@contextlib.contextmanager
+def running(program: Path, agents: Path, manners: str, *accomplices: Accomplice) -> Iterator[Hostile]:
     """One that knocks at an agents socket; ``manners``: ``ignore`` or ``lie``."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([program, agents, manners], **pipes) as process:
+    ends = [accomplice.end.detach() for accomplice in accomplices]
+    with subprocess.Popen([program, agents, manners, *map(str, ends)], pass_fds=ends, **pipes) as process:
+        for end in ends:
+            os.close(end)
         try:
             yield Hostile(process)
         finally:

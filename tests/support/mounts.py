@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -170,11 +170,15 @@ def hostile(directory: Path) -> Path:
 
 
 class Attacker:
-    """A hostile process of some user, on a file; ``do`` has it try something and says how it went."""
+    """A hostile process of some user, on a file; ``do`` has it try something and says how it went.
 
-    def __init__(self, built: Path, path: Path, uid: int = NOBODY) -> None:
+    It has the descriptors ``sockets`` too, to give its file away over them.
+    """
+
+    def __init__(self, built: Path, path: Path, uid: int = NOBODY, sockets: Sequence[int] = ()) -> None:
         command = [built, str(uid), path]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen(command, pass_fds=sockets, **pipes)
         self.pid = self._process.pid
 
     def do(self, order: str) -> str:
@@ -183,6 +187,10 @@ class Attacker:
         self._process.stdin.write(order + "\n")
         self._process.stdin.flush()
         return self._process.stdout.readline().strip()
+
+    def ends(self) -> int:
+        """How it ends, which it is about to."""
+        return self._process.wait(20)
 
     def __enter__(self) -> Self:
         return self

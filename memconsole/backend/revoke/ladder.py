@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from memconsole.backend import reach as reach_of
 from memconsole.backend.desk import Desk
 from memconsole.backend.guests.base import Guest
 from memconsole.backend.guests.handle import Handle
@@ -18,7 +19,7 @@ from memconsole.backend.revoke.points import pass_by
 from memconsole.backend.state import Change
 from memconsole.backend.stores import memfd
 from memconsole.errors import Gone, GuestError, MemconsoleError
-from memconsole.model import Grant, GuestKind, RevokeOutcome, RevokeReport, Rung
+from memconsole.model import Grant, GuestKind, GuestState, RevokeOutcome, RevokeReport, Rung
 from memconsole.model import Guest as LedgerGuest
 
 _LOOK_S = 0.02
@@ -163,7 +164,14 @@ class Ladder:
         while (reach := self._look(0)).pids and time.monotonic() < deadline:
             for pid in reach.pids:
                 self._end(pid, max(0.1, deadline - time.monotonic()))
-        return _Passed(str(reach)) if reach.pids else self._settled(reach)
+        if reach.pids:
+            return _Passed(str(reach))
+        end = self._settled(reach)
+        live = self._desk.live(self._grant.guest)
+        if isinstance(end, _Passed) and live is not None and live.state() is not GuestState.GONE:
+            self._end(live.pid, self._within)  # who had the grant may be who keeps it out of sight
+            end = self._settled(self._reach())
+        return end
 
     def _end(self, pid: int, within: float) -> None:
         if pid == 1:
@@ -190,11 +198,21 @@ class Ladder:
             return unsure or End(RevokeOutcome.CUT)
         region = self._desk.state.regions[self._grant.region]
         if why := move.why_not(self._desk, region, self._segment):
-            return unsure or End(RevokeOutcome.CUT, f"pins are not ruled out: {why}")
+            return unsure or self._unmoved(why)
         try:
             return move.move(self._desk, self._grant, self._segment)
         except MemconsoleError as error:
-            return unsure or End(RevokeOutcome.CUT, f"pins are not ruled out: {error}")
+            return unsure or self._unmoved(str(error))
+
+    def _unmoved(self, why: str) -> End | _Passed:
+        """The contents stay in the file that somebody had the descriptor of: nobody may have kept it out of sight."""
+        deadline = time.monotonic() + self._within
+        while pids := reach_of.keepers(self._desk.exempt):
+            if time.monotonic() > deadline:
+                who = ", ".join(map(str, pids))
+                return _Passed(f"its descriptor may be one of those in queues of sockets, or in rings, of {who}: {why}")
+            time.sleep(_LOOK_S)
+        return End(RevokeOutcome.CUT, f"pins are not ruled out: {why}")
 
     def _opened(self) -> str:
         """Why the grant's file on the mount may be open in nobody's hands that are seen; empty if it is not."""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec.structs import replace
 
+from memconsole.backend import steps
 from memconsole.backend.kernel.memory import shmem_thp
 from memconsole.backend.stores import memfd
 from memconsole.backend.survey import Shield
@@ -216,6 +217,7 @@ class Uffds:
                 self._stop(grant)
                 # What is not in place yet is barred by faults that nobody answers.
                 _protect(uffd, handed)
+                steps.point("revoke.protect.barred")
                 handed = replace(handed, shielding=True)
                 self._desk.custody.put(_uffd(grant), uffd, msgspec.json.encode(handed))
                 self._handed[grant] = handed

@@ -10,6 +10,7 @@ POINTS = (
     "revoke.aside.held",
     "revoke.ask.after",
     "revoke.protect.before",
+    "revoke.protect.barred",
     "revoke.protect.after",
     "revoke.copy.before",
     "revoke.copy.stopped",

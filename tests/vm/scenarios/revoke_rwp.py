@@ -1,24 +1,37 @@
-"""A mapping barred by UFFDIO_RWPROTECT: a canary that does not answer, on a kernel that can."""
+"""A mapping barred by UFFDIO_RWPROTECT: a canary that does not answer, on a kernel that can.
+
+Every way into the barred memory is tried before and after; where somebody else has one of his own, barring the canary
+is not the end; and the control process dies in the middle of the rung.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import signal
 import struct
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from fcntl import ioctl
 from pathlib import Path
 
 import lab_guest as lab
 
+sys.path.append(str(Path(lab.__file__).parents[1]))
+from support.guests import mapping_of
+from support.worlds import worlds
+
 from memconsole import actions as do
 from memconsole.agent import userfaultfd
 from memconsole.backend import lazy
-from memconsole.backend.control import embedded
+from memconsole.backend.control import Control
+from memconsole.backend.custody import OwnCustody
 from memconsole.extents import digest_fd
-from memconsole.model import GuestKind, Rung
+from memconsole.model import Rung
 
 M = 1 << 20
 SIZE = 64 * M
@@ -52,23 +65,84 @@ def stands_still(pid: int) -> bool:
     return "userfault" in Path(f"/proc/{pid}/stack").read_text(encoding="ascii")
 
 
-lab.say("rwp", lazy.rwp())
-Path("/run/memconsole").mkdir(exist_ok=True)
-control = embedded(Path("/run/memconsole/embedded"))
-try:
+def closed(read: Callable[[], bytes]) -> bool:
+    """Whether a process that reads gets nothing: it waits, or is refused."""
+    reader = os.fork()
+    if reader == 0:
+        try:
+            os._exit(0 if read() else 1)
+        finally:
+            os._exit(1)
+    time.sleep(1.0)
+    ended, status = os.waitpid(reader, os.WNOHANG)
+    if not ended:
+        os.kill(reader, signal.SIGKILL)
+        os.waitpid(reader, 0)
+    return not ended or status != 0
+
+
+def by_mem(pid: int, address: int) -> bytes:
+    mem = os.open(f"/proc/{pid}/mem", os.O_RDONLY)
+    try:
+        return os.pread(mem, 8, address)
+    finally:
+        os.close(mem)
+
+
+def by_vm_read(pid: int, address: int) -> bytes:
+    found, libc = ctypes.create_string_buffer(8), ctypes.CDLL(None, use_errno=True)
+    here, there = struct.pack("QQ", ctypes.addressof(found), 8), struct.pack("QQ", address, 8)
+    one, none = ctypes.c_ulong(1), ctypes.c_ulong(0)
+    if libc.process_vm_readv(pid, here, one, there, one, none) != 8:
+        raise OSError(ctypes.get_errno(), "process_vm_readv")
+    return found.raw
+
+
+def has_fd(pid: int, inode: int) -> bool:
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            if fd.stat().st_ino == inode:
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def refused(path: Path) -> bool:
+    try:
+        path.open("rb").close()
+    except OSError:
+        return True
+    return False
+
+
+def pid_of(control: Control, name: str) -> int:
+    return next(guest.pid or 0 for guest in control.snapshot().guests if guest.name == name)
+
+
+def inode_of(control: Control, region: str) -> int:
+    return next(each.segments[0].inode for each in control.snapshot().regions if each.name == region)
+
+
+def rung(control: Control) -> None:
+    """A canary that will not answer: it is stopped until its mapping is barred."""
     control.apply(do.Reserve("more", SIZE, prefault=True))
     control.apply(do.GuestStart("c1", memory=4 * M))
     control.apply(do.Map("more", "c1", gpa=1 << 30))
-    (guest,) = [each for each in control.snapshot().guests if each.kind is not GuestKind.FOREIGN]
-    lab.say("handed", control._desk.uffds.has("g2"), guest=guest.pid)
-    # What it will not do is answer: it is stopped until its mapping is barred.
-    os.kill(guest.pid, signal.SIGSTOP)
+    pid, path = pid_of(control, "c1"), Path("/run/mnt/guests/c1/ram/more")
+    lab.say("handed", control._desk.uffds.has("g2"), guest=pid)
+    os.kill(pid, signal.SIGSTOP)
     (fd,) = control._desk.fds("more")
-    kept = digest_fd(fd)
-    floor = bare()
-    uffds = control._desk.uffds
-    began = []
-    bar = uffds.bar
+    inode, (address, _) = inode_of(control, "more"), mapping_of(pid, inode_of(control, "more"))
+    word = os.pread(fd, 8, 0)
+    ways = [by_mem(pid, address), path.read_bytes()[:8]]
+    try:
+        ways.append(by_vm_read(pid, address))
+    except OSError as error:
+        assert error.errno == errno.ENOSYS, error  # noqa: PT017 - a kernel without it has a way less
+    lab.say("ways-before", word != bytes(8) and set(ways) == {word}, ways=[way.hex() for way in ways])
+    kept, floor = digest_fd(fd), bare()
+    uffds, began, bar = control._desk.uffds, [], control._desk.uffds.bar
 
     def timed(grant: str) -> str:
         """The rung itself, with its time taken."""
@@ -82,40 +156,98 @@ try:
     lab.say("rung", report.rung is Rung.PROTECT, report=repr(report), took_ns=began[0], bare_ns=floor)
     lab.say("kept", digest_fd(fd) == kept)
     os.pwrite(fd, b"LATER-02", 0)
-    mem = os.open(f"/proc/{guest.pid}/mem", os.O_RDONLY)
-    shield = control._desk.shields[0]
-    reader = os.fork()
-    if reader == 0:
-        try:
-            os.pread(mem, 8, shield.start)
-        except OSError:
-            time.sleep(600)
-        os._exit(0)
-    time.sleep(1.0)
-    lab.say("unread", os.waitpid(reader, os.WNOHANG) == (0, 0))
-    os.kill(reader, signal.SIGKILL)
-    os.waitpid(reader, 0)
-    os.close(mem)
-    snapshot = control.snapshot()
-    lab.say(
-        "counted-as-cut",
-        not any(each.id == "mapping-unknown" for each in snapshot.findings),
-        found=str(snapshot.findings),
-    )
-    os.kill(guest.pid, signal.SIGCONT)
+    lab.say("unread", closed(lambda: by_mem(pid, address)))
+    lab.say("unread-by-vm-read", closed(lambda: by_vm_read(pid, address)))
+    lab.say("no-fd", not has_fd(pid, inode))
+    lab.say("no-path", refused(path))
+    lab.say("not-written-by-a-trap", os.pread(fd, 8, 0) == b"LATER-02")
+    found = control.snapshot().findings
+    lab.say("counted-as-cut", not any(each.id == "mapping-unknown" for each in found), found=str(found))
+    os.kill(pid, signal.SIGCONT)
     control.apply(do.GuestStop("c1"))
-    lab.say(
-        "let-go", not control._desk.shields and not [n for n in control._desk.custody.names() if n.startswith("uffd")]
-    )
+    held = [name for name in control._desk.custody.names() if name.startswith("uffd")]
+    lab.say("let-go", not control._desk.shields and not held)
     control.apply(do.Release("more"))
 
-    # A guest that runs into its bar waits there, and can be ended.
+
+def waits(control: Control) -> None:
+    """A guest that runs into its bar waits there, and can be ended."""
     control.apply(do.GuestStart("c2", memory=4 * M))
-    (guest,) = [each for each in control.snapshot().guests if each.kind is not GuestKind.FOREIGN]
-    lab.say("bars", control._desk.uffds.bar("g3") == "")
-    lab.say("waits", stands_still(guest.pid), stack=Path(f"/proc/{guest.pid}/stack").read_text(encoding="ascii"))
+    pid, (grant,) = pid_of(control, "c2"), [each.id for each in control.snapshot().grants]
+    lab.say("bars", control._desk.uffds.bar(grant) == "")
+    lab.say("waits", stands_still(pid), stack=Path(f"/proc/{pid}/stack").read_text(encoding="ascii"))
     control.apply(do.GuestStop("c2"))
-    lab.say("ends", not Path(f"/proc/{guest.pid}").exists())
+    lab.say("ends", not Path(f"/proc/{pid}").exists())
+
+
+OTHER = """
+import mmap, os, sys
+fd = os.open(sys.argv[1], os.O_RDWR)
+memory = mmap.mmap(fd, 4096)
+print("has it", flush=True)
+sys.stdin.readline()
+print(memory[0])
+"""
+
+
+def somebody_else(control: Control) -> None:
+    """A mapping that is not the canary's: to bar the canary is not enough, and the contents move away from both."""
+    control.apply(do.GuestStart("c3", memory=4 * M))
+    pid, (grant,) = pid_of(control, "c3"), [each.id for each in control.snapshot().grants]
+    address, length = mapping_of(pid, inode_of(control, "c3"))
+    path = f"/proc/{pid}/map_files/{address:x}-{address + length:x}"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", OTHER, path], **pipes) as other:
+        other.stdout.readline()
+        os.kill(pid, signal.SIGSTOP)
+        kept = digest_fd(control._desk.fds("c3")[0])
+        report = control.apply(do.Revoke(grant, within=0.5)).revoke
+        tried = (Rung.ASK, Rung.PROTECT, Rung.COPY)
+        lab.say("not-enough", (report.rung, report.tried) == (Rung.COPY, tried), report=repr(report))
+        lab.say("moved-whole", digest_fd(control._desk.fds("c3")[0]) == kept)
+        other.communicate("look\n")
+        lab.say("other-ends", other.returncode == -signal.SIGBUS, ended=other.returncode)
+    os.kill(pid, signal.SIGCONT)
+    control.apply(do.GuestStop("c3"))
+
+
+def dies(point: str) -> None:
+    """A control process that dies in the middle of the rung; the next one bars, or has barred, the same mapping."""
+    with worlds() as world:
+        with world.control() as control:
+            control.apply(do.GuestStart("c4", memory=4 * M))
+            control.apply(do.Reserve("more", 4 * M, prefault=True))
+            control.apply(do.Map("more", "c4", gpa=1 << 30))
+            pid, (fd,) = pid_of(control, "c4"), control._desk.fds("more")
+            os.kill(pid, signal.SIGSTOP)
+            (address, _), kept = mapping_of(pid, inode_of(control, "more")), digest_fd(fd)
+        world.dies(do.Revoke("g2", within=0.5), point)
+        with world.control() as control:
+            grants = [each.id for each in control.snapshot().grants]
+            said = control.events(0)[-1].text
+            right = (
+                grants == ["g1"]
+                and control._state.unfinished == {}
+                and "(more to c4) is cut after" in said
+                and len(control._desk.shields) == 1
+                and digest_fd(control._desk.fds("more")[0]) == kept
+                and closed(lambda: by_mem(pid, address))
+            )
+            lab.say(f"dies-at-{point}", right, grants=grants, said=said)
+            os.kill(pid, signal.SIGCONT)
+            control.apply(do.GuestStop("c4"))
+
+
+lab.say("rwp", lazy.rwp())
+for directory in ("/run/memconsole", "/run/mnt"):
+    Path(directory).mkdir(exist_ok=True)
+embedded = Control(Path("/run/memconsole/embedded"), OwnCustody(), mountpoint=Path("/run/mnt"))
+try:
+    rung(embedded)
+    waits(embedded)
+    somebody_else(embedded)
 finally:
-    control.close()
+    embedded.close()
+for moment in ("before", "barred", "after"):
+    dies(f"revoke.protect.{moment}")
 lab.say("end")

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from memconsole.errors import UsageError
-from memconsole.model import Snapshot, Window
+from memconsole.model import Grant, Snapshot, Window
 from memconsole.units import format_address, format_duration, format_size
 
 Get = Callable[[Any], Any]
@@ -207,6 +207,13 @@ GUESTS = Table(
     ),
 )
 
+
+def _lazy(grant: Grant) -> str:
+    if grant.faults is None:
+        return "yes" if grant.lazy else ""
+    return "served" if grant.faults.served else "nobody serves it"
+
+
 GRANTS = Table(
     "grants",
     "Grants",
@@ -214,37 +221,40 @@ GRANTS = Table(
     lambda grant: str(grant.id),
     (
         Field("id", "Grant", "its id", lambda g: g.id, width=6),
-        Field("region", "Region", "what it is a part of", lambda g: g.region, width=18),
-        Field("guest", "Guest", "who may map it", lambda g: g.guest, width=18),
+        Field("region", "Region", "what it is a part of", lambda g: g.region, width=12),
+        Field("guest", "Guest", "who may map it", lambda g: g.guest, width=12),
         Field("state", "State", "offered, mapped, revoked", lambda g: str(g.state), width=8),
+        _size("length", "Length", "bytes granted", lambda g: g.length),
+        _size(
+            "present",
+            "WSS",
+            "working set of a lazy grant: bytes put in place when they were first touched",
+            lambda g: g.faults and g.faults.present,
+        ),
+        _number(
+            "faults", "Faults/s", "page faults served in the last second", lambda g: g.faults and g.faults.rate, width=8
+        ),
         Field("access", "Access", "ro or rw", lambda g: str(g.access), width=6),
         _address("gpa", "GPA", "guest physical address", lambda g: g.gpa),
-        _size("length", "Length", "bytes granted", lambda g: g.length),
         _address("offset", "Offset", "where in the region it begins", lambda g: g.offset, default=False),
         Field("export", "Export", "how the process reaches it", lambda g: g.export, width=6, default=False),
         _number("mappings", "VMAs", "mappings the kernel shows", lambda g: len(g.seen), width=5),
         Field("dma", "DMA", "device it is also mapped for", lambda g: g.dma, width=12, default=False),
-        _size(
-            "present",
-            "Present",
-            "bytes put in place by faults",
-            lambda g: g.faults and g.faults.present,
+        Field(
+            "lazy", "Lazy", "whether its pages come when first touched, and somebody serves that", _lazy, default=False
+        ),
+        _number(
+            "minor",
+            "Minor",
+            "faults on pages that the region had",
+            lambda g: g.faults and g.faults.minor,
             default=False,
         ),
         _number(
-            "faults",
-            "Faults/s",
-            "faults served in the last second",
-            lambda g: g.faults and g.faults.rate,
-            width=8,
-            default=False,
-        ),
-        _number(
-            "served",
-            "Faults",
-            "faults served",
-            lambda g: g.faults and g.faults.minor + g.faults.missing,
-            width=10,
+            "missing",
+            "Missing",
+            "faults on pages that it had not",
+            lambda g: g.faults and g.faults.missing,
             default=False,
         ),
         Field(

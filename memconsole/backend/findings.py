@@ -128,6 +128,24 @@ def _grants(snapshot: Snapshot) -> Iterator[Finding]:
                 f"/proc/{guest.pid}/maps",
                 f"memconsole revoke {grant.id}, or restart the guest",
             )
+        if grant.faults is not None and not grant.faults.served:
+            yield Finding(
+                "faults-unserved",
+                Severity.WARNING,
+                grant.id,
+                f"nobody serves the page faults of {grant.guest} in {grant.region}: it waits where it faults",
+                "custody has its userfaultfd",
+                f"memconsole revoke {grant.id}, or start the control process that has {grant.region}",
+            )
+        if grant.faults is not None and grant.faults.refused:
+            yield Finding(
+                "faults-refused",
+                Severity.WARNING,
+                grant.id,
+                f"no memory could be had for {grant.faults.refused:,} page faults of {grant.guest} in {grant.region}",
+                "fallocate",
+                f"each is tried again: free memory, or memconsole revoke {grant.id}",
+            )
 
 
 def _strays(strays: Iterable[Over]) -> Iterator[Finding]:

@@ -85,6 +85,14 @@ def _regions(snapshot: Snapshot) -> Iterable[str]:
     states = Counter((grant.guest, grant.state) for grant in snapshot.grants)
     grants = [({"guest": guest, "state": state}, count) for (guest, state), count in states.items()]
     yield _family("grants", "gauge", "Grants by guest and state.", grants)
+    lazy = [({"guest": g.guest, "grant": g.id}, g.faults) for g in snapshot.grants if g.faults is not None]
+    yield _family("lazy_working_set", "gauge", "Put in place by faults.", [(n, f.present) for n, f in lazy], "bytes")
+    faults = [
+        ({**n, "kind": kind}, count) for n, f in lazy for kind, count in (("minor", f.minor), ("missing", f.missing))
+    ]
+    yield _family("lazy_faults", "counter", "Page faults served.", faults)
+    refused = [(n, f.refused) for n, f in lazy]
+    yield _family("lazy_faults_refused", "counter", "Page faults there was no memory for.", refused)
 
 
 def _guests(snapshot: Snapshot) -> Iterable[str]:

@@ -23,6 +23,7 @@ from memconsole.model import (
     Domain,
     Effect,
     Event,
+    Faults,
     Finding,
     Gap,
     Grant,
@@ -110,7 +111,8 @@ def snapshot(
             made_grants.append(
                 Grant(
                     grants[0], name, owner, 0, size, Access.RW, GrantState.MAPPED, gpa,
-                    created_ns=NOW_NS - 3_500_000_000_000, seen=(mapping,),
+                    created_ns=NOW_NS - 3_500_000_000_000, seen=(mapping,), lazy=number == 1,
+                    faults=_faults(size) if number == 1 else None,
                 )
             )  # fmt: skip
             held[owner].append(grants[0])
@@ -270,6 +272,12 @@ def _devices(windows: int) -> tuple[tuple[Device, ...], tuple[Window, ...]]:
 
 
 # --- PFN maps -----------------------------------------------------------------------------------------------------
+
+
+def _faults(size: int) -> Faults:
+    """A lazy grant of which a quarter was touched."""
+    pages = size // 4 // (2 * MIB)
+    return Faults(True, pages, pages // 3, size // 4, 37, 0, pages * 140_000, 2_700_000, 2 * MIB)
 
 
 def _extents_of(size: int) -> int:

@@ -8,6 +8,7 @@ import pytest
 from support.synthetic import SyntheticSource, snapshot
 
 from memconsole.errors import NoControl, NotFound, UsageError
+from memconsole.units import format_size
 from memconsole.views.app import ConsoleApp
 from memconsole.views.headless import render
 
@@ -28,6 +29,20 @@ def test_text_holds_what_the_snapshot_holds() -> None:
     text = render(SyntheticSource(), "regions", "text", (132, 40))
     for region in snapshot().regions:
         assert region.name in text
+
+
+@pytest.mark.parametrize("size", [(80, 24), (132, 43)])
+def test_working_sets_and_fault_rates_are_seen_without_looking_for_them(size: tuple[int, int]) -> None:
+    (lazy,) = [grant for grant in snapshot().grants if grant.faults]
+    assert lazy.faults is not None
+    assert f"lazy     1  {lazy.faults.rate} faults/s, {format_size(lazy.faults.present)}" in render(
+        SyntheticSource(), "overview", "text", size
+    )
+    lines = render(SyntheticSource(), "grants", "text", size).splitlines()
+    head = next(line for line in lines if "WSS" in line)
+    row = next(line for line in lines if f" {lazy.id} " in line)
+    for title, value in (("WSS", format_size(lazy.faults.present)), ("Faults/s", str(lazy.faults.rate))):
+        assert row[: head.index(title) + len(title)].endswith(f" {value}")
 
 
 def test_an_svg_is_well_formed_and_the_same_every_time() -> None:

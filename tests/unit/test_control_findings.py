@@ -12,7 +12,7 @@ from memconsole.backend import findings
 from memconsole.backend.findings import RUNS_SLOW
 from memconsole.backend.kernel.procmaps import Vma
 from memconsole.backend.survey import Over
-from memconsole.model import GuestKind, GuestState, RegionState, Severity, Snapshot, Survival
+from memconsole.model import Faults, GuestKind, GuestState, RegionState, Severity, Snapshot, Survival
 
 HOST = snapshot(8, 3, findings=0)
 LUO = Survival(kho=True, luo=True)
@@ -52,6 +52,8 @@ REGION, GUEST, GRANT, WINDOW = HOST.regions[0].name, HOST.guests[0].name, HOST.g
             Severity.WARNING,
             REGION,
         ),
+        (lambda: changed("grants", faults=Faults(served=False)), "faults-unserved", Severity.WARNING, GRANT),
+        (lambda: changed("grants", faults=Faults(True, refused=3)), "faults-refused", Severity.WARNING, GRANT),
         (
             lambda: replace(changed("regions", page_size=2 << 20), survival=LUO),
             "region-not-preserved",

@@ -108,7 +108,7 @@ def test_a_clock_that_goes_back_does_not_reorder(tmp_path: Path) -> None:
 
 
 def test_it_is_bounded_by_bytes(tmp_path: Path) -> None:
-    limit = 40_000
+    limit = 60_000
     snapshots = recorded(tmp_path, 200, max_bytes=limit)
     found = History(tmp_path)
     assert found.nbytes() <= limit

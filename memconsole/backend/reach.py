@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 from memconsole.backend import survey
 from memconsole.backend.kernel import census as census_of
-from memconsole.backend.kernel import memfds, tree
-from memconsole.backend.kernel.census import Census
+from memconsole.backend.kernel import memfds, procmaps, tree
+from memconsole.backend.kernel.census import Census, Process
 from memconsole.backend.survey import Face, Over, Shield
 from memconsole.errors import Denied, Gone, MemconsoleError, NotFound
 from memconsole.model import Region, Segment
@@ -72,7 +72,7 @@ def find(
     objects = {(each.device, each.inode) for each in region.segments[index]}
     held = (
         *memfds.holders(census, objects),
-        *_openers(census, [face for face in faces if face.region == region.name]),
+        *(_openers(census, shown) if (shown := [face for face in faces if face.region == region.name]) else ()),
     )
     unseen = ""
     if census.hidden and not mapped and not held:
@@ -80,24 +80,52 @@ def find(
     return Reach(mapped, held, unseen)
 
 
-def keepers(exempt: Collection[int]) -> tuple[int, ...]:
-    """The processes that keep fds where the kernel does not show of what they are: in the queue of a socket
-    (/proc/PID/fdinfo/FD:scm_fds), or registered with an io_uring (UserFiles).
+def keepers(exempt: Collection[int], faces: Iterable[Face] = ()) -> tuple[int, ...]:
+    """The processes that may keep a region's descriptor, or a mapping, where nobody who looks at processes sees it.
+
+    In the queue of a socket (/proc/PID/fdinfo/FD:scm_fds) or registered with an io_uring (UserFiles) the kernel does
+    not show of what an fd is; a thread may have a table of fds of its own, or have outlived its process's first one.
+    Of processes that are hidden from this user nothing is said.
 
     Raises:
         Denied, KernelRefused, BadFile: the processes of this host cannot be read.
     """
     census = census_of.take(closed=exempt)
-    found = set()
-    for process in census.processes.values():
-        for fd, link in process.fds.items():
-            if link.startswith(("socket:", "anon_inode:[io_uring]")):
-                with contextlib.suppress(Gone, NotFound):
-                    rows = tree.read(census.root, f"/proc/{process.pid}/fdinfo/{fd}").split(b"\n")
-                    counts = [row.split()[1] for row in rows if row.startswith((b"scm_fds:", b"UserFiles:"))]
-                    if any(count != b"0" for count in counts):
-                        found.add(process.pid)
-    return tuple(sorted(found))
+    ours = (survey.OURS, *{face.path for face in faces})
+    return tuple(
+        sorted(
+            process.pid
+            for process in census.processes.values()
+            if process.pid not in exempt and (_passes_on(census, process) or _hides(census, process, ours))
+        )
+    )
+
+
+def _passes_on(census: Census, process: Process) -> bool:
+    for fd, link in process.fds.items():
+        if link.startswith(("socket:", "anon_inode:[io_uring]")):
+            with contextlib.suppress(Gone, NotFound, Denied):
+                rows = tree.read(census.root, f"/proc/{process.pid}/fdinfo/{fd}").split(b"\n")
+                counts = [row.split()[1] for row in rows if row.startswith((b"scm_fds:", b"UserFiles:"))]
+                if any(count != b"0" for count in counts):
+                    return True
+    return False
+
+
+def _hides(census: Census, process: Process, ours: Collection[str]) -> bool:
+    if process.kernel or process.threads < 2:
+        return False
+    shown = set(process.fds.values())
+    with contextlib.suppress(Gone, NotFound, Denied):
+        for name in tree.names(census.root, f"/proc/{process.pid}/task"):
+            if int(name) == process.pid:
+                continue
+            hidden = set(census_of.links(census.root, int(name)).values()) - shown
+            if memfds.RETRIEVED in hidden or any(part in link for link in hidden for part in ours):
+                return True
+            if process.state == "Z" and any(vma.path.startswith(survey.OURS) for vma in procmaps.vmas("/", int(name))):
+                return True
+    return False
 
 
 def _openers(census: Census, faces: Iterable[Face]) -> Iterator[tuple[int, int]]:

@@ -53,7 +53,7 @@ from memconsole.model import (
 T = TypeVar("T")
 D = TypeVar("D")
 _QEMU = "qemu-system"
-_OURS = "/memfd:memconsole:"
+OURS = "/memfd:memconsole:"
 """How the memfd store names its segments."""
 _SESSION = "anon_inode:[luo_session]"
 Object = tuple[int, int]
@@ -392,7 +392,7 @@ def foreign(census: Census, state: State, read: Readers | None = None) -> tuple[
     for process in census.processes.values():
         if process.pid in ours or process.kernel or process.state in "ZX":
             continue
-        if starting and process.holds(_OURS):
+        if starting and process.holds(OURS):
             continue  # it is ours in a moment
         if process.holds("anon_inode:kvm-vm") or (process.maps and process.comm.startswith(_QEMU)):
             machine = read(f"/proc/{process.pid}", partial(kvm.machine, census, process), None, absent=True)

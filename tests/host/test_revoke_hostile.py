@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +16,9 @@ from support.guests import until
 from support.hostile import LATER, PINS, SECRET, Hostile, accomplices, no_fresh_files
 
 from memconsole import actions as do
+from memconsole.backend import reach
 from memconsole.backend.control import Control
+from memconsole.backend.guests.handle import stat
 from memconsole.errors import GuestError
 from memconsole.extents import digest_fd
 from memconsole.model import RevokeOutcome, RevokeReport, Rung
@@ -165,6 +169,43 @@ def test_a_descriptor_that_waits_in_a_socket_is_not_forgotten_where_the_contents
         assert report.outcome is RevokeOutcome.CUT, report
         assert control.snapshot().grants == ()
         assert contents(control) == kept
+
+
+THREADS = """
+import ctypes, os, sys, threading, time
+way, libc = sys.argv[1], ctypes.CDLL(None)
+ours = os.memfd_create("memconsole:loot:0" if way != "stranger" else "else")
+os.ftruncate(ours, 4096)
+ready = threading.Event()
+def keep():
+    if way != "ghost":
+        libc.unshare(0x400)
+    ready.set()
+    time.sleep(1000)
+threading.Thread(target=keep).start()
+ready.wait()
+if way != "shown":
+    os.close(ours)
+print("ready", flush=True)
+if way == "ghost":
+    libc.dup3(os.memfd_create("memconsole:loot:0"), 9, 0)
+    libc.syscall(60, 0)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize(("way", "keeps"), [("own", True), ("ghost", True), ("shown", False), ("stranger", False)])
+def test_a_thread_that_keeps_a_descriptor_of_its_own_is_seen(program: Path, way: str, *, keeps: bool) -> None:
+    """In a table of its own (CLONE_FILES), or when the first thread of its process has ended and shows none."""
+    with subprocess.Popen([sys.executable, "-c", THREADS, way], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            if way == "ghost":
+                until(lambda: stat(process.pid)[0] == "Z", "its first thread has ended")
+            assert (process.pid in reach.keepers(frozenset())) == keeps
+        finally:
+            process.kill()
 
 
 def test_where_no_fresh_frames_can_be_had_it_takes_killing(control: Control, program: Path) -> None:

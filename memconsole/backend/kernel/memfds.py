@@ -19,7 +19,9 @@ from memconsole.errors import Gone
 
 _F_GET_SEALS = 1034
 SEALS = {0x01: "seal", 0x02: "shrink", 0x04: "grow", 0x08: "write", 0x10: "future_write", 0x20: "exec"}
-_PREFIX, _RETRIEVED = "/memfd:", "/ (deleted)"
+_PREFIX = "/memfd:"
+RETRIEVED = "/ (deleted)"
+"""What a memfd is called that came by live update."""
 
 
 @dataclass(slots=True)
@@ -91,7 +93,7 @@ def _held(census: Census) -> Iterator[tuple[int, int, str]]:
         for fd, link in process.fds.items():
             if link.startswith(_PREFIX):
                 yield process.pid, fd, link.removeprefix(_PREFIX).removesuffix(" (deleted)")
-            elif link == _RETRIEVED:
+            elif link == RETRIEVED:
                 yield process.pid, fd, ""
 
 

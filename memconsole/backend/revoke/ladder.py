@@ -42,6 +42,7 @@ class Ladder:
         self._at_most = at_most
         self._segment = grant.offset // memfd.SEGMENT
         self._killed: set[int] = set()
+        self._last: Reach | None = None
 
     def climb(self) -> RevokeReport:
         """Climb until nobody reaches the segment the range lies in: who had its descriptor may have mapped any of it.
@@ -149,7 +150,7 @@ class Ladder:
         if why := move.why_not(self._desk, region, self._segment):
             return _Passed(why, tried=False)
         try:
-            with halted(self._desk, lambda: self._reach().pids, self._within) as note:
+            with halted(self._desk, self._who(), self._within) as note:
                 pass_by("copy", "stopped")
                 end = move.move(self._desk, self._grant, self._segment)
                 reach = self._reach()
@@ -158,6 +159,11 @@ class Ladder:
             return End(end.outcome, "; ".join(filter(None, [end.note, note()])))
         except MemconsoleError as error:
             return _Passed(str(error))
+
+    def _who(self) -> Callable[[], tuple[int, ...]]:
+        """Who reaches it: those who did when a rung last looked, and from then on those who do."""
+        known = [self._last.pids] if self._last is not None and self._last.pids else []
+        return lambda: known.pop() if known else self._reach().pids
 
     def _kill(self) -> End | _Passed:
         deadline = time.monotonic() + self._within
@@ -207,10 +213,12 @@ class Ladder:
     def _unmoved(self, why: str) -> End | _Passed:
         """The contents stay in the file that somebody had the descriptor of: nobody may have kept it out of sight."""
         deadline = time.monotonic() + self._within
-        while pids := reach_of.keepers(self._desk.exempt):
+        while pids := reach_of.keepers(self._desk.exempt, self._desk.faces):
             if time.monotonic() > deadline:
                 who = ", ".join(map(str, pids))
-                return _Passed(f"its descriptor may be one of those in queues of sockets, or in rings, of {who}: {why}")
+                return _Passed(
+                    f"its descriptor may be in a socket's queue, a ring, or a thread's own table of {who}: {why}"
+                )
             time.sleep(_LOOK_S)
         return End(RevokeOutcome.CUT, f"pins are not ruled out: {why}")
 
@@ -228,7 +236,8 @@ class Ladder:
     # --- what the kernel says -------------------------------------------------------------------------------------
 
     def _reach(self) -> Reach:
-        return self._desk.reach(self._desk.state.regions[self._grant.region], self._segment)
+        self._last = self._desk.reach(self._desk.state.regions[self._grant.region], self._segment)
+        return self._last
 
     def _look(self, within: float) -> Reach:
         """Who reaches the segment, once nobody does or the time is over: what was unmapped just now may linger."""

@@ -23,13 +23,13 @@ from msgspec.structs import replace
 
 from memconsole import actions
 from memconsole.actions import Action, AnyAction
-from memconsole.backend import ledger, survey
+from memconsole.backend import beside, ledger, survey
 from memconsole.backend.desk import MOUNT, STOP_S, Desk
 from memconsole.backend.kernel import kho, tree
 from memconsole.backend.ledger import Ledger
 from memconsole.backend.state import KINDS, Change, Done, Failed, Happened, Intent, Record, fold
 from memconsole.backend.survey import Meant
-from memconsole.errors import Gone, MemconsoleError, NotFound, Refused
+from memconsole.errors import MemconsoleError, NotFound, Refused
 from memconsole.model import (
     Access,
     Danger,
@@ -37,11 +37,9 @@ from memconsole.model import (
     Finding,
     GrantState,
     GuestKind,
-    HandoffReport,
     Outcome,
     Plan,
     Refusal,
-    Severity,
     Snapshot,
 )
 from memconsole.source import nothing_at
@@ -159,18 +157,15 @@ class Control:
             self._desk.exempt,
             (
                 *self._standing,
-                *self._custody_gone(),
                 *(self._audit.findings() if self._audit is not None else ()),
                 *(self._past.findings() if self._past is not None else ()),
-                *(self._desk.mount.findings() if self._desk.mount is not None else ()),
-                *self._devices(),
-                *self._waiting(),
+                *(beside.findings(self._desk) if not self._closed else ()),
             ),
             self._desk.faces,
             self._desk.shields,
             self._desk.faults,
-            self._handed_off(),
-            self._sessions(),
+            beside.handed_off(self._desk),
+            beside.sessions(self._desk) if not self._closed else (),
         )
         taken = self._with_truth(survey.survey(meant, self._root))
         if self._past is not None:
@@ -320,21 +315,6 @@ class Control:
 
         return verbs.work(self._desk, action)
 
-    def _handed_off(self) -> HandoffReport | None:
-        """The report of the last handoff, with what the guests say of their blackout as soon as they do."""
-        if self._desk.handoff is None:
-            return None
-        from memconsole.backend.handoff import kept
-
-        return kept.reported(self._desk)
-
-    def _sessions(self) -> tuple[str, ...]:
-        """The sessions of live update that are in custody."""
-        if not self._closed and self._custody.survives and tree.exists(self._root, "/dev/liveupdate"):
-            with contextlib.suppress(Gone):
-                return tuple(name for name in self._custody.names() if name.startswith(("session:", "incoming:")))
-        return ()
-
     def _with_truth(self, taken: Snapshot) -> Snapshot:
         """What KHO hands over of each region, where this kernel has it."""
         if not taken.survival.luo or self._closed:
@@ -353,45 +333,6 @@ class Control:
             self._rechecked = time.monotonic()
             with self._rechecking:
                 move.recheck(self._desk)
-
-    def _custody_gone(self) -> tuple[Finding, ...]:
-        """That what holds the memory is no more, and so does not outlive this process; or that another does by now."""
-        try:
-            if not self._closed:
-                self._custody.check()
-        except Gone as error:
-            what = f"nobody but this process holds the regions: {error.what}"
-            remedy = "do not restart it before what matters was copied out of the regions that no guest maps"
-            return (Finding("custody-gone", Severity.ERROR, "custody", what, error.why, remedy),)
-        return tuple(
-            Finding(
-                "custody-replaced", Severity.WARNING, "custody", what, "custody", "look who killed it: only root can"
-            )
-            for what in self._custody.troubles()
-        )
-
-    def _devices(self) -> tuple[Finding, ...]:
-        """Where devices reach other memory than the ledger grants them, or a kexec would keep."""
-        if not (
-            self._desk.hands_devices
-            or any(grant.dma is not None for grant in self._state.grants.values())
-            or tree.exists(self._root, "/sys/bus/pci/drivers/vfio-pci")
-        ):
-            return ()
-        from memconsole.backend.dma import check
-
-        return check.check(self._desk)
-
-    def _waiting(self) -> tuple[Finding, ...]:
-        """The guests that gave their RAM back by ending, and those that a handoff left in custody."""
-        if self._closed or not self._state.guests:
-            return ()
-        from memconsole.backend.revoke import aside
-        from memconsole.backend.verbs import handoff
-
-        with contextlib.suppress(Gone):  # that nobody has custody any more is a finding of its own
-            return (*aside.findings(self._desk), *handoff.held(self._desk))
-        return ()
 
     @contextlib.contextmanager
     def _mounted(self) -> Iterator[None]:

@@ -17,15 +17,18 @@ import pytest
 from support import controls
 from support.guests import until
 from support.mounted import SIZE, Place, places, unexpected
-from support.mounts import NOBODY, STRANGER, mounted_below, wait_gone
+from support.mounts import NOBODY, STRANGER, end_at, mounted_below, wait_gone
+from support.services import services
 
 from memconsole import actions as do
-from memconsole.backend.exports.fuse import FuseTree
+from memconsole.backend.exports.fuse import FuseTree, Kind
 from memconsole.cli import main
 from memconsole.errors import ExitCode, GuestError, MemconsoleError, Refused
-from memconsole.model import Access, GrantState, RevokeOutcome, Rung
+from memconsole.model import Access, GrantState, Progress, RevokeOutcome, Rung
 
 M = controls.M
+ELSEWHERE = ["--user", "--map-root-user", "--mount"]
+NOTHING = Progress("", 0, 0, 0, 0, 0)
 RAM = 32 * M
 
 
@@ -386,6 +389,33 @@ def test_files_of_others_are_not_hidden(place: Place) -> None:
     (other / "guests/photo").unlink()
     assert "mount-behind" not in {finding.id for finding in place.shown().findings}
     assert (other / "regions").is_mount()
+
+
+def test_where_the_kernel_passes_no_memory_through_the_mount_says_so_and_fds_remain() -> None:
+    """In a user namespace: a kernel that refuses the first memfd, as one without passthrough refuses the offer."""
+    if os.geteuid() or subprocess.run(["unshare", *ELSEWHERE, "true"], check=False).returncode:
+        pytest.skip("no user namespaces here")
+    with services() as service, contextlib.ExitStack() as stack:
+        stack.callback(lambda: end_at(service.runtime, service.directory))
+        service.start("--mount", str(service.directory / "mnt"), launcher=["unshare", *ELSEWHERE])
+        client = stack.enter_context(contextlib.closing(service.client()))
+        client.apply(do.GuestStart("web", memory=16 * M))
+        shown = client.snapshot()
+        service.guests.add(controls.guest(shown, "web").pid or 0)
+        (finding,) = [finding for finding in shown.findings if finding.id.startswith("mount-")]
+        assert (finding.id, finding.what) == (
+            "mount-without-ram",
+            "the mount shows no memory: passing memory through needs CAP_SYS_ADMIN",
+        )
+        assert "fd export" in finding.remedy
+        with contextlib.closing(FuseTree(service.runtime / "fuse")) as tree:
+            kinds = {entry.path: entry.kind for entry in tree.list()}
+        assert kinds["guests/web/ram"] is Kind.DIR
+        assert Kind.RAM not in kinds.values()
+        until(
+            lambda: (controls.guest(client.snapshot(), "web").progress or NOTHING).beats > 5, "it runs on what it has"
+        )
+        assert shown.grants[0].state is GrantState.MAPPED
 
 
 def test_the_doctor_says_that_memory_can_be_files(place: Place, capfd: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ What a host as such cannot do is no finding: that is what gaps and ``doctor`` ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from memconsole.backend.kernel import pci
@@ -25,11 +25,10 @@ RUNS_SLOW = 8192
 """Runs of frames from which on the next kernel's boot takes seconds longer (its scans are quadratic in them)."""
 
 
-def find(snapshot: Snapshot, strays: Iterable[Over], sessions: Mapping[int, int]) -> tuple[Finding, ...]:
+def find(snapshot: Snapshot, strays: Iterable[Over], ours: Collection[int] = ()) -> tuple[Finding, ...]:
     """Every difference in this Snapshot, which has the standing findings already.
 
-    ``strays`` are mappings of regions that no grant accounts for, ``sessions`` how many sessions of live update
-    processes hold that are not ours, by PID.
+    ``strays`` are mappings of regions that no grant accounts for, ``ours`` the processes that hold files for us.
     """
     waiting = {finding.subject for finding in snapshot.findings if finding.id == "guest-aside"}
     return (
@@ -40,7 +39,7 @@ def find(snapshot: Snapshot, strays: Iterable[Over], sessions: Mapping[int, int]
         *_quarantine(snapshot),
         *_windows(snapshot),
         *_unpreserved(snapshot),
-        *_sessions(sessions),
+        *_sessions(snapshot, ours),
     )
 
 
@@ -55,10 +54,10 @@ def _region(region: Region, snapshot: Snapshot) -> Iterator[Finding]:
             f"its contents are gone: memconsole release {region.name}",
         )
         return
-    if region.seen.runs is not None and region.seen.runs > RUNS_SLOW:
+    if region.seen.runs is not None and region.seen.runs > RUNS_SLOW and snapshot.survival.luo:
         yield Finding(
             "region-fragmented",
-            Severity.WARNING if snapshot.survival.luo else Severity.INFO,
+            Severity.WARNING,
             region.name,
             f"region {region.name} lies in {region.seen.runs:,} runs of frames: a kexec with it boots slowly",
             "/proc/self/pagemap",
@@ -202,14 +201,18 @@ def _unpreserved(snapshot: Snapshot) -> Iterator[Finding]:
             )
 
 
-def _sessions(sessions: Mapping[int, int]) -> Iterator[Finding]:
-    for pid, count in sessions.items():
-        what = "a session" if count == 1 else f"{count} sessions"
+def _sessions(snapshot: Snapshot, ours: Collection[int]) -> Iterator[Finding]:
+    """Sessions that somebody else holds alone; systemd, itself such a holder, names its own."""
+    for session in snapshot.survival.sessions:
+        holders = [pid for pid in session.holders if pid not in ours]
+        if session.custody or not holders or session.name.startswith("systemd"):
+            continue
+        who = f"process {', '.join(map(str, holders))}"
         yield Finding(
             "session-outside-custody",
             Severity.WARNING,
-            f"process {pid}",
-            f"process {pid} holds {what} of live update: what it preserved is lost when it ends",
-            f"/proc/{pid}/fd: anon_inode:[luo_session]",
-            f"end process {pid}: what memconsole handoff preserves is in the keeper's custody",
+            session.name,
+            f"session {session.name} of live update is {who}'s: what it preserved is lost when that ends",
+            f"/proc/{holders[0]}/fd: anon_inode:[luo_session] {session.name}",
+            f"end {who}: what memconsole handoff preserves is in custody",
         )

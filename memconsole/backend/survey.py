@@ -55,7 +55,6 @@ D = TypeVar("D")
 _QEMU = "qemu-system"
 OURS = "/memfd:memconsole:"
 """How the memfd store names its segments."""
-_SESSION = "anon_inode:[luo_session]"
 Object = tuple[int, int]
 """A file by (st_dev, st_ino), as its mappings show it."""
 
@@ -208,9 +207,8 @@ def survey(meant: Meant, root: Root = "/") -> Snapshot:
         handoff=meant.handoff,
     )
     snapshot = replace(snapshot, gaps=tuple(read.gaps), findings=meant.standing)
-    return replace(
-        snapshot, findings=(*meant.standing, *findings.find(snapshot, strays(state, overs), sessions(census)))
-    )
+    found = findings.find(snapshot, strays(state, overs), meant.exempt)
+    return replace(snapshot, findings=(*meant.standing, *found))
 
 
 def _survival(meant: Meant, census: Census, read: Readers) -> Survival:
@@ -261,12 +259,6 @@ def strays(state: State, overs: Iterable[Over]) -> list[Over]:
         for over in overs
         if not any(over.overlaps(grant) for grant in granted[pids.get(over.pid, ""), over.region])
     ]
-
-
-def sessions(census: Census) -> dict[int, int]:
-    """How many sessions of live update each process holds that is not ours, by PID."""
-    held = {pid: sum(link == _SESSION for link in process.fds.values()) for pid, process in census.processes.items()}
-    return {pid: count for pid, count in held.items() if count}
 
 
 def _by_grant(state: State, overs: Iterable[Over]) -> dict[str, tuple[GrantMapping, ...]]:

@@ -13,7 +13,7 @@ from memconsole.cli import output
 from memconsole.cli.connect import source
 from memconsole.errors import ExitCode, NotFound, UsageError
 from memconsole.fields import FINDINGS, REACHED, SPANS, TABLES, Field
-from memconsole.model import Severity, Snapshot
+from memconsole.model import Snapshot
 from memconsole.units import format_address
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _note_gaps(snapshot: Snapshot) -> None:
 
 
 def audit(options: argparse.Namespace) -> int:
-    """Every finding with evidence and remedy; exit code 4 when one is a warning or an error."""
+    """Every finding with evidence and remedy; exit code 4 when there are any."""
     with source(options) as found:
         snapshot = found.snapshot()
     if options.json:
@@ -60,8 +60,7 @@ def audit(options: argparse.Namespace) -> int:
     else:
         output.text("no findings")
     _note_gaps(snapshot)
-    bad = any(finding.severity is not Severity.INFO for finding in snapshot.findings)
-    return ExitCode.FINDINGS if bad else ExitCode.DONE
+    return ExitCode.FINDINGS if snapshot.findings else ExitCode.DONE
 
 
 def pfn_key(snapshot: Snapshot, target: str) -> str:

@@ -80,7 +80,7 @@ def bench_audit() -> list[Result]:
         devices.append(ExtentTable.from_rows([*(Extent(at, pfn, pages, RW) for at, pfn in runs), *stray]))
 
     def audit() -> list[Finding]:
-        found = [*findings.find(host, [], {})]
+        found = [*findings.find(host, [])]
         for grant, region, device in zip(grants, regions, devices, strict=True):
             differences = check.compare([grant], device, {grant.id: Part(region, 0, region.end, 0)})
             found += check.told(BDF, [grant], differences)

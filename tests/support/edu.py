@@ -25,7 +25,7 @@ from memconsole.backend.steps import FAULT_VARIABLE
 from memconsole.backend.wire.client import Client
 from memconsole.errors import MemconsoleError, NoControl
 from memconsole.extents import ExtentTable
-from memconsole.model import Grant
+from memconsole.model import Grant, Snapshot
 
 BDF = "0000:00:04.0"
 PAGE = 4096
@@ -158,12 +158,18 @@ def frames(table: ExtentTable, gpa: int, access: str) -> dict[int, tuple[int, st
     return {gpa // PAGE + row.offset + n: (row.pfn + n, access) for row in table for n in range(row.count)}
 
 
-def found(client: Client) -> list[tuple[str, str]]:
-    """The findings about devices, in a Snapshot that was begun after this was asked."""
+def fresh(client: Client) -> Snapshot:
+    """A Snapshot that was begun after this was asked."""
     begun = time.time_ns()
     while (snapshot := client.snapshot()).taken_ns < begun:
         time.sleep(0.1)
-    return [(each.id, each.subject) for each in snapshot.findings if each.id.startswith(("dma", "device", "frame"))]
+    return snapshot
+
+
+def found(client: Client) -> list[tuple[str, str]]:
+    """The findings about devices, as of now."""
+    findings = fresh(client).findings
+    return [(each.id, each.subject) for each in findings if each.id.startswith(("dma", "device", "frame"))]
 
 
 def held(keeper: KeeperCustody) -> list[str]:

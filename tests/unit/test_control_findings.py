@@ -12,7 +12,7 @@ from memconsole.backend import findings
 from memconsole.backend.findings import RUNS_SLOW
 from memconsole.backend.kernel.procmaps import Vma
 from memconsole.backend.survey import Over
-from memconsole.model import Faults, GuestKind, GuestState, RegionState, Severity, Snapshot, Survival
+from memconsole.model import Faults, GuestKind, GuestState, LiveSession, RegionState, Severity, Snapshot, Survival
 
 HOST = snapshot(8, 3, findings=0)
 LUO = Survival(kho=True, luo=True)
@@ -29,7 +29,7 @@ def changed(table: str, **fields: object) -> Snapshot:
 
 
 def found(host: Snapshot) -> list[tuple[str, Severity, str]]:
-    made = findings.find(host, [], {})
+    made = findings.find(host, [])
     assert all(finding.what and finding.evidence and finding.remedy for finding in made)
     return [(finding.id, finding.severity, finding.subject) for finding in made]
 
@@ -45,7 +45,6 @@ REGION, GUEST, GRANT, WINDOW = HOST.regions[0].name, HOST.guests[0].name, HOST.g
     ("host", "id", "severity", "subject"),
     [
         (lambda: changed("regions", seen=None), "region-lost", Severity.ERROR, REGION),
-        (lambda: changed("regions", seen__runs=RUNS_SLOW + 1), "region-fragmented", Severity.INFO, REGION),
         (
             lambda: replace(changed("regions", seen__runs=RUNS_SLOW + 1), survival=LUO),
             "region-fragmented",
@@ -114,12 +113,22 @@ def test_a_vm_of_somebody_else_is_never_missed() -> None:
 
 def test_a_stranger_s_mappings_of_a_region_are_one_error() -> None:
     vmas = [Vma(start, start + 4096, "rw-s", 0, 1, 5, "/memfd:x", deleted=True) for start in (0x1000, 0x8000)]
-    made = findings.find(replace(HOST, survival=Survival()), [Over("web", 77, vma, 0) for vma in vmas], {})
+    made = findings.find(replace(HOST, survival=Survival()), [Over("web", 77, vma, 0) for vma in vmas])
     assert [(finding.id, finding.subject) for finding in made] == [("mapping-unknown", "web")]
     assert "77 maps 8K" in made[0].what
 
 
-def test_a_session_that_a_stranger_holds_is_named() -> None:
-    made = findings.find(replace(HOST, survival=Survival()), [], {77: 2})
-    assert [(finding.id, finding.subject) for finding in made] == [("session-outside-custody", "process 77")]
-    assert "2 sessions" in made[0].what
+def test_without_live_update_it_does_not_matter_how_a_region_lies() -> None:
+    assert found(replace(changed("regions", seen__runs=RUNS_SLOW + 1), survival=Survival())) == []
+
+
+def test_a_session_that_strangers_alone_hold_is_named() -> None:
+    sessions = (
+        LiveSession("memconsole:web", (5, 77), "session:memconsole:web"),
+        LiveSession("memconsole:now", (5,)),
+        LiveSession("other", (5, 77, 78)),
+        LiveSession("systemd-pid1", (1,)),
+    )
+    made = findings.find(replace(HOST, survival=Survival(sessions=sessions)), [], {5})
+    assert [(finding.id, finding.subject) for finding in made] == [("session-outside-custody", "other")]
+    assert "process 77, 78" in made[0].what

@@ -91,6 +91,14 @@ class Change(NamedTuple):
     new_flags: int
 
 
+class Tally(NamedTuple):
+    """Pages of a range that a later table lacks; has in another frame, or alone; may write to, and they could not."""
+
+    vanished: int
+    moved: int
+    widened: int
+
+
 class Folded(NamedTuple):
     """A value of every frame of an extent, folded: bits set in any, in every frame; the least, the largest value."""
 
@@ -125,6 +133,10 @@ def _kind(change: Any) -> ChangeKind:
     if (change.old_flags ^ change.new_flags) & (Flag.PRESENT | Flag.SWAP) or change.old_pfn == change.new_pfn:
         return ChangeKind.FLAGS
     return ChangeKind.MOVED
+
+
+def _change(c: Any) -> Change:
+    return Change(_kind(c), c.offset, c.count, c.old_pfn, c.new_pfn, c.old_flags, c.new_flags)
 
 
 class Part(NamedTuple):
@@ -284,6 +296,21 @@ class ExtentTable:
                 native.call(what, lib.mc_table_cover, table, part.to, part.pages)
 
         return cls._build("a table cannot be made", fill, page_size)
+
+    def by_frame(self) -> ExtentTable:
+        """The same present pages turned round: a row's offset is a frame, its pfn the page that is in it.
+
+        Of several pages in one frame one is kept. It covers from the first to the last frame.
+
+        Raises:
+            UsageError: a page is beyond 55 bits.
+        """
+        what = "a table cannot be turned round"
+
+        def fill(table: Any) -> None:
+            native.call(what, lib.mc_table_by_frame, table, self.handle)
+
+        return ExtentTable._build(what, fill, self.page_size)
 
     @classmethod
     def from_fd(cls, fd: int) -> Self:
@@ -450,12 +477,30 @@ class ExtentTable:
         changes = ffi.new("struct mc_changes *")
         try:
             native.call("tables cannot be compared", lib.mc_diff, self.handle, other.handle, changes)
-            return [
-                Change(_kind(c), c.offset, c.count, c.old_pfn, c.new_pfn, c.old_flags, c.new_flags)
-                for c in (changes.change[row] for row in range(changes.rows))
-            ]
+            return [_change(changes.change[row]) for row in range(changes.rows)]
         finally:
             lib.mc_changes_free(changes)
+
+    def diff_count(
+        self, other: ExtentTable, ranges: Sequence[tuple[int, int]], most: int
+    ) -> tuple[list[Tally], list[Change], int]:
+        """What ``other`` sees differently, counted for each range of pages (first, end; in order and apart).
+
+        What lies in no range follows as changes, ``most`` of them at most, and how many pages it all is.
+
+        Raises:
+            UsageError: page sizes differ, ranges overlap or are out of order.
+        """
+        outside, tallies = ffi.new("struct mc_changes *"), ffi.new("struct mc_tally[]", len(ranges))
+        bounds = ffi.new("uint64_t[]", [bound for each in ranges for bound in each])
+        what = "tables cannot be compared"
+        try:
+            native.call(what, lib.mc_diff_count, self.handle, other.handle, bounds, len(ranges), tallies, outside)
+            counted = [Tally(each.vanished, each.moved, each.widened) for each in tallies]
+            changes = [_change(outside.change[row]) for row in range(min(most, outside.rows))]
+            return counted, changes, int(outside.pages)
+        finally:
+            lib.mc_changes_free(outside)
 
     def stats(self) -> Stats:
         """Pages by kind, and the number of rows."""

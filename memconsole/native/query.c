@@ -37,23 +37,35 @@ int64_t mc_lookup(const struct mc_table *t, uint64_t page)
 	return row < t->rows && t->offset[row] <= page ? (int64_t)row : -1;
 }
 
-/* Rows by frame (key), with their row (value) and the largest end of this and all before (more). */
-static int index_frames(struct mc_table *t, struct mc_fail *fail)
+/* The *n present rows in order of their frame (key), with their row (value), into *out, which the caller frees. */
+static int sort_frames(const struct mc_table *t, struct mc_ref **out, uint64_t *n, struct mc_fail *fail)
 {
 	struct mc_ref *refs = malloc((t->rows ? t->rows : 1) * sizeof(*refs));
-	uint64_t n = 0, most = 0;
 	int code;
 
+	*n = 0;
 	if (!refs)
 		return mc_fail(fail, MC_MEMORY, ENOMEM, "malloc");
 	for (uint64_t row = 0; row < t->rows; row++)
 		if (t->flags[row] & MC_PRESENT)
-			refs[n++] = (struct mc_ref){ t->pfn[row], row, 0 };
-	code = mc_sort(refs, n, fail);
-	if (code) {
+			refs[(*n)++] = (struct mc_ref){ t->pfn[row], row, 0 };
+	code = mc_sort(refs, *n, fail);
+	if (code)
 		free(refs);
+	else
+		*out = refs;
+	return code;
+}
+
+/* Rows by frame, with the largest end of this and all before (more). */
+static int index_frames(struct mc_table *t, struct mc_fail *fail)
+{
+	struct mc_ref *refs;
+	uint64_t n, most = 0;
+	int code = sort_frames(t, &refs, &n, fail);
+
+	if (code)
 		return code;
-	}
 	for (uint64_t i = 0; i < n; i++) {
 		uint64_t end = refs[i].key + t->count[refs[i].value];
 
@@ -99,6 +111,36 @@ int mc_lookup_pfn(struct mc_table *t, uint64_t pfn, uint64_t *page, struct mc_fa
 			*page = t->offset[row] + into;
 	}
 	return MC_OK;
+}
+
+/*
+ * Fills an empty table with the present rows of another, turned round: offset is the frame, pfn the page in it. Of
+ * several pages in one frame one is kept. Errors: MC_RANGE (a page beyond 55 bits), MC_MEMORY, MC_KERNEL.
+ */
+int mc_table_by_frame(struct mc_table *t, const struct mc_table *from, struct mc_fail *fail)
+{
+	struct mc_ref *refs;
+	uint64_t n, end = 0;
+	int code = sort_frames(from, &refs, &n, fail);
+
+	if (code)
+		return code;
+	for (uint64_t i = 0; i < n && !code; i++) {
+		uint64_t row = refs[i].value, frame = refs[i].key, stop = frame + from->count[row];
+		uint64_t skip = frame < end ? end - frame : 0;
+
+		if (row_end(from, row) > 1ULL << 55)
+			code = mc_fail(fail, MC_RANGE, 0, "a page is beyond 55 bits");
+		else if (stop > end)
+			code = mc_table_push(t, frame + skip, from->offset[row] + skip, (uint32_t)(stop - frame - skip),
+					     MC_PRESENT, fail);
+		if (stop > end)
+			end = stop;
+	}
+	if (n && !code)
+		code = mc_table_cover(t, refs[0].key, end - refs[0].key, fail);
+	free(refs);
+	return code;
 }
 
 /*
@@ -188,8 +230,14 @@ static bool continues(const struct mc_change *a, const struct mc_change *b)
 	       (!a->new_flags || a->new_pfn + a->count * mc_step(a->new_flags) == b->new_pfn);
 }
 
-static int add_change(struct mc_changes *out, struct mc_change change, struct mc_fail *fail)
+/* Takes a range that two tables see differently, in order of offset. */
+typedef int take_change(void *to, struct mc_change change, struct mc_fail *fail);
+
+static int add_change(void *to, struct mc_change change, struct mc_fail *fail)
 {
+	struct mc_changes *out = to;
+
+	out->pages += change.count;
 	if (out->rows && continues(&out->change[out->rows - 1], &change)) {
 		out->change[out->rows - 1].count += change.count;
 		return MC_OK;
@@ -207,11 +255,8 @@ static int add_change(struct mc_changes *out, struct mc_change change, struct mc
 	return MC_OK;
 }
 
-/*
- * The page ranges that two tables of one space see differently, in order of offset, into *out (empty at first;
- * free it with mc_changes_free even after an error). Errors: MC_RANGE (page sizes differ), MC_MEMORY.
- */
-int mc_diff(const struct mc_table *old, const struct mc_table *new, struct mc_changes *out, struct mc_fail *fail)
+static int differ(const struct mc_table *old, const struct mc_table *new, take_change *take, void *to_whom,
+		  struct mc_fail *fail)
 {
 	struct cursor a = { old, 0, 0 }, b = { new, 0, 0 };
 
@@ -227,7 +272,7 @@ int mc_diff(const struct mc_table *old, const struct mc_table *new, struct mc_ch
 			to = other;
 		change.count = to - from;
 		if (change.old_pfn != change.new_pfn || change.old_flags != change.new_flags) {
-			int code = add_change(out, change, fail);
+			int code = take(to_whom, change, fail);
 
 			if (code)
 				return code;
@@ -236,6 +281,78 @@ int mc_diff(const struct mc_table *old, const struct mc_table *new, struct mc_ch
 		advance(&b, to);
 	}
 	return MC_OK;
+}
+
+/*
+ * The page ranges that two tables of one space see differently, in order of offset, into *out (empty at first;
+ * free it with mc_changes_free even after an error). Errors: MC_RANGE (page sizes differ), MC_MEMORY.
+ */
+int mc_diff(const struct mc_table *old, const struct mc_table *new, struct mc_changes *out, struct mc_fail *fail)
+{
+	return differ(old, new, add_change, out, fail);
+}
+
+/* Ranges in which changes are counted, the one we stand in or before, and where those between them go. */
+struct counting {
+	const uint64_t *ranges;
+	uint64_t n, at;
+	struct mc_tally *tallies;
+	struct mc_changes *outside;
+};
+
+static void count_change(struct mc_tally *tally, const struct mc_change *change, uint64_t pages)
+{
+	if (!change->new_flags)
+		tally->vanished += pages;
+	else if (!change->old_flags || change->old_pfn != change->new_pfn)
+		tally->moved += pages;
+	else if (change->new_flags & ~change->old_flags & MC_WRITE)
+		tally->widened += pages;
+}
+
+static int tally_change(void *to, struct mc_change change, struct mc_fail *fail)
+{
+	struct counting *c = to;
+	int code = MC_OK;
+
+	while (change.count && !code) {
+		struct mc_change part = change;
+		const uint64_t *range;
+
+		while (c->at < c->n && c->ranges[2 * c->at + 1] <= change.offset)
+			c->at++;
+		range = c->at < c->n ? c->ranges + 2 * c->at : NULL;
+		if (range && range[0] <= change.offset) {
+			if (part.count > range[1] - change.offset)
+				part.count = range[1] - change.offset;
+			count_change(c->tallies + c->at, &change, part.count);
+		} else {
+			if (range && part.count > range[0] - change.offset)
+				part.count = range[0] - change.offset;
+			code = add_change(c->outside, part, fail);
+		}
+		change.offset += part.count;
+		change.count -= part.count;
+		change.old_pfn += change.old_flags ? part.count * mc_step(change.old_flags) : 0;
+		change.new_pfn += change.new_flags ? part.count * mc_step(change.new_flags) : 0;
+	}
+	return code;
+}
+
+/*
+ * Counts what two tables of one space see differently in each of n page ranges (first, end; in order, apart) into
+ * tallies, which are zero at first; what lies in none of them goes to *outside, as mc_diff has it.
+ * Errors: MC_RANGE (page sizes differ, ranges overlap or are out of order), MC_MEMORY.
+ */
+int mc_diff_count(const struct mc_table *old, const struct mc_table *new, const uint64_t *ranges, uint64_t n,
+		  struct mc_tally *tallies, struct mc_changes *outside, struct mc_fail *fail)
+{
+	struct counting counting = { ranges, n, 0, tallies, outside };
+
+	for (uint64_t i = 0; i < n; i++)
+		if (ranges[2 * i] > ranges[2 * i + 1] || (i && ranges[2 * i] < ranges[2 * i - 1]))
+			return mc_fail(fail, MC_RANGE, 0, "ranges overlap or are out of order");
+	return differ(old, new, tally_change, &counting, fail);
 }
 
 void mc_changes_free(struct mc_changes *changes)

@@ -76,6 +76,43 @@ static void ask_for_a_part(const struct mc_table *t)
 	mc_table_free(back);
 }
 
+/* What is counted in ranges and what lies outside of them is together what differs at most. */
+static void ask_for_counts(const struct mc_table *t, const struct mc_table *other, uint64_t pages)
+{
+	struct mc_tally tallies[3] = { 0 };
+	struct mc_changes outside = { 0 };
+	uint64_t ranges[6], at = t->first, sum;
+
+	for (int i = 0; i < 6; i++)
+		ranges[i] = at += any(200);
+	CHECK(!mc_diff_count(t, other, ranges, 3, tallies, &outside, &fail));
+	sum = outside.pages;
+	for (int i = 0; i < 3; i++)
+		sum += tallies[i].vanished + tallies[i].moved + tallies[i].widened;
+	CHECK(sum <= pages);
+	mc_changes_free(&outside);
+}
+
+/* Every frame of a table turned round leads to a page that is in it. */
+static void ask_by_frame(const struct mc_table *t, uint64_t present)
+{
+	struct mc_table *turned;
+	uint64_t held = 0;
+	bool done;
+
+	CHECK(!mc_table_new(&turned, t->page_size, &fail));
+	done = !mc_table_by_frame(turned, t, &fail);
+	CHECK(done || t->end > 1ULL << 55);
+	for (uint64_t i = 0; done && i < turned->rows; i++) {
+		int64_t row = mc_lookup(t, turned->pfn[i]);
+
+		CHECK(row >= 0 && t->pfn[row] + turned->pfn[i] - t->offset[row] == turned->offset[i]);
+		held += turned->count[i];
+	}
+	CHECK(held <= present);
+	mc_table_free(turned);
+}
+
 static void ask_everything(struct mc_table *t, struct mc_table *other)
 {
 	uint64_t cells[4][7], folded[4], page;
@@ -100,9 +137,12 @@ static void ask_everything(struct mc_table *t, struct mc_table *other)
 	CHECK(cells[0][0] == stats.present);
 	if (t->rows && t->count[0] < 1 << 20)
 		CHECK(!mc_join(t, file, 0, 1, &folded[0], &folded[1], &folded[2], &folded[3], &fail));
-	if (t->page_size == other->page_size)
+	if (t->page_size == other->page_size) {
 		CHECK(!mc_diff(t, other, &changes, &fail));
+		ask_for_counts(t, other, changes.pages);
+	}
 	ask_for_a_part(t);
+	ask_by_frame(t, stats.present);
 	mc_changes_free(&changes);
 	close(file);
 }

@@ -74,6 +74,68 @@ def test_lookups(rows):
             assert table.lookup_pfn(pfn) == frames.get(pfn)
 
 
+@given(row_lists(), row_lists(), st.lists(st.integers(0, 70), max_size=8))
+def test_changes_are_counted_by_range_and_listed_outside_of_them(old_rows, new_rows, bounds):
+    edges = sorted(bounds[: len(bounds) // 2 * 2])
+    ranges = list(zip(edges[::2], edges[1::2], strict=True))
+    with ExtentTable.from_rows(old_rows) as before, ExtentTable.from_rows(new_rows) as after:
+        tallies, outside, pages = before.diff_count(after, ranges, 2)
+        single = [
+            c._replace(offset=c.offset + n, count=1, old_pfn=0, new_pfn=0)
+            for c in before.diff(after)
+            for n in range(c.count)
+        ]
+    for (first, end), tally in zip(ranges, tallies, strict=True):
+        inside = [change for change in single if first <= change.offset < end]
+        gone = [change for change in inside if not change.new_flags]
+        assert tally.vanished == len(gone)
+        assert tally.moved + tally.widened <= len(inside) - len(gone)
+    apart = [change for change in single if not any(first <= change.offset < end for first, end in ranges)]
+    assert pages == len(apart)
+    assert len(outside) <= 2
+    listed = [change.offset + n for change in outside for n in range(change.count)]
+    assert listed == [change.offset for change in apart][: len(listed)]
+
+
+def test_what_is_counted_of_a_change():
+    read, write = Flag.PRESENT | Flag.READ, Flag.PRESENT | Flag.READ | Flag.WRITE
+    rows = [Extent(0, 10, 4, read), Extent(4, 20, 4, write)]
+    with (
+        ExtentTable.from_rows(rows) as before,
+        ExtentTable.from_rows([Extent(0, 10, 2, write), Extent(2, 40, 2, read), Extent(8, 50, 3, read)]) as after,
+    ):
+        tallies, outside, pages = before.diff_count(after, [(1, 3), (3, 6), (7, 9)], 9)
+        with pytest.raises(UsageError):
+            before.diff_count(after, [(3, 6), (5, 7)], 9)
+    assert tallies == [(0, 1, 1), (2, 1, 0), (1, 1, 0)]
+    assert [(change.kind, change.offset, change.count, change.new_pfn) for change in outside] == [
+        (ChangeKind.FLAGS, 0, 1, 10),
+        (ChangeKind.VANISHED, 6, 1, 0),
+        (ChangeKind.APPEARED, 9, 2, 51),
+    ]
+    assert pages == 4
+
+
+@given(row_lists())
+def test_by_frame_every_frame_leads_to_a_page_that_is_in_it(rows):
+    pages: dict[int, set[int]] = {}
+    for page, (pfn, flags) in model_of(rows).items():
+        if flags & Flag.PRESENT:
+            pages.setdefault(pfn, set()).add(page)
+    with ExtentTable.from_rows(rows) as table, table.by_frame() as turned:
+        found = model_of(turned.rows())
+        assert found.keys() == pages.keys()
+        assert all(page in pages[frame] for frame, (page, _) in found.items())
+        assert (turned.first, turned.end) == ((min(pages), max(pages) + 1) if pages else (0, 0))
+        with turned.by_frame() as back:
+            assert model_of(back.rows()) == {page: (frame, Flag.PRESENT) for frame, (page, _) in found.items()}
+
+
+def test_a_page_beyond_any_address_space_cannot_be_turned_round():
+    with ExtentTable.from_rows([Extent(1 << 60, 1, 1, Flag.PRESENT)]) as table, pytest.raises(UsageError):
+        table.by_frame()
+
+
 @given(row_lists(), st.integers(0, 30), st.integers(0, 60), st.integers(1, 20))
 def test_bins(rows, first, pages, cells):
     model = model_of(rows)

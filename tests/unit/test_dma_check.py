@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.trees import Tree
 
 from memconsole.backend.dma import check
 from memconsole.backend.dma.check import compare, told
+from memconsole.backend.dma.owners import WINDOW, Owners
 from memconsole.backend.kernel import pci
 from memconsole.extents import Extent, ExtentTable, Flag, Part
 from memconsole.model import Access, Grant, GrantState
@@ -28,20 +32,25 @@ TABLES = [Extent(0x100, 7000, 10, RW), Extent(0x10A, 9000, 6, RW), Extent(0x200,
 def found(
     tables: Sequence[Extent], *, unread: Sequence[str] = (), region: Sequence[Extent] = REGION
 ) -> list[tuple[str, str]]:
-    with ExtentTable.from_rows(tables) as table, ExtentTable.from_rows(region, first=0, pages=64) as frames:
+    with (
+        contextlib.ExitStack() as stack,
+        ExtentTable.from_rows(tables) as table,
+        ExtentTable.from_rows(region, first=0, pages=64) as frames,
+    ):
         parts = {grant.id: Part(frames, grant.offset // P, 0, 0) for grant in (ONE, TWO) if grant.id not in unread}
         differences = compare([TWO, ONE], table, {"g1": None, "g2": None, **parts})
         findings = [
             *told(EDU, [ONE, TWO], differences),
-            *check._targets(EDU, differences.unknown, owner, {"ram"}),
+            *check._targets(EDU, differences.unknown, stack.enter_context(owners()), {"ram"}),
         ]
     assert all(finding.what and finding.evidence and finding.remedy for finding in findings)
     return [(finding.id, finding.subject) for finding in findings]
 
 
-def owner(run: Extent) -> str | None:
+def owners() -> Owners:
     """Frames below 100 are nobody's, 100 is another region's, 101 a window's, the rest are the guest's own."""
-    return None if run.pfn < 100 else {100: "other", 101: ""}.get(run.pfn, "ram")
+    rows = (("other", Extent(7, 100, 1, FILE)), (WINDOW, Extent(0, 101, 1, FILE)), ("ram", Extent(0, 102, 10000, FILE)))
+    return Owners((name, ExtentTable.from_rows([row])) for name, row in rows)
 
 
 def test_tables_as_granted_are_no_finding_however_they_are_cut() -> None:
@@ -58,6 +67,11 @@ def test_tables_as_granted_are_no_finding_however_they_are_cut() -> None:
         ([*TABLES, Extent(0x900, 1, 1, RW)], [("dma-unknown", EDU), ("dma-outside", EDU)]),
         ([*TABLES, Extent(0x900, 100, 1, RW)], [("dma-unknown", EDU), ("frame-shared", EDU)]),
         ([*TABLES, Extent(0x900, 101, 1, RW)], [("dma-unknown", EDU)]),
+        ([*TABLES, Extent(0x900, 101, 2, RW)], [("dma-unknown", EDU)]),
+        (
+            [*TABLES, Extent(0x900, 98, 5, RW)],
+            [("dma-unknown", EDU), ("frame-shared", EDU), ("dma-outside", EDU)],
+        ),
         ([*TABLES[:2], Extent(0x1FF, 4999, 9, R)], [("dma-unknown", EDU)]),
         ([*TABLES[:2], Extent(0x200, 5000, 9, R)], [("dma-unknown", EDU)]),
         ([*TABLES[:2], Extent(0x200, 5001, 8, R)], [("dma-elsewhere", "g2")]),
@@ -67,6 +81,26 @@ def test_tables_as_granted_are_no_finding_however_they_are_cut() -> None:
 )
 def test_a_difference_has_its_name(tables: Sequence[Extent], expected: list[tuple[str, str]]) -> None:
     assert found(tables) == expected
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 3), st.integers(1, 5)), max_size=9),
+    st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=4),
+)
+def test_runs_are_cut_where_their_owner_changes(
+    known: list[tuple[str, int, int]], asked: list[tuple[int, int]]
+) -> None:
+    owned: dict[int, str] = {}
+    tables, at = [], 0
+    for name, gap, count in known:
+        tables.append((name, ExtentTable.from_rows([Extent(3, at + gap, count, FILE)], first=0, pages=count + 3)))
+        owned.update((at + gap + n, name) for n in range(count))
+        at += gap + count
+    runs = [Extent(100 * n, pfn, count, RW) for n, (pfn, count) in enumerate(asked)]
+    with Owners(tables) as owners:
+        pieces = list(owners.of(runs))
+    pages = [(piece.offset + n, piece.pfn + n, owner) for owner, piece in pieces for n in range(piece.count)]
+    assert pages == [(run.offset + n, run.pfn + n, owned.get(run.pfn + n)) for run in runs for n in range(run.count)]
 
 
 def test_a_difference_says_how_much_and_where() -> None:

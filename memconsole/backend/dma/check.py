@@ -18,17 +18,17 @@ find them at work.
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from memconsole.backend.dma import filled
+from memconsole.backend.dma.owners import WINDOW, Owners
 from memconsole.backend.kernel import iommu, kho, pci, tree, vtd
 from memconsole.backend.kernel.pci import Function
 from memconsole.backend.stores import memfd
 from memconsole.errors import NotFound
-from memconsole.extents import Change, ChangeKind, Extent, ExtentTable, Flag, Part
+from memconsole.extents import Extent, ExtentTable, Flag, Part
 from memconsole.model import Access, Finding, Grant, Severity
 from memconsole.units import PAGE, format_address, format_size
 
@@ -39,14 +39,13 @@ FRAMES_MAX = 4 << 30
 """Bytes of a region up to which its frames are read for each look: tens of milliseconds."""
 TARGETS_MAX = 10_000
 """Runs of frames that no grant accounts for of which it is asked whose they are."""
+_RUN_MAX = (1 << 32) - 1
 _BRIDGE = 0x06
 _VFIO = "vfio-pci"
 _REACH = Flag.PRESENT | Flag.READ | Flag.WRITE
 
 Frames = Mapping[str, Part | None]
 """Where the region of each grant has its pages: those of a table that are the grant's; None where they are not read."""
-Whose = Callable[[Extent], str | None]
-"""The region that has a run of frames; an empty string for a window of a device; None for anything else."""
 
 
 def check(desk: Desk) -> tuple[Finding, ...]:
@@ -72,13 +71,10 @@ def check(desk: Desk) -> tuple[Finding, ...]:
                 found += _filled(look, guest, bdf, grants)
             elif held.get(bdf) == guest and (table := look.reached(bdf)) is not None:
                 frames = {grant.id: look.part(grant) for grant in grants}
-                owned = {grant.region for grant in grants}
-                differences = compare(grants, table, frames)
-                found += told(bdf, grants, differences)
-                found += _targets(bdf, differences.unknown[:TARGETS_MAX], look.whose, owned)
+                found += judged(bdf, grants, table, frames, look.owners)
         for device in others:
             if (table := look.reached(device.bdf)) is not None:
-                found += _targets(device.bdf, list(table.rows(0, TARGETS_MAX)), look.whose, set())
+                found += _targets(device.bdf, table.rows(0, TARGETS_MAX), look.owners(), set())
     return tuple(found) if desk.state is state else ()
 
 
@@ -96,35 +92,48 @@ def _given(desk: Desk) -> dict[tuple[str, str], list[Grant]]:
     return given
 
 
+def judged(
+    bdf: str, grants: Sequence[Grant], table: ExtentTable, frames: Frames, owners: Callable[[], Owners]
+) -> Iterator[Finding]:
+    """The findings about a device, whose page tables are given, of a guest with these grants."""
+    differences = compare(grants, table, frames)
+    yield from told(bdf, grants, differences)
+    if differences.unknown:
+        owned = {grant.region for grant in grants}
+        yield from _targets(bdf, differences.unknown, owners(), owned)
+
+
 class Differences(NamedTuple):
-    """Pages by grant that a device lacks, finds elsewhere, or may write to and should not; and what is no grant's."""
+    """Pages by grant that a device lacks, finds elsewhere, or may write to and should not; and what is no grant's.
+
+    ``unknown`` are the first ``TARGETS_MAX`` runs of these, ``strange`` the pages of all.
+    """
 
     missing: dict[str, int]
     elsewhere: dict[str, int]
     writable: dict[str, int]
     unknown: list[Extent]
+    strange: int
 
 
 def compare(grants: Sequence[Grant], table: ExtentTable, frames: Frames) -> Differences:
     """What a device's page tables say, against grants with a GPA and the frames of their regions."""
     grants = sorted(grants, key=_first)
-    missing, elsewhere, writable = (dict.fromkeys((grant.id for grant in grants), 0) for _ in range(3))
-    unknown: list[Extent] = []
+    ranges = [(_first(grant), _first(grant) + _pages(grant)) for grant in grants]
     with ExtentTable.of_parts(_meant(grants, frames, table)) as meant, _plain(table) as reached:
-        for change in meant.diff(reached):
-            for grant, piece in _split(change, grants):
-                if grant is None:
-                    unknown.append(piece)
-                elif change.kind is ChangeKind.VANISHED:
-                    missing[grant.id] += piece.count
-                elif change.kind is not ChangeKind.FLAGS:
-                    elsewhere[grant.id] += piece.count
-                elif change.new_flags & ~change.old_flags & Flag.WRITE:
-                    writable[grant.id] += piece.count
+        counted, outside, strange = meant.diff_count(reached, ranges, TARGETS_MAX)
+    tallies = {grant.id: tally for grant, tally in zip(grants, counted, strict=True)}
+    missing = {id: tally.vanished for id, tally in tallies.items()}
     for grant in grants:
         if frames[grant.id] is None:
             missing[grant.id] = _pages(grant) - _present(table, grant)
-    return Differences(missing, elsewhere, writable, unknown)
+    return Differences(
+        missing,
+        {id: tally.moved for id, tally in tallies.items()},
+        {id: tally.widened for id, tally in tallies.items()},
+        [Extent(run.offset, run.new_pfn, run.count, run.new_flags) for run in outside],
+        strange,
+    )
 
 
 def told(bdf: str, grants: Sequence[Grant], found: Differences) -> Iterator[Finding]:
@@ -144,7 +153,7 @@ def told(bdf: str, grants: Sequence[Grant], found: Differences) -> Iterator[Find
             what = f"device {bdf} may write to {format_size(pages * PAGE)} of {grant.id}, which is granted to be read"
             yield Finding("dma-writable", Severity.ERROR, grant.id, what, evidence, f"memconsole revoke {grant.id}")
     if found.unknown:
-        size = format_size(sum(piece.count for piece in found.unknown) * PAGE)
+        size = format_size(found.strange * PAGE)
         what = f"device {bdf} reaches {size} that no grant accounts for"
         remedy = "revoke the device's grants: that closes it"
         yield Finding("dma-unknown", Severity.ERROR, bdf, what, f"{evidence}: {_where(found.unknown[0])}", remedy)
@@ -154,15 +163,14 @@ def _where(run: Extent) -> str:
     return f"IOVA {format_address(run.offset * PAGE)} leads to PFN {run.pfn:#x}"
 
 
-def _targets(bdf: str, runs: Sequence[Extent], whose: Whose, owned: set[str]) -> Iterator[Finding]:
+def _targets(bdf: str, runs: Sequence[Extent], owners: Owners, owned: set[str]) -> Iterator[Finding]:
     """Whose frames they are that a device reaches and no grant says so."""
     shared: dict[str, Extent] = {}
     outside: list[Extent] = []
-    for run in runs:
-        owner = whose(run)
+    for owner, run in owners.of(runs):
         if owner is None:
             outside.append(run)
-        elif owner and owner not in owned:
+        elif owner != WINDOW and owner not in owned:
             shared.setdefault(owner, run)
     evidence = f"IOMMU page tables of {bdf}"
     for region, run in shared.items():
@@ -195,20 +203,6 @@ def _plain(table: ExtentTable) -> ExtentTable:
     return ExtentTable.of_parts([Part(table, table.first, span, table.first, _REACH)] if span else [])
 
 
-def _split(change: Change, grants: Sequence[Grant]) -> Iterator[tuple[Grant | None, Extent]]:
-    """The parts of a change that lie in grants (sorted by GPA), and those between them."""
-    at, end = change.offset, change.offset + change.count
-    while at < end:
-        row = bisect.bisect_right(grants, at, key=_first) - 1
-        inside = grants[row] if row >= 0 and at < _first(grants[row]) + _pages(grants[row]) else None
-        if inside is not None:
-            stop = min(end, _first(inside) + _pages(inside))
-        else:
-            stop = min(end, _first(grants[row + 1])) if row + 1 < len(grants) else end
-        yield inside, Extent(at, change.new_pfn + at - change.offset, stop - at, change.new_flags)
-        at = stop
-
-
 def _present(table: ExtentTable, grant: Grant) -> int:
     with ExtentTable.of_parts([Part(table, _first(grant), _pages(grant), 0)]) as part:
         return part.stats().present
@@ -230,8 +224,8 @@ class _Look:
         self._opened = opened
         self._groups = {function.device.bdf: function.device.group for function in functions}
         self._tables: dict[tuple[str, int], ExtentTable | None] = {}
-        bars = (bar for function in functions for bar in function.bars if not bar.io)
-        self._windows = sorted((bar.start // PAGE, -(-(bar.start + bar.size) // PAGE)) for bar in bars)
+        self._bars = [bar for function in functions for bar in function.bars if not bar.io]
+        self._owners: Owners | None = None
 
     def part(self, grant: Grant) -> Part | None:
         """A grant's pages in the table of its segment; None where it is not read."""
@@ -239,17 +233,26 @@ class _Look:
         table = self._segment(grant.region, index)
         return None if table is None else Part(table, offset // PAGE, grant.length // PAGE, 0)
 
-    def whose(self, run: Extent) -> str | None:
-        """The region that has a run's first frame; an empty string for a window."""
-        row = bisect.bisect_right(self._windows, (run.pfn, 1 << 64)) - 1
-        if row >= 0 and run.pfn < self._windows[row][1]:
-            return ""
-        for name, region in self.desk.state.regions.items():
-            for index in range(len(region.segments)):
-                table = self._segment(name, index)
-                if table is not None and table.lookup_pfn(run.pfn) is not None:
-                    return name
-        return None
+    def owners(self) -> Owners:
+        """Whose frames are, as far as regions are read."""
+        if self._owners is None:
+            with ExtentTable.from_rows(self._windows()) as windows:
+                known = [(WINDOW, windows)]
+                for name, region in self.desk.state.regions.items():
+                    tables = (self._segment(name, index) for index in range(len(region.segments)))
+                    known += [(name, table) for table in tables if table is not None]
+                self._owners = self._opened.enter_context(Owners(known))
+        return self._owners
+
+    def _windows(self) -> Iterator[Extent]:
+        """The frames of every window, one window's behind the other's."""
+        at = 0
+        for bar in self._bars:
+            first, end = bar.start // PAGE, -(-(bar.start + bar.size) // PAGE)
+            for pfn in range(first, end, _RUN_MAX):
+                count = min(_RUN_MAX, end - pfn)
+                yield Extent(at, pfn, count, Flag.PRESENT)
+                at += count
 
     def reached(self, bdf: str) -> ExtentTable | None:
         """A device's address space as it is now; None where the kernel does not show it, or it is too much."""

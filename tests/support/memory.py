@@ -10,7 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +37,19 @@ def need_frames() -> None:
         file.seek(ctypes.addressof(ctypes.c_char.from_buffer(bytearray(1))) // PAGE * 8)
         if not struct.unpack("<Q", file.read(8))[0] & ((1 << 55) - 1):
             pytest.skip("frame numbers are for CAP_SYS_ADMIN")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
+
+
+@contextlib.contextmanager
+def growth() -> Iterator[Callable[[], int]]:
+    """By how many bytes this process's resident memory is, at most, above what it was (VmHWM, from where it is now)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = _status("VmRSS")
+    yield lambda: max(0, _status("VmHWM") - before)
 
 
 @contextlib.contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.memory import growth
 from support.trees import FakeProcess, Tree, intel_dump, maps_line
 
 from memconsole.backend.kernel import census, iomem, iommu, pci, vtd
@@ -251,14 +253,19 @@ def test_a_table_with_a_pasid_is_a_process_and_not_the_device() -> None:
 
 
 def test_a_long_run_is_one_row_and_a_long_dump_is_never_held() -> None:
-    def chunks() -> object:
-        yield intel_dump(GPU, []).encode().rstrip(b"\n") + b"\n"
-        for first in range(0, 100_000, 1000):
-            whole = intel_dump(GPU, [(page, page, 1, 3) for page in range(first, first + 1000)])
-            yield "\n".join(whole.split("\n")[2:-1]).encode()
+    sizes = []
 
-    with vtd.parse(chunks(), GPU) as table:
-        assert list(table) == [Extent(0, 0, 100_000, RW)]
+    def chunks() -> Iterator[bytes]:
+        yield intel_dump(GPU, []).encode().rstrip(b"\n") + b"\n"
+        for first in range(0, 200_000, 1000):
+            whole = intel_dump(GPU, [(page, page, 1, 3) for page in range(first, first + 1000)])
+            text = "\n".join(whole.split("\n")[2:-1]).encode()
+            sizes.append(len(text))
+            yield text
+
+    with growth() as grown, vtd.parse(chunks(), GPU) as table:
+        assert list(table) == [Extent(0, 0, 200_000, RW)]
+        assert grown() < 4 << 20 < 20 << 20 < sum(sizes)
 
 
 def test_a_budget_is_kept_and_shared() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import time
 
 import lab_guest as lab
 from edu import BDF as EDU
@@ -34,7 +33,6 @@ from memconsole.backend.kernel import procmaps
 from memconsole.errors import MemconsoleError
 from memconsole.extents import ExtentTable
 
-LARGE = 256 << 20
 SRC, DST = 0x100000, 0x8000000
 
 
@@ -163,13 +161,6 @@ with services() as service:
     client.apply(do.GuestStop("vm"))
     check("stopped", steps[0] == "dma" and not grants(client) and held(keeper) == [], steps=steps)
 
-    # --- what it costs beside the call alone; pages are put in place by both
-    client.apply(do.Reserve("large", LARGE))
-    began = time.monotonic()
-    client.apply(do.Map("large", "driver", gpa=SRC, dma=EDU))
-    took = time.monotonic() - began
-    client.apply(do.Revoke("g8"))
-
     # --- the call of older kernels
     device, fd, file = vfio.open_device("/", EDU), iommufd.create(), os.memfd_create("old")
     os.ftruncate(file, SIZE)
@@ -185,12 +176,6 @@ with services() as service:
     except MemconsoleError as error:
         check("taken", error.code == "IovaTaken", error=str(error))
     check("unmapped", iommufd.unmap(fd, space, SRC, SIZE) == SIZE and iommufd.unmap(fd, space, SRC, SIZE) == 0)
-    large = os.memfd_create("large")
-    os.ftruncate(large, LARGE)
-    began = time.monotonic()
-    iommufd.map_file(fd, space, iommufd.Mapping(large, 0, LARGE, SRC, True))
-    alone = time.monotonic() - began
-    check("cost", iommufd.unmap(fd, space, SRC, LARGE) == LARGE, seconds=took, alone=alone)
     keeper.close()
     client.close()
 lab.say("end")

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import lab_guest as lab
 from guests import mapping_of
+from timing import timed
 
 from memconsole import actions as do
 from memconsole.agent import userfaultfd
@@ -56,21 +57,6 @@ def bare() -> int:
         del view
     os.close(fd)
     return took
-
-
-def timed(owner: object, name: str, took: list[int]) -> Callable[[], None]:
-    """Have each call of a method leave its nanoseconds; what is returned puts the method back."""
-    was = getattr(owner, name)
-
-    def call(*arguments: object) -> object:
-        began = time.perf_counter_ns()
-        try:
-            return was(*arguments)
-        finally:
-            took.append(time.perf_counter_ns() - began)
-
-    setattr(owner, name, call)
-    return lambda: setattr(owner, name, was)
 
 
 def fill(pid: int, inode: int) -> None:

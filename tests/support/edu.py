@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import lab_guest as lab
 from services import Service
 
 from memconsole import actions as do
@@ -30,6 +31,10 @@ from memconsole.model import Grant, Snapshot
 BDF = "0000:00:04.0"
 PAGE = 4096
 SIZE = 1 << 20
+SRC, DST = 0x100000, 0x8000000
+"""Where the guest that drives the device has its grants g1 and g2."""
+Pages = dict[int, tuple[int, str]]
+"""Of each IOVA page the frame it leads to, and how."""
 
 GUEST = """
 import struct, sys, threading, time
@@ -148,12 +153,12 @@ def grants(client: Client) -> dict[str, Grant]:
     return {grant.id: grant for grant in client.snapshot().grants}
 
 
-def tables() -> dict[int, tuple[int, str]]:
-    """Every page of the device's address space by IOVA page: the frame it leads to, and how (debugfs)."""
+def tables() -> Pages:
+    """Every page of the device's address space (debugfs)."""
     return {run.iova + n: (run.pfn + n, run.access) for run in vtd.iovas("/", BDF) for n in range(run.pages)}
 
 
-def frames(table: ExtentTable, gpa: int, access: str) -> dict[int, tuple[int, str]]:
+def frames(table: ExtentTable, gpa: int, access: str) -> Pages:
     """What the device's tables must say for a region that is mapped at a GPA."""
     return {gpa // PAGE + row.offset + n: (row.pfn + n, access) for row in table for n in range(row.count)}
 
@@ -170,6 +175,45 @@ def found(client: Client) -> list[tuple[str, str]]:
     """The findings about devices, as of now."""
     findings = fresh(client).findings
     return [(each.id, each.subject) for each in findings if each.id.startswith(("dma", "device", "frame"))]
+
+
+def revoked_while_it_runs(service: Service, client: Client, guest: Guest, want: Pages) -> Pages:
+    """DMA from g1 to g2 outlives the control process; the next one revokes g2 meanwhile, and dies itself mapping anew.
+
+    Verdicts on every step; ``want`` is what the device reaches at first, what it is to reach at last is returned.
+    """
+    guest.say("start", SRC, DST)
+    with bytes_of(client, "dst") as view:
+        now = guest.rounds(3)
+        lab.say("dma", 0 < counted(view) >= now - 2, rounds=now, arrived=counted(view))
+        client.close()
+        service.end(9)
+        before = counted(view)
+        guest.rounds(3)
+        lab.say("goes-on", counted(view) > before, before=before, after=counted(view))
+        client = started(service, "map.dma.after")
+        lab.say("adopted", [grants(client)[id].dma for id in ("g1", "g2")] == [BDF, BDF])
+        lab.say("tables-after-restart", tables() == want)
+        lab.say("clean-after-restart", found(client) == [], found=found(client))
+        before = counted(view)
+        guest.rounds(2)
+        earlier = faults()
+        outcome = client.apply(do.Revoke("g2"))
+    # The region lies in another file now, and the guest's old one is empty.
+    with bytes_of(client, "dst") as view:
+        last = bytes(view)
+        lab.say("revoked-in-order", [effect.id for effect in outcome.effects] == ["dma", "cut"])
+        lab.say("flowed-until-then", counted(view) > before, before=before, last=counted(view))
+        now = guest.rounds(4)
+        lab.say("no-byte-after", bytes(view) == last and now > counted(view) + 3, arrived=counted(view), rounds=now)
+        new = [line for line in faults() if line not in earlier]
+        lab.say("faults", any(f"0x{DST:x}" in line for line in new), lines=new[:2])
+    left = {page: target for page, target in want.items() if page < DST // PAGE}
+    lab.say("tables-after-revoke", tables() == left)
+    guest.say("stop")
+    lab.say("died-mapping", dies(service, client, do.Map("other", "driver", gpa=DST, dma=BDF)))
+    lab.say("was-mapped", len(tables()) == len(left) + SIZE // PAGE)
+    return left
 
 
 def held(keeper: KeeperCustody) -> list[str]:

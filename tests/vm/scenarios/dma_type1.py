@@ -9,18 +9,17 @@ from pathlib import Path
 import lab_guest as lab
 from edu import BDF as EDU
 from edu import (
+    DST,
     PAGE,
     SIZE,
+    SRC,
     Guest,
-    bytes_of,
-    counted,
-    dies,
-    faults,
     found,
     frames,
     grants,
     held,
     refused,
+    revoked_while_it_runs,
     started,
     tables,
 )
@@ -31,7 +30,6 @@ from memconsole.backend.custody import KeeperCustody
 from memconsole.backend.kernel import procmaps
 from memconsole.errors import MemconsoleError
 
-SRC, DST = 0x100000, 0x8000000
 IOMMUFD = Path("/dev/iommu")
 
 
@@ -71,46 +69,13 @@ with services() as service:
     codes = refused(client, do.Map("other", "driver", gpa=0xFEE00000, dma=EDU))
     check("reserved", codes == ["BadIova"], codes=codes)
 
-    # --- the process that mapped dies: the pins keep the pages, DMA goes on
+    # --- the process that mapped dies: the pins keep the pages, DMA goes on, and another one takes it back
     for words in (("wait", "g1"), ("wait", "g2"), ("window", "g3")):
         guest.say(*words)
     window = next(window for window in client.snapshot().windows if window.id == f"{EDU}:0")
     files = [vma.path for vma in procmaps.vmas("/", guest.pid) if "vfio" in vma.path]
     check("window", guest.pid in window.holders and files == ["anon_inode:[vfio-device]"], files=files)
-    guest.say("start", SRC, DST)
-    with bytes_of(client, "dst") as view:
-        now = guest.rounds(3)
-        check("dma", 0 < counted(view) >= now - 2, rounds=now, arrived=counted(view))
-        client.close()
-        service.end(9)
-        before = counted(view)
-        guest.rounds(3)
-        check("goes-on", counted(view) > before, before=before, after=counted(view))
-        client = started(service, "map.dma.after")
-        check("adopted", [grants(client)[id].dma for id in ("g1", "g2")] == [EDU, EDU])
-        check("tables-after-restart", tables() == known)
-        check("clean-after-restart", found(client) == [], found=found(client))
-
-        # --- another process than the one that mapped takes it back, while DMA runs
-        before = counted(view)
-        guest.rounds(2)
-        earlier = faults()
-        outcome = client.apply(do.Revoke("g2"))
-    with bytes_of(client, "dst") as view:
-        last = bytes(view)
-        check("revoked-in-order", [effect.id for effect in outcome.effects] == ["dma", "cut"])
-        check("flowed-until-then", counted(view) > before, before=before, last=counted(view))
-        now = guest.rounds(4)
-        check("no-byte-after", bytes(view) == last and now > counted(view) + 3, arrived=counted(view), rounds=now)
-        new = [line for line in faults() if line not in earlier]
-        check("faults", any(f"0x{DST:x}" in line for line in new), lines=new[:2])
-    known = {page: target for page, target in known.items() if page < DST // PAGE}
-    check("tables-after-revoke", tables() == known)
-    guest.say("stop")
-
-    # --- it dies when the device reaches a grant that nobody was told of
-    check("died-mapping", dies(service, client, do.Map("other", "driver", gpa=DST, dma=EDU)))
-    check("was-mapped", len(tables()) == len(known) + SIZE // PAGE)
+    known = revoked_while_it_runs(service, client, guest, known)
     client = started(service)
     check("taken-back", tables() == known and set(grants(client)) == {"g1"}, known=list(grants(client)))
 

@@ -126,6 +126,7 @@ static int title(struct mc_dump *d, const char *line, uint64_t length, struct mc
 			own = own && *first == '0';
 	}
 	d->wanted = d->wanted && own;
+	d->own |= d->wanted;
 	if (!begins(at, end, root) || at + strlen(root) == end || skip_digits(at + strlen(root), end) != end)
 		return bad(fail, "a title names no table");
 	return MC_OK;

@@ -247,15 +247,7 @@ def test_killed_while_it_resumes_one_by_hand_it_is_resumed_once(place: Path, mon
         monkeypatch.undo()
         points = steps.fault_points(found.plan(GuestResume("one")))
     for name, point in zip(SIZES, points, strict=True):
-        words = [
-            sys.executable,
-            "-c",
-            DIES.replace("HandoffRehearse", "GuestResume").replace("me())", f"me('{name}'))"),
-            str(place),
-        ]
-        env = os.environ | {steps.FAULT_VARIABLE: point}
-        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == -signal.SIGKILL, f"{point}: {done.stderr}"
+        dies(place, f"control.apply(GuestResume({name!r}))", point)
         with contextlib.closing(control(place)) as after:
             until(lambda name=name: guest(after.snapshot(), name).state is GuestState.RUNNING, f"{name} at {point}")
             goes_on(after, name)
@@ -293,59 +285,33 @@ def test_a_jump_is_refused_by_name_where_the_kernel_has_no_live_update(place: Pa
             goes_on(found, name)
 
 
-DIES = """
+ANOTHER = """
 import sys
 from pathlib import Path
-from memconsole.actions import HandoffRehearse
+from memconsole.actions import GuestResume, HandoffRehearse
 from memconsole.backend.control import Control
 from memconsole.backend.custody import KeeperCustody
 directory = Path(sys.argv[1])
-Control(directory, KeeperCustody(directory / "keeper")).apply(HandoffRehearse())
+control = Control(directory, KeeperCustody(directory / "keeper"))
 """
+REHEARSES = "control.apply(HandoffRehearse())"
 
 
-def test_killed_at_every_point_every_guest_goes_on(place: Path) -> None:
-    """The one that dies is another process; whoever comes after it finds every guest running, or starts it."""
-    with contextlib.closing(begin(place)) as found:
-        points = steps.fault_points(found.plan(HandoffRehearse()))
-    assert len(set(points)) == len(points) >= 16
-    for point in points:
-        words = [sys.executable, "-c", DIES, str(place)]
-        env = os.environ | {steps.FAULT_VARIABLE: point}
-        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == -signal.SIGKILL, f"{point}: {done.stderr}"
-        with contextlib.closing(control(place)) as after:
-            for name in SIZES:
-                until(lambda name=name: guest(after.snapshot(), name).state is GuestState.RUNNING, f"{name} at {point}")
-                goes_on(after, name)
-            assert left(place) == [], point
-            assert not after.plan(HandoffRehearse()).refusals
+def another(place: Path, does: str, fault: str) -> subprocess.CompletedProcess[str]:
+    """Another control process over the same directory takes over, and does something, unless a fault ends it."""
+    words = [sys.executable, "-c", f"{ANOTHER}{does}", str(place)]
+    env = os.environ | {steps.FAULT_VARIABLE: fault}
+    return subprocess.run(words, env=env, capture_output=True, text=True, timeout=60, check=False)
 
 
-ADOPTS = """
-import sys
-from pathlib import Path
-from memconsole.backend.control import Control
-from memconsole.backend.custody import KeeperCustody
-directory = Path(sys.argv[1])
-Control(directory, KeeperCustody(directory / "keeper")).close()
-"""
+def dies(place: Path, does: str, fault: str) -> None:
+    """It ends at the fault."""
+    done = another(place, does, fault)
+    assert done.returncode == -signal.SIGKILL, f"{fault}: {done.stderr}"
 
 
-def test_killed_at_every_point_of_taking_over_the_next_one_does_the_rest(place: Path, tmp_path: Path) -> None:
-    """VMMs were started and nobody has taken over yet; who does dies at each of its points in turn."""
-    with contextlib.closing(begin(place)):
-        pass
-    env = os.environ | {steps.FAULT_VARIABLE: "handoff-rehearse.early.after"}
-    words = [sys.executable, "-c", DIES, str(place)]
-    assert subprocess.run(words, env=env, capture_output=True, timeout=60, check=False).returncode == -signal.SIGKILL
-    seen = tmp_path / "points"
-    env |= {steps.FAULT_VARIABLE: f"@{seen}"}
-    words = [sys.executable, "-c", ADOPTS, str(place)]
-    while (done := subprocess.run(words, env=env, capture_output=True, text=True, timeout=60, check=False)).returncode:
-        assert done.returncode == -signal.SIGKILL, done.stderr
-    points = seen.read_text().splitlines()
-    assert {"adopt.begun", "adopt.read", "adopt.landed", "adopt.compared", "adopt.reported", "adopt.done"} < set(points)
+def all_are_back(place: Path) -> None:
+    """Whoever takes over now finds everybody running, and nothing left of how they came there."""
     with contextlib.closing(control(place)) as after:
         assert report(after).state is HandoffState.DONE
         assert all(each.back for each in report(after).guests)
@@ -355,24 +321,45 @@ def test_killed_at_every_point_of_taking_over_the_next_one_does_the_rest(place: 
         assert [each for each in after.snapshot().findings if each.severity != "info"] == []
 
 
+def test_killed_at_every_point_every_guest_goes_on(place: Path) -> None:
+    """The one that dies is another process; whoever comes after it finds every guest running, or starts it."""
+    with contextlib.closing(begin(place)) as found:
+        points = steps.fault_points(found.plan(HandoffRehearse()))
+    assert len(set(points)) == len(points) >= 16
+    for point in points:
+        dies(place, REHEARSES, point)
+        with contextlib.closing(control(place)) as after:
+            for name in SIZES:
+                until(lambda name=name: guest(after.snapshot(), name).state is GuestState.RUNNING, f"{name} at {point}")
+                goes_on(after, name)
+            assert left(place) == [], point
+            assert not after.plan(HandoffRehearse()).refusals
+
+
+def test_killed_at_every_point_of_taking_over_the_next_one_does_the_rest(place: Path, tmp_path: Path) -> None:
+    """VMMs were started and nobody has taken over yet; who does dies at each of its points in turn."""
+    with contextlib.closing(begin(place)):
+        pass
+    dies(place, REHEARSES, "handoff-rehearse.early.after")
+    seen = tmp_path / "points"
+    while (done := another(place, "control.close()", f"@{seen}")).returncode:
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    points = seen.read_text().splitlines()
+    assert {"adopt.begun", "adopt.read", "adopt.landed", "adopt.compared", "adopt.reported", "adopt.done"} < set(points)
+    all_are_back(place)
+
+
 def test_killed_at_every_point_of_starting_them_guests_go_on_once(place: Path, tmp_path: Path) -> None:
     """VMMs have ended; memconsole-resume dies at each of its points in turn, and the next start of it does the rest."""
     with contextlib.closing(begin(place)):
         pass
-    env = os.environ | {steps.FAULT_VARIABLE: "handoff-rehearse.end.after"}
-    words = [sys.executable, "-c", DIES, str(place)]
-    assert subprocess.run(words, env=env, capture_output=True, timeout=60, check=False).returncode == -signal.SIGKILL
+    dies(place, REHEARSES, "handoff-rehearse.end.after")
     seen = tmp_path / "points"
-    env |= {steps.FAULT_VARIABLE: f"@{seen}"}
+    env = os.environ | {steps.FAULT_VARIABLE: f"@{seen}"}
     words = [program("memconsole-resume"), "--rehearse", "--runtime", str(place)]
     with (tmp_path / "log").open("wb") as log:  # a pipe would be waited for by the VMMs that are left behind
         while (code := subprocess.run(words, env=env, stdout=log, stderr=log, timeout=60, check=False).returncode) < 0:
             assert code == -signal.SIGKILL
     assert (code, (tmp_path / "log").read_text()) == (0, "")
     assert {f"resume.start.{name}.after" for name in SIZES} < set(seen.read_text().splitlines())
-    with contextlib.closing(control(place)) as after:
-        assert all(each.back for each in report(after).guests)
-        for name in SIZES:
-            goes_on(after, name)
-        assert left(place) == []
-        assert [each for each in after.snapshot().findings if each.severity != "info"] == []
+    all_are_back(place)

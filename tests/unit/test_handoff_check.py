@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -182,3 +185,24 @@ def test_scratch_that_is_not_shown_does_not_refuse() -> None:
 def test_fragmented_memory_is_estimated_as_it_was_measured() -> None:
     assert 13e9 < check.boot_estimate(32768) < 15e9
     assert check.boot_estimate(64) < 1e6
+
+
+def test_an_image_is_unpacked_once_however_many_ask_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    under_way, go_on = threading.Event(), threading.Event()
+
+    def inspect(path: str) -> Image:
+        asked.append(path)
+        under_way.set()
+        assert go_on.wait(10)
+        return IMAGE
+
+    monkeypatch.setattr(facts.images, "inspect", inspect)
+    kernel = tmp_path / "vmlinuz"
+    kernel.write_bytes(b"kernel")
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(facts._inspected, str(kernel)) for _ in range(4)]
+        assert under_way.wait(10)
+        go_on.set()
+        assert [each.result() for each in found] == [IMAGE] * 4
+    assert asked == [str(kernel)]

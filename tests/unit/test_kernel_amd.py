@@ -76,7 +76,7 @@ def test_the_tables_of_a_device_by_debugfs(made: AmdHost) -> None:
 @pytest.mark.parametrize(
     ("word", "why"),
     [
-        (0, "not translated"),
+        (0, "not valid"),
         (3 | READ | WRITE, "identity"),
         (3 | 1 << 55 | READ, "pgtbl_v2"),
     ],

@@ -141,6 +141,7 @@ def test_an_intel_host_with_page_tables(made: Tree) -> None:
     made.group(12, "DMA-FQ", [(0, 0xFFFFFF, "direct-relaxable"), MSI])
     made.iommu("dmar0", [GPU, BRIDGE], "intel-iommu", {"version": "5:0", "cap": "19ed008c40780c66", "ecap": "f050da"})
     made.intel_tables(GPU, intel_dump(GPU, [(0x100, 0x5000, 1, 3), (0x101, 0x5001, 1, 3), (0x200, 0x80000, 2, 3)]))
+    made.intel_tables(BRIDGE, "")
     (unit,) = iommu.units(made.root)
     assert (unit.name, unit.kind, unit.devices) == ("dmar0", "intel-iommu", (BRIDGE, GPU))
     assert unit.detail == "version 5:0, cap 19ed008c40780c66, ecap f050da"
@@ -183,6 +184,37 @@ def test_where_page_tables_are_not_shown_the_reason_is(
     (domain,) = (domain for domain in iommu.domains(made.root) if domain.group == 12)
     assert (domain.mapped, domain.extents) == (None, None)
     assert says in domain.why_not
+
+
+@pytest.mark.parametrize(
+    ("shown", "mapped", "says"),
+    [
+        (intel_dump(GPU, [(0x100, 0x5000, 1, 3)]), 4096, ""),
+        (intel_dump(GPU, []), 0, ""),
+        ("", None, "identity: an IOVA is the physical address"),
+        (None, None, "identity, unless VFIO has it in a domain of its own: no /sys/kernel/debug/iommu/intel"),
+    ],
+)
+def test_a_device_that_vfio_has_leads_where_its_tables_say_whatever_type_its_group_was(
+    made: Tree, shown: str | None, mapped: int | None, says: str
+) -> None:
+    made.write("/sys/kernel/iommu_groups/12/type", "identity\n")
+    made.iommu("dmar0", [GPU], "intel-iommu", {"cap": "0"})
+    if shown is not None:
+        made.intel_tables(GPU, shown)
+    (domain,) = (domain for domain in iommu.domains(made.root) if domain.group == 12)
+    assert domain.mapped == mapped
+    assert domain.why_not.startswith(says)
+    if mapped is None:
+        with pytest.raises(NotFound, match="identity"):
+            iommu.table(made.root, "12")
+
+
+def test_a_device_that_vfio_has_attached_to_nothing_reaches_nothing(made: Tree) -> None:
+    made.iommu("dmar0", [GPU], "intel-iommu", {"cap": "0"})
+    made.intel_tables(GPU, "")
+    (domain,) = (domain for domain in iommu.domains(made.root) if domain.group == 12)
+    assert (domain.mapped, domain.extents, domain.why_not) == (0, 0, "")
 
 
 def test_large_pages_cost_one_leaf_each_of_the_budget(made: Tree) -> None:

@@ -37,3 +37,10 @@ def test_every_verdict_is_good_without_iommufd(type1: lab.Verdicts) -> None:
 @pytest.mark.rotating("dma-qemu")
 def test_every_verdict_is_good_of_a_qemu(qemu: lab.Verdicts) -> None:
     qemu.check()
+
+
+@pytest.mark.rotating("dma-amd")
+def test_every_verdict_is_good_behind_an_iommu_of_amd(tmp_path: Path) -> None:
+    words = "iommu=pt iommufd.allow_unsafe_interrupts=1"  # QEMU's machine lets AMD's driver remap no interrupts
+    said = lab.run("dma_amd", tmp_path, timeout=600, iommu="amd-iommu,pt=off", append=words)
+    said.check()

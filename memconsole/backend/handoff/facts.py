@@ -11,6 +11,7 @@ folios           the PFN maps of the regions
 from __future__ import annotations
 
 import re
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -201,12 +202,16 @@ def _of_the_jump(action: Handoff, root: tree.Root) -> dict[str, object]:
 
 
 def _inspected(path: str) -> Image:
-    """The image at a path; unpacking takes a second, and is done once for the same file."""
+    """The image at a path; unpacking takes a second, and is done once for the same file, whoever asks meanwhile."""
     try:
         stat = Path(path).stat()
     except OSError as error:
         raise tree.failure(path, error) from error
-    return _of_file(path, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+    with _unpacking:
+        return _of_file(path, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+
+
+_unpacking = threading.Lock()
 
 
 @lru_cache(maxsize=4)

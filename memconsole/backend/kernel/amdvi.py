@@ -1,7 +1,7 @@
 """AMD's I/O page tables: found by the device table, walked in physical memory.
 
     /sys/kernel/debug/iommu/amd/{devid,devtbl}   since Linux 6.17: write a BDF, read its entry; "BDF Q3 Q2 Q1 Q0 iommuN"
-    /sys/firmware/acpi/tables/IVRS               else: where an IOMMU's registers are; read through /dev/mem
+    /sys/firmware/acpi/tables/IVRS               else: where an IOMMU's registers are; mapped through /dev/mem
     /proc/kcore, /dev/mem                        the tables themselves, where the kernel shows memory
 
 As AMD's I/O Virtualization Technology specification (48882) has them, little-endian::
@@ -18,13 +18,14 @@ as it covers. The kernel may change a table while it is walked; what does not fi
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from memconsole.backend.kernel import tree
-from memconsole.backend.kernel.handover.memory import DEVMEM, DevMem, Memory, Walk, this_host
+from memconsole.backend.kernel.handover.memory import DEVMEM, Memory, Walk, this_host
 from memconsole.backend.kernel.tree import Root
 from memconsole.backend.kernel.vtd import Budget
 from memconsole.errors import BadFile, NotFound
@@ -90,7 +91,7 @@ def leaves(entry: int, bdf: str, memory: Memory, budget: Budget | None = None) -
     what = f"device {bdf} has no page tables"
     levels = entry >> 9 & 7
     if not entry & _VALID:
-        raise NotFound(what, "its entry is not valid: its DMA is not translated")
+        raise NotFound(what, "identity: its entry is not valid, so an IOVA is the physical address")
     if entry & _GUEST:
         raise NotFound(what, "its address space is in the format of a CPU's (amd_iommu=pgtbl_v2)")
     if not entry & _TRANSLATED or (not levels and not entry & (_READ | _WRITE)):
@@ -152,10 +153,25 @@ def _shown_entry(root: Root, bdf: str) -> tuple[int, int, int, int]:
 def _device_table(root: Root, segment: int) -> tuple[int, int]:
     """Address and bytes of a PCI segment's device table: the kernel gives all of its IOMMUs the same."""
     for registers in _blocks(tree.read(root, IVRS), segment):
-        with DevMem(tree.below(root, DEVMEM)) as memory:
-            (word,) = struct.unpack("<Q", memory.read(registers, 8))
+        word = _register(root, registers)
         return word & _ADDRESS, ((word & 0x1FF) + 1) << 12
     raise NotFound("the device table is not found", f"{IVRS} names no IOMMU for PCI segment {segment}")
+
+
+def _register(root: Root, address: int) -> int:
+    """A register of 64 bits: /dev/mem lets RAM be read, and registers be mapped alone."""
+    try:
+        fd = os.open(tree.below(root, DEVMEM), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            page = mmap.mmap(fd, mmap.PAGESIZE, prot=mmap.PROT_READ, offset=address & -mmap.PAGESIZE)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise tree.failure(DEVMEM, error) from error
+    except (ValueError, OverflowError) as error:
+        raise BadFile(f"there are no registers at {address:#x}", f"{DEVMEM}: {error}") from error
+    with page, memoryview(page) as view, view.cast("Q") as words:
+        return words[address % mmap.PAGESIZE // 8]
 
 
 def _blocks(raw: bytes, segment: int) -> Iterator[int]:

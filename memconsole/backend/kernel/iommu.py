@@ -2,12 +2,13 @@
 
     /sys/class/iommu/NAME/devices/BDF                           the units: dmar0, ivhd0, smmu3.0x..., a BDF (virtio)
     /sys/class/iommu/NAME/device -> .../virtioN                 the device of a virtio-iommu
-    /sys/kernel/iommu_groups/N/type                             identity, blocked, DMA, DMA-FQ, unmanaged...
+    /sys/kernel/iommu_groups/N/type                             identity, blocked, DMA, DMA-FQ...: of its default domain
     /sys/kernel/iommu_groups/N/reserved_regions                 START " " END " " KIND, hexadecimal, END inclusive
     /sys/kernel/iommu_groups/N/devices/BDF
 
 Intel's driver shows page tables (:mod:`vtd`), AMD's are walked in physical memory (:mod:`amdvi`); what the others show,
-or why nothing, is said in ``why_not``.
+or why nothing, is said in ``why_not``. A group's type does not change while VFIO or iommufd has its devices in another
+domain: where page tables can be seen, they say more than it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from memconsole.backend.kernel import amdvi, tree, vtd
 from memconsole.backend.kernel.tree import Root
-from memconsole.backend.kernel.vtd import Budget, TooMany
+from memconsole.backend.kernel.vtd import Budget, NoTable, TooMany
 from memconsole.errors import BadFile, Denied, KernelRefused, NotFound
 from memconsole.model import Domain, Iommu, Reserved
 
@@ -30,6 +31,7 @@ LEAVES_MAX = 50_000
 """Page table leaves a survey looks at, over all groups: about 100 ms of them."""
 _UNCOUNTED = "too many page table leaves to count them all; ask for this device alone"
 _PAGE = 4096
+_IDENTITY = "identity: an IOVA is the physical address"
 
 _WALKS: Mapping[str, Callable[[Root, str, Budget | None], ExtentTable]] = {
     "intel-iommu": vtd.table,
@@ -92,30 +94,46 @@ def table(root: Root, group: str, budget: Budget | None = None) -> ExtentTable:
         raise NotFound(f"there is no IOMMU group {group}", "", "memconsole domains")
     devices = tree.names(root, f"{base}/devices")
     unit = next((unit for unit in units(root) if not set(devices).isdisjoint(unit.devices)), None)
-    if why := _not_walked(tree.line(root, f"{base}/type"), unit):
+    kind = tree.line(root, f"{base}/type")
+    if why := _not_walked(kind, unit):
         raise NotFound(what, why)
     if not devices:
         raise NotFound(what, "no device is in it")
     assert unit is not None  # noqa: S101 - else there was a reason
     try:
-        return _WALKS[unit.kind](root, min(devices), budget)
+        return _walked(root, kind, unit, min(devices), budget)
     except NotFound as error:
-        raise NotFound(what, _no_debugfs(unit, error)) from error
+        raise NotFound(what, error.why) from error
 
 
-def _no_debugfs(unit: Iommu, error: NotFound) -> str:
-    if unit.kind == "intel-iommu":
-        return f"no {vtd.DEBUGFS} (needs CONFIG_INTEL_IOMMU_DEBUGFS, and debugfs mounted)"
-    return error.why or error.what
+def _walked(root: Root, kind: str, unit: Iommu, bdf: str, budget: Budget | None) -> ExtentTable:
+    """A device's page tables; NotFound says why they are not shown, or that it has none."""
+    from memconsole.extents import ExtentTable
+
+    try:
+        return _WALKS[unit.kind](root, bdf, budget)
+    except NoTable as error:
+        if kind != "identity":  # blocked: VFIO has it, and has attached it to nothing
+            return ExtentTable.from_rows(())
+        raise NotFound(error.what, _IDENTITY) from error
+    except NotFound as error:
+        why = error.why or error.what
+        if unit.kind == "intel-iommu":
+            why = f"no {vtd.DEBUGFS} (needs CONFIG_INTEL_IOMMU_DEBUGFS, and debugfs mounted)"
+        if kind == "identity" and not why.startswith(kind):
+            why = f"identity, unless VFIO has it in a domain of its own: {why}"
+        raise NotFound(error.what, why) from error
 
 
 def _not_walked(kind: str, unit: Iommu | None) -> str:
     """Why there are no page tables to be read for a group of a type, or an empty string."""
+    if unit is not None and unit.kind in _WALKS:
+        return ""
     if kind == "identity":
-        return "identity: an IOVA is the physical address"
+        return _IDENTITY
     if unit is None:
         return "no IOMMU says that it translates for this group"
-    return "" if unit.kind in _WALKS else _NO_WALK.get(unit.kind, f"{unit.kind} shows no page tables")
+    return _NO_WALK.get(unit.kind, f"{unit.kind} shows no page tables")
 
 
 def _unit(root: Root, name: str) -> Iommu:
@@ -195,13 +213,11 @@ def _translation(
     if budget.leaves <= 0:
         return None, None, _UNCOUNTED
     try:
-        with _WALKS[unit.kind](root, devices[0], budget) as found:
+        with _walked(root, kind, unit, devices[0], budget) as found:
             return found.stats().present, len(found), ""
     except TooMany:
         return None, None, _UNCOUNTED
-    except NotFound as error:
-        return None, None, _no_debugfs(unit, error)
-    except (Denied, BadFile, KernelRefused) as error:
+    except (Denied, BadFile, KernelRefused, NotFound) as error:
         return None, None, error.why
 
 

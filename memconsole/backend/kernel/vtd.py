@@ -42,6 +42,10 @@ class TooMany(Exception):
     """A device's page tables have more leaves than their reader wanted to look at."""
 
 
+class NoTable(NotFound):
+    """The driver translates nothing for a device: it is blocked, or reaches physical memory as it is."""
+
+
 class Budget(msgspec.Struct):
     """How many page table leaves a reader is still willing to look at, over all the tables it reads."""
 
@@ -63,7 +67,8 @@ def table(root: Root, bdf: str, budget: Budget | None = None) -> ExtentTable:
 
     Raises:
         TooMany: the budget, if one is given, does not last.
-        NotFound: no debugfs, no such device, or the IOMMU does not translate for it.
+        NoTable: the IOMMU has none for it.
+        NotFound: no debugfs, or no such device.
         Denied, KernelRefused: it cannot be read.
         BadFile: it is not as the kernel writes it.
     """
@@ -80,6 +85,7 @@ def parse(chunks: Iterable[bytes], bdf: str, budget: Budget | None = None) -> Ex
 
     Raises:
         TooMany: the budget, if one is given, does not last.
+        NoTable: none in it is the device's.
         BadFile: it is not as the kernel writes it, or it is cut off within a line.
     """
     from memconsole import native
@@ -104,6 +110,9 @@ def parse(chunks: Iterable[bytes], bdf: str, budget: Budget | None = None) -> Ex
     except BaseException:
         found.close()
         raise
+    if not dump.own:
+        found.close()
+        raise NoTable(f"device {bdf} has no page tables", f"{_FILE} has none of it")
     return found
 
 

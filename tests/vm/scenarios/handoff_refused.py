@@ -148,7 +148,8 @@ def of_memory(seen: Refusals) -> None:
     seen.warned("fragmented")
     seen.warned("base-pages")
     client.apply(Release("spread"))
-    client.apply(Reserve("wide", 640 * MIB, prefault=True))
+    most = client.snapshot().memory.available // MIB - 160  # the kernel takes pages from there when others run short
+    client.apply(Reserve("wide", most * MIB, prefault=True))
     seen.warned("scratch-migrates")
     client.apply(Release("wide"))
     THP.write_text("advise")

@@ -184,10 +184,9 @@ def main() -> None:
     first()
     share = lab.SHARE
     words = ["handoff", "run", "--kernel", f"{share}/bzImage", "--initrd", f"{share}/initrd", "--yes"]
-    plan()
-    done = subprocess.run(
-        [host.TOOL, *words, "--append", lab.next_command_line()], capture_output=True, text=True, check=False
-    )
+    lab.say("planned", not plan().refusals)
+    command = [host.TOOL, *words, "--append", lab.next_command_line()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=host.PATIENCE * 4)
     lab.say("handoff", ok=False, code=done.returncode, text=done.stdout + done.stderr)
 
 
@@ -195,4 +194,6 @@ try:
     main()
 except Exception as error:  # noqa: BLE001 - whatever it is, the host is told
     logs = {str(path): path.read_text()[-3000:] for path in lab.SHARE.glob("*.log")}
-    lab.say("exception", ok=False, text=f"{error}", trace=traceback.format_exc()[-3000:], logs=logs)
+    lab.say(
+        "exception", ok=False, text=f"{error}", trace=traceback.format_exc()[-3000:], logs=logs, stacks=host.stacks()
+    )

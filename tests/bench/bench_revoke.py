@@ -72,10 +72,11 @@ def bench_protect() -> list[Result]:
     """The protect rung of 1 GiB in the lab, against UFFDIO_RWPROTECT of the range; that against no guest's."""
     rows = []
     for each in said("protect_cost", "protect", "1024", str(ROUNDS), memory="4G", timeout=600):
-        call = min(each["call_ns"]) / 1e6
+        # Of 2 MiB pages a gigabyte is 512 entries: what is measured there is what does not grow with the range.
+        call, goal = min(each["call_ns"]) / 1e6, 1.3 if each["page"] == "4K" else None
         name = f"protect of 1G, {each['page']} pages"
         rows += [
-            Result(f"{name}, against UFFDIO_RWPROTECT of it", min(each["bar_ns"]) / 1e6, "ms", call, 1.3),
+            Result(f"{name}, against UFFDIO_RWPROTECT of it", min(each["bar_ns"]) / 1e6, "ms", call, goal),
             Result(f"{name}, with the proof that nobody reaches it", min(each["rung_ns"]) / 1e6, "ms", call),
             Result(
                 f"UFFDIO_RWPROTECT of it, {each['page']} pages, against no guest's",

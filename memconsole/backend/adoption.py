@@ -21,7 +21,7 @@ import msgspec
 
 from memconsole import actions
 from memconsole.backend import steps, verbs
-from memconsole.backend.desk import STOP_S, Desk, custody_name
+from memconsole.backend.desk import Desk, custody_name
 from memconsole.backend.handoff import adopt as handoff
 from memconsole.backend.handoff import alone, kept
 from memconsole.backend.handoff.adopt import Landing
@@ -214,7 +214,7 @@ def _back(desk: Desk, number: int, intent: Intent) -> Record:
     if isinstance(action, actions.GuestStart):
         for handle in orphans(desk, action.name):
             with contextlib.closing(handle):
-                handle.kill(STOP_S)
+                handle.kill()
         forget(desk, action.name)
     if isinstance(action, (actions.Reserve, actions.GuestStart)):
         drop_custody(desk, action.name)

@@ -68,7 +68,7 @@ def started(again: Restart, fds: dict[str, int], log: Path) -> Iterator[Handle]:
         try:
             yield handle
         finally:
-            handle.kill(10)
+            handle.kill()
 
 
 def beats(guest: CanaryGuest) -> int:
@@ -103,7 +103,7 @@ def test_a_canary_goes_on_in_another_process(hub: Hub, state: int, runs_as: str,
         second = stack.enter_context(given(more, "g-2", M, gpa=16 * M))
         guest = CanaryGuest.start("bird", hub, tmp_path, args=["--as", runs_as])
         first = stack.enter_context(Handle(guest.pid, child=True))
-        stack.callback(first.kill, 10)
+        stack.callback(first.kill)
         assert guest.offer(home, 10)
         assert guest.offer(second, 10)
         until(lambda: checked(guest) > 4 * 512, "two sweeps")
@@ -115,7 +115,7 @@ def test_a_canary_goes_on_in_another_process(hub: Hub, state: int, runs_as: str,
             stood, before = beats(guest), own_frames(fd, M)
             grants = [("g-2", "region:b"), ("g-1", "region:a")]
             again = guest.restart(hub.path, "state", grants, paused=turn == 2)
-            guest.kill(10)
+            guest.kill()
             guest.close()
             fds = {"state": state, "region:a": fd, "region:b": more}
             process = stack.enter_context(started(again, fds, tmp_path / "log"))
@@ -151,7 +151,7 @@ def test_a_saved_canary_can_be_let_go_on_where_it_is(hub: Hub, state: int, runs_
             assert guest.sweep(10) == (M // 4096 - 4, 0)
             assert guest.blackout() == (0, 0)
     finally:
-        guest.kill(10)
+        guest.kill()
         guest.close()
 
 
@@ -168,7 +168,7 @@ def test_a_restored_canary_waits_for_what_it_was_not_given(hub: Hub, state: int,
         guest.save(state, 10)
         stood = beats(guest)
         again = guest.restart(hub.path, "state", [("g-2", "region:b")])
-        guest.kill(10)
+        guest.kill()
         process = stack.enter_context(started(again, {"state": state, "region:b": more}, tmp_path / "log"))
         guest = CanaryGuest.adopt("bird", process.pid, process.start_ticks, hub, [second])
         stack.callback(guest.close)
@@ -191,7 +191,7 @@ def test_a_restored_canary_notices_that_its_memory_is_not_what_it_was(
         until(lambda: checked(guest) > 2 * 512, "two sweeps")
         guest.save(state, 10)
         again = guest.restart(hub.path, "state", [("g-1", "region:a")])
-        guest.kill(10)
+        guest.kill()
         os.pwrite(fd, b"\xff" * 9, 100 * 4096 + 3)  # in its stamp
         for memory, expected in ((fd, range(8, 10)), (other, range(4096, 8 * M))):
             with started(again, {"state": state, "region:a": memory}, tmp_path / "log") as process:
@@ -221,7 +221,7 @@ def test_a_spoiled_state_is_refused_by_name(hub: Hub, state: int, tmp_path: Path
         guest.save(state, 10)
         again = guest.restart(hub.path, "state", [])
     finally:
-        guest.kill(10)
+        guest.kill()
         guest.close()
     raw = spoil(os.pread(state, M, 0))
     os.ftruncate(state, 0)
@@ -246,7 +246,7 @@ def test_a_canary_beyond_going_on_is_not_saved(hub: Hub, state: int, runs_as: st
             with pytest.raises(GuestError, match="SAVE"):
                 guest.save(state, 10)
     finally:
-        guest.kill(10)
+        guest.kill()
         guest.close()
 
 
@@ -293,7 +293,7 @@ def test_qemu_counts_on_from_the_same_value(state: int, disk: Sequence[str], tmp
         guest = QemuGuest.start("vm", ram, tmp_path, args=disk)
         stack.callback(guest.close)
         process = stack.enter_context(Handle(guest.pid, guest.start_ticks, child=True))
-        stack.callback(process.kill, 10)
+        stack.callback(process.kill)
         until(lambda: count(fd) > 1000, "the guest's counting", 60)
         for turn in range(2):
             guest.save(state, 60)
@@ -302,7 +302,7 @@ def test_qemu_counts_on_from_the_same_value(state: int, disk: Sequence[str], tmp
             again = guest.restart("state", "region:vm", paused=turn == 1)
             assert again.words.count("-incoming") == 1
             guest.close()
-            process.kill(10)
+            process.kill()
             (tmp_path / "qmp").unlink()
             assert count(fd) == stood
             process = stack.enter_context(started(again, {"state": state, "region:vm": fd}, tmp_path / "log"))

@@ -43,7 +43,7 @@ def canary(request: pytest.FixtureRequest, make_hub: Hubs, tmp_path: Path) -> It
     try:
         yield guest, hub
     finally:
-        guest.kill(10)
+        guest.kill()
         guest.close()
 
 
@@ -277,7 +277,7 @@ def test_it_outlives_the_control_process(canary: tuple[CanaryGuest, Hub], make_h
             adopted.stop(10)
             assert adopted.state() is GuestState.GONE
         finally:
-            adopted.kill(10)
+            adopted.kill()
             adopted.close()
 
 
@@ -308,15 +308,15 @@ def test_it_does_not_die_with_a_control_process_that_is_killed(make_hub: Hubs, t
         assert guest.state() is GuestState.PAUSED
         assert os.getsid(pid) == pid
     finally:
-        guest.kill(10)
+        guest.kill()
         guest.close()
 
 
 def test_stop_kill_and_what_is_gone(canary: tuple[CanaryGuest, Hub]) -> None:
     guest, _ = canary
-    guest.kill(10)
+    guest.kill()
     assert guest.state() is GuestState.GONE
-    guest.kill(10)
+    guest.kill()
     guest.stop(10)
     with pytest.raises(Gone):
         guest.pause()

@@ -157,7 +157,7 @@ def test_pause_resume_kill_and_gone(hub: Hub) -> None:
         assert guest.progress() is None
         guest.stop(1)
         assert guest.state() is GuestState.RUNNING
-        guest.kill(10)
+        guest.kill()
         assert guest.state() is GuestState.GONE
         with pytest.raises(Gone):
             guest.pause()

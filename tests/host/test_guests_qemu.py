@@ -39,7 +39,7 @@ def guest(ram: Offer, tmp_path: Path) -> Iterator[QemuGuest]:
     guest = QemuGuest.start("vm", ram, tmp_path)
     with Handle(guest.pid, guest.start_ticks, child=True) as process:
         yield guest
-        process.kill(10)
+        process.kill()
     guest.close()
 
 

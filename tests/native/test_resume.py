@@ -67,7 +67,7 @@ class Stage:
 
     def __exit__(self, *_: object) -> None:
         for handle in self._started:
-            handle.kill(10)
+            handle.kill()
             handle.close()
         self.custody.close()
 
@@ -364,7 +364,7 @@ def test_a_canary_goes_on_through_a_rehearsal(stage: Stage) -> None:
         offer = stack.enter_context(given(fd, "g-1", M))
         guest = CanaryGuest.start("bird", hub, stage.directory, args=["--as", "process"])
         first = stack.enter_context(Handle(guest.pid, child=True))
-        stack.callback(first.kill, 10)
+        stack.callback(first.kill)
         assert guest.offer(offer, 10)
         until(lambda: (now := guest.progress()) is not None and now.checked > 1024, "sweeps")
         state = os.memfd_create("state")
@@ -375,7 +375,7 @@ def test_a_canary_goes_on_through_a_rehearsal(stage: Stage) -> None:
         stage.custody.put("region:bird:0", fd)
         os.close(state)
         again = guest.restart(hub.path, "state:bird", [("g-1", "region:bird:0")])
-        first.kill(10)
+        first.kill()
         guest.close()
         start = Start("bird", again.words, str(stage.directory), str(stage.directory / "log"), again.fds)
         holds = (Hold("memconsole:bird", 1, "region:bird:0"), Hold("memconsole:manifest", 2, "state:bird"))

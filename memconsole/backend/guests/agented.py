@@ -53,9 +53,9 @@ class AgentedGuest:
         self._handle.check()
         return self._hub.ask_unmap(self.name, grant, within)
 
-    def kill(self, within: float) -> None:
+    def kill(self) -> None:
         """SIGKILL and wait until it is gone."""
-        self._handle.kill(within)
+        self._handle.kill()
         self._hub.unregister(self.name)
 
     def close(self) -> None:

@@ -71,7 +71,7 @@ class Guest(Protocol):
     def stop(self, within: float) -> None:
         """End it in order, by force after ``within`` seconds; an attached process is only let go."""
 
-    def kill(self, within: float) -> None:
+    def kill(self) -> None:
         """SIGKILL and wait until it is gone."""
 
     def progress(self) -> Progress | None:

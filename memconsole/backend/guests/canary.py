@@ -40,7 +40,7 @@ class CanaryGuest(AgentedGuest):
         try:
             hub.register(name, handle.pid, handle.start_ticks)
         except BaseException:
-            handle.kill(ANSWERS)
+            handle.kill()
             handle.close()
             raise
         deadline = time.monotonic() + within
@@ -48,7 +48,7 @@ class CanaryGuest(AgentedGuest):
             if hub.connected(name, 0.1):
                 return cls(name, handle, hub)
         why = f"its agent did not connect within {within:g} s" if handle.alive() else last_words(log)
-        handle.kill(ANSWERS)
+        handle.kill()
         hub.unregister(name)
         handle.close()
         raise GuestError(f"canary {name} did not start", why, f"look into {log}")

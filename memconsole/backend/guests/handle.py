@@ -7,11 +7,13 @@ import fcntl
 import os
 import select
 import signal
-import time
 from pathlib import Path
 from typing import Self
 
 from memconsole.errors import Gone, GuestError, KernelRefused
+
+KILLED_S = 60.0
+"""Seconds a killed process may take to be gone: the kernel frees its memory first, page by page."""
 
 
 def stat(pid: int) -> tuple[str, int]:
@@ -115,28 +117,27 @@ class Handle:
                 os.waitpid(self.pid, 0)
         return True
 
-    def kill(self, within: float) -> None:
+    def kill(self) -> None:
         """SIGKILL it and wait until it is gone; one that is gone already is no error.
 
         Raises:
-            GuestError: it is still there after ``within`` seconds.
+            GuestError: it is still there after ``KILLED_S`` seconds.
         """
         with contextlib.suppress(Gone):
             self.signal(signal.SIGKILL)
-        if not self.wait(within):
+        if not self.wait(KILLED_S):
             raise GuestError(
                 f"process {self.pid} does not die",
-                f"it is still there {within:g} s after SIGKILL, held in the kernel",
+                f"it is still there {KILLED_S:g} s after SIGKILL, held in the kernel",
                 "look at /proc/PID/stack; abort the FUSE connection it waits for",
             )
 
     def end(self, within: float) -> None:
         """SIGTERM, and SIGKILL when that did not help within ``within`` seconds."""
-        deadline = time.monotonic() + within
         with contextlib.suppress(Gone):
             self.signal(signal.SIGTERM)
         if not self.wait(within):
-            self.kill(max(2.0, deadline - time.monotonic()))
+            self.kill()
 
     def close(self) -> None:
         """Let go of the pidfd; the process goes on."""

@@ -117,7 +117,7 @@ class QemuGuest:
         try:
             guest._await_monitor(socket, log, within)
         except BaseException:
-            handle.kill(ANSWERS)
+            handle.kill()
             guest.close()
             raise
         return guest
@@ -264,11 +264,11 @@ class QemuGuest:
             except (GuestError, Gone):
                 self._handle.end(max(0.0, deadline - time.monotonic()))
             if not self._handle.wait(max(0.0, deadline - time.monotonic())):
-                self._handle.kill(ANSWERS)
+                self._handle.kill()
 
-    def kill(self, within: float) -> None:
+    def kill(self) -> None:
         """SIGKILL and wait until it is gone."""
-        self._handle.kill(within)
+        self._handle.kill()
 
     def progress(self) -> Progress | None:
         """None: QEMU does not say."""

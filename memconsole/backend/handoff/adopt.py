@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from memconsole.actions import Handoff, HandoffRehearse
-from memconsole.backend.desk import STOP_S, Desk, custody_name
+from memconsole.backend.desk import Desk, custody_name
 from memconsole.backend.handoff import bootplan, devices, image, kept, report, verify
 from memconsole.backend.handoff.bootplan import LANDED, MANIFEST, RESUME, STARTED, Moment, Resume, Resumed
 from memconsole.backend.handoff.manifest import Manifest
@@ -202,7 +202,7 @@ def end(desk: Desk, guests: Iterable[Guest]) -> None:
     for guest in guests:
         live = desk.live(guest.name)
         if live is not None:
-            live.kill(STOP_S)
+            live.kill()
             desk.part(guest.name)
         for grant in desk.state.grants_of(guest=guest.name):
             desk.uffds.drop(grant.id)

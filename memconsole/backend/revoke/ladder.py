@@ -169,27 +169,27 @@ class Ladder:
         deadline = time.monotonic() + self._within
         while (reach := self._look(0)).pids and time.monotonic() < deadline:
             for pid in reach.pids:
-                self._end(pid, max(0.1, deadline - time.monotonic()))
+                self._end(pid)
         if reach.pids:
             return _Passed(str(reach))
         end = self._settled(reach)
         live = self._desk.live(self._grant.guest)
         if isinstance(end, _Passed) and live is not None and live.state() is not GuestState.GONE:
-            self._end(live.pid, self._within)  # who had the grant may be who keeps it out of sight
+            self._end(live.pid)  # who had the grant may be who keeps it out of sight
             end = self._settled(self._reach())
         return end
 
-    def _end(self, pid: int, within: float) -> None:
+    def _end(self, pid: int) -> None:
         if pid == 1:
             raise GuestError("the first process reaches it", "it is never killed", "stop what it started")
         owner = next((guest for guest in self._desk.state.guests.values() if guest.pid == pid), None)
         live = self._desk.live(owner.name) if owner else None
         self._killed.add(pid)
         if live is not None:
-            live.kill(within)
+            live.kill()
             return
         with contextlib.suppress(Gone), contextlib.closing(Handle(pid)) as handle:
-            handle.kill(within)
+            handle.kill()
 
     # --- how strong the end is ------------------------------------------------------------------------------------
 

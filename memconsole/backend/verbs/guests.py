@@ -80,7 +80,7 @@ def start(desk: Desk, action: GuestStart) -> Work:
     def undo() -> None:
         live = desk.live(name)
         if live is not None:
-            live.kill(STOP_S)
+            live.kill()
         forget(desk, name)
 
     given = f" and device {action.device}" if action.device is not None else ""

@@ -22,8 +22,8 @@ def test_a_device_goes_along_and_whoever_dies_on_the_way_harms_nobody(tmp_path: 
 OTHERS = (
     "edu,addr=6,multifunction=on,dma_mask=0xffffffffffff",
     "pci-testdev,addr=6.1",
-    "pcie-root-port,id=port,addr=7",
-    "virtio-rng-pci,bus=port",
+    "pcie-root-port,id=root,addr=7",
+    "virtio-rng-pci,bus=root",
 )
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import lab
 import pytest
 
-FAULTS = "4" if os.environ.get("MEMCONSOLE_SOAK") else "2"
+FAULTS, LIMIT = ("4", 2700) if os.environ.get("MEMCONSOLE_SOAK") else ("2", 900)
 
 pytestmark = pytest.mark.rotating("handoff-devices")
 
 
 def test_a_device_goes_along_and_whoever_dies_on_the_way_harms_nobody(tmp_path: Path) -> None:
-    said = lab.run("handoff_devices", tmp_path, early=lab.RESUME, timeout=900, arguments=[FAULTS, "differs"])
+    said = lab.run("handoff_devices", tmp_path, early=lab.RESUME, timeout=LIMIT, arguments=[FAULTS, "differs"])
     said.check()
     assert said.stages == 3
 

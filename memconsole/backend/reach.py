@@ -123,8 +123,10 @@ def _hides(census: Census, process: Process, ours: Collection[str]) -> bool:
             hidden = set(census_of.links(census.root, int(name)).values()) - shown
             if memfds.RETRIEVED in hidden or any(part in link for link in hidden for part in ours):
                 return True
-            if process.state == "Z" and any(vma.path.startswith(survey.OURS) for vma in procmaps.vmas("/", int(name))):
-                return True
+            if process.state == "Z":
+                mapped = procmaps.vmas(census.root, int(name))
+                if any(vma.path.startswith(survey.OURS) for vma in mapped):
+                    return True
     return False
 
 

@@ -209,11 +209,14 @@ static void serve_taken(struct canary *c, uint32_t id)
 
 static int serve_unmap(struct canary *c, const struct agent_unmap *m)
 {
-	struct range *r = m->grant[AGENT_NAME - 1] ? NULL : range_find(c, m->grant);
-	struct window *w = m->grant[AGENT_NAME - 1] ? NULL : window_find(c, m->grant);
+	struct range *r;
+	struct window *w;
 
-	if (!m->grant[AGENT_NAME - 1])
-		handed_drop(c, m->grant);
+	if (m->grant[AGENT_NAME - 1])
+		return 0;
+	handed_drop(c, m->grant);
+	r = range_find(c, m->grant);
+	w = window_find(c, m->grant);
 	return r ? range_unmap(c, r) : w ? window_unmap(w) : 0;
 }
 

@@ -24,6 +24,7 @@ from memconsole.backend.handoff.bootplan import INCOMING
 from memconsole.backend.handoff.image import Image
 from memconsole.backend.handoff.passed import Passed
 from memconsole.backend.kernel import census, kho, tree
+from memconsole.backend.kernel.handover import outgoing
 from memconsole.backend.kernel.memory import memory as read_memory
 from memconsole.backend.survey import foreign, mappings, strays
 from memconsole.errors import GuestError, MemconsoleError, NotFound
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 ABIS = ("kho-v4", "luo-v5", "memfd-v2")
 """What the layouts of KHO, LUO and its memfds are called in the kernels this memconsole knows."""
 _ABI = re.compile(rb"(kho|luo)-v\d+")
-_SESSION = "anon_inode:[luo_session] "
 _CGROUP = "/sys/fs/cgroup"
 
 
@@ -137,10 +137,7 @@ def gather(desk: Desk, action: Handoff, *, jump: bool) -> Facts:
     if jump:
         facts = _of_the_jump(action, root)
         facts["sessions"] = tuple(
-            (process.pid, link.removeprefix(_SESSION))
-            for process in seen.processes.values()
-            for link in process.fds.values()
-            if link.startswith(_SESSION)
+            (pid, session.name) for session in outgoing.sessions(seen, root) for pid in session.holders
         )
         if not (isinstance(action, HandoffRun) and action.finish):
             facts["kept"] = kept(desk)

@@ -95,10 +95,10 @@ def held_lines(snapshot: Snapshot) -> list[Content]:
         _count("grants", len(snapshot.grants), ""),
         _states(grant.state for grant in snapshot.grants),
     ]
-    lazy = [grant for grant in snapshot.grants if grant.faults]
+    lazy = [(grant.length, grant.faults) for grant in snapshot.grants if grant.faults]
     if lazy:
-        size, there = sum(grant.length for grant in lazy), sum(grant.faults.present for grant in lazy if grant.faults)
-        rate = sum(grant.faults.rate for grant in lazy if grant.faults)
+        size, there = sum(length for length, _ in lazy), sum(faults.present for _, faults in lazy)
+        rate = sum(faults.rate for _, faults in lazy)
         lines.append(_count("lazy", len(lazy), f"{rate:,} faults/s, {format_size(there)} of {format_size(size)}"))
     if any(guest.progress for guest in snapshot.guests):
         verdict = ("✖ ", "$error") if wrong else ("✔ ", "$success")

@@ -67,9 +67,9 @@ def test_a_grant_that_was_dropped_without_a_word_is_found(control: Control) -> N
         control.apply(do.GuestAttach("db", process.pid))
         control.apply(do.Reserve("web", M))
         id = control.apply(do.Map("web", "db")).subject
-        assert process.say(f"wait {id}") == id
+        assert process.do(f"wait {id}") == id
         assert found(control) == []
-        assert process.say(f"drop {id}") == "done"
+        assert process.do(f"drop {id}") == "done"
         assert found(control) == [("grant-unmapped", id)]
 
 
@@ -80,8 +80,8 @@ def test_a_frame_is_followed_to_the_process_and_from_its_address_back(control: C
         control.apply(do.GuestAttach("db", process.pid))
         control.apply(do.Reserve("web", M, prefault=True))
         id = control.apply(do.Map("web", "db", gpa=0x10000000)).subject
-        assert process.say(f"wait {id}") == id
-        assert process.say(f"write {id} x") == "done"
+        assert process.do(f"wait {id}") == id
+        assert process.do(f"write {id} x") == "done"
         snapshot = control.snapshot()
         whole = joined.ask(snapshot, control, "db")
         assert isinstance(whole, Joined)

@@ -209,7 +209,7 @@ def test_a_guest_that_does_not_answer_is_cut_off_and_its_memory_stays(control: C
     with AgentProcess(control.runtime_dir / "agents") as process:
         control.apply(do.GuestAttach("heir", process.pid))
         control.apply(do.Map("c1", "heir", access=Access.RO))
-        process.say("wait g2")
+        process.do("wait g2")
         start, _ = mapping_of(process.pid, region(snapshot, "c1").segments[0].inode)
         assert read(process.pid, start, 16 * M) == before
 
@@ -309,18 +309,18 @@ def test_a_vm_of_somebody_else_is_seen_and_not_touched(control: Control) -> None
 def test_a_process_maps_what_it_is_granted(control: Control, database: AgentProcess) -> None:
     control.apply(do.Reserve("cache", 4 * M))
     control.apply(do.Map("cache", "db", length=2 * M))
-    assert database.say("wait g1") == "g1"
-    assert database.say("write g1 hello") == "done"
+    assert database.do("wait g1") == "g1"
+    assert database.do("write g1 hello") == "done"
     until(lambda: grant(control.snapshot(), "g1").state is GrantState.MAPPED, "the ledger knows")
     (mapping,) = grant(control.snapshot(), "g1").seen
     assert mapping.end - mapping.start == 2 * M
     control.apply(do.Revoke("g1", at_most=Rung.ASK))
-    assert database.say("grants") == "none"
+    assert database.do("grants") == "none"
     control.apply(do.Map("cache", "db", length=2 * M, access=Access.RO))
-    assert database.say("wait g2") == "g2"
-    assert database.say("read g2 5") == "hello"
+    assert database.do("wait g2") == "g2"
+    assert database.do("read g2 5") == "hello"
     control.apply(do.GuestStop("db"))
-    assert database.say("grants") == "none"
+    assert database.do("grants") == "none"
     assert ours(control.snapshot()) == []
     control.apply(do.Release("cache"))
 
@@ -415,12 +415,12 @@ def test_a_process_that_keeps_the_fd_reaches_the_memory_still(control: Control) 
     with AgentProcess(control.runtime_dir / "agents") as thief:
         control.apply(do.GuestAttach("thief", thief.pid))
         control.apply(do.Map("cache", "thief"))
-        thief.say("wait g1")
-        thief.say("hold g1")
+        thief.do("wait g1")
+        thief.do("hold g1")
         with pytest.raises(GuestError) as kept:
             control.apply(do.Revoke("g1", within=0.5, at_most=Rung.ASK))
         assert kept.value.code == "StillMapped"
-        thief.say("let-go")
+        thief.do("let-go")
         control.apply(do.Revoke("g1", within=5, at_most=Rung.ASK))
 
 
@@ -432,12 +432,12 @@ def test_two_guests_never_get_the_same_frames(control: Control, database: AgentP
         with pytest.raises(Refused) as refused:
             control.apply(do.Map("cache", "c1", gpa=1 << 30, access=access))
         assert refused.value.code == "Shared"
-    assert database.say("wait g2") == "g2"
+    assert database.do("wait g2") == "g2"
     control.apply(do.Revoke("g2", at_most=Rung.ASK))
     control.apply(do.Map("cache", "c1", offset=2 * M, gpa=1 << 30))
     assert control.snapshot().findings == ()
     goes_on(control, "c1")
-    assert database.say("grants") == "none"
+    assert database.do("grants") == "none"
 
 
 def test_a_grant_of_a_part_reaches_its_segment_and_says_so(control: Control, database: AgentProcess) -> None:
@@ -448,8 +448,8 @@ def test_a_grant_of_a_part_reaches_its_segment_and_says_so(control: Control, dat
     effects = [control.plan(action).effects[0].text for action in (part, whole)]
     assert [said in text for text in effects] == [True, False]
     control.apply(part)
-    assert database.say("wait g1") == "g1"
-    assert database.say(f"spread {2 * M}") == "done"
+    assert database.do("wait g1") == "g1"
+    assert database.do(f"spread {2 * M}") == "done"
     with pytest.raises(GuestError, match=f"mapped by {database.pid}") as kept:
         control.apply(do.Revoke("g1", within=0.5, at_most=Rung.ASK))
     assert kept.value.code == "StillMapped"
@@ -459,7 +459,7 @@ def test_a_grant_of_a_part_reaches_its_segment_and_says_so(control: Control, dat
     (fd,) = control._desk.fds("cache")
     assert os.pread(fd, 6, 2 * M) == b"spread"
     os.pwrite(fd, b"others", 2 * M)
-    assert database.say("look") == "", "what it kept leads nowhere"
+    assert database.do("look") == "", "what it kept leads nowhere"
     until(lambda: is_gone(control, "db"), "SIGBUS ended it")
 
 
@@ -472,17 +472,17 @@ def test_segments_of_a_region_are_granted_and_taken_back_each_for_itself(
     second = do.Map("large", "db", offset=M, length=M)
     assert [refusal.code for refusal in control.plan(second).refusals] == ["Shared"]
     control.apply(do.Map("large", "db", offset=2 * M))
-    assert [database.say("wait g1"), database.say("wait g2")] == ["g1", "g2"]
-    assert [database.say("write g2 kept"), database.say("hold g2")] == ["done", "done"]
+    assert [database.do("wait g1"), database.do("wait g2")] == ["g1", "g2"]
+    assert [database.do("write g2 kept"), database.do("hold g2")] == ["done", "done"]
     report = control.apply(do.Revoke("g1", at_most=Rung.ASK)).revoke
     assert report is not None
     assert report.outcome is RevokeOutcome.PROVED
-    assert [database.say("grants"), database.say("read g2 4")] == ["g2", "kept"]
+    assert [database.do("grants"), database.do("read g2 4")] == ["g2", "kept"]
     with pytest.raises(GuestError) as kept:
         control.apply(do.Revoke("g2", within=0.5, at_most=Rung.ASK))
     assert kept.value.code == "StillMapped"
     control.apply(second)
-    assert database.say("wait g3") == "g3"
+    assert database.do("wait g3") == "g3"
 
 
 def test_what_fails_in_the_middle_is_undone(control: Control, database: AgentProcess) -> None:

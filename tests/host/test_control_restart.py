@@ -108,14 +108,14 @@ def test_a_process_keeps_its_grants_over_a_restart(world: World) -> None:
             control.apply(do.Reserve("cache", M))
             control.apply(do.GuestAttach("db", process.pid))
             control.apply(do.Map("cache", "db"))
-            assert process.say("wait g1") == "g1"
-            process.say("write g1 hello")
-        assert process.say("read g1 5") == "hello"
+            assert process.do("wait g1") == "g1"
+            process.do("write g1 hello")
+        assert process.do("read g1 5") == "hello"
         with world.control() as control:
             until(lambda: guest(control.snapshot(), "db").agent, "the agent came back")
-            assert process.say("read g1 5") == "hello"
+            assert process.do("read g1 5") == "hello"
             control.apply(do.Revoke("g1", at_most=do.Rung.ASK))
-            assert process.say("grants") == "none"
+            assert process.do("grants") == "none"
 
 
 def test_a_guest_that_died_meanwhile_is_a_finding(world: World) -> None:

@@ -57,26 +57,26 @@ def code(control: Control, action: do.Action) -> list[str]:
 
 def test_a_window_is_mapped_seen_and_taken_back(control: Control, driver: AgentProcess) -> None:
     control.apply(do.WindowMap(f"{FREE}:0", "driver"))
-    assert driver.say("write g1 hello") == "done"
+    assert driver.do("write g1 hello") == "done"
     seen = window(control, f"{FREE}:0")
     assert (seen.grant, seen.guest, seen.holders) == ("g1", "driver", (driver.pid,))
     assert (control._root / f"sys/bus/pci/devices/{FREE}/resource0").read_bytes()[:5] == b"hello"
     assert code(control, do.WindowMap(f"{FREE}:0", "driver")) == ["Granted"]
     assert code(control, do.GuestStop("driver")) == ["Granted"]
     control.apply(do.WindowRevoke(f"{FREE}:0"))
-    assert driver.say("grants") == "none"
+    assert driver.do("grants") == "none"
     assert (window(control, f"{FREE}:0").grant, window(control, f"{FREE}:0").holders) == (None, ())
     control.apply(do.GuestStop("driver"))
 
 
 def test_a_guest_that_keeps_a_window_is_named(control: Control, driver: AgentProcess) -> None:
     control.apply(do.WindowMap(f"{FREE}:0", "driver"))
-    driver.say("hold g1")
+    driver.do("hold g1")
     with pytest.raises(GuestError) as kept:
         control.apply(do.WindowRevoke(f"{FREE}:0"))
     assert kept.value.code == "StillMapped"
     assert window(control, f"{FREE}:0").guest == "driver"
-    driver.say("let-go")
+    driver.do("let-go")
     control.apply(do.WindowRevoke(f"{FREE}:0"))
 
 

@@ -60,11 +60,11 @@ def test_a_process_maps_a_grant_and_shares_its_bytes(database: tuple[ProcessGues
         os.pwrite(fd, b"hello", 0)
         assert guest.agent()
         assert guest.offer(offer, 30)
-        assert process.say("read db-1 5") == "hello"
-        assert process.say("write db-1 world") == "done"
+        assert process.do("read db-1 5") == "hello"
+        assert process.do("write db-1 world") == "done"
         assert os.pread(fd, 5, 0) == b"world"
         assert guest.ask_unmap("db-1", 30)
-        assert process.say("grants") == "none"
+        assert process.do("grants") == "none"
         assert os.pread(fd, 5, 0) == b"world"
 
 
@@ -72,7 +72,7 @@ def test_a_read_only_grant_is_read_only(database: tuple[ProcessGuest, AgentProce
     guest, process = database
     with region(M) as fd, given(fd, "db-1", M, access=Access.RO) as offer:
         assert guest.offer(offer, 30)
-        assert process.say("write db-1 world").startswith("refused")
+        assert process.do("write db-1 world").startswith("refused")
         assert guest.ask_unmap("db-1", 30)
 
 
@@ -80,10 +80,10 @@ def test_a_process_that_uses_the_memory_says_that_it_cannot(database: tuple[Proc
     guest, process = database
     with region(M) as fd, given(fd, "db-1", M) as offer:
         assert guest.offer(offer, 30)
-        assert process.say("hold db-1") == "done"
+        assert process.do("hold db-1") == "done"
         assert not guest.ask_unmap("db-1", 30)
-        assert process.say("write db-1 still") == "done"
-        assert process.say("let-go") == "done"
+        assert process.do("write db-1 still") == "done"
+        assert process.do("let-go") == "done"
         assert guest.ask_unmap("db-1", 30)
 
 
@@ -91,7 +91,7 @@ def test_a_grant_too_long_for_its_file_is_refused(database: tuple[ProcessGuest, 
     guest, process = database
     with region(M) as fd, given(fd, "db-1", 2 * M) as offer, pytest.raises(GuestError, match="db-1"):
         guest.offer(offer, 30)
-    assert process.say("grants") == "none"
+    assert process.do("grants") == "none"
 
 
 def test_a_grant_waits_for_an_agent_that_comes_later(hub: Hub) -> None:
@@ -117,7 +117,7 @@ def test_an_agent_comes_back_to_a_new_control_process_with_what_it_has(make_hub:
         assert guest.offer(offer, 30)
         guest.close()
         second = make_hub()
-        assert process.say("write db-1 alone") == "done"
+        assert process.do("write db-1 alone") == "done"
         adopted = ProcessGuest.adopt("db", process.pid, guest.start_ticks, second, [offer])
         assert second.connected("db", 30)
         until(lambda: second.mapped("db") == {"db-1"}, "HELLO")
@@ -230,7 +230,7 @@ def test_garbage_ends_that_connection_only(hub: Hub, me: str, database, packet: 
     connection.close()
     with region(M) as fd, given(fd, "db-1", M) as offer:
         assert guest.offer(offer, 30)
-        assert process.say("grants") == "db-1"
+        assert process.do("grants") == "db-1"
         assert guest.ask_unmap("db-1", 30)
     with knock(hub.path) as again:
         greet(again)
@@ -417,7 +417,7 @@ def test_a_guest_gets_its_own_grants_only(hub: Hub, me: str, database) -> None:
         greet(connection)
         assert wire.unpack_name(_take_request(connection).body[:64]) == "me-1"
         assert guest.offer(offer, 30)
-        assert process.say("grants") == "db-1"
+        assert process.do("grants") == "db-1"
         connection.setblocking(False)
         with pytest.raises(BlockingIOError):
             connection.recv(wire.MAX_MESSAGE)

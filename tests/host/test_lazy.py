@@ -49,7 +49,7 @@ def lent(control: Control, process: AgentProcess, size: int = 8 * M, *, lazy: bo
     os.pwrite(fd, b"stands", 0)
     control.apply(do.GuestAttach("db", process.pid))
     control.apply(do.Map("cache", "db", lazy=lazy))
-    assert process.say("wait g1") == "g1"
+    assert process.do("wait g1") == "g1"
     if lazy:
         until(lambda: control._desk.uffds.has("g1"), "its faults are served")
     return fd
@@ -66,12 +66,12 @@ def test_pages_come_when_they_are_touched_a_batch_at_a_time(control: Control) ->
         fd = lent(control, process)
         assert present(control, process.pid) == []
         assert faults(control, "g1") == Faults(served=True, batch=64 << 10)
-        assert process.say("read g1 6") == "stands"
+        assert process.do("read g1 6") == "stands"
         assert present(control, process.pid) == [0]
         assert (faults(control, "g1").minor, faults(control, "g1").missing) == (1, 0)
         until(lambda: grant(control.snapshot(), "g1").state is GrantState.MAPPED, "the ledger knows")
         os.pwrite(fd, b"x" * (64 << 10), M)
-        process.say("write g1 " + "y" * 3000)
+        process.do("write g1 " + "y" * 3000)
         seen = faults(control, "g1")
         assert seen.present == len(present(control, process.pid)) * PAGE
         assert control._desk.uffds.working_set("g1")[0] == 1
@@ -82,8 +82,8 @@ def test_a_hole_is_filled_by_the_batch_and_the_counters_are_the_kernels(control:
         control.apply(do.Reserve("cache", 8 * M))
         control.apply(do.GuestAttach("db", process.pid))
         control.apply(do.Map("cache", "db", lazy=True))
-        assert process.say("wait g1") == "g1"
-        process.say("write g1 hello")
+        assert process.do("wait g1") == "g1"
+        process.do("write g1 hello")
         assert present(control, process.pid) == list(range(16))
         seen = faults(control, "g1")
         assert (seen.missing, seen.present, seen.refused) == (1, 64 << 10, 0)
@@ -102,12 +102,12 @@ def test_a_guest_waits_for_the_next_control_process_and_goes_on() -> None:
             lent(first, process)
         finally:
             first.close()
-        process._process.stdin.write("read g1 6\n")  # type: ignore[union-attr]
-        process._process.stdin.flush()  # type: ignore[union-attr]
+        process.process.stdin.write("read g1 6\n")  # type: ignore[union-attr]
+        process.process.stdin.flush()  # type: ignore[union-attr]
         time.sleep(0.3)
         second = Control(directory / "run", KeeperCustody(keeper.path))
         try:
-            assert process._process.stdout.readline().strip() == "stands"  # type: ignore[union-attr]
+            assert process.process.stdout.readline().strip() == "stands"  # type: ignore[union-attr]
             assert (faults(second, "g1").minor, faults(second, "g1").served) == (1, True)
             report = second.apply(do.Revoke("g1", at_most=Rung.ASK)).revoke
             assert report is not None
@@ -134,13 +134,13 @@ def test_one_that_dies_when_a_process_hands_its_faults_over_is_followed_by_one_t
             assert grant(control.snapshot(), "g1").state is GrantState.OFFERED
         world.dies_when(lambda: os.kill(process.pid, signal.SIGCONT), point)
         with world.control() as control:
-            assert process.say("wait g1") == "g1"
+            assert process.do("wait g1") == "g1"
             until(lambda: faults(control, "g1").served, "its faults are served")
             assert present(control, process.pid) == []
-            assert process.say("read g1 6") == "stands"
+            assert process.do("read g1 6") == "stands"
             assert present(control, process.pid) == [0]
             assert (faults(control, "g1").minor, faults(control, "g1").missing) == (1, 0)
-            assert process.say("write g1 onward") == "done"
+            assert process.do("write g1 onward") == "done"
             until(lambda: grant(control.snapshot(), "g1").state is GrantState.MAPPED, "the ledger knows")
             assert control.apply(do.Revoke("g1", at_most=Rung.ASK)).revoke is not None
             assert control._desk.custody.names() == ["ledger", "region:cache:0"]
@@ -183,12 +183,12 @@ def test_an_emptied_file_ends_the_waiting_with_sigbus(control: Control) -> None:
     """A fault on memory that was moved away is the kernel's to refuse: nobody is asked, and nobody waits."""
     with AgentProcess(control.runtime_dir / "agents") as process:
         lent(control, process)
-        process.say("hold g1")
+        process.do("hold g1")
         report = control.apply(do.Revoke("g1", within=1)).revoke
         assert report is not None
         assert (report.rung, report.outcome) == (Rung.COPY, RevokeOutcome.PROVED), report
-        assert process.say("read g1 6") == ""
-        until(lambda: process._process.poll() is not None, "SIGBUS ended it")
+        assert process.do("read g1 6") == ""
+        until(lambda: process.process.poll() is not None, "SIGBUS ended it")
         assert process.end() == -7
 
 
@@ -201,5 +201,5 @@ def test_a_guest_that_cannot_hand_its_faults_over_is_refused(control: Control) -
         with pytest.raises(GuestError) as refused:
             control.apply(do.Map("cache", "db", lazy=True, access=do.Access.RO))
         assert refused.value.code == "NotLazy"
-        assert process.say("grants") == "none"
+        assert process.do("grants") == "none"
         assert control.snapshot().grants == ()

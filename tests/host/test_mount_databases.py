@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support import controls
+from support.guests import Obedient
 from support.mounted import Place, places, unexpected
 from support.mounts import NOBODY
 
@@ -69,39 +69,12 @@ for line in sys.stdin:
 )
 
 
-class Database:
+class Database(Obedient):
     """A database in a process of a user's; ``do`` has it work, or only count its rows."""
 
     def __init__(self, code: str, where: Path) -> None:
-        command = [sys.executable, "-c", code, str(where), str(SIZE)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.pid = self.process.pid
-        assert self._line() == "ready"
-
-    def opens(self) -> None:
-        self._say("open")
-
-    def do(self, word: str) -> str:
-        """What it counted; an empty string if it died of it."""
-        self._say(word)
-        return self._line()
-
-    def end(self) -> int:
-        self.process.communicate()
-        return self.process.returncode
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    def _say(self, word: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(word + "\n")
-        self.process.stdin.flush()
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
+        super().__init__([sys.executable, "-c", code, str(where), str(SIZE)])
+        assert self.line() == "ready"
 
 
 @pytest.fixture
@@ -133,11 +106,11 @@ def join(place: Place, kind: str, guest: str) -> Database:
     os.chown(home, NOBODY, NOBODY)
     (home / "data.mdb").symlink_to(path)
     database = Database(LMDB if kind == "lmdb" else SQLITE, home if kind == "lmdb" else path)
-    place.at_end(database.kill)
+    place.at_end(database.end)
     place.client.apply(do.GuestAttach(guest, database.pid))
     place.client.apply(do.Map("db", guest))
     assert path.stat().st_uid == NOBODY
-    database.opens()
+    database.tell("open")
     return database
 
 
@@ -171,9 +144,9 @@ def test_a_database_works_is_shown_goes_on_and_is_revoked(
     report = place.revoke()
     assert (report.rung, report.outcome) == (Rung.COPY, RevokeOutcome.PROVED)
     assert database.do("count") == ""
-    assert database.end() == -signal.SIGBUS
+    assert database.finish() == -signal.SIGBUS
     place.client.apply(do.GuestStop("web"))
     other = join(place, kind, "next")
     assert other.do("count") == "3000", "the contents stayed"
     assert other.do("work") == "4000"
-    assert other.end() == 0
+    assert other.finish() == 0

@@ -43,7 +43,7 @@ def accomplice() -> Iterator[Accomplice]:
 def attacker(place: Place, built: Path, accomplice: Accomplice) -> Iterator[Attacker]:
     """A guest of another user, which has its file open, and another descriptor of it in a socket's queue."""
     path = place.path("web", "pool")
-    with Attacker(built, path, sockets=[accomplice.end.fileno()]) as attacker:
+    with Attacker(built, path, sockets=[accomplice.socket.fileno()]) as attacker:
         assert attacker.do("open") == "ENOENT", "it runs, as its user"
         place.client.apply(do.Reserve("pool", SIZE))
         place.client.apply(do.GuestAttach("web", attacker.pid))
@@ -57,8 +57,8 @@ def attacker(place: Place, built: Path, accomplice: Accomplice) -> Iterator[Atta
 
 def spread(attacker: Attacker, accomplice: Accomplice) -> None:
     """It maps the file, and so do a child of it and somebody whom it sent the descriptor; all of them read it."""
-    assert [attacker.do(order) for order in ("map", "fork", f"give {accomplice.end.fileno()}")] == ["ok"] * 3
-    assert [accomplice.does("take"), accomplice.does("map")] == [WORD] * 2
+    assert [attacker.do(order) for order in ("map", "fork", f"give {accomplice.socket.fileno()}")] == ["ok"] * 3
+    assert [accomplice.do("take"), accomplice.do("map")] == [WORD] * 2
     assert {way: attacker.do(way) for way in WAYS} == dict.fromkeys(WAYS, f"ok {WORD}")
     assert [attacker.do(way) for way in (*NEW, "open", "self-fd")] == ["ok"] * 4
 
@@ -109,7 +109,7 @@ def test_copy_ends_every_way(place: Place, built: Path, attacker: Attacker, acco
     no_way_by_path(place, built)
     assert [attacker.do(way) for way in ("load", "child-load", "store")] == ["SIGBUS"] * 3
     shut_out(place, attacker, *WAYS)
-    assert accomplice.does("look") == ""
+    assert accomplice.do("look") == ""
     until(lambda: accomplice.ended() == -signal.SIGBUS, "there is nothing behind what it mapped")
 
 

@@ -136,13 +136,13 @@ def test_accomplices_reach_nothing_after_the_contents_moved(control: Control, pr
         hostile.running(program, control.runtime_dir / "agents", "ignore", taker, waiter) as guest,
     ):
         kept = let_in(control, guest)
-        assert [taker.does("take"), taker.does("map")] == [SECRET.decode()] * 2
+        assert [taker.do("take"), taker.do("map")] == [SECRET.decode()] * 2
         report = revoke(control)
         assert (report.rung, report.outcome) == (Rung.COPY, RevokeOutcome.QUARANTINED), report
         shut_out(control, guest, kept, pinned=True)
-        assert waiter.does("take") == "nothing"
-        assert waiter.does("map").startswith("refused")
-        assert taker.does("look") == ""
+        assert waiter.do("take") == "nothing"
+        assert waiter.do("map").startswith("refused")
+        assert taker.do("look") == ""
         until(lambda: taker.ended() == -signal.SIGBUS, "there is nothing behind what it mapped")
 
 
@@ -156,7 +156,7 @@ def test_a_descriptor_that_waits_in_a_socket_is_not_forgotten_where_the_contents
         hostile.running(program, control.runtime_dir / "agents", manners, taker, waiter) as guest,
     ):
         kept = let_in(control, guest, length=2 * M)
-        assert [taker.does("take"), taker.does("map")] == [SECRET.decode()] * 2
+        assert [taker.do("take"), taker.do("map")] == [SECRET.decode()] * 2
         with no_fresh_files():
             with pytest.raises(GuestError, match=f"of {waiter.pid}") as error:
                 revoke(control)
@@ -164,7 +164,7 @@ def test_a_descriptor_that_waits_in_a_socket_is_not_forgotten_where_the_contents
             until(lambda: not guest.alive() and taker.ended() == -signal.SIGKILL, "who showed is dead")
             assert waiter.ended() is None
             assert [each.id for each in control.snapshot().grants] == ["g1"], "nothing is said to be over"
-            waiter.end_it()
+            waiter.end()
             report = revoke(control)
         assert report.outcome is RevokeOutcome.CUT, report
         assert control.snapshot().grants == ()

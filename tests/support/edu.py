@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import lab_guest as lab
+from guests import Obedient
 from services import Service
 
 from memconsole import actions as do
@@ -84,26 +85,16 @@ agent.close()
 """
 
 
-class Guest:
+class Guest(Obedient):
     """The process that drives the device."""
 
     def __init__(self, agents: Path) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", GUEST, str(agents)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.pid = self._process.pid
-
-    def say(self, *words: object) -> str:
-        """Tell it to do something; what it answers."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(*words, file=self._process.stdin, flush=True)
-        return self._process.stdout.readline().strip()
+        super().__init__([sys.executable, "-c", GUEST, str(agents)])
 
     def rounds(self, more: int) -> int:
         """Its rounds once it did so many more."""
-        begin = int(self.say("rounds"))
-        while (now := int(self.say("rounds"))) < begin + more:
+        begin = int(self.do("rounds"))
+        while (now := int(self.do("rounds"))) < begin + more:
             time.sleep(0.1)
         return now
 
@@ -182,7 +173,7 @@ def revoked_while_it_runs(service: Service, client: Client, guest: Guest, want: 
 
     Verdicts on every step; ``want`` is what the device reaches at first, what it is to reach at last is returned.
     """
-    guest.say("start", SRC, DST)
+    guest.do("start", SRC, DST)
     with bytes_of(client, "dst") as view:
         now = guest.rounds(3)
         lab.say("dma", 0 < counted(view) >= now - 2, rounds=now, arrived=counted(view))
@@ -210,7 +201,7 @@ def revoked_while_it_runs(service: Service, client: Client, guest: Guest, want: 
         lab.say("faults", any(f"0x{DST:x}" in line for line in new), lines=new[:2])
     left = {page: target for page, target in want.items() if page < DST // PAGE}
     lab.say("tables-after-revoke", tables() == left)
-    guest.say("stop")
+    guest.do("stop")
     lab.say("died-mapping", dies(service, client, do.Map("other", "driver", gpa=DST, dma=BDF)))
     lab.say("was-mapped", len(tables()) == len(left) + SIZE // PAGE)
     return left

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from shutil import rmtree
 from typing import Self
@@ -71,6 +71,51 @@ def until(condition: Callable[[], bool], what: str, within: float = 30.0) -> Non
         time.sleep(0.02)
 
 
+class Obedient:
+    """A process that does what a line on its stdin says, and answers with one; it is killed in the end.
+
+    It has the descriptors ``pass_fds`` too.
+    """
+
+    def __init__(self, command: Sequence[str | Path], pass_fds: Sequence[int] = ()) -> None:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, pass_fds=pass_fds, **pipes)
+        self.pid = self.process.pid
+
+    def do(self, *words: object) -> str:
+        """What it answers; an empty string if it died of it."""
+        self.tell(*words)
+        return self.line()
+
+    def tell(self, *words: object) -> None:
+        """Have it begin, and wait for nothing."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(" ".join(map(str, words)) + "\n")
+        self.process.stdin.flush()
+
+    def line(self) -> str:
+        """The next line it says; an empty string if it ended."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().rstrip("\n")
+
+    def end(self) -> int:
+        """Kill it, if it did not end; how it ended."""
+        self.process.kill()
+        self.process.communicate()
+        return self.process.returncode
+
+    def finish(self) -> int:
+        """Have it end in order, for it is told nothing more; how it ended."""
+        self.process.communicate()
+        return self.process.returncode
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
 AGENT = """
 import sys
 from memconsole.agent import Agent
@@ -120,36 +165,11 @@ agent.close()
 """
 
 
-class AgentProcess:
-    """A process with an agent that does what a line on its stdin says."""
+class AgentProcess(Obedient):
+    """A process with an agent that does what it is told."""
 
     def __init__(self, path: Path) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", AGENT, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.pid = self._process.pid
-
-    def say(self, line: str) -> str:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-        return self._process.stdout.readline().strip()
-
-    def end(self) -> int:
-        self._process.kill()
-        self._process.communicate()
-        return self._process.returncode
-
-    def finish(self) -> int:
-        self._process.communicate()
-        return self._process.returncode
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
+        super().__init__([sys.executable, "-c", AGENT, str(path)])
 
 
 def knock(path: Path) -> socket.socket:

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from support.guests import Obedient
+
 TREE = Path(__file__).parents[2]
 SECRET, LATER = b"SECRET01", b"LATER-02"
 PINS = {"pipe", "ring"}
@@ -37,12 +39,8 @@ def no_fresh_files() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-class Hostile:
+class Hostile(Obedient):
     """One such process."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-        self.pid = process.pid
 
     def ready(self) -> None:
         """Wait until it has mapped its grant and pinned its pages."""
@@ -50,32 +48,29 @@ class Hostile:
 
     def tries(self) -> dict[str, str]:
         """What each way leads to now: 8 bytes of contents, or why not."""
-        return dict(line.split(" ", 1) for line in self._tell("try"))
+        return dict(line.split(" ", 1) for line in self._told("try"))
 
     def scrawls(self) -> None:
         """Have it write by every way it has."""
-        self._tell("scrawl")
+        self._told("scrawl")
 
     def drops_pins(self) -> None:
         """Have it let its pins go."""
-        self._tell("drop")
+        self._told("drop")
 
     def alive(self) -> bool:
         """Whether it runs."""
-        return self._process.poll() is None
+        return self.process.poll() is None
 
-    def _tell(self, word: str) -> list[str]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(word + "\n")
-        self._process.stdin.flush()
+    def _told(self, word: str) -> list[str]:
+        self.tell(word)
         # It is granted its memory again by a control process that does not know that it was given back.
         return [line for line in iter(self._line, "end") if line != "ready"]
 
     def _line(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self.line()
         assert line, "it ended"
-        return line.rstrip("\n")
+        return line
 
 
 ACCOMPLICE = """
@@ -98,34 +93,25 @@ for line in sys.stdin:
 """
 
 
-class Accomplice:
-    """A process that is no child of the hostile one, and is sent its fd, which it takes or leaves in the socket."""
+class Accomplice(Obedient):
+    """A process that is no child of the hostile one, and is sent its fd, which it takes or leaves in the socket.
+
+    It can ``take`` what was sent, ``map`` it, ``look`` at it, and says the word that is there.
+    """
 
     def __init__(self) -> None:
-        mine, self.end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        words = [sys.executable, "-c", ACCOMPLICE, str(mine.fileno())]
-        self._process = subprocess.Popen(words, pass_fds=[mine.fileno()], **pipes)
-        mine.close()
-        self.pid = self._process.pid
-
-    def does(self, word: str) -> str:
-        """``take`` what was sent, ``map`` it, ``look`` at it: the word that is there; nothing if it dies of it."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(word + "\n")
-        self._process.stdin.flush()
-        return self._process.stdout.readline().strip()
+        mine, self.socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with mine:
+            super().__init__([sys.executable, "-c", ACCOMPLICE, str(mine.fileno())], [mine.fileno()])
 
     def ended(self) -> int | None:
         """How it ended, if it did."""
-        return self._process.poll()
+        return self.process.poll()
 
-    def end_it(self) -> None:
-        """Have it end."""
-        with self._process:
-            self._process.kill()
-        self.end.close()
+    def end(self) -> int:
+        """Kill it, if it did not end, and close our side of its socket."""
+        self.socket.close()
+        return super().end()
 
 
 @contextlib.contextmanager
@@ -134,19 +120,15 @@ def accomplices() -> Iterator[tuple[Accomplice, Accomplice]]:
     with contextlib.ExitStack() as stack:
         found = Accomplice(), Accomplice()
         for each in found:
-            stack.callback(each.end_it)
+            stack.callback(each.end)
         yield found
 
 
 @contextlib.contextmanager
 def running(program: Path, agents: Path, manners: str, *accomplices: Accomplice) -> Iterator[Hostile]:
     """One that knocks at an agents socket; ``manners``: ``ignore`` or ``lie``."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    ends = [accomplice.end.detach() for accomplice in accomplices]
-    with subprocess.Popen([program, agents, manners, *map(str, ends)], pass_fds=ends, **pipes) as process:
+    ends = [accomplice.socket.detach() for accomplice in accomplices]
+    with Hostile([program, agents, manners, *map(str, ends)], ends) as found:
         for end in ends:
             os.close(end)
-        try:
-            yield Hostile(process)
-        finally:
-            process.kill()
+        yield found

@@ -1,16 +1,22 @@
-"""What a scenario uses inside the lab: its stage, its verdicts, and the jump."""
+"""What a scenario uses inside the lab: its stage, its verdicts, and the jump. Who imports it is told of if he fails."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import re
+import subprocess
+import sys
 import time
+import traceback
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 SHARE = Path("/run/lab")
+LOGS = (SHARE, Path("/run"), Path("/run/state"))
 SYS_REBOOT = 169
 SYS_KEXEC_FILE_LOAD = 320
 REBOOT_MAGIC = (0xFEE1DEAD, 672274793)
@@ -61,3 +67,29 @@ def jump() -> None:
     os.sync()
     _libc.syscall(SYS_REBOOT, *(ctypes.c_ulong(magic) for magic in REBOOT_MAGIC), REBOOT_CMD_KEXEC, 0)
     raise OSError(ctypes.get_errno(), "reboot(LINUX_REBOOT_CMD_KEXEC)")
+
+
+def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Whatever ends a scenario, the host is told, with the logs, and where everybody stands."""
+    lines = "".join(traceback.format_exception(kind, error, trace))
+    say("exception", ok=False, text=f"{kind.__name__}: {error}", trace=lines[-3000:], logs=_logs(), stacks=_stacks())
+
+
+def _logs() -> dict[str, str]:
+    """How each log ends, and the kernel's own."""
+    found = {str(path): path for directory in LOGS for path in directory.glob("*.log")}
+    dmesg = subprocess.run(["dmesg"], capture_output=True, text=True, check=False).stdout
+    return {name: path.read_text(errors="replace")[-3000:] for name, path in found.items()} | {"dmesg": dmesg[-1500:]}
+
+
+def _stacks() -> dict[str, str]:
+    """Where every process of user space stands in the kernel (/proc/PID/stack): for a run that stood still."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stack"):
+        with contextlib.suppress(OSError):
+            if (path.parent / "exe").readlink():  # a thread of the kernel has none
+                found[f"{path.parent.name} {(path.parent / 'comm').read_text().strip()}"] = path.read_text().strip()
+    return found
+
+
+sys.excepthook = _tell

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import lab_guest as lab
 
 from memconsole import paths
 from memconsole.actions import Action, HandoffRun
-from memconsole.backend import steps
+from memconsole.backend import control, steps
+from memconsole.backend.control import Control
 from memconsole.backend.custody import KeeperCustody
 from memconsole.backend.wire.client import Client
 from memconsole.errors import NoControl, Refused
@@ -24,6 +25,8 @@ from memconsole.model import Guest, GuestState, Plan, Progress, Snapshot
 TOOL = str(Path(sys.executable).parent / "memconsole")
 STATE = "/run/state"
 PATIENCE = 60.0
+MADV_POPULATE_WRITE = 23
+SHMEM_THP = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 
 def serve(*words: str, fault: str = "", tool: Sequence[str] = (TOOL,)) -> Client:
@@ -144,20 +147,26 @@ def early() -> tuple[str, str]:
     return code, log
 
 
-def stacks() -> dict[str, str]:
-    """Where every process of user space stands in the kernel (/proc/PID/stack): for a run that stood still."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/stack"):
-        with contextlib.suppress(OSError):
-            if stack := path.read_text().strip():
-                found[f"{path.parent.name} {(path.parent / 'comm').read_text().strip()}"] = stack
-    return found
+@contextlib.contextmanager
+def embedded() -> Iterator[Control]:
+    """A control process within this one, which ends with it."""
+    Path("/run/memconsole").mkdir(exist_ok=True)
+    with contextlib.closing(control.embedded(Path("/run/memconsole/embedded"))) as found:
+        yield found
 
 
-def told(main: Callable[[], None]) -> None:
-    """Run a scenario; whatever ends it, the host is told."""
-    try:
-        main()
-    except Exception as error:  # noqa: BLE001 - whatever it is, the host is told
-        logs = {path.name: path.read_text()[-3000:] for path in Path(STATE).glob("*.log")}
-        lab.say("exception", ok=False, text=f"{error}", trace=traceback.format_exc()[-3000:], logs=logs)
+def page_sizes() -> Iterator[str]:
+    """The pages that memory can have here, one after the other; what is populated meanwhile has such."""
+    for page, setting in (("4K", "never"), ("2M", "advise")):
+        SHMEM_THP.write_text(setting)
+        yield page
+
+
+def filled(size: int) -> int:
+    """A memfd with every page in place, huge ones where they can be had; the caller closes it."""
+    fd = os.memfd_create("filled", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, size)
+    with mmap.mmap(fd, size) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        memory.madvise(MADV_POPULATE_WRITE)
+    return fd

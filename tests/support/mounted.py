@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.guests import own_frames, until
+from support.guests import Obedient, own_frames, until
 from support.mounts import NOBODY, end_at, wait_gone
 from support.services import Service, services
 
@@ -55,26 +54,11 @@ for line in sys.stdin:
 """
 
 
-class User:
+class User(Obedient):
     """A process of some user that does what it is told; it ends with the test."""
 
     def __init__(self, uid: int = NOBODY) -> None:
-        command = [sys.executable, "-c", USER, str(uid)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.pid = self.process.pid
-
-    def do(self, *words: object) -> str:
-        """What it says; an empty string if it died of it."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(" ".join(map(str, words)) + "\n")
-        self.process.stdin.flush()
-        return self.process.stdout.readline().strip()
-
-    def end(self) -> int:
-        self.process.kill()
-        self.process.communicate()
-        return self.process.returncode
+        super().__init__([sys.executable, "-c", USER, str(uid)])
 
 
 class Place:

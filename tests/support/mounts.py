@@ -17,9 +17,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import pytest
+from support.guests import Obedient
 
 from memconsole.backend.exports.fuse import FuseTree
 from memconsole.backend.kernel.mounts import mounts as mounted
@@ -169,35 +169,18 @@ def hostile(directory: Path) -> Path:
     return built
 
 
-class Attacker:
+class Attacker(Obedient):
     """A hostile process of some user, on a file; ``do`` has it try something and says how it went.
 
     It has the descriptors ``sockets`` too, to give its file away over them.
     """
 
     def __init__(self, built: Path, path: Path, uid: int = NOBODY, sockets: Sequence[int] = ()) -> None:
-        command = [built, str(uid), path]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._process = subprocess.Popen(command, pass_fds=sockets, **pipes)
-        self.pid = self._process.pid
-
-    def do(self, order: str) -> str:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(order + "\n")
-        self._process.stdin.flush()
-        return self._process.stdout.readline().strip()
+        super().__init__([built, str(uid), path], sockets)
 
     def ends(self) -> int:
         """How it ends, which it is about to."""
-        return self._process.wait(20)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
+        return self.process.wait(20)
 
 
 @contextlib.contextmanager

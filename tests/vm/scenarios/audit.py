@@ -74,7 +74,7 @@ class Host:
         """A grant that its guest maps."""
         process = {"driver": self.driver, "plain": self.plain}[action.guest]
         grant = self.client.apply(action).subject
-        assert process.say(f"wait {grant}") == grant
+        assert process.do(f"wait {grant}") == grant
         return grant
 
     def audit(self) -> tuple[int, Found]:
@@ -234,7 +234,7 @@ def is_held_by_nobody(host: Host) -> Iterator[Found]:
 @contextlib.contextmanager
 def a_guest_drops_its_mapping(host: Host) -> Iterator[Found]:
     grant = host.map(do.Map("web", "plain"))
-    assert host.plain.say(f"drop {grant}") == "done"
+    assert host.plain.do(f"drop {grant}") == "done"
     yield [("grant-unmapped", grant)]
     host.client.apply(do.Revoke(grant))
 

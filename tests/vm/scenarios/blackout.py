@@ -11,10 +11,10 @@ import os
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import lab_guest as lab
+import lab_host as host
 import msgspec
 
 from memconsole import paths
@@ -27,7 +27,6 @@ TURN = lab.SHARE / "turn"
 FLOOR = sys.argv[1]
 IMAGE = (str(lab.SHARE / "bzImage"), str(lab.SHARE / "initrd"))
 TOOL = str(Path(sys.executable).parent / "memconsole")
-SHMEM_THP = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 PATIENCE = 120.0
 
 
@@ -70,7 +69,7 @@ def jump(client: Client, kind: str, size: int) -> None:
 
 def main() -> None:
     os.sync()
-    SHMEM_THP.write_text("advise")
+    host.SHMEM_THP.write_text("advise")
     subprocess.run([TOOL, "serve", "--state-dir", "/run/state"], check=True)
     client = Client(paths.control_socket())
     gone = lab.stage() - 1
@@ -81,8 +80,4 @@ def main() -> None:
     lab.say("end")
 
 
-try:
-    main()
-except Exception as error:  # noqa: BLE001 - whatever it is, the host is told
-    logs = {path.name: path.read_text()[-3000:] for path in Path("/run").glob("*.log")}
-    lab.say("exception", ok=False, text=f"{error}", trace=traceback.format_exc()[-3000:], logs=logs)
+main()

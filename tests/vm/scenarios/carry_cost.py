@@ -6,23 +6,19 @@ carry_cost MB
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import lab_guest as lab
+import lab_host as host
 
 from memconsole.backend.handoff import image, luo
 from memconsole.extents import ExtentTable, digest_fd
 
 SIZE = int(sys.argv[1]) << 20
-SHMEM_THP = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 NOTES = lab.SHARE / "notes.json"
-KINDS = {"4K": "never", "2M": "advise"}
-MADV_POPULATE_WRITE = 23
 ROUNDS = 3
 
 
@@ -32,14 +28,9 @@ def timed(act: Callable[[], object]) -> int:
     return time.perf_counter_ns() - began
 
 
-def full(setting: str) -> int:
+def full() -> int:
     """A memfd with every page in place."""
-    SHMEM_THP.write_text(setting)
-    fd = os.memfd_create("cost", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, SIZE)
-    with mmap.mmap(fd, SIZE) as memory:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        memory.madvise(MADV_POPULATE_WRITE)
+    fd = host.filled(SIZE)
     os.pwrite(fd, os.urandom(1 << 20), SIZE // 2)
     return fd
 
@@ -53,8 +44,8 @@ def placement(fd: int) -> tuple[str, int]:
 def first() -> None:
     """Preserve each a few times: the first moves what lies in KHO's scratch."""
     fds, notes, sessions = {}, {}, []
-    for kind, setting in KINDS.items():
-        fds[kind] = full(setting)
+    for kind in host.page_sizes():
+        fds[kind] = full()
         took = []
         for row in range(ROUNDS + 1):
             session = luo.Session.create(f"cost-{kind}")

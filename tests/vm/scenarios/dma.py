@@ -75,7 +75,7 @@ with services() as service:
     check("tables", have == want and len(have) == 2 * SIZE // PAGE, have=len(have), want=len(want))
 
     # --- DMA through the region, revoked while it runs
-    said = guest.say("wait", "g1"), guest.say("wait", "g2"), guest.say("window", "g3")
+    said = guest.do("wait", "g1"), guest.do("wait", "g2"), guest.do("window", "g3")
     window = next(window for window in client.snapshot().windows if window.id == f"{EDU}:0")
     files = [vma.path for vma in procmaps.vmas("/", guest.pid) if "vfio" in vma.path]
     check("window", guest.pid in window.holders and len(files) == 1, files=files, holders=window.holders)
@@ -105,7 +105,7 @@ with services() as service:
     client.apply(do.Revoke("g1"))
     check("nothing-left", not [grant for grant in grants(client).values() if grant.dma])
     check("reaches-nothing", tables() == {} and held(keeper) == ["iommu:driver", f"vfio:{EDU}"], held=held(keeper))
-    guest.say("close")
+    guest.do("close")
     client.apply(do.WindowRevoke(f"{EDU}:0"))
     check("closed", held(keeper) == [], held=keeper.names())
 

@@ -64,8 +64,8 @@ with services() as service:
 
     # --- DMA goes on while the control process dies
     for words in (("wait", "g1"), ("wait", "g2"), ("window", "g3")):
-        guest.say(*words)
-    guest.say("start", SRC, DST)
+        guest.do(*words)
+    guest.do("start", SRC, DST)
     with bytes_of(client, "dst") as view:
         now = guest.rounds(3)
         lab.say("dma", counted(view) >= now - 2, rounds=now, arrived=counted(view))
@@ -101,9 +101,9 @@ with services() as service:
         lab.say("no-byte-after", bytes(view) == last and now > counted(view) + 3, arrived=counted(view), rounds=now)
     want = {page: target for page, target in want.items() if page < DST // PAGE}
     lab.say("tables-after-revoke", tables() == want)
-    guest.say("stop")
+    guest.do("stop")
     client.apply(do.Revoke("g1"))
-    guest.say("close")
+    guest.do("close")
     client.apply(do.WindowRevoke(f"{EDU}:0"))
     host.until(lambda: shown(client)[1].startswith("identity"), "nobody has the device any more")
     lab.say("not-confined-again", shown=shown(client))

@@ -5,53 +5,35 @@ dma_cost MB ROUNDS
 
 from __future__ import annotations
 
-import contextlib
 import json
-import mmap
 import os
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import lab_guest as lab
+import lab_host as host
 from edu import BDF as EDU
 from timing import timed
 
 from memconsole import actions as do
-from memconsole.backend.control import Control, embedded
+from memconsole.backend.control import Control
 from memconsole.backend.dma import iommufd
 
 SIZE, ROUNDS = int(sys.argv[1]) << 20, int(sys.argv[2])
-SHMEM_THP = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-MADV_POPULATE_WRITE = 23
 SMALL, LARGE, BARE = 0x10000000, 1 << 32, 1 << 36
 """Where in the guest's address space is what."""
-
-
-@contextlib.contextmanager
-def populated() -> Iterator[int]:
-    """A file of our own, as full as the region is."""
-    fd = os.memfd_create("bare")
-    os.ftruncate(fd, SIZE)
-    with mmap.mmap(fd, SIZE) as memory:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        memory.madvise(MADV_POPULATE_WRITE)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def bare(control: Control) -> int:
     """Nanoseconds of the call alone, in the same address space."""
     space, payload = control._desk.custody.get("iommu:vm")
     number = json.loads(payload)["space"]
-    with populated() as file:
-        began = time.perf_counter_ns()
-        iommufd.map_file(space, number, iommufd.Mapping(file, 0, SIZE, BARE, True))
-        took = time.perf_counter_ns() - began
-        assert iommufd.unmap(space, number, BARE, SIZE) == SIZE
+    file = host.filled(SIZE)
+    began = time.perf_counter_ns()
+    iommufd.map_file(space, number, iommufd.Mapping(file, 0, SIZE, BARE, True))
+    took = time.perf_counter_ns() - began
+    assert iommufd.unmap(space, number, BARE, SIZE) == SIZE
+    os.close(file)
     os.close(space)
     return took
 
@@ -71,26 +53,18 @@ def ours(control: Control) -> tuple[int, int]:
 
 
 def main() -> None:
-    Path("/run/memconsole").mkdir(exist_ok=True)
-    control = embedded(Path("/run/memconsole/embedded"))
-    try:
+    with host.embedded() as control:
         control.apply(do.GuestStart("vm", memory=8 << 20))
         control.apply(do.Reserve("small", 1 << 20))
         control.apply(do.Map("small", "vm", gpa=SMALL, dma=EDU))  # its device is attached from now on
-        for page, setting in (("4K", "never"), ("2M", "advise")):
-            SHMEM_THP.write_text(setting)
+        for page in host.page_sizes():
             floors, found = [], []
             for _ in range(ROUNDS):
                 floors.append(bare(control))
                 found.append(ours(control))
             steps, whole = zip(*found, strict=True)
             lab.say("dma", page=page, bare_ns=floors, step_ns=steps, whole_ns=whole)
-    finally:
-        control.close()
     lab.say("end")
 
 
-try:
-    main()
-except Exception as error:  # noqa: BLE001 - whatever it is, the host is told
-    lab.say("exception", ok=False, text=repr(error))
+main()

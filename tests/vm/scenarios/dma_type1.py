@@ -71,7 +71,7 @@ with services() as service:
 
     # --- the process that mapped dies: the pins keep the pages, DMA goes on, and another one takes it back
     for words in (("wait", "g1"), ("wait", "g2"), ("window", "g3")):
-        guest.say(*words)
+        guest.do(*words)
     window = next(window for window in client.snapshot().windows if window.id == f"{EDU}:0")
     files = [vma.path for vma in procmaps.vmas("/", guest.pid) if "vfio" in vma.path]
     check("window", guest.pid in window.holders and files == ["anon_inode:[vfio-device]"], files=files)
@@ -81,7 +81,7 @@ with services() as service:
 
     # --- the last grant takes the device and its group with it; somebody else may have them
     client.apply(do.Revoke("g1"))
-    guest.say("close")
+    guest.do("close")
     client.apply(do.WindowRevoke(f"{EDU}:0"))
     check("closed", held(keeper) == [], held=keeper.names())
     taken = os.open(f"/dev/vfio/{number}", os.O_RDWR)

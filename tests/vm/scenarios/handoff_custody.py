@@ -153,4 +153,4 @@ def main() -> None:
             lab.say("end")
 
 
-host.told(main)
+main()

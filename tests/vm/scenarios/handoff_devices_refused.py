@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,7 +124,4 @@ def main() -> None:
     lab.say("end")
 
 
-try:
-    main()
-except Exception as error:  # noqa: BLE001 - whatever it is, the host is told
-    lab.say("exception", ok=False, text=f"{error}", trace=traceback.format_exc()[-3000:])
+main()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-import traceback
-from pathlib import Path
 
 import lab_guest as lab
 import lab_host as host
@@ -55,8 +53,4 @@ def main() -> None:
     lab.say("end")
 
 
-try:
-    main()
-except Exception as error:  # noqa: BLE001 - whatever it is, the host is told
-    log = Path("/run/state/serve.log")
-    lab.say("exception", ok=False, text=f"{error}", trace=traceback.format_exc()[-3000:], log=log.read_text()[-3000:])
+main()

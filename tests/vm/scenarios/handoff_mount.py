@@ -254,4 +254,4 @@ def by_hand(client: Client, notes: dict[str, Any], frames: list[int]) -> None:
     lab.say("hand-back", found.state is GuestState.RUNNING and found.grants != (), hand=str(found))
 
 
-host.told(before if lab.stage() == 1 else after)
+(before if lab.stage() == 1 else after)()

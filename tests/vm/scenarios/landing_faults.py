@@ -16,7 +16,6 @@ import os
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -158,10 +157,4 @@ def main() -> None:
     lab.say("end")
 
 
-try:
-    main()
-except Exception as error:  # noqa: BLE001 - whatever it is, the host is told
-    logs = {
-        path: Path(path).read_text()[-3000:] for path in ("/run/early.log", "/run/serve.log") if Path(path).exists()
-    }
-    lab.say("exception", ok=False, text=f"{error}", trace=traceback.format_exc()[-3000:], logs=logs)
+main()

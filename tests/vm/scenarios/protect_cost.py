@@ -20,19 +20,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import lab_guest as lab
+import lab_host as host
 from guests import mapping_of
 from timing import timed
 
 from memconsole import actions as do
 from memconsole.agent import userfaultfd
 from memconsole.backend import lazy
-from memconsole.backend.control import Control, embedded
+from memconsole.backend.control import Control
 from memconsole.backend.revoke.ladder import Ladder
 from memconsole.model import Rung
 
 SIZE, ROUNDS = int(sys.argv[1]) << 20, int(sys.argv[2])
-SHMEM_THP = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-MADV_POPULATE_WRITE = 23
 API, REGISTER, RWPROTECT = 0xC018AA3F, 0xC020AA00, 0xC018AA09
 PART = 1 << 20
 PATIENCE = 200.0
@@ -44,7 +43,7 @@ def bare() -> int:
     os.ftruncate(fd, SIZE)
     with mmap.mmap(fd, SIZE) as memory:
         memory.madvise(mmap.MADV_HUGEPAGE)
-        memory.madvise(MADV_POPULATE_WRITE)
+        memory.madvise(host.MADV_POPULATE_WRITE)
         view = ctypes.c_char.from_buffer(memory)
         address = ctypes.addressof(view)
         uffd = userfaultfd()
@@ -128,23 +127,15 @@ def protected(control: Control) -> tuple[int, int, int]:
 
 
 def main() -> None:
-    Path("/run/memconsole").mkdir(exist_ok=True)
-    control = embedded(Path("/run/memconsole/embedded"))
-    try:
-        for page, setting in (("4K", "never"), ("2M", "advise")):
-            SHMEM_THP.write_text(setting)
+    with host.embedded() as control:
+        for page in host.page_sizes():
             floors, ours = [], []
             for _ in range(ROUNDS):
                 floors.append(bare())
                 ours.append(protected(control))
             calls, bars, rungs = zip(*ours, strict=True)
             lab.say("protect", page=page, own_ns=floors, call_ns=calls, bar_ns=bars, rung_ns=rungs)
-    finally:
-        control.close()
     lab.say("end")
 
 
-try:
-    main()
-except Exception as error:  # noqa: BLE001 - whatever it is, the host is told
-    lab.say("exception", ok=False, text=repr(error))
+main()

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import lab_guest as lab
@@ -196,10 +195,4 @@ def main() -> None:
     lab.say("handoff", ok=False, code=done.returncode, text=done.stdout + done.stderr)
 
 
-try:
-    main()
-except Exception as error:  # noqa: BLE001 - whatever it is, the host is told
-    logs = {str(path): path.read_text()[-3000:] for path in lab.SHARE.glob("*.log")}
-    lab.say(
-        "exception", ok=False, text=f"{error}", trace=traceback.format_exc()[-3000:], logs=logs, stacks=host.stacks()
-    )
+main()

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from memconsole.backend.kernel import pci
+from memconsole.backend.kernel import kho, pci
 from memconsole.model import Finding, GrantState, Guest, GuestKind, GuestState, Region, RegionState, Severity, Snapshot
 from memconsole.units import format_size
 
@@ -205,7 +205,7 @@ def _sessions(snapshot: Snapshot, ours: Collection[int]) -> Iterator[Finding]:
     """Sessions that somebody else holds alone; systemd, itself such a holder, names its own."""
     for session in snapshot.survival.sessions:
         holders = [pid for pid in session.holders if pid not in ours]
-        if session.custody or not holders or session.name.startswith("systemd"):
+        if session.custody or not holders or session.name.startswith(kho.SYSTEMDS):
             continue
         who = f"process {', '.join(map(str, holders))}"
         yield Finding(

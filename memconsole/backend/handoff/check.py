@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from memconsole.backend.handoff import image
 from memconsole.backend.handoff.facts import Facts
+from memconsole.backend.kernel import kho
 from memconsole.model import Condition, GuestKind, GuestState, Refusal, Severity
 from memconsole.units import PAGE, format_duration, format_size
 
@@ -22,7 +23,6 @@ LONG_BOOT_NS = 1_000_000_000
 LARGEST_SEGMENT = 1 << 40
 HUGE = 2 << 20
 _OF_IOMMUS = ("iommu=", "intel_iommu=", "amd_iommu=", "iommu.", "vfio_iommu_type1.", "iommufd.")
-_TRUE = {"on", "1", "y", "yes", "Y", "true", "t"}
 
 Judge = Callable[[Facts], Iterator[Condition]]
 
@@ -89,7 +89,7 @@ def _this_kernel(facts: Facts) -> Iterator[Condition]:
         f"process {facts.opener} has it open" if facts.opener is not None else "",
         f"end process {facts.opener}, or have it close the device",
     )
-    others = [(pid, name) for pid, name in facts.sessions if not name.startswith("systemd")]
+    others = [(pid, name) for pid, name in facts.sessions if not name.startswith(kho.SYSTEMDS)]
     yield Condition(
         "session-elsewhere",
         WARNING,
@@ -185,9 +185,9 @@ def _command_line(facts: Facts) -> Iterator[Condition]:
         yield Condition(
             f"command-line-{name}",
             ERROR,
-            value in _TRUE,
+            value in kho.TRUE,
             f"the next command line has {name}=on: without it the memory is set aside and cannot be reached",
-            f"it is: {facts.line}" if value not in _TRUE else "",
+            f"it is: {facts.line}" if value not in kho.TRUE else "",
             f'add {name}=on: --append "... {name}=on"',
         )
     carved = [word for word in facts.here.split() if word.startswith("memmap=")]

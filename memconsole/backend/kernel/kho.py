@@ -20,11 +20,14 @@ from memconsole.errors import BadFile, Denied, NotFound
 from memconsole.model import Range, Survival
 
 DEBUGFS = "/sys/kernel/debug"
+SYSTEMDS = "systemd"
+"""What systemd, which holds sessions of live update too, calls its own by."""
 _KHO = f"{DEBUGFS}/kho"
 _SETUP_DATA = "/sys/kernel/boot_params/setup_data"
 _SETUP_KHO = 10
 _METADATA = struct.Struct("=I65sI")
-_TRUE = {"on", "1", "y", "yes", "Y", "true", "t"}
+TRUE = {"on", "1", "y", "yes", "Y", "true", "t"}
+"""What switches a word of the command line on (kstrtobool)."""
 
 
 def survival(root: Root = "/") -> Survival:
@@ -36,7 +39,7 @@ def survival(root: Root = "/") -> Survival:
     words = host.command_line(root)
     luo = tree.exists(root, "/dev/liveupdate")
     handed_over = _booted_through_kho(root)
-    asked = {name: words.get(name, "") in _TRUE for name in ("kho", "liveupdate")}
+    asked = {name: words.get(name, "") in TRUE for name in ("kho", "liveupdate")}
     try:
         kho, detail = _kho_debugfs(root)
     except Denied as error:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -89,8 +90,12 @@ def check(mountpoint: Path, *, runtime: Path, state_dir: Path) -> None:
     """Nothing, for a directory in which the tree can be.
 
     Raises:
-        Refused: it would hide the service's own files there (``MountHidesRuntime``).
+        Refused: it is a file (``NotADirectory``), or would hide the service's own files there (``MountHidesRuntime``).
     """
+    with contextlib.suppress(OSError):  # what is missing is made; what a dead server left there is mounted over
+        if not stat.S_ISDIR(mountpoint.stat().st_mode):
+            remedy = "give --mount a directory, or a name that is free: it is made"
+            raise Refused(f"nothing can be mounted at {mountpoint}", "it is a file", remedy, code="NotADirectory")
     for name in SUBTREES:
         place = mountpoint.parent.resolve() / mountpoint.name / name
         for hidden in (runtime.resolve(), state_dir.resolve()):

@@ -15,8 +15,11 @@ from support.trees import Tree
 from memconsole import actions as do
 from memconsole.backend.control import Control, embedded
 from memconsole.backend.guests.qemu import BINARY
+from memconsole.backend.handoff import bootplan, devices
+from memconsole.backend.handoff.manifest import Manifest
+from memconsole.backend.handoff.report import Clock
 from memconsole.errors import GuestError, Refused
-from memconsole.model import Window
+from memconsole.model import HandoffReport, HandoffState, Severity, Window
 
 FREE, TAKEN, PASSED = "0000:00:04.0", "0000:00:05.0", "0000:00:06.0"
 MEM, PORTS = 0x40200, 0x40101
@@ -127,6 +130,36 @@ def test_a_window_behind_which_no_device_answers_is_not_mapped(control: Control)
     with pytest.raises(GuestError, match="no device answers"):
         control.apply(do.WindowMap(f"{FREE}:0", "vm"))
     assert window(control, f"{FREE}:0").holders == ()
+
+
+def test_a_window_that_is_gone_after_a_handoff_keeps_its_guest_waiting(control: Control) -> None:
+    control.apply(do.GuestStart("vm", memory=M))
+    control.apply(do.WindowMap(f"{FREE}:0", "vm"))
+    now = bootplan.moment()
+    (grant,) = control._desk.state.windows.values()
+    described = Manifest(
+        tool="memconsole 0",
+        kernel="",
+        boot_id="",
+        command_line="",
+        number=1,
+        began=now,
+        written=now,
+        regions=(),
+        guests=(),
+        grants=(),
+        windows=(grant,),
+        report=HandoffReport("run", HandoffState.RUNNING, 0, "", ""),
+    )
+    back = devices.back(control._desk, described, Clock(now, []))
+    assert ([each.back for each in back.windows], back.findings, back.waiting) == ([True], (), set())
+    Path(control._root, f"sys/bus/pci/devices/{FREE}/resource0").unlink()
+    gone = devices.back(control._desk, described, Clock(now, []))
+    (found,) = gone.findings
+    assert (found.id, found.severity, found.subject) == ("handoff-window", Severity.ERROR, f"{FREE}:0")
+    assert "resource0" in found.what
+    assert "guest resume vm" in found.remedy
+    assert gone.waiting == {"vm"}
 
 
 @pytest.mark.skipif(shutil.which(BINARY) is None, reason=f"{BINARY} is not installed")

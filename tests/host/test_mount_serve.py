@@ -316,6 +316,16 @@ def test_a_mount_never_hides_the_service(tmp_path: Path, capfd: pytest.CaptureFi
     assert not state.exists()
 
 
+def test_a_mount_at_a_file_is_refused_before_anything_begins(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes").write_text("mine")
+    words = ["--socket", f"{tmp_path}/run/control", "serve", "--foreground", "--mount", f"{tmp_path}/notes"]
+    assert main([*words, "--state-dir", f"{tmp_path}/state"]) == ExitCode.REFUSED
+    said = capfd.readouterr().err
+    assert "it is a file" in said
+    assert "give --mount a directory" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_tree_lies_beside_the_sockets_by_default(place: Place) -> None:
     """``serve --mount`` with nothing else, and DESIGN's own place for the tree."""
     service = place.service

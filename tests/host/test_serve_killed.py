@@ -22,7 +22,7 @@ from memconsole.backend.control import LEDGER
 from memconsole.backend.custody import KeeperCustody
 from memconsole.backend.steps import FAULT_VARIABLE, fault_points
 from memconsole.backend.wire.client import Client
-from memconsole.errors import NoControl
+from memconsole.errors import Gone, NoControl
 from memconsole.model import GuestKind, Severity, Snapshot
 
 M = 1 << 20
@@ -187,5 +187,30 @@ def test_a_keeper_that_is_killed_is_replaced_by_one_that_holds_the_same(service:
     with contextlib.closing(service.client()) as client:
         assert [region.name for region in client.snapshot().regions] == ["watch", "new"]
         assert [found for found in client.snapshot().findings if found.severity is not Severity.INFO] == []
+        canary.look(client)
+        service.guests.add(canary.pid or 0)
+
+
+def test_where_no_other_keeper_can_be_the_loss_is_told_until_one_can(service: Service) -> None:
+    canary = Canary()
+    service.start()
+    with contextlib.closing(service.client()) as client:
+        client.apply(actions.GuestStart("watch", memory=4 * M))
+        with contextlib.closing(KeeperCustody(service.runtime / "keeper")) as keeper:
+            held = keeper.names()
+            os.kill(keeper.pid, signal.SIGKILL)
+        place = service.runtime / "keeper"
+        place.unlink()
+        place.mkdir()
+        canary.look(client)
+        (found,) = [found for found in client.snapshot().findings if found.severity is Severity.ERROR]
+        assert (found.id, "nobody but this process" in found.what) == ("custody-gone", True)
+        with pytest.raises(Gone):
+            client.apply(actions.Reserve("new", M))
+        place.rmdir()
+        client.apply(actions.Reserve("new", M))
+        assert "custody-gone" not in {found.id for found in client.snapshot().findings}
+        with contextlib.closing(KeeperCustody(place)) as keeper:
+            assert keeper.names() == sorted([*held, "region:new:0"])
         canary.look(client)
         service.guests.add(canary.pid or 0)

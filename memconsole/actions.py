@@ -10,6 +10,7 @@ writes it, :func:`memconsole.command.parse` reads it, and the two are inverse.
 from __future__ import annotations
 
 import enum
+import functools
 import shlex
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
@@ -298,6 +299,7 @@ AnyAction = (
 REGISTRY: Mapping[str, type[Action]] = {cls.spec.id: cls for cls in get_args(AnyAction)}
 
 
+@functools.cache
 def fields(cls: type[Action]) -> tuple[Field, ...]:
     """The fields of an action, positional ones first, each in the order it is declared."""
     hints = get_type_hints(cls, include_extras=True)

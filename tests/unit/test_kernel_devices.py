@@ -67,6 +67,18 @@ def test_functions_and_their_bars(made: Tree) -> None:
     assert (found[NIC].device.group, found[NIC].device.node) == (None, -1)
 
 
+def test_a_function_comes_before_the_others_of_its_group(made: Tree) -> None:
+    sound, gone = "0000:41:00.1", "0000:41:00.2"
+    made.pci(sound, ids=(0x10DE, 0x22BA), class_code=0x040300, driver="snd_hda_intel", group=12)
+    made.directory(f"/sys/kernel/iommu_groups/12/devices/{gone}")
+    assert [each.bdf for each in pci.in_group(made.root, sound)] == [sound, GPU]
+    assert [each.driver for each in pci.in_group(made.root, GPU)] == ["vfio-pci", "snd_hda_intel"]
+    assert pci.in_group(made.root, NIC) == (pci.device(made.root, NIC),), "without an IOMMU it is alone"
+    with pytest.raises(NotFound):
+        pci.in_group(made.root, gone)
+    assert iommu.reserved(made.root, "3") == (Reserved(0xFEE00000, 0xFEF00000, "msi"),)
+
+
 def test_windows_name_who_claims_them(made: Tree) -> None:
     made.iomem(
         [

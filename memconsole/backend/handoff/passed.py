@@ -18,7 +18,7 @@ from memconsole.backend.dma import vfio
 from memconsole.backend.handoff import devices
 from memconsole.backend.handoff.image import Image
 from memconsole.backend.kernel import iommu, pci, tree, vtd
-from memconsole.errors import MemconsoleError
+from memconsole.errors import MemconsoleError, NotFound
 from memconsole.model import Device
 
 if TYPE_CHECKING:
@@ -62,23 +62,27 @@ def gather(desk: Desk, image: Image | None, line: str, *, jump: bool) -> tuple[P
     given = devices.given(desk)
     if not given:
         return ()
-    known = {function.device.bdf: function.device for function in pci.functions(desk.root)}
     found = []
     for bdf, guest in given.items():
         if guest in desk.spaces.filled and desk.live(guest) is not None:
             continue  # its VMM has it in its own hands, and cannot be saved: see vmm.py
-        seen = _look(desk, bdf, guest, known)
+        seen = _look(desk, bdf, guest)
         if jump and not seen.lost:
-            wanted = takers(desk.root, known[bdf], image.release, line) if image is not None else ()
+            known = pci.device(desk.root, bdf)
+            wanted = takers(desk.root, known, image.release, line) if image is not None else ()
             seen = replace(seen, wanted=wanted, unpreserved=devices.cannot_preserve(desk, bdf))
         found.append(seen)
     return tuple(found)
 
 
-def _look(desk: Desk, bdf: str, guest: str, known: dict[str, Device]) -> Passed:
+def _look(desk: Desk, bdf: str, guest: str) -> Passed:
     grants = tuple(grant.id for grant in desk.state.grants_of(guest=guest) if grant.dma == bdf)
     lost = ""
-    if bdf not in known:
+    try:
+        _, *group = pci.in_group(desk.root, bdf)
+    except NotFound:
+        group = None
+    if group is None:
         lost = "there is no such device any more"
     elif desk.spaces.devices.get(bdf) != guest:
         lost = "nobody holds it"
@@ -95,18 +99,14 @@ def _look(desk: Desk, bdf: str, guest: str, known: dict[str, Device]) -> Passed:
             resets = vfio.resets(device)
     except MemconsoleError as error:
         restless = str(error)
-    group = [
-        each
-        for each in known.values()
-        if each.group == known[bdf].group and each.bdf != bdf and each.class_code >> 16 != _BRIDGE
-    ]
+    beside = [each for each in group or () if each.class_code >> 16 != _BRIDGE]
     return Passed(
         bdf,
         guest,
         grants,
         restless=restless,
-        active=tuple(f"{each.bdf} ({each.driver})" for each in group if each.driver not in _PASSIVE),
-        beside=tuple(each.bdf for each in group if each.driver in _PASSIVE and each.bdf not in desk.spaces.devices),
+        active=tuple(f"{each.bdf} ({each.driver})" for each in beside if each.driver not in _PASSIVE),
+        beside=tuple(each.bdf for each in beside if each.driver in _PASSIVE and each.bdf not in desk.spaces.devices),
         hidden=_hidden(desk.root, bdf),
         resets=resets,
     )

@@ -182,14 +182,20 @@ def _domain(root: Root, group: int, of_device: dict[str, Iommu], budget: Budget)
         kind=kind,
         iommu=unit.name if unit else "",
         devices=devices,
-        reserved=_reserved(root, f"{base}/reserved_regions"),
+        reserved=reserved(root, str(group)),
         mapped=None if pages is None else pages * _PAGE,
         extents=extents,
         why_not=why_not,
     )
 
 
-def _reserved(root: Root, source: str) -> tuple[Reserved, ...]:
+def reserved(root: Root, group: str) -> tuple[Reserved, ...]:
+    """IOVA of a group that the IOMMU or the firmware has for itself.
+
+    Raises:
+        NotFound: there is no such group. Denied, KernelRefused, BadFile: it cannot be read.
+    """
+    source = f"{_GROUPS}/{group}/reserved_regions"
     found = []
     for row in tree.text(tree.read(root, source)).splitlines():
         try:

@@ -5,6 +5,7 @@
                                             START " " END " " FLAGS, hexadecimal, END inclusive, zeros where unused
     /sys/bus/pci/devices/BDF/{numa_node,iommu_group}
     /sys/bus/pci/devices/BDF -> .../BRIDGE/BDF
+    /sys/kernel/iommu_groups/N/devices/BDF
 
 A process maps a BAR through sysfs (``.../BDF/resourceN``) or VFIO (``anon_inode:[vfio-device]``,
 ``/dev/vfio/devices/vfioN``; the offset is the BAR's number << 40).
@@ -12,6 +13,7 @@ A process maps a BAR through sysfs (``.../BDF/resourceN``) or VFIO (``anon_inode
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +28,7 @@ from memconsole.errors import Gone, NotFound
 from memconsole.model import Device, Range, Window
 
 _DEVICES = "/sys/bus/pci/devices"
+_GROUPS = "/sys/kernel/iommu_groups"
 _BARS = 6
 _IO, _MEM, _PREFETCH, _MEM_64 = 0x100, 0x200, 0x2000, 0x100000
 _UNSET, _DISABLED = 0x20000000, 0x10000000
@@ -120,17 +123,22 @@ def openers(census: Census) -> dict[str, tuple[int, ...]]:
     return {bdf: tuple(sorted(pids)) for bdf, pids in found.items()}
 
 
-def _function(root: Root, bdf: str) -> Function:
+def device(root: Root, bdf: str) -> Device:
+    """One function.
+
+    Raises:
+        NotFound: there is none at this address. Denied, KernelRefused, BadFile: it cannot be read.
+    """
     base = f"{_DEVICES}/{bdf}"
     source = f"{base}/uevent"
     pairs = dict(row.partition("=")[::2] for row in tree.text(tree.read(root, source)).splitlines())
     group = iommu_group(root, bdf)
     try:
-        vendor, device = (int(word, 16) for word in pairs["PCI_ID"].split(":"))
-        found = Device(
+        vendor, product = (int(word, 16) for word in pairs["PCI_ID"].split(":"))
+        return Device(
             bdf=bdf,
             vendor=vendor,
-            device=device,
+            device=product,
             class_code=int(pairs["PCI_CLASS"], 16),
             driver=pairs.get("DRIVER"),
             group=int(group) if group else None,
@@ -139,14 +147,33 @@ def _function(root: Root, bdf: str) -> Function:
         )
     except (KeyError, ValueError) as error:
         raise tree.malformed(source, pairs) from error
-    rows = tree.text(tree.read(root, f"{base}/resource")).splitlines()[:_BARS]
-    bars = (_bar(found, number, row) for number, row in enumerate(rows))
-    return Function(found, tuple(bar for bar in bars if bar is not None))
+
+
+def in_group(root: Root, bdf: str) -> tuple[Device, ...]:
+    """A function and, behind it, the others of its IOMMU group by address, bridges included; one unplugged is left out.
+
+    Raises:
+        As :func:`device`.
+    """
+    found = [device(root, bdf)]
+    group = iommu_group(root, bdf)
+    others = set(tree.names(root, f"{_GROUPS}/{group}/devices")) - {bdf} if group else set()
+    for name in sorted(filter(_BDF.fullmatch, others)):
+        with contextlib.suppress(NotFound):
+            found.append(device(root, name))
+    return tuple(found)
 
 
 def iommu_group(root: Root, bdf: str) -> str:
     """The number of a function's IOMMU group; empty where it has none."""
     return tree.link_name(root, f"{_DEVICES}/{bdf}/iommu_group") or ""
+
+
+def _function(root: Root, bdf: str) -> Function:
+    found = device(root, bdf)
+    rows = tree.text(tree.read(root, f"{_DEVICES}/{bdf}/resource")).splitlines()[:_BARS]
+    bars = (_bar(found, number, row) for number, row in enumerate(rows))
+    return Function(found, tuple(bar for bar in bars if bar is not None))
 
 
 def _node(root: Root, base: str) -> int:
@@ -222,7 +249,7 @@ def _vfio_devices(root: Root, process: Process) -> list[str]:
             group_fds.append(link.removeprefix(_VFIO_GROUP))
     if not said:
         for group in group_fds:
-            said.update(tree.names(root, f"/sys/kernel/iommu_groups/{group}/devices"))
+            said.update(tree.names(root, f"{_GROUPS}/{group}/devices"))
     return sorted(said)
 
 

@@ -82,12 +82,10 @@ def _able(work: Work, desk: Desk, bdf: str) -> bool:
 
 def _group(work: Work, desk: Desk, guest: str, bdf: str) -> None:
     """Everything in a group reaches what one of it reaches: no driver and no other guest may have any of it."""
-    devices = {function.device.bdf: function.device for function in pci.functions(desk.root)}
-    group = devices[bdf].group
-    inside = [device for device in devices.values() if device.group == group]
+    inside = pci.in_group(desk.root, bdf)
     for device in inside:
         if device.driver not in _PASSIVE and (device.bdf == bdf or not _is_bridge(device)):
-            also = "" if device.bdf == bdf else f", which is in IOMMU group {group} with {bdf},"
+            also = "" if device.bdf == bdf else f", which is in IOMMU group {device.group} with {bdf},"
             work.refuse(
                 "DeviceInUse",
                 f"device {device.bdf}{also} is in use",
@@ -98,15 +96,14 @@ def _group(work: Work, desk: Desk, guest: str, bdf: str) -> None:
     for device in inside:
         owner = attached.get(device.bdf, guest)
         if owner != guest:
-            why = f"guest {owner} has device {device.bdf} of IOMMU group {group}"
+            why = f"guest {owner} has device {device.bdf} of IOMMU group {device.group}"
             remedy = f"memconsole guest stop {owner}" if owner in desk.spaces.filled else "revoke its grants"
             work.refuse("DeviceInUse", f"device {bdf} cannot be given to {guest}", why, remedy)
 
 
 def _reserved(work: Work, desk: Desk, grant: Grant, bdf: str, gpa: int) -> None:
     """Refuse IOVA that the IOMMU or the firmware has for itself."""
-    domain = next((each for each in iommu.domains(desk.root, leaves_max=0) if bdf in each.devices), None)
-    for reserved in domain.reserved if domain is not None else ():
+    for reserved in iommu.reserved(desk.root, pci.iommu_group(desk.root, bdf)):
         if gpa < reserved.end and reserved.start < gpa + grant.length:
             where = f"{format_address(reserved.start)}-{format_address(reserved.end)}"
             work.refuse(

@@ -101,6 +101,8 @@ logged "tinyconfig" make -C "$tree" tinyconfig
 logged "the merge of $config" bash -c "cd $tree && scripts/kconfig/merge_config.sh -m .config $config"
 logged "olddefconfig" make -C "$tree" olddefconfig
 lost=$(comm -23 <(echo "$wanted") <(sed -n 's/^\(CONFIG_[A-Z0-9_]*\)=.*/\1/p' "$tree/.config" | sort -u))
+unwanted=$(sed -n 's/^# \(CONFIG_[A-Z0-9_]*\) is not set$/\1/p' "$config" | sort -u)
+lost+=$(comm -12 <(echo "$unwanted") <(sed -n 's/^\(CONFIG_[A-Z0-9_]*\)=.*/\1/p' "$tree/.config" | sort -u))
 [[ -z $lost ]] || fail "this kernel does not take: ${lost//$'\n'/ }" "mend tests/vm/kernel.config"
 echo "build_kernel: compiling on $(nproc) CPUs; that takes a while"
 logged "the build" make -C "$tree" -j "$(nproc)" bzImage

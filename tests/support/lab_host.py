@@ -19,21 +19,19 @@ from memconsole.backend import control, steps
 from memconsole.backend.control import Control
 from memconsole.backend.custody import KeeperCustody
 from memconsole.backend.wire.client import Client
-from memconsole.errors import NoControl, Refused
+from memconsole.errors import Refused
 from memconsole.model import Guest, GuestState, Plan, Progress, Snapshot
 
 TOOL = str(Path(sys.executable).parent / "memconsole")
 STATE = "/run/state"
-PATIENCE = 60.0
+PATIENCE = 120.0
 MADV_POPULATE_WRITE = 23
 SHMEM_THP = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 
 def serve(*words: str, fault: str = "", tool: Sequence[str] = (TOOL,)) -> Client:
     """The control process, which ends itself at a fault point; ``words`` are more of its options."""
-    env = os.environ | ({steps.FAULT_VARIABLE: fault} if fault else {})
-    command = [*tool, "serve", "--state-dir", STATE, *words]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    done = _started(words, fault, tool)
     if done.returncode:
         raise AssertionError(f"serve: {done.returncode}: {done.stderr}")
     return Client(paths.control_socket())
@@ -41,16 +39,13 @@ def serve(*words: str, fault: str = "", tool: Sequence[str] = (TOOL,)) -> Client
 
 def try_to_serve(fault: str) -> Client | None:
     """The control process, or None if it died at a fault point before it answered."""
-    env = os.environ | {steps.FAULT_VARIABLE: fault}
-    words = [TOOL, "serve", "--foreground", "--state-dir", STATE]
-    with Path("/run/serve.log").open("ab") as log:
-        process = subprocess.Popen(words, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    while process.poll() is None:
-        try:
-            return Client(paths.control_socket())
-        except NoControl:
-            time.sleep(0.05)
-    return None
+    return None if _started((), fault, (TOOL,)).returncode else Client(paths.control_socket())
+
+
+def _started(words: Sequence[str], fault: str, tool: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    env = os.environ | ({steps.FAULT_VARIABLE: fault} if fault else {})
+    command = [*tool, "serve", "--state-dir", STATE, *words]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
 def end(client: Client) -> None:

@@ -19,7 +19,9 @@ import time
 from pathlib import Path
 
 import lab_guest as lab
+import lab_host as host
 import msgspec
+from edu import fresh
 
 from memconsole import actions as do
 from memconsole import paths, timeline
@@ -28,7 +30,7 @@ from memconsole.backend.custody import KeeperCustody
 from memconsole.backend.dma import vfio
 from memconsole.backend.wire.client import Client
 from memconsole.errors import MemconsoleError
-from memconsole.model import Guest, GuestState, Snapshot
+from memconsole.model import GuestState
 
 EDU = "0000:00:04.0"
 GUEST, PLAIN = "vm", "plain"
@@ -36,60 +38,10 @@ MIB = 1 << 20
 SIZE = 8 * MIB
 GPA = 0x10000000
 PAGE = 4096
-TOOL = str(Path(sys.executable).parent / "memconsole")
-STATE = "/run/state"
 NOTES = lab.SHARE / "notes.json"
 PATTERN = bytes(range(256)) * 8
-PATIENCE = 120.0
 FAULTS = int(sys.argv[1])
 AFTER = ("handoff-back.bound", "handoff-back.attached", "handoff-back.mapped", "handoff-back.compared")
-
-
-def serve(fault: str = "") -> Client | None:
-    """The control process, and a connection; None if it ended itself at a fault point while it adopted."""
-    env = os.environ | ({steps.FAULT_VARIABLE: fault} if fault else {})
-    done = subprocess.run([TOOL, "serve", "--state-dir", STATE], env=env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        if fault:
-            return None
-        raise AssertionError(f"serve: {done.stderr}")
-    return Client(paths.control_socket())
-
-
-def served(fault: str = "") -> Client:
-    client = serve(fault)
-    assert client is not None
-    return client
-
-
-def end(client: Client) -> None:
-    """Have the control process end in order; guests, memory and devices stay."""
-    client.close()
-    said = subprocess.run(["pgrep", "-f", "memconsole serve"], capture_output=True, text=True, check=True).stdout
-    pid = int(said.split()[0])
-    os.kill(pid, 15)
-    while Path(f"/proc/{pid}").exists():
-        time.sleep(0.05)
-
-
-def guest(snapshot: Snapshot, name: str) -> Guest:
-    return next(each for each in snapshot.guests if each.name == name)
-
-
-def goes_on(client: Client, name: str) -> str:
-    """Why a canary does not count on; empty if it does, and every byte of it is right."""
-    deadline = time.monotonic() + PATIENCE
-    first = None
-    while time.monotonic() < deadline:
-        found = guest(client.snapshot(), name)
-        if found.progress is not None and found.state is GuestState.RUNNING:
-            if found.progress.wrong:
-                return f"{found.progress.wrong} bytes are wrong"
-            if first is not None and found.progress.beats > first:
-                return ""
-            first = found.progress.beats if first is None else first
-        time.sleep(0.1)
-    return f"it does not count: {guest(client.snapshot(), name)}"
 
 
 def witness() -> list[tuple[str, str]]:
@@ -140,38 +92,22 @@ def masters() -> bool:
     return bool(Path(f"/sys/bus/pci/devices/{EDU}/config").read_bytes()[4] & 4)
 
 
-def held() -> list[str]:
-    keeper = KeeperCustody(paths.runtime_dir() / "keeper")
-    try:
-        return keeper.names()
-    finally:
-        keeper.close()
-
-
 def left() -> list[str]:
-    return [name for name in held() if name.startswith(("session:", "state:", "iova:", "manifest"))]
+    return [name for name in host.held() if name.startswith(("session:", "state:", "iova:", "manifest"))]
 
 
 def has_window(client: Client) -> bool:
     snapshot = client.snapshot()
     found = next(each for each in snapshot.windows if each.id == f"{EDU}:0")
-    return found.guest == GUEST and guest(snapshot, GUEST).pid in found.holders
+    return found.guest == GUEST and host.guest(snapshot, GUEST).pid in found.holders
 
 
 def findings(client: Client) -> list[tuple[str, str]]:
-    begun = time.time_ns()
-    while (snapshot := client.snapshot()).taken_ns < begun:
-        time.sleep(0.1)
-    return [(each.id, each.what) for each in snapshot.findings if each.severity != "info"]
-
-
-def run() -> do.HandoffRun:
-    share = str(lab.SHARE)
-    return do.HandoffRun(f"{share}/bzImage", f"{share}/initrd", lab.next_command_line())
+    return [(each.id, each.what) for each in fresh(client).findings if each.severity != "info"]
 
 
 def begin() -> Client:
-    client = served()
+    client = host.serve()
     client.apply(do.GuestStart(PLAIN, memory=SIZE))
     client.apply(do.GuestStart(GUEST, memory=SIZE))
     client.apply(do.Reserve("ring", SIZE))
@@ -185,9 +121,8 @@ def begin() -> Client:
 
 def as_before(client: Client, was: list[tuple[str, str]]) -> str:
     """What is not as before; empty if guests go on, the device has the bus, and its tables are the same."""
-    for name in (GUEST, PLAIN):
-        if why := goes_on(client, name):
-            return f"{name}: {why}"
+    if why := host.all_count_on(client, (GUEST, PLAIN)):
+        return why
     if not masters() or witness() != was:
         return f"the device: bus {masters()}, same tables {witness() == was}"
     if not carried(9 * PAGE + 64, PATTERN[::-1]):
@@ -197,20 +132,22 @@ def as_before(client: Client, was: list[tuple[str, str]]) -> str:
 
 def faults(client: Client, was: list[tuple[str, str]], count: int) -> Client:
     """kill -9 at the new steps' points (a rotating sample of ``count``): everybody goes on as before."""
-    points = [each for each in steps.fault_points(client.plan(run())) if ".iova-" in each or ".quiesce-" in each]
+    points = [
+        each for each in steps.fault_points(host.plan(client, host.action())) if ".iova-" in each or ".quiesce-" in each
+    ]
     lab.say("points", len(points) == 4, points=points)
     day = int(time.time() // 86400)
     for row in range(count):
         point = points[(day + row * len(points) // count) % len(points)]
-        end(client)
-        client = served(point)
+        host.end(client)
+        client = host.serve(fault=point)
         try:
-            client.apply(run())
+            client.apply(host.action())
             died = "it came back"
         except MemconsoleError as error:
             died = error.code
         client.close()
-        client = served()
+        client = host.serve()
         why = as_before(client, was)
         lab.say(f"killed-{point}", not why and not left() and died == "ControlDied", why=why, left=left(), died=died)
     return client
@@ -230,11 +167,11 @@ def rehearse(client: Client, was: list[tuple[str, str]]) -> None:
 
 
 def jump(client: Client, was: list[tuple[str, str]]) -> None:
-    plan = client.plan(run())
+    plan = host.plan(client, host.action())
     bad = [each.id for each in plan.conditions if not each.ok and each.severity == "error"]
     lab.say("check", not plan.refusals, bad=bad, not_ok=[each.id for each in plan.conditions if not each.ok])
     NOTES.write_text(json.dumps({"was": was, "beats": {}}))
-    client.apply(run())
+    client.apply(host.action())
     raise AssertionError("the handoff returned")
 
 
@@ -245,8 +182,8 @@ def landed() -> Client:
     lab.say("early", code == "0", code=code, err=Path("/run/early.log").read_text())
     lab.say("quiet", vfio.driver("/", EDU) is None and not masters())
     for point in AFTER if FAULTS else ():
-        lab.say(f"killed-{point}", serve(point) is None)
-    client = served()
+        lab.say(f"killed-{point}", host.try_to_serve(point) is None)
+    client = host.serve()
     why = as_before(client, was)
     lab.say("as-before", not why, why=why, leaves=len(was))
     lab.say("tables", witness() == was and len(was) > 0)
@@ -259,10 +196,10 @@ def landed() -> Client:
     lab.say("back", all(each.back for each in report.guests), shown=timeline.lines(report, 140))
     blackouts = {each.name: (each.blackout_ns or 0) / 1e9 for each in report.guests}
     lab.say("blackouts", 0 < blackouts[PLAIN] < blackouts[GUEST], **blackouts)
-    said = subprocess.run([TOOL, "handoff", "report"], capture_output=True, text=True, check=False)
+    said = subprocess.run([host.TOOL, "handoff", "report"], capture_output=True, text=True, check=False)
     lab.say("report", said.returncode == 0 and EDU in said.stdout, text=said.stdout, err=said.stderr)
     lab.say("findings", findings(client) == [], findings=findings(client))
-    lab.say("settled", not [name for name in left() if name != "manifest"], held=held())
+    lab.say("settled", not [name for name in left() if name != "manifest"], held=host.held())
     return client
 
 
@@ -286,18 +223,18 @@ def tamper() -> None:
 def differs() -> None:
     """An IOVA that leads to another frame: the guest is held, and says why, until its grant was mapped anew."""
     tamper()
-    client = served()
+    client = host.serve()
     snapshot = client.snapshot()
     report = snapshot.handoff
     assert report is not None
     found = [each[0] for each in findings(client)]
     lab.say("found", "handoff-iova" in found and "handoff-device" not in found, found=findings(client))
     lab.say("differs", [each.same for each in report.devices] == [False], devices=str(report.devices))
-    state = guest(snapshot, GUEST).state
+    state = host.guest(snapshot, GUEST).state
     lab.say("held", state is GuestState.PAUSED and not masters(), state=state, bus=masters())
     back = {each.name: each.back for each in report.guests}
-    lab.say("plain-goes-on", not goes_on(client, PLAIN) and back == {PLAIN: True, GUEST: False}, back=back)
-    refused = [each.code for each in client.plan(run()).refusals]
+    lab.say("plain-goes-on", not host.all_count_on(client, (PLAIN,)) and back == {PLAIN: True, GUEST: False}, back=back)
+    refused = [each.code for each in host.plan(client, host.action()).refusals]
     lab.say("no-handoff-meanwhile", refused == ["DeviceLost"], refused=refused)
     try:
         client.apply(do.GuestResume(GUEST))

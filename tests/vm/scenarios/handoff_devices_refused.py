@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import lab_guest as lab
+import lab_host as host
 from msgspec.structs import replace
 
 from memconsole import actions as do
 from memconsole import paths
 from memconsole.backend.custody import KeeperCustody
 from memconsole.backend.dma import vfio
-from memconsole.backend.wire.client import Client
 from memconsole.model import Condition, Severity
 
-TOOL = str(Path(sys.executable).parent / "memconsole")
 MIB = 1 << 20
 ALONE, TWIN, SIBLING, RESETS = "0000:00:04.0", "0000:00:06.0", "0000:00:06.1", "0000:01:00.0"
 GPA = 0x10000000
@@ -43,12 +41,8 @@ def without_vfio() -> str:
 
 
 def main() -> None:
-    done = subprocess.run([TOOL, "serve", "--state-dir", "/run/state"], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise AssertionError(done.stderr)
-    client = Client(paths.control_socket())
-    share = str(lab.SHARE)
-    fine = do.HandoffRun(f"{share}/bzImage", f"{share}/initrd", lab.next_command_line())
+    client = host.serve()
+    fine = host.action()
     client.apply(do.GuestStart("vm", memory=8 * MIB))
     client.apply(do.Reserve("ring", MIB))
 
@@ -116,8 +110,7 @@ def main() -> None:
     os.close(other)
     keeper.drop(f"vfio:{RESETS}")
     keeper.close()
-    subprocess.run([TOOL, "serve", "--state-dir", "/run/state"], check=True)
-    client = Client(paths.control_socket())
+    client = host.serve()
     said("device-lost", Severity.ERROR)
     client.apply(do.Revoke(grant))
     lab.say("clean-at-last", against() == [] and not client.plan(fine).refusals, found=str(against()))

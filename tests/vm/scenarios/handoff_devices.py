@@ -97,7 +97,7 @@ def left() -> list[str]:
 
 
 def has_window(client: Client) -> bool:
-    snapshot = client.snapshot()
+    snapshot = fresh(client)
     found = next(each for each in snapshot.windows if each.id == f"{EDU}:0")
     return found.guest == GUEST and host.guest(snapshot, GUEST).pid in found.holders
 

@@ -54,7 +54,7 @@ def test_every_fault_before_the_jump_leaves_every_guest_running(tmp_path: Path) 
 @pytest.mark.rotating("landing-faults")
 def test_every_fault_behind_the_jump_ends_with_every_guest_going_on_once(tmp_path: Path) -> None:
     arguments = ["8", "qemu"] if os.environ.get("MEMCONSOLE_SOAK") else []
-    said = lab.run("landing_faults", tmp_path, timeout=3600 if arguments else 900, arguments=arguments)
+    said = lab.run("landing_faults", tmp_path, timeout=7200 if arguments else 900, arguments=arguments)
     said.check()
 
 

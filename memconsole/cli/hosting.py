@@ -63,6 +63,7 @@ def console(options: argparse.Namespace) -> int:
 
 
 def _console(options: argparse.Namespace, record_to: Path | None = None) -> int:
+    _on_a_terminal()
     with _cleaned_up() as stack:
         client, right = (None, None) if options.embedded else _reach(asked_socket(options), stack)
         if client is not None:
@@ -125,6 +126,18 @@ def _embedded(options: argparse.Namespace, stack: contextlib.ExitStack, right: L
     return found
 
 
+def _on_a_terminal() -> None:
+    """Nothing, where the console can be: asked before anything is begun.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    for name in ("stdin", "stdout", "stderr"):  # it draws on the last
+        if not getattr(sys, name).isatty():
+            remedy = "memconsole snapshot shows the same without one"
+            raise UsageError("the console wants a terminal", f"{name} is not one", remedy)
+
+
 def _run(
     found: Source,
     options: argparse.Namespace,
@@ -132,8 +145,6 @@ def _run(
     record_to: Path | None = None,
     on_quit: Callable[[], str] | None = None,
 ) -> int:
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise UsageError("the console wants a terminal", "", "memconsole snapshot shows the same without one")
     from memconsole.views.app import run
 
     known, broken = macros.discover()
@@ -147,6 +158,7 @@ def open_file(options: argparse.Namespace) -> int:
     """The console on a recorded snapshot."""
     from memconsole.recording import Recording
 
+    _on_a_terminal()
     with contextlib.closing(Recording(options.file)) as found:
         return _run(found, options)
 
@@ -181,6 +193,7 @@ prefault = true
 
 def demo(options: argparse.Namespace) -> int:
     """The console on an embedded control process with live guests: canaries, QEMU where it is installed, a region."""
+    _on_a_terminal()
     macro: Macro = macros.loads(DEMO, "demo")
     with _cleaned_up() as stack:
         found = _embedded(options, stack)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +35,23 @@ def test_usage_errors_leave_with_two_and_a_sentence(words: list[str], capsys: py
     said = capsys.readouterr()
     assert said.err.startswith("memconsole: ")
     assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize("missing", ["stdin", "stdout", "stderr"])
+def test_the_console_wants_a_terminal_before_it_begins_anything(missing: str) -> None:
+    terminal, mine = pty.openpty()
+    try:
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), mine) | {missing: subprocess.DEVNULL}
+        words = [Path(sys.executable).parent / "memconsole", "demo"]
+        with subprocess.Popen(words, start_new_session=True, **streams) as process:
+            assert process.wait(60) == 2
+        if missing != "stderr":
+            said = os.read(terminal, 9999).decode()
+            assert f"the console wants a terminal: {missing} is not one" in said
+            assert "guest" not in said
+    finally:
+        os.close(terminal)
+        os.close(mine)
 
 
 def test_acting_without_a_control_process_leaves_with_five(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

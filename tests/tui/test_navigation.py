@@ -302,7 +302,19 @@ async def test_leaving_asks_when_it_would_lose_something():
         assert "2 guests end with this console" in shown(app)
         await pilot.press("enter")
         assert app.is_running
+        await pilot.press("q", "n")
+        assert not isinstance(app.screen, Confirm)
+        await pilot.press("q", "right", "left", "enter")
+        assert app.is_running
         await pilot.press("q", "tab", "enter")
+        await until(pilot, lambda: app._exit)
+
+
+@pytest.mark.parametrize("keys", [("y",), ("right", "enter")])
+async def test_leaving_is_a_key_away(keys: tuple[str, ...]):
+    app = console(on_quit_warning=lambda: "2 guests end with this console")
+    async with running(app) as pilot:
+        await pilot.press("q", *keys)
         await until(pilot, lambda: app._exit)
 
 

@@ -113,6 +113,13 @@ class Columns(Dialog[list[str]]):
 class Confirm(Dialog[bool]):
     """Yes or no, to some lines of text."""
 
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("y", "answer(True)", "Yes", id="confirm-yes"),
+        Binding("n", "answer(False)", "No", id="confirm-no"),
+        Binding("left", "app.focus_previous", show=False),
+        Binding("right", "app.focus_next", show=False),
+    ]
+
     def __init__(self, title: str, lines: Sequence[str], yes: str) -> None:
         super().__init__()
         self._title = title
@@ -123,6 +130,7 @@ class Confirm(Dialog[bool]):
         """The question; No has the focus."""
         with Vertical() as box:
             box.border_title = self._title
+            box.border_subtitle = "y: yes   n: no"
             yield Static(Content("\n".join(self._lines)))
             with Horizontal(classes="-buttons"):
                 yield Button("Cancel", id="no", compact=True)
@@ -130,7 +138,11 @@ class Confirm(Dialog[bool]):
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
         """Answer."""
-        self.dismiss(event.button.id == "yes")
+        self.action_answer(event.button.id == "yes")
+
+    def action_answer(self, yes: bool) -> None:
+        """Answer."""
+        self.dismiss(yes)
 
 
 class AskName(Dialog[str]):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import lab_guest as lab
 from guests import Obedient
+from lab_host import fresh
 from services import Service
 
 from memconsole import actions as do
@@ -27,7 +28,7 @@ from memconsole.backend.steps import FAULT_VARIABLE
 from memconsole.backend.wire.client import Client
 from memconsole.errors import MemconsoleError, NoControl
 from memconsole.extents import ExtentTable
-from memconsole.model import Grant, Snapshot
+from memconsole.model import Grant
 
 BDF = "0000:00:04.0"
 PAGE = 4096
@@ -152,14 +153,6 @@ def tables() -> Pages:
 def frames(table: ExtentTable, gpa: int, access: str) -> Pages:
     """What the device's tables must say for a region that is mapped at a GPA."""
     return {gpa // PAGE + row.offset + n: (row.pfn + n, access) for row in table for n in range(row.count)}
-
-
-def fresh(client: Client) -> Snapshot:
-    """A Snapshot that was begun after this was asked."""
-    begun = time.time_ns()
-    while (snapshot := client.snapshot()).taken_ns < begun:
-        time.sleep(0.1)
-    return snapshot
 
 
 def found(client: Client) -> list[tuple[str, str]]:

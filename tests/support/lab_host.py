@@ -108,6 +108,14 @@ def guest(shown: Snapshot, name: str) -> Guest:
     return next(each for each in shown.guests if each.name == name)
 
 
+def fresh(client: Client) -> Snapshot:
+    """A Snapshot that was begun after this was asked."""
+    begun = time.time_ns()
+    while (snapshot := client.snapshot()).taken_ns < begun:
+        time.sleep(0.1)
+    return snapshot
+
+
 def beaten(client: Client, name: str, least: int = 0) -> Progress:
     """A canary's own word, once it counts on."""
     deadline = time.monotonic() + PATIENCE

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import lab_guest as lab
 from edu import BDF as EDU
-from edu import PAGE, SIZE, fresh, started
+from edu import PAGE, SIZE, started
 from guests import AgentProcess
+from lab_host import fresh
 from services import Service, services
 
 from memconsole import actions as do

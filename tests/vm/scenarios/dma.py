@@ -6,6 +6,7 @@ import json
 import os
 
 import lab_guest as lab
+import lab_host as host
 from edu import BDF as EDU
 from edu import (
     DST,
@@ -16,7 +17,6 @@ from edu import (
     dies,
     found,
     frames,
-    fresh,
     grants,
     held,
     refused,
@@ -77,7 +77,7 @@ with services() as service:
 
     # --- DMA through the region, revoked while it runs
     said = guest.do("wait", "g1"), guest.do("wait", "g2"), guest.do("window", "g3")
-    window = next(window for window in fresh(client).windows if window.id == f"{EDU}:0")
+    window = next(window for window in host.fresh(client).windows if window.id == f"{EDU}:0")
     files = [vma.path for vma in procmaps.vmas("/", guest.pid) if "vfio" in vma.path]
     check("window", guest.pid in window.holders and len(files) == 1, files=files, holders=window.holders)
     check("edu", said == ("done", "done", "0x10000ed"), said=said)

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import lab_guest as lab
+import lab_host as host
 from edu import BDF as EDU
 from edu import (
     DST,
@@ -16,7 +17,6 @@ from edu import (
     Guest,
     found,
     frames,
-    fresh,
     grants,
     held,
     refused,
@@ -73,7 +73,7 @@ with services() as service:
     # --- the process that mapped dies: the pins keep the pages, DMA goes on, and another one takes it back
     for words in (("wait", "g1"), ("wait", "g2"), ("window", "g3")):
         guest.do(*words)
-    window = next(window for window in fresh(client).windows if window.id == f"{EDU}:0")
+    window = next(window for window in host.fresh(client).windows if window.id == f"{EDU}:0")
     files = [vma.path for vma in procmaps.vmas("/", guest.pid) if "vfio" in vma.path]
     check("window", guest.pid in window.holders and files == ["anon_inode:[vfio-device]"], files=files)
     known = revoked_while_it_runs(service, client, guest, known)

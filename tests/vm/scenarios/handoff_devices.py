@@ -21,7 +21,6 @@ from pathlib import Path
 import lab_guest as lab
 import lab_host as host
 import msgspec
-from edu import fresh
 
 from memconsole import actions as do
 from memconsole import paths, timeline
@@ -97,13 +96,13 @@ def left() -> list[str]:
 
 
 def has_window(client: Client) -> bool:
-    snapshot = fresh(client)
+    snapshot = host.fresh(client)
     found = next(each for each in snapshot.windows if each.id == f"{EDU}:0")
     return found.guest == GUEST and host.guest(snapshot, GUEST).pid in found.holders
 
 
 def findings(client: Client) -> list[tuple[str, str]]:
-    return [(each.id, each.what) for each in fresh(client).findings if each.severity != "info"]
+    return [(each.id, each.what) for each in host.fresh(client).findings if each.severity != "info"]
 
 
 def begin() -> Client:

@@ -233,8 +233,9 @@ def process(client: Client) -> None:
     user = attached(client, "db", [sys.executable, "-c", USES])
     assert user.stdout is not None
     assert user.stdout.readline() == "1\n"
-    found = host.guest(client.snapshot(), "db")
-    lab.say("attached-again", found.pid == user.pid and found.grants != () and path.stat().st_uid == NOBODY)
+    found = host.guest(host.fresh(client), "db")
+    lab.say("attached-again", found.pid == user.pid and found.grants != (), found=str(found))
+    host.until(lambda: bool(host.fresh(client)) and path.stat().st_uid == NOBODY, "the file is its process's")
 
 
 def by_hand(client: Client, notes: dict[str, Any], frames: list[int]) -> None:

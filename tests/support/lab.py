@@ -230,7 +230,7 @@ def run(
     )
     began = time.monotonic()
     log = share / "console"
-    with log.open("wb") as console:
+    with log.open("wb", buffering=0) as console:
         for boot in range(1, BOOTS + 1):
             with subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, start_new_session=True

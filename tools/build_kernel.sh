@@ -96,13 +96,14 @@ logged() { # what it is, then a command whose output matters only when it fails
 	"$@" >build/log 2>&1 || { tail -20 build/log >&2 && fail "$what failed; all of it is in $lab/build/log"; }
 }
 
-wanted=$(sed -n 's/^\(CONFIG_[A-Z0-9_]*\)=.*/\1/p' "$config" | sort -u)
+switched_on() { sed -n 's/^\(CONFIG_[A-Z0-9_]*\)=.*/\1/p' "$1" | sort -u; }
+
+wanted=$(switched_on "$config")
+unwanted=$(sed -n 's/^# \(CONFIG_[A-Z0-9_]*\) is not set$/\1/p' "$config" | sort -u)
 logged "tinyconfig" make -C "$tree" tinyconfig
 logged "the merge of $config" bash -c "cd $tree && scripts/kconfig/merge_config.sh -m .config $config"
 logged "olddefconfig" make -C "$tree" olddefconfig
-lost=$(comm -23 <(echo "$wanted") <(sed -n 's/^\(CONFIG_[A-Z0-9_]*\)=.*/\1/p' "$tree/.config" | sort -u))
-unwanted=$(sed -n 's/^# \(CONFIG_[A-Z0-9_]*\) is not set$/\1/p' "$config" | sort -u)
-lost+=$(comm -12 <(echo "$unwanted") <(sed -n 's/^\(CONFIG_[A-Z0-9_]*\)=.*/\1/p' "$tree/.config" | sort -u))
+lost=$(comm -23 <(echo "$wanted") <(switched_on "$tree/.config") && comm -12 <(echo "$unwanted") <(switched_on "$tree/.config"))
 [[ -z $lost ]] || fail "this kernel does not take: ${lost//$'\n'/ }" "mend tests/vm/kernel.config"
 echo "build_kernel: compiling on $(nproc) CPUs; that takes a while"
 logged "the build" make -C "$tree" -j "$(nproc)" bzImage

@@ -40,7 +40,6 @@ FRAMES_MAX = 4 << 30
 TARGETS_MAX = 10_000
 """Runs of frames that no grant accounts for of which it is asked whose they are."""
 _RUN_MAX = (1 << 32) - 1
-_BRIDGE = 0x06
 _VFIO = "vfio-pci"
 _REACH = Flag.PRESENT | Flag.READ | Flag.WRITE
 
@@ -318,7 +317,7 @@ def _shared(functions: Sequence[Function], devices: set[str]) -> Iterator[Findin
         beside = [
             each.bdf
             for each in known
-            if each.group == device.group and each.bdf != device.bdf and each.class_code >> 16 != _BRIDGE
+            if each.group == device.group and each.bdf != device.bdf and not pci.is_bridge(each)
         ]
         if beside:
             what = f"device {device.bdf} is not isolated: {', '.join(beside)} shares IOMMU group {device.group} with it"

@@ -24,6 +24,8 @@ from memconsole.backend.kernel.tree import Root
 from memconsole.errors import KernelRefused, MemconsoleError, NotFound
 
 DRIVER = "vfio-pci"
+PASSIVE = frozenset({None, DRIVER, "pci-stub", "pcieport"})
+"""Drivers that do no DMA themselves, and none."""
 FILES = "/dev/vfio/devices"
 
 _GET_INFO, _GET_REGION_INFO = (ord(";") << 8 | 100 + number for number in (7, 8))

@@ -10,6 +10,7 @@ next kernel          is vfio-pci in its image or below /lib/modules/RELEASE; whi
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 NEEDED = ("vfio_pci", "iommufd")
 """Modules without which no device comes back."""
-_PASSIVE = {None, vfio.DRIVER, "pci-stub", "pcieport"}
-_BRIDGE = 0x06
 _ALIAS = re.compile(r"alias (pci:\S+) (\S+)")
 
 
@@ -66,23 +65,23 @@ def gather(desk: Desk, image: Image | None, line: str, *, jump: bool) -> tuple[P
     for bdf, guest in given.items():
         if guest in desk.spaces.filled and desk.live(guest) is not None:
             continue  # its VMM has it in its own hands, and cannot be saved: see vmm.py
-        seen = _look(desk, bdf, guest)
+        try:
+            inside = pci.in_group(desk.root, bdf)
+        except NotFound:
+            inside = ()
+        seen = _look(desk, bdf, guest, inside)
         if jump and not seen.lost:
-            known = pci.device(desk.root, bdf)
-            wanted = takers(desk.root, known, image.release, line) if image is not None else ()
+            wanted = takers(desk.root, inside[0], image.release, line) if image is not None else ()
             seen = replace(seen, wanted=wanted, unpreserved=devices.cannot_preserve(desk, bdf))
         found.append(seen)
     return tuple(found)
 
 
-def _look(desk: Desk, bdf: str, guest: str) -> Passed:
+def _look(desk: Desk, bdf: str, guest: str, inside: Sequence[Device]) -> Passed:
+    """``inside``: the device and the others of its group; none if it is gone."""
     grants = tuple(grant.id for grant in desk.state.grants_of(guest=guest) if grant.dma == bdf)
     lost = ""
-    try:
-        _, *group = pci.in_group(desk.root, bdf)
-    except NotFound:
-        group = None
-    if group is None:
+    if not inside:
         lost = "there is no such device any more"
     elif desk.spaces.devices.get(bdf) != guest:
         lost = "nobody holds it"
@@ -99,14 +98,15 @@ def _look(desk: Desk, bdf: str, guest: str) -> Passed:
             resets = vfio.resets(device)
     except MemconsoleError as error:
         restless = str(error)
-    beside = [each for each in group or () if each.class_code >> 16 != _BRIDGE]
+    beside = [each for each in inside[1:] if not pci.is_bridge(each)]
+    passive = [each for each in beside if each.driver in vfio.PASSIVE]
     return Passed(
         bdf,
         guest,
         grants,
         restless=restless,
-        active=tuple(f"{each.bdf} ({each.driver})" for each in beside if each.driver not in _PASSIVE),
-        beside=tuple(each.bdf for each in beside if each.driver in _PASSIVE and each.bdf not in desk.spaces.devices),
+        active=tuple(f"{each.bdf} ({each.driver})" for each in beside if each.driver not in vfio.PASSIVE),
+        beside=tuple(each.bdf for each in passive if each.bdf not in desk.spaces.devices),
         hidden=_hidden(desk.root, bdf),
         resets=resets,
     )

@@ -30,6 +30,7 @@ from memconsole.model import Device, Range, Window
 _DEVICES = "/sys/bus/pci/devices"
 _GROUPS = "/sys/kernel/iommu_groups"
 _BARS = 6
+_BRIDGE = 0x06
 _IO, _MEM, _PREFETCH, _MEM_64 = 0x100, 0x200, 0x2000, 0x100000
 _UNSET, _DISABLED = 0x20000000, 0x10000000
 _BDF = re.compile(r"[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
@@ -162,6 +163,11 @@ def in_group(root: Root, bdf: str) -> tuple[Device, ...]:
         with contextlib.suppress(NotFound):
             found.append(device(root, name))
     return tuple(found)
+
+
+def is_bridge(device: Device) -> bool:
+    """Whether a function is a bridge, by its class."""
+    return device.class_code >> 16 == _BRIDGE
 
 
 def iommu_group(root: Root, bdf: str) -> str:

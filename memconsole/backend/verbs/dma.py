@@ -24,12 +24,8 @@ from memconsole.backend.dma import iommufd, type1, vfio
 from memconsole.backend.kernel import iommu, pci, tree
 from memconsole.backend.verbs.work import Work
 from memconsole.errors import MemconsoleError
-from memconsole.model import Device, Grant
+from memconsole.model import Grant
 from memconsole.units import format_address, format_size
-
-_BRIDGE = 0x06
-_PASSIVE = {None, vfio.DRIVER, "pci-stub", "pcieport"}
-"""Drivers that do no DMA themselves."""
 
 
 def refuse(work: Work, desk: Desk, grant: Grant, bdf: str) -> None:
@@ -84,7 +80,7 @@ def _group(work: Work, desk: Desk, guest: str, bdf: str) -> None:
     """Everything in a group reaches what one of it reaches: no driver and no other guest may have any of it."""
     inside = pci.in_group(desk.root, bdf)
     for device in inside:
-        if device.driver not in _PASSIVE and (device.bdf == bdf or not _is_bridge(device)):
+        if device.driver not in vfio.PASSIVE and (device.bdf == bdf or not pci.is_bridge(device)):
             also = "" if device.bdf == bdf else f", which is in IOMMU group {device.group} with {bdf},"
             work.refuse(
                 "DeviceInUse",
@@ -112,10 +108,6 @@ def _reserved(work: Work, desk: Desk, grant: Grant, bdf: str, gpa: int) -> None:
                 f"{where} is {reserved.kind}",
                 "choose another --gpa",
             )
-
-
-def _is_bridge(device: Device) -> bool:
-    return device.class_code >> 16 == _BRIDGE
 
 
 def attach(work: Work, desk: Desk, grant: Grant, bdf: str) -> None:

@@ -12,6 +12,7 @@ QEMU never outlives it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,10 +20,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -189,6 +190,26 @@ def prepare(
     ]
 
 
+@contextlib.contextmanager
+def _started(command: list[str], console: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """QEMU, which does not outlive this."""
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, start_new_session=True
+    ) as qemu:
+        try:
+            yield qemu
+        finally:
+            if qemu.poll() is None:
+                os.killpg(qemu.pid, signal.SIGKILL)
+
+
+def _wait(qemu: subprocess.Popen[bytes], timeout: float, console: IO[bytes]) -> None:
+    try:
+        qemu.wait(timeout)
+    except subprocess.TimeoutExpired:
+        console.write(f"\nlab: no end within {timeout} s\n".encode())
+
+
 def _boots(qemu: subprocess.Popen[bytes], mark: Path) -> bool:
     """Whether the first kernel reaches its userland, or QEMU ends, in time."""
     deadline = time.monotonic() + BOOT_S
@@ -231,21 +252,12 @@ def run(
     began = time.monotonic()
     log = share / "console"
     with log.open("wb", buffering=0) as console:
-        for boot in range(1, BOOTS + 1):
-            with subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, start_new_session=True
-            ) as qemu:
-                try:
-                    if boot < BOOTS and not _boots(qemu, share / "booted"):
-                        console.write(f"\nlab: no userland within {BOOT_S} s, booted once more\n".encode())
-                        continue
-                    qemu.wait(timeout)
-                except subprocess.TimeoutExpired:
-                    console.write(f"\nlab: no end within {timeout} s\n".encode())
-                finally:
-                    if qemu.poll() is None:
-                        os.killpg(qemu.pid, signal.SIGKILL)
-            break
+        for more in reversed(range(BOOTS)):
+            with _started(command, console) as qemu:
+                if not more or _boots(qemu, share / "booted"):
+                    _wait(qemu, timeout, console)
+                    break
+                console.write(f"\nlab: no userland within {BOOT_S} s, booted once more\n".encode())
     verdicts = share / "verdicts"
     said = [json.loads(line) for line in verdicts.read_text().splitlines()] if verdicts.exists() else []
     stages = max((verdict["stage"] for verdict in said), default=0)

@@ -11,13 +11,11 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import lab_guest as lab
 import lab_host as host
 import msgspec
 
-from memconsole import paths
 from memconsole.actions import GuestStart, GuestStop, HandoffRun, Release
 from memconsole.backend.wire.client import Client
 from memconsole.model import HandoffReport
@@ -26,13 +24,11 @@ TURNS = [(kind, int(size) << 20) for kind, size in (word.split(":") for word in 
 TURN = lab.SHARE / "turn"
 FLOOR = sys.argv[1]
 IMAGE = (str(lab.SHARE / "bzImage"), str(lab.SHARE / "initrd"))
-TOOL = str(Path(sys.executable).parent / "memconsole")
-PATIENCE = 120.0
 
 
 def reported(client: Client) -> HandoffReport:
     """The report, once the guest has said how long it stood still."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + host.PATIENCE
     while time.monotonic() < deadline:
         made = client.snapshot().handoff
         if made is not None and made.guests and all(each.by == "guest" for each in made.guests):
@@ -70,8 +66,7 @@ def jump(client: Client, kind: str, size: int) -> None:
 def main() -> None:
     os.sync()
     host.SHMEM_THP.write_text("advise")
-    subprocess.run([TOOL, "serve", "--state-dir", "/run/state"], check=True)
-    client = Client(paths.control_socket())
+    client = host.serve()
     gone = lab.stage() - 1
     if gone:
         collect(client, *TURNS[gone - 1])

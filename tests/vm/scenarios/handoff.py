@@ -15,10 +15,10 @@ import lab_guest as lab
 import lab_host as host
 import msgspec
 
-from memconsole import paths, timeline
+from memconsole import timeline
 from memconsole.actions import GuestStart, GuestStop, HandoffRun, Map, Release, Reserve, Revoke
 from memconsole.backend.wire.client import Client
-from memconsole.model import Guest, GuestState, Progress
+from memconsole.model import GuestState, Progress
 
 builtins = msgspec.to_builtins
 
@@ -30,52 +30,23 @@ FIGURES = lab.SHARE / "figures.json"
 MEMORY_SPREAD = 256 << 10
 WORKERS = 8
 """Threads the control process starts when callers come (wire/server.py), however many kernels there were."""
-STATE = "/run/state"
-PATIENCE = 120.0
-TOOL = str(Path(sys.executable).parent / "memconsole")
-
-
-def serve() -> Client:
-    """The control process, in the background, and a connection to it."""
-    done = subprocess.run([TOOL, "serve", "--state-dir", STATE], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise AssertionError(f"serve: {done.stderr}")
-    return Client(paths.control_socket())
 
 
 def names() -> list[str]:
     return [f"c{row}" for row in range(len(SIZES))] + (["vm"] if QEMU else [])
 
 
-def guest(client: Client, name: str) -> Guest:
-    return next(each for each in client.snapshot().guests if each.name == name)
-
-
-def beaten(client: Client, name: str, least: int = 0) -> Progress:
-    """A canary's own word, once it counts on."""
-    deadline = time.monotonic() + PATIENCE
-    first = None
-    while time.monotonic() < deadline:
-        progress = guest(client, name).progress
-        if progress is not None:
-            if first is not None and progress.beats > max(first, least):
-                return progress
-            first = progress.beats if first is None else first
-        time.sleep(0.1)
-    raise AssertionError(f"{name} does not count: {guest(client, name)}")
-
-
 def swept(client: Client, name: str) -> Progress:
     """A canary's own word, once it has checked every page of its memory twice since it was asked."""
-    pages = 2 * guest(client, name).memory // 4096
-    goal = beaten(client, name).checked + pages
-    deadline = time.monotonic() + PATIENCE
+    pages = 2 * host.guest(client.snapshot(), name).memory // 4096
+    goal = host.beaten(client, name).checked + pages
+    deadline = time.monotonic() + host.PATIENCE
     while time.monotonic() < deadline:
-        progress = guest(client, name).progress
+        progress = host.guest(client.snapshot(), name).progress
         if progress is not None and progress.checked >= goal:
             return progress
         time.sleep(0.2)
-    raise AssertionError(f"{name} does not check {pages} pages: {guest(client, name)}")
+    raise AssertionError(f"{name} does not check {pages} pages: {host.guest(client.snapshot(), name)}")
 
 
 def least(directory: Path) -> int:
@@ -117,7 +88,7 @@ def same_as_before(found: dict[str, int]) -> None:
 
 
 def begin() -> Client:
-    client = serve()
+    client = host.serve()
     for row, size in enumerate(SIZES):
         client.apply(GuestStart(f"c{row}", memory=size << 20))
     if QEMU:
@@ -148,12 +119,13 @@ def landed() -> Client:
     """Adopt as init and the unit would, and hold everybody to what was."""
     code, err = (Path(f"/run/early.{what}").read_text().strip() for what in ("code", "log"))
     lab.say("early", code == "0", code=code, err=err)
-    client = serve()
+    client = host.serve()
     notes = json.loads(NOTES.read_text())
     for name in names():
-        lab.say(f"runs-{name}", guest(client, name).state is GuestState.RUNNING, guest=str(guest(client, name)))
+        found = host.guest(client.snapshot(), name)
+        lab.say(f"runs-{name}", found.state is GuestState.RUNNING, guest=str(found))
         if name in notes:
-            progress = beaten(client, name, notes[name])
+            progress = host.beaten(client, name, notes[name])
             lab.say(f"goes-on-{name}", progress.wrong == 0, before=notes[name], progress=str(progress))
     snapshot = client.snapshot()
     report = snapshot.handoff

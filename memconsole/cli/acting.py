@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Iterator
 
 from memconsole import macros
+from memconsole.actions import Action, Handoff
 from memconsole.cli import output
 from memconsole.cli.connect import source
 from memconsole.command import action_of
@@ -30,12 +32,22 @@ def act(options: argparse.Namespace) -> int:
         _refuse(plan)
         if plan.danger is Danger.DESTROYS and not options.yes:
             _confirm(plan)
-        outcome = found.apply(action)
+        with _told(found, action):
+            outcome = found.apply(action)
     if options.json:
         output.json(outcome)
     else:
         output.outcome(outcome)
     return ExitCode.DONE
+
+
+def _told(found: Source, action: Action) -> contextlib.AbstractContextManager[None]:
+    """What says how far a long action is, where there is anything to say."""
+    if not isinstance(action, Handoff):
+        return contextlib.nullcontext()
+    from memconsole.cli import handing
+
+    return handing.told(found)
 
 
 def _refuse(plan: Plan) -> None:

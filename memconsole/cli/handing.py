@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from memconsole import timeline
@@ -11,6 +14,9 @@ from memconsole.cli import output
 from memconsole.cli.connect import source
 from memconsole.errors import ExitCode, MemconsoleError, NotFound
 from memconsole.model import Condition, Severity
+from memconsole.source import Source
+
+LOOK_S = 0.25
 
 
 def check(options: argparse.Namespace) -> int:
@@ -59,3 +65,36 @@ def report(options: argparse.Namespace) -> int:
         and all(device.same for device in made.devices)
     )
     return ExitCode.DONE if whole and not made.why else ExitCode.FINDINGS
+
+
+@contextlib.contextmanager
+def told(found: Source) -> Iterator[None]:
+    """While a handoff is under way each phase of it goes to stderr as it begins, up to the blackout.
+
+    From then on nobody looks: whoever takes the control process's time lengthens it. ``handoff report`` has the rest.
+    """
+    last = found.snapshot().handoff
+    over = threading.Event()
+    teller = threading.Thread(target=_tell, args=(found, last.began_ns if last else 0, over), daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()
+
+
+def _tell(found: Source, before: int, over: threading.Event) -> None:
+    told = 0
+    while not over.wait(LOOK_S):
+        try:
+            made = found.snapshot().handoff
+        except MemconsoleError:  # who waits for the handoff hears of it
+            return
+        if made is None or made.began_ns == before:
+            continue
+        for phase in made.phases[told:]:
+            output.note(f"{phase.start_ns / 1e9:7.2f} s  {phase.text}")
+            if phase.blackout:
+                return
+        told = len(made.phases)

@@ -34,6 +34,7 @@ from memconsole.backend.control import Control
 from memconsole.backend.custody import KeeperCustody
 from memconsole.backend.guests.qemu import BINARY
 from memconsole.backend.handoff import bootplan, manifest, vmm
+from memconsole.cli.handing import told
 from memconsole.errors import MemconsoleError, Refused
 from memconsole.model import Faults, GuestState, HandoffState, Rung
 from memconsole.native import program
@@ -176,6 +177,29 @@ def test_a_guest_that_cannot_be_saved_stops_it_and_all_go_on(place: Path, monkey
         assert "said the test" in report(found).why
         for name in SIZES:
             goes_on(found, name)
+
+
+def test_a_terminal_sees_the_phases_until_guests_stand_still(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said, save = "", vmm.save
+
+    def seen() -> bool:
+        nonlocal said
+        said += capsys.readouterr().err
+        return "stop the guests" in said
+
+    def save_then(*arguments: Any) -> Any:
+        until(seen, "the phase is told")
+        return save(*arguments)
+
+    with contextlib.closing(begin(place)) as found:
+        monkeypatch.setattr(vmm, "save", save_then)
+        with told(found):
+            found.apply(HandoffRehearse())
+        assert all(each.back for each in report(found).guests)
+    lines = [line.split(" s  ")[1] for line in (said + capsys.readouterr().err).splitlines()]
+    assert lines == ["look for everything that could fail", "stop the guests"]
 
 
 def test_a_guest_that_did_not_come_back_is_kept_and_can_be_resumed_later(

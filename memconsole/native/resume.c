@@ -341,12 +341,16 @@ static bool record(void)
 static void stay(void)
 {
 	pid_t child = fork();
+	int null;
 
 	if (child)
 		return;
 	close_device();
 	close(r.lock);
 	setsid();
+	null = open("/dev/null", O_RDWR | O_CLOEXEC);
+	for (int fd = 0; fd < 3 && null >= 0; fd++)
+		dup2(null, fd);		/* whoever reads what this program says waits for its end */
 	prctl(PR_SET_NAME, "mc-holder");
 	for (;;)
 		pause();

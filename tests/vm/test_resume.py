@@ -14,7 +14,8 @@ GUESTS = ("one", "two", "three")
 
 def run(directory: Path, how: str = "") -> lab.Verdicts:
     """The scenario, with something gone wrong on purpose or not."""
-    first = f"{program('memconsole-resume')} 2>/run/resume.err; echo $? >/run/resume.code"  # as a host's init would
+    # as a host's init would; whatever it leaves behind lets go of the pipe
+    first = f"{{ {program('memconsole-resume')}; echo $? >/run/resume.code; }} 2>&1 | cat >/run/resume.err"
     if how == "homeless":  # where the keeper's socket belongs, there is something that cannot go
         first = f"grep -q stage=2 /proc/cmdline && mkdir -p /run/memconsole/keeper/x; {first}"
     said = lab.run("resume", directory, timeout=600, arguments=[how] if how else [], early=first)

@@ -79,7 +79,7 @@ def bench_map() -> list[Result]:
     return rows
 
 
-GUESTS, EXTENTS, ROUNDS = 1000, 1000, 3
+GUESTS, EXTENTS, ROUNDS = 1000, 1000, 6
 RW, FILE = int(Flag.PRESENT | Flag.READ | Flag.WRITE), int(Flag.PRESENT | Flag.FILE)
 
 

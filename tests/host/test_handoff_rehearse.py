@@ -179,6 +179,31 @@ def test_a_guest_that_cannot_be_saved_stops_it_and_all_go_on(place: Path, monkey
             goes_on(found, name)
 
 
+@pytest.mark.skipif(shutil.which(BINARY) is None, reason=f"{BINARY} is not installed")
+def test_a_paused_guest_stays_paused_whether_it_fails_or_not(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise MemconsoleError("nobody can be started", "said the test")
+
+    with contextlib.closing(begin(place)) as found:
+        found.apply(GuestStart("vm", vmm="qemu", memory=32 * M))
+        before = pids(found)
+        for name in ("one", "vm"):
+            found.apply(GuestPause(name))
+        for fails in (True, False):
+            with monkeypatch.context() as patch:
+                if fails:
+                    patch.setattr(vmm, "revival", refuse)
+                with pytest.raises(MemconsoleError, match="said the test") if fails else contextlib.nullcontext():
+                    found.apply(HandoffRehearse())
+            assert (pids(found) == before) is fails
+            states = {name: guest(found.snapshot(), name).state for name in before}
+            assert states == {"one": GuestState.PAUSED, "two": GuestState.RUNNING, "vm": GuestState.PAUSED}
+        found.apply(GuestResume("one"))
+        for name in SIZES:
+            goes_on(found, name)
+        found.apply(GuestResume("vm"))
+
+
 def test_a_terminal_sees_the_phases_until_guests_stand_still(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -201,6 +201,8 @@ class QemuGuest:
         """
         deadline = time.monotonic() + within
         os.lseek(fd, 0, os.SEEK_SET)
+        if self.is_saved():  # and was left paused; QEMU saves none that was saved and has not gone on since
+            self._execute("cont")
         self._execute("stop")
         for command, arguments in self._ways():
             self._execute(command, arguments=arguments)

@@ -291,13 +291,13 @@ class _Sequence:
             self.stopped[guest.name] = Stopped(guest, held, bootplan.moment(), self._waits(guest))
 
         text = f"write down what {guest.name} is besides its RAM"
-        undo = partial(self._unsave, guest.name)
+        undo = partial(self._unsave, guest)
         self._add(work, "save", Step(f"save-{guest.name}", text, do, undo, "drop it"))
 
-    def _unsave(self, guest: str) -> None:
-        self.desk.custody.drop(state_held(guest))
-        live = self.desk.live(guest)
-        if live is not None:
+    def _unsave(self, guest: Guest) -> None:
+        self.desk.custody.drop(state_held(guest.name))
+        live = self.desk.live(guest.name)
+        if live is not None and guest.state is not GuestState.PAUSED:
             live.resume()
 
     # --- what is handed over -----------------------------------------------------------------------------------------

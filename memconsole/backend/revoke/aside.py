@@ -55,9 +55,8 @@ def ask(desk: Desk, live: QemuGuest, grant: Grant, within: float) -> None:
     guest = desk.state.guests[live.name]
     kept = Aside(grant.region, paused=guest.state is GuestState.PAUSED)
     try:
-        if live.is_saved() and _kept(desk, live.name) is None:
-            live.resume()  # a control process died before custody had its state: that is saved again
-        if not live.is_saved():
+        # One may be saved whose state custody does not have, because a control process died: it is saved again.
+        if _kept(desk, live.name) is None or not live.is_saved():
             state = manifest.memfd(f"memconsole-state-{live.name}", b"")
             with contextlib.closing(os.fdopen(state, "rb")):
                 vmm.save(live, state, deadline - time.monotonic())

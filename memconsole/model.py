@@ -50,11 +50,15 @@ class GuestKind(enum.StrEnum):
 
 
 class GuestState(enum.StrEnum):
-    """Whether a guest runs; ``gone`` is a guest whose process ended without being stopped."""
+    """Whether a guest runs; ``gone`` is a guest whose process ended without being stopped.
+
+    ``suspended``: to RAM, by itself; ``paused``: its vCPUs were stopped from outside.
+    """
 
     STARTING = "starting"
     RUNNING = "running"
     PAUSED = "paused"
+    SUSPENDED = "suspended"
     STOPPED = "stopped"
     GONE = "gone"
 

@@ -49,6 +49,7 @@ _WORDS = {
         "starting": Look("◌", "warn"),
         "running": Look("▶", "good"),
         "paused": Look("‖", "warn"),
+        "suspended": Look("‥", "warn"),
         "stopped": Look("■", "dim"),
         "gone": Look("✖", "bad"),
         "offered": Look("◌", "warn"),

@@ -138,10 +138,12 @@ def test_a_missing_qemu_is_an_error_with_a_remedy(ram: Offer, tmp_path: Path, mo
 
 
 def test_a_device_passed_through_is_seen_in_its_command_line() -> None:
-    given = qemu.Devices(7, (8,)).words
-    assert given == [
+    again = QemuGuest.again("vm", 1 << 20, Path("/x"), ("-s",), "state", "ram", devices=("iommu:vm", "vfio:0"))
+    assert again.words[-7:] == (
         "-object", "iommufd,id=memconsole,fd=4", "-device", "vfio-pci,id=memconsole-0,iommufd=memconsole,fd=5",
-    ]  # fmt: skip
-    assert qemu.given_a_device(["qemu", *given])
+        "-s", "-incoming", "defer",
+    )  # fmt: skip
+    assert again.fds == (("ram", 3), ("iommu:vm", 4), ("vfio:0", 5), ("state", 6))
+    assert qemu.given_a_device(again.words)
     assert qemu.given_a_device(["qemu", "--device", '{"driver": "vfio-pci", "host": "0000:00:04.0"}'])
     assert not qemu.given_a_device(["qemu", "-name", "vfio-pci", "-device", "virtio-net"])

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 from support.controls import goes_on, grant, guest, runtime_dir
+from support.firmware import STATUS, firmware
 from support.guests import until
 
 from memconsole.actions import (
@@ -202,6 +204,34 @@ def test_a_paused_guest_stays_paused_whether_it_fails_or_not(place: Path, monkey
         for name in SIZES:
             goes_on(found, name)
         found.apply(GuestResume("vm"))
+
+
+@pytest.mark.skipif(shutil.which(BINARY) is None, reason=f"{BINARY} is not installed")
+def test_a_suspended_guest_stays_suspended_and_counts_on_once_it_is_woken(place: Path) -> None:
+    def counted() -> tuple[int, int]:
+        (fd,) = found.lend("vm")
+        try:
+            return struct.unpack("<I8xI", os.pread(fd, 16, STATUS))
+        finally:
+            os.close(fd)
+
+    def suspended() -> bool:
+        return guest(found.snapshot(), "vm").state is GuestState.SUSPENDED
+
+    with contextlib.closing(control(place)) as found:
+        found.apply(GuestStart("vm", vmm="qemu", memory=32 * M, args=firmware(place, 100_000)))
+        until(suspended, "it is suspended")
+        assert counted() == (100_000, 0)
+        with pytest.raises(Refused, match="is suspended"):
+            found.apply(GuestPause("vm"))
+        before = pids(found)
+        found.apply(HandoffRehearse())
+        assert pids(found) != before
+        assert suspended()
+        assert counted() == (100_000, 0)
+        found.apply(GuestResume("vm"))
+        until(lambda: counted() == (200_000, 1), "it counts on")
+        until(suspended, "it is suspended again")
 
 
 def test_a_terminal_sees_the_phases_until_guests_stand_still(

@@ -34,6 +34,7 @@ _SHARED: _Command = ("migrate-set-capabilities", {"capabilities": [{"capability"
 _CPR: _Command = ("migrate-set-parameters", {"mode": "cpr-reboot"})
 _STATES = {
     "running": GuestState.RUNNING,
+    "suspended": GuestState.SUSPENDED,
     "shutdown": GuestState.STOPPED,
     "guest-panicked": GuestState.STOPPED,
     "internal-error": GuestState.STOPPED,
@@ -62,16 +63,6 @@ class Devices(NamedTuple):
     iommufd: int
     files: tuple[int, ...]
 
-    @property
-    def words(self) -> list[str]:
-        """What QEMU is told of them; they follow its RAM."""
-        first = GIVEN_FD + 1
-        found = ["-object", f"iommufd,id=memconsole,fd={first}"]
-        for number in range(len(self.files)):
-            place = f"id=memconsole-{number},iommufd=memconsole,fd={first + 1 + number}"
-            found += ["-device", f"vfio-pci,{place}"]
-        return found
-
 
 class QemuGuest:
     """A QEMU: boot RAM cannot be unplugged, so it gives it back by ending (:mod:`~memconsole.backend.revoke.aside`)."""
@@ -86,6 +77,7 @@ class QemuGuest:
         self._handle = handle
         self._directory = directory
         self._monitor: Qmp | None = None
+        self._goes_on = "running"
 
     @classmethod
     def start(
@@ -109,7 +101,7 @@ class QemuGuest:
             raise GuestError(f"guest {name} cannot start", "QEMU takes a whole region, read-write", "map it so")
         log = directory / "log"
         socket = directory / "qmp"
-        argv = _words(name, ram.length, socket, [*(devices.words if devices is not None else ()), *args])
+        argv = _words(name, ram.length, socket, args, devices=len(devices.files) if devices is not None else 0)
         socket.unlink(missing_ok=True)
         handed = (devices.iommufd, *devices.files) if devices is not None else ()
         handle = spawn(argv, log, ram.fd, *handed)
@@ -132,10 +124,10 @@ class QemuGuest:
         return cls(name, Handle(pid, start_ticks), directory, ram)
 
     def state(self) -> GuestState:
-        """Running, paused, stopped when it cannot go on, or gone."""
+        """Running, suspended, paused, stopped when it cannot go on, or gone."""
         if not self._handle.alive():
             return GuestState.GONE
-        return _STATES.get(self._execute("query-status")["status"], GuestState.PAUSED)
+        return _STATES.get(self._status(), GuestState.PAUSED)
 
     def agent(self) -> bool:
         """Whether it would answer a request to give its RAM back: its monitor is what answers."""
@@ -170,7 +162,7 @@ class QemuGuest:
         Raises:
             Gone: it ended. GuestError: it does not answer.
         """
-        return bool(self._execute("query-status")["status"] == "postmigrate")
+        return self._status() == "postmigrate"
 
     def quit(self, within: float) -> None:
         """QMP ``quit``, by itself.
@@ -188,8 +180,8 @@ class QemuGuest:
         self._execute("stop")
 
     def resume(self) -> None:
-        """Let it go on (QMP ``cont``)."""
-        self._execute("cont")
+        """Let it go on (QMP ``cont``); one that is suspended wakes up."""
+        self._execute("system_wakeup" if self._status() == "suspended" else "cont")
 
     def save(self, fd: int, within: float) -> None:
         """Pause it, and have it write its devices and vCPUs into the file, from its start; RAM stays where it is.
@@ -203,6 +195,7 @@ class QemuGuest:
         os.lseek(fd, 0, os.SEEK_SET)
         if self.is_saved():  # and was left paused; QEMU saves none that was saved and has not gone on since
             self._execute("cont")
+        self._goes_on = "suspended" if self._status() == "suspended" else "running"
         self._execute("stop")
         for command, arguments in self._ways():
             self._execute(command, arguments=arguments)
@@ -222,23 +215,39 @@ class QemuGuest:
         Raises:
             Gone: it ended. GuestError: it does not answer.
         """
-        return _restart(self._words(), self._directory, self._ways(), (state, ram), paused=paused)
+        until = None if paused else self._goes_on
+        return _restart(self._words(), self._directory, self._ways(), (ram, state), until=until)
 
     @staticmethod
     def again(  # noqa: PLR0917 - what QEMU was started with is this much
-        name: str, memory: int, directory: Path, args: Sequence[str], state: str, ram: str, *, paused: bool = False
+        name: str,
+        memory: int,
+        directory: Path,
+        args: Sequence[str],
+        state: str,
+        ram: str,
+        *,
+        devices: Sequence[str] = (),
+        paused: bool = False,
     ) -> Restart:
-        """The same of one that is gone, as :meth:`start` would begin it; it must know cpr-reboot."""
-        ways = [_SHARED, _CPR]
-        return _restart(_words(name, memory, directory / "qmp", args), directory, ways, (state, ram), paused=paused)
+        """The same of one that is gone, as :meth:`start` would begin it; it must know cpr-reboot.
+
+        ``devices`` are an iommufd and the devices' files, as custody calls them, none of which another QEMU has had.
+        """
+        words = _words(name, memory, directory / "qmp", args, devices=len(devices[1:]))
+        until = None if paused else "running"
+        return _restart(words, directory, [_SHARED, _CPR], (ram, *devices, state), until=until)
 
     def passes_through(self) -> bool:
-        """Whether it was started with a device of this host (VFIO), whose state it cannot save.
+        """Whether it was started with a device of this host (VFIO): it can be saved while its guest is suspended.
 
         Raises:
             Gone: it ended.
         """
         return given_a_device(self._words())
+
+    def _status(self) -> str:
+        return str(self._execute("query-status")["status"])
 
     def _words(self) -> list[str]:
         """What it was started with."""
@@ -318,8 +327,8 @@ class QemuGuest:
         return self._monitor.execute(command, arguments, within=ANSWERS if within is None else within, fd=fd)
 
 
-def _words(name: str, memory: int, socket: Path, args: Sequence[str]) -> list[str]:
-    """A command line for so many bytes of RAM, which is the fd that every guest is given."""
+def _words(name: str, memory: int, socket: Path, args: Sequence[str], *, devices: int = 0) -> list[str]:
+    """A command line for so many bytes of RAM, the fd that every guest is given; an iommufd and devices follow it."""
     # QEMU opens the path itself: through its own copy of the fd it reaches the memfd, which has no other name.
     backend = f"memory-backend-file,id=ram,size={memory},mem-path=/proc/self/fd/{GIVEN_FD},share=on"
     return [
@@ -327,24 +336,34 @@ def _words(name: str, memory: int, socket: Path, args: Sequence[str]) -> list[st
         *("-name", name, "-nodefaults", "-no-user-config", "-display", "none"),
         *("-machine", "q35,memory-backend=ram", "-accel", accelerator()),
         *("-m", f"size={memory}B", "-object", backend),
-        *("-qmp", f"unix:{socket},server=on,wait=off", *args),
+        *("-qmp", f"unix:{socket},server=on,wait=off"),
+        *(("-object", f"iommufd,id=memconsole,fd={GIVEN_FD + 1}") if devices else ()),
+        *(word for number in range(devices) for word in ("-device", _device(number))),
+        *args,
     ]
 
 
+def _device(number: int) -> str:
+    return f"vfio-pci,id=memconsole-{number},iommufd=memconsole,fd={GIVEN_FD + 2 + number}"
+
+
 def _restart(
-    words: Sequence[str], directory: Path, ways: Sequence[_Command], held: tuple[str, str], *, paused: bool
+    words: Sequence[str], directory: Path, ways: Sequence[_Command], held: Sequence[str], *, until: str | None
 ) -> Restart:
-    """One with these words that waits for its state; ``held``: state and RAM as custody calls them."""
-    state, ram = held
+    """One with these words that waits for its state.
+
+    ``held``: what it is given, as custody calls it, its state last; ``until``: the status in which it goes on.
+    """
+    fds = tuple((name, number) for number, name in enumerate(held, GIVEN_FD))
     if tuple(words[-2:]) != _WAITING:
         words = [*words, *_WAITING]
-    come: _Command = ("migrate-incoming", {"uri": f"fd:{GIVEN_FD + 1}"})
+    come: _Command = ("migrate-incoming", {"uri": f"fd:{fds[-1][1]}"})
     say: list[_Command] = [("qmp_capabilities", None), *ways, come]
     lines = [(_line(command, arguments), "return") for command, arguments in say]
     lines.append((_line("query-status", None), '"paused"'))
-    if not paused:
-        lines += [(_line("cont", None), "return"), (_line("query-status", None), '"running"')]
-    return Restart(tuple(words), ((ram, GIVEN_FD), (state, GIVEN_FD + 1)), str(directory / "qmp"), tuple(lines))
+    if until is not None:
+        lines += [(_line("cont", None), "return"), (_line("query-status", None), f'"{until}"')]
+    return Restart(tuple(words), fds, str(directory / "qmp"), tuple(lines))
 
 
 def _line(command: str, arguments: dict[str, object] | None) -> str:

@@ -170,7 +170,7 @@ def take_back(desk: Desk, intent: Intent) -> None:
             continue
         with contextlib.suppress(MemconsoleError):
             desk.connected(guest.name)
-            if live.state() is not GuestState.RUNNING:
+            if live.state() is GuestState.PAUSED:
                 live.resume()
     for name in desk.custody.names():
         if name.startswith(("session:", "state:", devices.IOVA)) or name == MANIFEST:

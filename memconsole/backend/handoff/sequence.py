@@ -291,14 +291,8 @@ class _Sequence:
             self.stopped[guest.name] = Stopped(guest, held, bootplan.moment(), self._waits(guest))
 
         text = f"write down what {guest.name} is besides its RAM"
-        undo = partial(self._unsave, guest)
+        undo = partial(self.desk.custody.drop, held)
         self._add(work, "save", Step(f"save-{guest.name}", text, do, undo, "drop it"))
-
-    def _unsave(self, guest: Guest) -> None:
-        self.desk.custody.drop(state_held(guest.name))
-        live = self.desk.live(guest.name)
-        if live is not None and guest.state is not GuestState.PAUSED:
-            live.resume()
 
     # --- what is handed over -----------------------------------------------------------------------------------------
 
@@ -439,10 +433,11 @@ class _Sequence:
 
 
 def _goes(met: facts.Met) -> bool:
-    """Whether a guest can go along: it is a VM that runs or is paused."""
+    """Whether a guest can go along: it is a VM that runs, is paused, or is suspended."""
     return met.guest.kind in {GuestKind.CANARY, GuestKind.QEMU} and met.state in {
         GuestState.RUNNING,
         GuestState.PAUSED,
+        GuestState.SUSPENDED,
     }
 
 

@@ -240,21 +240,22 @@ def forget(desk: Desk, name: str) -> None:
 
 def pause(desk: Desk, action: GuestPause) -> Work:
     """Stop its vCPUs (a process: SIGSTOP)."""
-    return _switch(desk, action.name, GuestState.RUNNING, GuestState.PAUSED)
+    return _switch(desk, action.name, GuestState.PAUSED)
 
 
 def resume(desk: Desk, action: GuestResume) -> Work:
-    """Let it go on; one that did not come back from a handoff, or gave its RAM back, is started again."""
+    """Let it go on, wake it; one that did not come back from a handoff, or gave its RAM back, is started again."""
     guest = desk.state.guests.get(action.name)
     if guest is not None and aside.waits(desk, guest.name):
         return aside.again(desk, guest)
     if guest is not None and handoff.waits(desk, guest.name):
         return handoff.again(desk, guest)
-    return _switch(desk, action.name, GuestState.PAUSED, GuestState.RUNNING)
+    return _switch(desk, action.name, GuestState.RUNNING)
 
 
-def _switch(desk: Desk, name: str, old: GuestState, new: GuestState) -> Work:
+def _switch(desk: Desk, name: str, new: GuestState) -> Work:
     pausing = new is GuestState.PAUSED
+    still = {GuestState.PAUSED, GuestState.SUSPENDED}
     work = Work(name, f"guest {name} is paused" if pausing else f"guest {name} goes on")
     guest = known_guest(work, desk, name)
     if guest is None:
@@ -264,9 +265,10 @@ def _switch(desk: Desk, name: str, old: GuestState, new: GuestState) -> Work:
     if live is None or state is GuestState.GONE:
         work.refuse("GuestGone", f"guest {name} is gone", "its process ended", f"memconsole guest stop {name}")
         return work
-    if state is not old:
-        remedy = f"memconsole guest resume {name}" if state is GuestState.PAUSED else f"memconsole guest pause {name}"
-        work.refuse("NotRunning" if pausing else "NotPaused", f"guest {name} is {state}", f"it is not {old}", remedy)
+    if state not in ({GuestState.RUNNING} if pausing else still):
+        remedy = f"memconsole guest resume {name}" if state in still else f"memconsole guest pause {name}"
+        why = f"it is not {'running' if pausing else 'paused'}"
+        work.refuse("NotRunning" if pausing else "NotPaused", f"guest {name} is {state}", why, remedy)
         return work
     if not pausing and handoff.devices_wait(desk, name):
         handoff.give_back(desk, work, guest)

@@ -8,11 +8,11 @@ import struct
 import subprocess
 import time
 from collections.abc import Iterable
-from pathlib import Path
 
 import lab_guest as lab
 from edu import BDF as EDU
 from edu import PAGE, dies, faults, found, frames, grants, held, refused, started, tables
+from firmware import DST, SRC, STATUS, firmware
 from services import Service, services
 
 from memconsole import actions as do
@@ -21,23 +21,12 @@ from memconsole.backend.dma import iommufd, vfio
 from memconsole.backend.wire.client import Client
 
 RAM = 16 << 20
-STATUS, SRC, DST = 0x100000, 0x200000, 0x300000
 HOLE = range(0xA0, 0x100)
 """Pages of a PC that its firmware and its screen have; RAM there only as its guest says."""
 
 
 def check(name: str, ok: bool, **more: object) -> None:
     lab.say(name, ok, **more)
-
-
-def firmware(directory: Path) -> Path:
-    """The guest's code (tests/support/edu_firmware.S)."""
-    source = Path(os.environ["PYTHONPATH"]) / "edu_firmware.S"
-    made, image = directory / "edu.o", directory / "edu.bin"
-    subprocess.run(["as", "--32", "-o", made, source], check=True)
-    link = ["ld", "-m", "elf_i386", "-Ttext", "0xffff0000", "-e", "0xfffffff0", "--oformat", "binary"]
-    subprocess.run([*link, "-o", image, made], check=True)
-    return image
 
 
 class Ram:
@@ -81,8 +70,8 @@ def run(service: Service, *words: str) -> subprocess.CompletedProcess[str]:
 
 with services() as service:
     client = started(service)
-    image = firmware(service.directory)
-    start = do.GuestStart("vm", vmm="qemu", memory=RAM, device=EDU, args=("-bios", str(image)))
+    args = firmware(service.directory)
+    start = do.GuestStart("vm", vmm="qemu", memory=RAM, device=EDU, args=args)
 
     # --- what is refused, each by its name
     check("canary", refused(client, do.GuestStart("c", device=EDU)) == ["NoDevices"])
@@ -104,7 +93,7 @@ with services() as service:
     # --- start, as a user would
     steps = [effect.id for effect in client.plan(start).effects]
     check("steps", steps[-3:] == ["bind", "hand", "spawn"], steps=steps)
-    words = ("guest", "start", "vm", "--vmm", "qemu", "--memory", "16M", "--device", EDU, "--", "-bios", str(image))
+    words = ("guest", "start", "vm", "--vmm", "qemu", "--memory", "16M", "--device", EDU, "--", *args)
     done = run(service, *words)
     check("cli", done.returncode == 0, out=done.stdout, err=done.stderr)
     guest = next(guest for guest in client.snapshot().guests if guest.name == "vm")

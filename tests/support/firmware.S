@@ -1,7 +1,9 @@
 # Firmware for a PC: it finds edu (1234:11e8) on bus 0, and has it carry a counter through guest memory for ever.
+# Where there is no edu, it counts. It suspends itself to RAM when it is asked, and counts on when it is woken.
 #
 #   STATUS + 0   rounds begun           STATUS + 4   what came back to DST in the last one
-#   STATUS + 8   edu's identification
+#   STATUS + 8   edu's identification   STATUS + 12  how often it was woken
+#   STATUS + 16  MAGIC: it counts       STATUS + 32  after so many rounds, and as many more, it is suspended; 0: never
 #   SRC          4 KiB, the counter in front: memory -> edu's buffer       DST   the same: edu's buffer -> memory
 #
 # as --32; ld -m elf_i386 -Ttext 0xffff0000 --oformat binary: 64 KiB, which end where the processor begins.
@@ -11,6 +13,9 @@
 	.set DST, 0x300000
 	.set BAR, 0xe0000000
 	.set BUFFER, 0x40000
+	.set MAGIC, 0x5333
+	.set LPC, 0x8000f800		# configuration address of 00:1f.0, which has the power management
+	.set PM, 0x600
 
 	.text
 	.org 0xf000
@@ -30,6 +35,28 @@ protected:
 	movw	%ax, %es
 	movw	%ax, %ss
 
+	movl	$LPC + 0x40, %eax	# where its ports are
+	movw	$0xcf8, %dx
+	outl	%eax, %dx
+	movl	$PM + 1, %eax
+	movw	$0xcfc, %dx
+	outl	%eax, %dx
+	movl	$LPC + 0x44, %eax	# they are enabled
+	movw	$0xcf8, %dx
+	outl	%eax, %dx
+	movl	$0x80, %eax
+	movw	$0xcfc, %dx
+	outl	%eax, %dx
+
+	xorl	%ebp, %ebp
+	cmpl	$MAGIC, STATUS + 16
+	jne	first
+	movl	STATUS, %ebp
+	incl	STATUS + 12
+first:
+	movl	$MAGIC, STATUS + 16
+
+	xorl	%esi, %esi
 	movl	$0x80000000, %ebx	# configuration address of 00:00.0
 find:
 	movl	%ebx, %eax
@@ -42,7 +69,7 @@ find:
 	addl	$0x800, %ebx
 	cmpl	$0x80010000, %ebx
 	jb	find
-	hlt
+	jmp	round
 found:
 	leal	0x10(%ebx), %eax	# BAR 0
 	movw	$0xcf8, %dx
@@ -60,11 +87,12 @@ found:
 	movl	$BAR, %esi
 	movl	(%esi), %eax
 	movl	%eax, STATUS + 8
-	xorl	%ebp, %ebp
 round:
 	incl	%ebp
 	movl	%ebp, SRC
 	movl	%ebp, STATUS
+	testl	%esi, %esi
+	jz	rest
 	movl	$SRC, 0x80(%esi)
 	movl	$BUFFER, 0x88(%esi)
 	movl	$4096, 0x90(%esi)
@@ -81,7 +109,21 @@ from:
 	jnz	from
 	movl	DST, %eax
 	movl	%eax, STATUS + 4
-	jmp	round
+rest:
+	movl	STATUS + 32, %ecx
+	testl	%ecx, %ecx
+	jz	round
+	movl	%ebp, %eax
+	xorl	%edx, %edx
+	divl	%ecx
+	testl	%edx, %edx
+	jnz	round
+	movw	$PM + 4, %dx		# suspend to RAM
+	movw	$0x2400, %ax
+	outw	%ax, %dx
+still:
+	hlt
+	jmp	still
 
 	.align 8
 gdt:

@@ -1,0 +1,19 @@
+"""The firmware of guests whose code is the test's own (firmware.S), built with the assembler."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+STATUS, SRC, DST = 0x100000, 0x200000, 0x300000
+"""Where in its RAM a guest says how far it is, and what it has a device carry from where to where."""
+
+
+def firmware(directory: Path, sleeps: int = 0) -> tuple[str, ...]:
+    """What QEMU is told to run it, built in a directory; ``sleeps``: after how many rounds it is suspended to RAM."""
+    made, image = directory / "firmware.o", directory / "firmware.bin"
+    subprocess.run(["as", "--32", "-o", made, Path(__file__).with_name("firmware.S")], check=True)
+    link = ["ld", "-m", "elf_i386", "-Ttext", "0xffff0000", "-e", "0xfffffff0", "--oformat", "binary"]
+    subprocess.run([*link, "-o", image, made], check=True)
+    told = ("-device", f"loader,addr={STATUS + 32:#x},data={sleeps},data-len=4") if sleeps else ()
+    return ("-bios", str(image), *told)

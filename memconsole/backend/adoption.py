@@ -31,8 +31,9 @@ from memconsole.backend.stores import memfd
 from memconsole.backend.verbs.grants import OFFER_S
 from memconsole.backend.verbs.guests import forget, orphans
 from memconsole.backend.verbs.regions import drop_custody
+from memconsole.backend.verbs.work import Work
 from memconsole.errors import Gone, MemconsoleError
-from memconsole.model import Finding, Grant, GrantState, Guest, Region, RegionState, Severity
+from memconsole.model import Finding, Grant, GrantState, Guest, GuestState, Region, RegionState, Severity
 
 FORWARD = (
     actions.Release,
@@ -52,7 +53,8 @@ def adopt(desk: Desk, write: Write) -> list[Finding]:
     halt.release(desk)
     move.finish(desk)
     desk.handoff = kept.stored(desk)
-    landing, found = _landed(desk, write)
+    again: list[str] = []
+    landing, found = _landed(desk, write, again)
     steps.point("adopt.landed")
     found += _regions(desk)
     steps.point("adopt.regions")
@@ -71,6 +73,8 @@ def adopt(desk: Desk, write: Write) -> list[Finding]:
     if landing is not None:
         handoff.settle(desk, landing)
         found += landing.findings
+    for name in [*again, *handoff.wait_for_devices(desk)]:
+        found += _bring_back(desk, write, name)
     steps.point("adopt.settled")
     found += _unknown(desk, write)
     aside.tidy(desk)
@@ -80,14 +84,18 @@ def adopt(desk: Desk, write: Write) -> list[Finding]:
     return found
 
 
-def _landed(desk: Desk, write: Write) -> tuple[Landing | None, list[Finding]]:
-    """The other side of a jump: the ledger learns which inodes its regions, which processes its guests are now."""
+def _landed(desk: Desk, write: Write, again: list[str]) -> tuple[Landing | None, list[Finding]]:
+    """The other side of a jump: the ledger learns which inodes its regions, which processes its guests are now.
+
+    A guest that was started alone is added to ``again``: it is to be resumed, once it is taken over.
+    """
     if not handoff.landed(desk):
         return None, []
     for number, intent in list(desk.state.unfinished.items()):
         guest = desk.state.guests.get(intent.subject)
         if isinstance(intent.action, actions.GuestResume) and guest is not None:  # alone, long after the landing
-            return None, _resumed(desk, write, number, guest)
+            again += _started(desk, write, number, guest)
+            return None, []
     try:
         landing = handoff.land(desk)
     except MemconsoleError as error:
@@ -102,15 +110,27 @@ def _landed(desk: Desk, write: Write) -> tuple[Landing | None, list[Finding]]:
     return landing, []
 
 
-def _resumed(desk: Desk, write: Write, number: int, guest: Guest) -> list[Finding]:
+def _bring_back(desk: Desk, write: Write, name: str) -> Iterator[Finding]:
+    """Resume a guest as if somebody had asked for it, unless it has gone on."""
+    live = desk.live(name)
+    with contextlib.suppress(MemconsoleError):
+        desk.connected(name)
+        if live is not None and live.state() is not GuestState.PAUSED:
+            return
+    intent = Intent(time.time_ns(), actions.GuestResume(name), name, "", Change())
+    yield from _finish(desk, write, write(intent), intent)
+
+
+def _started(desk: Desk, write: Write, number: int, guest: Guest) -> list[str]:
+    """A guest that an earlier control process started alone and did not see go on; its name, if it is there."""
     try:
         change = Change(guests=(alone.started(desk, guest),))
     except MemconsoleError as error:
         write(Failed(number, time.time_ns(), error.code, str(error)))
-    else:
-        write(Done(number, time.time_ns(), f"guest {guest.name} goes on (carried through after a restart)", change))
-        alone.let_go(desk, guest.name)
-    return []
+        return []
+    write(Done(number, time.time_ns(), f"guest {guest.name} is started (carried through after a restart)", change))
+    alone.let_go(desk, guest.name)
+    return [guest.name]
 
 
 # --- regions ----------------------------------------------------------------------------------------------------
@@ -178,14 +198,17 @@ def _found(desk: Desk, write: Write, name: str, count: int) -> Finding:
 
 def _finish(desk: Desk, write: Write, number: int, intent: Intent) -> Iterator[Finding]:
     """Carry an unfinished action through, or take it back."""
-    action = intent.action
+    action, work = intent.action, None
+    again: list[str] = []
     try:
         if isinstance(action, FORWARD):
-            write(_forward(desk, number, action))
+            work = verbs.work(desk, action)
+            write(_forward(number, action, work))
         else:
-            write(_back(desk, number, intent))
+            write(_back(desk, number, intent, again))
     except MemconsoleError as error:
-        write(Failed(number, time.time_ns(), error.code, str(error)))
+        lasting = work.lasting if work is not None else Change()
+        write(Failed(number, time.time_ns(), error.code, str(error), lasting))
         yield Finding(
             "action-unfinished",
             Severity.WARNING,
@@ -194,10 +217,14 @@ def _finish(desk: Desk, write: Write, number: int, intent: Intent) -> Iterator[F
             f"ledger record {number}",
             error.remedy or f"try again: {actions.cli_form(action)}",
         )
+    else:
+        if work is not None and work.after is not None:
+            work.after()
+    for name in again:
+        yield from _bring_back(desk, write, name)
 
 
-def _forward(desk: Desk, number: int, action: actions.Action) -> Record:
-    work = verbs.work(desk, action)
+def _forward(number: int, action: actions.Action, work: Work) -> Record:
     now = time.time_ns()
     if work.refusals:
         return Failed(number, now, work.refusals[0].code, work.refusals[0].what)
@@ -205,12 +232,13 @@ def _forward(desk: Desk, number: int, action: actions.Action) -> Record:
     return Done(number, now, f"{work.text} (carried through after a restart)", work.change)
 
 
-def _back(desk: Desk, number: int, intent: Intent) -> Record:
+def _back(desk: Desk, number: int, intent: Intent, again: list[str]) -> Record:
+    """Take it back; guests that are to be resumed then are added to ``again``."""
     action = intent.action
     if isinstance(action, actions.Handoff):
         if handoff.interrupted(desk, action):
             return _carried_on(desk, number, intent)
-        handoff.take_back(desk, intent)
+        again += handoff.take_back(desk, intent)
     if isinstance(action, actions.GuestStart):
         for handle in orphans(desk, action.name):
             with contextlib.closing(handle):

@@ -243,12 +243,14 @@ class Control:
             except BaseException as error:
                 code = error.code if isinstance(error, MemconsoleError) else type(error).__name__
                 self._record(Failed(number, time.time_ns(), code, str(error), work.lasting))
+                self._follow(work)
                 raise
             self._record(Done(number, time.time_ns(), work.text, work.change))
             self._settle(work.change)
             if work.after is not None:
                 work.after()
             self._standing += work.findings
+            self._follow(work)
         return Outcome(
             action.spec.id,
             work.subject,
@@ -305,6 +307,12 @@ class Control:
                     self._desk.runtime_dir.rmdir()
 
     # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _follow(self, work: Work) -> None:
+        """What comes of itself after an action; a guest that is not brought back is a finding as long as it waits."""
+        for action in work.then:
+            with contextlib.suppress(MemconsoleError):
+                self.apply(action)
 
     def _not_here(self, action: Action) -> Refusal:
         why = self._read_only or "it is closed"

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,31 +208,47 @@ def test_a_paused_guest_stays_paused_whether_it_fails_or_not(place: Path, monkey
 
 
 @pytest.mark.skipif(shutil.which(BINARY) is None, reason=f"{BINARY} is not installed")
-def test_a_suspended_guest_stays_suspended_and_counts_on_once_it_is_woken(place: Path) -> None:
-    def counted() -> tuple[int, int]:
+def test_a_suspended_guest_stays_suspended_whatever_happens_and_counts_on_once_it_is_woken(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise MemconsoleError("nobody can be started", "said the test")
+
+    def counted(found: Control) -> tuple[int, int]:
         (fd,) = found.lend("vm")
         try:
             return struct.unpack("<I8xI", os.pread(fd, 16, STATUS))
         finally:
             os.close(fd)
 
-    def suspended() -> bool:
+    def suspended(found: Control) -> bool:
         return guest(found.snapshot(), "vm").state is GuestState.SUSPENDED
+
+    def is_as_it_was(found: Control) -> bool:
+        return suspended(found) and counted(found) == (100_000, 0) and left(place) == []
 
     with contextlib.closing(control(place)) as found:
         found.apply(GuestStart("vm", vmm="qemu", memory=32 * M, args=firmware(place, 100_000)))
-        until(suspended, "it is suspended")
-        assert counted() == (100_000, 0)
+        until(partial(suspended, found), "it is suspended")
         with pytest.raises(Refused, match="is suspended"):
             found.apply(GuestPause("vm"))
+        with monkeypatch.context() as patch:
+            patch.setattr(vmm, "revival", refuse)
+            with pytest.raises(MemconsoleError, match="said the test"):
+                found.apply(HandoffRehearse())
+        assert is_as_it_was(found)
+    for point in ("pause-vm.after", "save-vm.after", "manifest.after"):
+        dies(place, REHEARSES, f"handoff-rehearse.{point}")
+        with contextlib.closing(control(place)) as found:
+            assert is_as_it_was(found), point
+    with contextlib.closing(control(place)) as found:
         before = pids(found)
         found.apply(HandoffRehearse())
         assert pids(found) != before
-        assert suspended()
-        assert counted() == (100_000, 0)
+        assert is_as_it_was(found)
         found.apply(GuestResume("vm"))
-        until(lambda: counted() == (200_000, 1), "it counts on")
-        until(suspended, "it is suspended again")
+        until(lambda: counted(found) == (200_000, 1), "it counts on")
+        until(partial(suspended, found), "it is suspended again")
 
 
 def test_a_terminal_sees_the_phases_until_guests_stand_still(
@@ -322,10 +339,12 @@ def test_a_guest_that_waits_can_be_given_up(place: Path, monkeypatch: pytest.Mon
 def test_killed_while_it_resumes_one_by_hand_it_is_resumed_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.closing(begin(place)) as found:
         monkeypatch.setattr(bootplan, "VERSION", bootplan.VERSION + 1)
+        found.apply(GuestStart("three", memory=M))
+        found.apply(GuestStart("four", memory=M))
         found.apply(HandoffRehearse())
         monkeypatch.undo()
         points = steps.fault_points(found.plan(GuestResume("one")))
-    for name, point in zip(SIZES, points, strict=True):
+    for name, point in zip([*SIZES, "three", "four"], points, strict=True):
         dies(place, f"control.apply(GuestResume({name!r}))", point)
         with contextlib.closing(control(place)) as after:
             until(lambda name=name: guest(after.snapshot(), name).state is GuestState.RUNNING, f"{name} at {point}")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from support import controls
+from support.firmware import firmware
 from support.guests import until
 from support.services import Service, services
 
@@ -146,3 +147,16 @@ def test_a_service_that_dies_in_the_ask_has_it_done_by_the_next(place: Place, po
     until(lambda: ended(place.pid), "QEMU ends")
     assert place.findings() == {"guest-aside"}
     place.come_back()
+
+
+def test_one_that_is_suspended_is_not_asked_and_stays_so(place: Place) -> None:
+    def state() -> GuestState:
+        return controls.guest(place.shown(), "still").state
+
+    start = do.GuestStart("still", vmm="qemu", memory=RAM, args=firmware(place.service.directory, 1000))
+    place.client.apply(start)
+    place.service.guests.add(controls.guest(place.shown(), "still").pid or 0)
+    until(lambda: state() is GuestState.SUSPENDED, "it is suspended")
+    with pytest.raises(GuestError, match="suspended to RAM"):
+        place.revoke("g2")
+    assert state() is GuestState.SUSPENDED

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from memconsole.backend.dma.filled import compare
+from memconsole.backend.dma.filled import compare, merged, within
 from memconsole.extents import Extent, Flag
 from memconsole.model import Access, Grant, GrantState
 
@@ -64,3 +64,12 @@ def test_a_device_whose_grants_were_taken_back_reaches_nothing_of_the_region() -
     assert found(grants=(), granted=()) == []
     assert found(run(0xFFFF8, 100, 8), grants=(), granted=()) == []
     assert found(run(0, 7000, 1), grants=(), granted=()) == ["dma-unknown"]
+
+
+def test_what_of_a_run_is_known_is_cut_to_it() -> None:
+    known = merged([(30, 5), (10, 4), (14, 2), (31, 2), (50, 10)])
+    assert known == [(10, 16), (30, 35), (50, 60)]
+    assert list(within(run(0, 12, 30), known)) == [(12, 16), (30, 35)]
+    assert list(within(run(0, 10, 2), known)) == [(10, 12)]
+    assert list(within(run(0, 16, 14), known)) == []
+    assert list(within(run(0, 59, 9), known)) == [(59, 60)]

@@ -17,13 +17,17 @@ from memconsole.backend.handoff.manifest import Manifest, Placed, Stopped
 from memconsole.backend.handoff.report import Clock, Progress
 from memconsole.errors import BadFile
 from memconsole.model import (
+    Access,
     Carried,
     CarriedDevice,
+    Grant,
+    GrantState,
     Guest,
     GuestKind,
     GuestState,
     HandoffReport,
     HandoffState,
+    Kept,
     Region,
     RegionState,
     Segment,
@@ -206,3 +210,18 @@ def test_a_guest_whose_devices_are_not_back_is_not_back() -> None:
     assert "devices" in guest.why
     assert "IOVA DIFFER" in timeline.device(replace(DEVICE, same=False))
     assert "NOT BACK (by the ledger)" in timeline.device(replace(DEVICE, same=None, source="ledger"))
+
+
+def test_guests_of_memory_that_is_not_what_it_was_are_named() -> None:
+    grants = [
+        Grant(f"g{number}", region, guest, 0, 4096, Access.RW, GrantState.MAPPED)
+        for number, (region, guest) in enumerate([("fine", "a"), ("moved", "b"), ("other", "c"), ("fine", "c")])
+    ]
+    regions = (
+        Kept("fine", 4096, 1, same=True, contents=True),
+        Kept("moved", 4096, 1, same=False),
+        Kept("other", 4096, 1, same=True, contents=False),
+        Kept("unseen", 4096, 1),
+    )
+    assert report.spoiled(replace(REPORT, regions=regions), grants) == {"b", "c"}
+    assert report.spoiled(REPORT, grants) == set()

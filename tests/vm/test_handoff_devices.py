@@ -19,6 +19,12 @@ def test_a_device_goes_along_and_whoever_dies_on_the_way_harms_nobody(tmp_path: 
     assert said.stages == 3
 
 
+@pytest.mark.rotating("handoff-passthrough")
+def test_a_qemu_takes_its_device_along_while_its_guest_is_suspended(tmp_path: Path) -> None:
+    arguments = ["1" if os.environ.get("MEMCONSOLE_SOAK") else "0"]
+    lab.run("handoff_passthrough", tmp_path, early=lab.RESUME, timeout=LIMIT, arguments=arguments).check()
+
+
 OTHERS = (
     "edu,addr=6,multifunction=on,dma_mask=0xffffffffffff",
     "pci-testdev,addr=6.1",

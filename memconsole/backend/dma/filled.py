@@ -8,7 +8,7 @@ what counts is to which frames an IOVA leads: those of the regions its guest was
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from memconsole.backend.kernel import procmaps, tree
@@ -29,12 +29,12 @@ def compare(
 ) -> Iterator[Finding]:
     """What a device's page tables say, against the frames its guest was granted and those of its VMM."""
     evidence = f"IOMMU page tables of {bdf}"
-    known = _merged(granted)
+    known = merged(granted)
     if grants and not any(_outside(run, known) < run.count for run in runs):
         names = ", ".join(grant.id for grant in grants)
         what = f"device {bdf} reaches nothing of {names}: its VMM does not let it"
         yield Finding("dma-missing", Severity.WARNING, bdf, what, evidence, "look into the guest's log")
-    known = _merged([*granted, *own])
+    known = merged([*granted, *own])
     strange = [(run, pages) for run in runs if (pages := _outside(run, known))]
     if strange:
         run = strange[0][0]
@@ -70,25 +70,29 @@ def own_frames(desk: Desk, guest: str) -> Frames | None:
     return found
 
 
-def _merged(frames: Frames) -> list[tuple[int, int]]:
-    """The same frames in order, as PFN and the PFN behind the last."""
-    merged: list[tuple[int, int]] = []
+def merged(frames: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Runs of frames in order, as PFN and the PFN behind the last."""
+    found: list[tuple[int, int]] = []
     for first, count in sorted(frames):
-        if merged and first <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], first + count))
+        if found and first <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], first + count))
         else:
-            merged.append((first, first + count))
-    return merged
+            found.append((first, first + count))
+    return found
+
+
+def within(run: Extent, known: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """What of a run leads to frames that are known (:func:`merged`), as PFN and the PFN behind the last."""
+    from bisect import bisect_right
+
+    end = run.pfn + run.count
+    for first, last in known[max(0, bisect_right(known, (run.pfn, end)) - 1) :]:
+        if first >= end:
+            break
+        if last > run.pfn:
+            yield max(first, run.pfn), min(last, end)
 
 
 def _outside(run: Extent, known: Sequence[tuple[int, int]]) -> int:
     """How many pages of a run lead to frames that are not known."""
-    from bisect import bisect_right
-
-    end = run.pfn + run.count
-    left = run.count
-    for first, last in known[max(0, bisect_right(known, (run.pfn, end)) - 1) :]:
-        if first >= end:
-            break
-        left -= max(0, min(last, end) - max(first, run.pfn))
-    return left
+    return run.count - sum(last - first for first, last in within(run, known))

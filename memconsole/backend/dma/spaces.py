@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -30,9 +30,9 @@ _END = (1 << 64) - (1 << 12)
 _SPACE, _DEVICE, _GROUP = "iommu:", "vfio:", "group:"
 
 
-def held(guest: str, bdf: str) -> tuple[str, str]:
-    """What a guest's address space and a device of it are called in custody."""
-    return _SPACE + guest, _DEVICE + bdf
+def names(guest: str, devices: Sequence[str]) -> list[str]:
+    """What a guest's address space and its devices are called in custody; nothing where it has none."""
+    return [_SPACE + guest, *(_DEVICE + bdf for bdf in sorted(devices))] if devices else []
 
 
 class Space(Value, frozen=True):
@@ -133,8 +133,10 @@ class Spaces:
             vfio.enable(device, master=not quiet)
             self._keep(Attached(bdf, guest, number, quiet), device)
 
-    def hand(self, guest: str, bdf: str) -> None:
+    def hand(self, guest: str, bdf: str, *, quiet: bool = False) -> None:
         """Open a device, and an iommufd for it, for a guest whose VMM confines it: :meth:`handed` has both.
+
+        ``quiet``: it is known as quiet until :meth:`restart`; who starts it is its guest.
 
         Raises:
             Refused: it is attached to another guest's (``DeviceInUse``).
@@ -147,9 +149,18 @@ class Spaces:
             try:
                 if guest not in self._spaces:
                     self._make(guest, Kind.VMM)
-                self._keep(Attached(bdf, guest), device)
+                self._keep(Attached(bdf, guest, quiet=quiet), device)
             finally:
                 os.close(device)
+
+    def close(self, guest: str) -> None:
+        """Close what a guest was handed whose VMM is gone: QEMU binds a device once for each opening of its file."""
+        with self._lock:
+            if guest in self._spaces:
+                for bdf in [bdf for bdf, owner in self._devices.items() if owner == guest]:
+                    self._drop(bdf)
+                self._desk.custody.drop(_SPACE + guest)
+                del self._spaces[guest]
 
     @contextlib.contextmanager
     def handed(self, guest: str) -> Iterator[tuple[int, tuple[int, ...]]]:
@@ -201,13 +212,14 @@ class Spaces:
                 raise
 
     def restart(self, bdf: str) -> None:
-        """Let a device that was quiesced master the bus again.
+        """Let a device that was quiesced master the bus again; where a VMM has it, that is for its guest to do.
 
         Raises:
             NotFound: nobody holds it. KernelRefused: its configuration space cannot be reached.
         """
         with self._lock, self._device(bdf) as device:
-            vfio.enable(device)
+            if self._devices[bdf] not in self.filled:
+                vfio.enable(device)
             self._keep(self._attached(bdf), device)
 
     @contextlib.contextmanager

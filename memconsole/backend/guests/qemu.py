@@ -77,7 +77,6 @@ class QemuGuest:
         self._handle = handle
         self._directory = directory
         self._monitor: Qmp | None = None
-        self._goes_on = "running"
 
     @classmethod
     def start(
@@ -195,7 +194,6 @@ class QemuGuest:
         os.lseek(fd, 0, os.SEEK_SET)
         if self.is_saved():  # and was left paused; QEMU saves none that was saved and has not gone on since
             self._execute("cont")
-        self._goes_on = "suspended" if self._status() == "suspended" else "running"
         self._execute("stop")
         for command, arguments in self._ways():
             self._execute(command, arguments=arguments)
@@ -215,8 +213,7 @@ class QemuGuest:
         Raises:
             Gone: it ended. GuestError: it does not answer.
         """
-        until = None if paused else self._goes_on
-        return _restart(self._words(), self._directory, self._ways(), (ram, state), until=until)
+        return _restart(self._words(), self._directory, self._ways(), (ram, state), paused=paused)
 
     @staticmethod
     def again(  # noqa: PLR0917 - what QEMU was started with is this much
@@ -235,8 +232,7 @@ class QemuGuest:
         ``devices`` are an iommufd and the devices' files, as custody calls them, none of which another QEMU has had.
         """
         words = _words(name, memory, directory / "qmp", args, devices=len(devices[1:]))
-        until = None if paused else "running"
-        return _restart(words, directory, [_SHARED, _CPR], (ram, *devices, state), until=until)
+        return _restart(words, directory, [_SHARED, _CPR], (ram, *devices, state), paused=paused)
 
     def passes_through(self) -> bool:
         """Whether it was started with a device of this host (VFIO): it can be saved while its guest is suspended.
@@ -348,11 +344,11 @@ def _device(number: int) -> str:
 
 
 def _restart(
-    words: Sequence[str], directory: Path, ways: Sequence[_Command], held: Sequence[str], *, until: str | None
+    words: Sequence[str], directory: Path, ways: Sequence[_Command], held: Sequence[str], *, paused: bool
 ) -> Restart:
     """One with these words that waits for its state.
 
-    ``held``: what it is given, as custody calls it, its state last; ``until``: the status in which it goes on.
+    ``held``: what it is given, as custody calls it, its state last.
     """
     fds = tuple((name, number) for number, name in enumerate(held, GIVEN_FD))
     if tuple(words[-2:]) != _WAITING:
@@ -361,8 +357,8 @@ def _restart(
     say: list[_Command] = [("qmp_capabilities", None), *ways, come]
     lines = [(_line(command, arguments), "return") for command, arguments in say]
     lines.append((_line("query-status", None), '"paused"'))
-    if until is not None:
-        lines += [(_line("cont", None), "return"), (_line("query-status", None), f'"{until}"')]
+    if not paused:
+        lines.append((_line("cont", None), "return"))
     return Restart(tuple(words), fds, str(directory / "qmp"), tuple(lines))
 
 

@@ -20,6 +20,7 @@ from msgspec.structs import replace
 
 from memconsole.actions import Handoff, HandoffRehearse
 from memconsole.backend.desk import Desk, custody_name
+from memconsole.backend.guests.qemu import QemuGuest
 from memconsole.backend.handoff import bootplan, devices, image, kept, report, verify
 from memconsole.backend.handoff.bootplan import LANDED, MANIFEST, RESUME, STARTED, Moment, Resume, Resumed
 from memconsole.backend.handoff.manifest import Manifest
@@ -27,7 +28,7 @@ from memconsole.backend.handoff.report import Clock, Progress
 from memconsole.backend.state import Change, Intent
 from memconsole.backend.steps import point
 from memconsole.backend.stores import memfd
-from memconsole.errors import Gone, GuestError, MemconsoleError
+from memconsole.errors import Gone, GuestError, MemconsoleError, NotFound
 from memconsole.model import (
     Carried,
     Finding,
@@ -43,6 +44,8 @@ from memconsole.model import (
 )
 from memconsole.native import program
 
+SUSPENDED = b"suspended"
+"""What custody says of the state of a guest that was suspended when it was saved."""
 RESUME_S = 120.0
 """Seconds memconsole-resume has to start every VMM of a rehearsal."""
 _OK = {0, 4}
@@ -133,13 +136,28 @@ def settle(desk: Desk, landing: Landing) -> None:
     point("adopt.reported")
     if described is not None and clock is not None:
         if contents:
-            wrong = {each.name for each in made.regions if each.contents is False}
-            held = {grant.guest for grant in desk.state.grants.values() if grant.region in wrong}
-            late = _let_go_on(desk, described, clock, waiting | held)
+            late = _let_go_on(desk, described, clock, waiting | report.spoiled(made, desk.state.grants.values()))
         made = report.held(report.filled(made, late.items(), "its VMM"), waiting)
         kept.store(desk, replace(made, state=HandoffState.DONE))
         devices.settle(desk, described)
     _tidy(desk, landing.report)
+
+
+def wait_for_devices(desk: Desk) -> list[str]:
+    """The guests that a jump brought here, and whose VMMs are started only once their devices can be given to them.
+
+    One whose memory is not what it was is left to whoever resumes it by hand.
+    """
+    if not any(name.startswith(devices.IOVA) for name in desk.custody.names()):
+        return []
+    described, _ = kept.described(desk)
+    if described is None or described.report.kind != "run":
+        return []
+    made = desk.handoff
+    spoiled = report.spoiled(made, desk.state.grants.values()) if made is not None else set()
+    stopped = [each.guest for each in described.guests if each.guest.kind is GuestKind.QEMU]
+    names = [guest.name for guest in stopped if guest.name not in spoiled]
+    return [name for name in names if name in desk.state.guests and devices.waits(desk, described, name)]
 
 
 def _tidy(desk: Desk, made: HandoffReport) -> None:
@@ -159,25 +177,46 @@ def _tidy(desk: Desk, made: HandoffReport) -> None:
     desk.custody.drop(RESUME)
 
 
-def take_back(desk: Desk, intent: Intent) -> None:
-    """Undo what a control process that died did of a handoff, before the jump."""
+def take_back(desk: Desk, intent: Intent) -> list[str]:
+    """Undo what a control process that died did of a handoff, before the jump; the guests that are to be resumed."""
     for bdf in desk.spaces.quiet:
         with contextlib.suppress(MemconsoleError):
             desk.spaces.restart(bdf)
+    ended = []
     for guest in desk.state.guests.values():
         live = desk.live(guest.name)
         if live is None or guest.kind is GuestKind.PROCESS or guest.state is GuestState.PAUSED:
             continue
         with contextlib.suppress(MemconsoleError):
             desk.connected(guest.name)
-            if live.state() is GuestState.PAUSED:
+            if isinstance(live, QemuGuest) and live.is_saved() and _was_suspended(desk, guest.name):
+                ended.append(guest)
+            elif live.state() is GuestState.PAUSED:
                 live.resume()
+    end(desk, ended)
+    again = [guest.name for guest in desk.state.guests.values() if _is_left(desk, guest)]
     for name in desk.custody.names():
-        if name.startswith(("session:", "state:", devices.IOVA)) or name == MANIFEST:
+        guest_of = name.removeprefix("state:")
+        if name.startswith(("session:", devices.IOVA)) or name == MANIFEST or guest_of not in {name, *again}:
             desk.custody.drop(name)
     if not isinstance(intent.action, HandoffRehearse):
         with contextlib.suppress(MemconsoleError):
             image.unload()
+    return again
+
+
+def _was_suspended(desk: Desk, guest: str) -> bool:
+    """Whether custody has the state of a guest that was suspended when it was saved."""
+    with contextlib.suppress(NotFound):
+        fd, payload = desk.custody.get(f"state:{guest}")
+        os.close(fd)
+        return payload == SUSPENDED
+    return False
+
+
+def _is_left(desk: Desk, guest: Guest) -> bool:
+    """Whether a guest was ended because it could not go on from where it was saved."""
+    return desk.live(guest.name) is None and _was_suspended(desk, guest.name)
 
 
 def interrupted(desk: Desk, action: Handoff) -> bool:

@@ -10,10 +10,10 @@ from msgspec.structs import replace
 from memconsole.backend.desk import Desk
 from memconsole.backend.handoff import bootplan, devices, kept, manifest, vmm
 from memconsole.backend.handoff.adopt import revive, take_hold
-from memconsole.backend.handoff.bootplan import MANIFEST, RESUME
+from memconsole.backend.handoff.bootplan import MANIFEST, RESUME, Moment
 from memconsole.backend.handoff.report import Clock
 from memconsole.errors import BadFile, GuestError, MemconsoleError, NotFound
-from memconsole.model import Guest, GuestState
+from memconsole.model import Carried, Guest, GuestKind, GuestState
 
 
 def waits(desk: Desk, guest: str) -> bool:
@@ -22,25 +22,39 @@ def waits(desk: Desk, guest: str) -> bool:
 
 
 def again(desk: Desk, guest: Guest) -> Guest:
-    """Start one guest that waits from what was saved; who it is now.
+    """Start one guest that waits from what was saved; who it is now. What it waited for there it waits for still.
 
     Raises:
         GuestError: it did not come back this time either.
+        NotFound, Denied, KernelRefused, Refused: a device that its VMM is to be given cannot be had.
     """
+    described, _ = kept.described(desk)
+    devices.hand(desk, described, guest)
     fd = manifest.memfd("memconsole-plan", bootplan.encode(_alone(desk, guest)))
     try:
-        back = _start_alone(desk, guest, fd)
+        return _start_alone(desk, guest, fd)
     finally:
         os.close(fd)
-    live = desk.live(guest.name)
-    if live is not None and desk.connected(guest.name) and live.state() is GuestState.PAUSED:
+
+
+def go_on(desk: Desk, guest: str) -> None:
+    """Let a guest that was started again go on, with its devices and windows as they were.
+
+    Raises:
+        GuestError: they are not; it stays paused.
+    """
+    live = desk.live(guest)
+    if live is None or (live.kind is not GuestKind.QEMU and not desk.connected(guest)):
+        return
+    if live.state() is GuestState.PAUSED:
+        described, _ = kept.described(desk)
         try:
-            give_back(desk, guest.name)
+            if described is not None:  # else there was no jump, or what was recorded before it is not known
+                give_back(desk, guest)
         except MemconsoleError:
-            let_go(desk, guest.name)
+            let_go(desk, guest)
             raise
         live.resume()
-    return back
 
 
 def start_alone(desk: Desk, guest: Guest, plan: int) -> Guest:
@@ -102,7 +116,7 @@ def _alone(desk: Desk, guest: Guest) -> bootplan.Plan:
         says = tuple(each for each in plan.says if each.guest == guest.name)
     if not starts:
         grants = desk.state.grants_of(guest=guest.name)
-        start, say = vmm.anew(desk, guest, grants, f"state:{guest.name}", paused=False)
+        start, say = vmm.anew(desk, guest, grants, f"state:{guest.name}", paused=True)
         starts, says = (start,), (() if say is None else (say,))
     holds = tuple(
         bootplan.Hold(bootplan.MANIFEST_SESSION, token, name) for token, (name, _) in enumerate(starts[0].fds)
@@ -131,8 +145,18 @@ def give_back(desk: Desk, guest: str) -> None:
     if made is not None:
         guests = made.guests
         if not returned.findings:
-            guests = tuple(replace(each, back=True, why="") if each.name == guest else each for each in guests)
+            stopped = {each.guest.name: each.at for each in described.guests}
+            guests = tuple(_come(desk, each, clock, stopped) if each.name == guest else each for each in guests)
         kept.store(desk, replace(made, guests=guests, devices=kept.newest(made.devices, returned.devices)))
     if returned.findings:
         first = returned.findings[0]
         raise GuestError(f"guest {guest} stays paused", first.what, first.remedy)
+
+
+def _come(desk: Desk, guest: Carried, clock: Clock, stopped: dict[str, Moment]) -> Carried:
+    """A guest of the report that is back later than the others."""
+    live = desk.live(guest.name)
+    back = replace(guest, back=True, why="", pid=live.pid if live is not None else guest.pid)
+    if back.blackout_ns is None and guest.name in stopped:
+        back = replace(back, blackout_ns=clock.between(stopped[guest.name], bootplan.moment()), by="its VMM")
+    return back

@@ -333,7 +333,8 @@ def _guests(facts: Facts) -> Iterator[Condition]:
         not incapable,
         "every VMM can be saved beside its RAM, and started from that",
         "; ".join(f"{met.guest.name}: {met.incapable}" for met in incapable),
-        "start it with a VMM that can (QEMU 8.2 or newer), or stop it",
+        "have it suspend itself, if that is what it lacks (systemctl suspend); start it with a VMM that can (--device,"
+        " QEMU 8.2 or newer); or stop it",
     )
     ended = [met.guest.name for met in vms if met.state in {GuestState.GONE, GuestState.STOPPED}]
     yield Condition(
@@ -344,6 +345,16 @@ def _guests(facts: Facts) -> Iterator[Condition]:
         ", ".join(ended),
         "memconsole guest stop NAME forgets it",
     )
+    if not facts.jump:
+        staying = [met.guest.name for met in vms if met.stays]
+        yield Condition(
+            "guest-stays",
+            WARNING,
+            not staying,
+            "no VMM has devices in its own hands: such a one goes on as it is, and is not rehearsed",
+            ", ".join(staying),
+            "a handoff carries it, while its guest is suspended",
+        )
     processes = [met.guest.name for met in facts.guests if met.guest.kind is GuestKind.PROCESS]
     if facts.jump:
         yield Condition(

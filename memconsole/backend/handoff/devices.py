@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from msgspec.structs import replace
 
 from memconsole.backend import steps
-from memconsole.backend.dma import vfio
+from memconsole.backend.dma import filled, vfio
 from memconsole.backend.handoff import luo
 from memconsole.backend.handoff.manifest import Manifest, Recorded
 from memconsole.backend.kernel import iommu, pci, tree
@@ -36,6 +36,7 @@ from memconsole.model import (
     CarriedWindow,
     Finding,
     Grant,
+    Guest,
     GuestKind,
     Severity,
 )
@@ -97,7 +98,11 @@ def look(desk: Desk, bdf: str, guest: str, source: str = "") -> tuple[ExtentTabl
     """
     if source != "ledger":
         try:
-            return iommu.table(desk.root, pci.iommu_group(desk.root, bdf)), "kernel"
+            table = iommu.table(desk.root, pci.iommu_group(desk.root, bdf))
+            if guest not in desk.spaces.filled:
+                return table, "kernel"
+            with table:
+                return ExtentTable.from_rows(_in_ram(desk, guest, table)), "kernel"
         except tree.UNREADABLE:
             if source:
                 raise
@@ -117,6 +122,19 @@ def _meant(desk: Desk, grant: Grant) -> Iterator[Extent]:
             if start < stop:
                 iova = (grant.gpa or 0) // PAGE + start - first
                 yield Extent(iova, row.pfn + start - row.offset, stop - start, flags)
+
+
+def _in_ram(desk: Desk, guest: str, table: ExtentTable) -> Iterator[Extent]:
+    """What of the rows leads to memory that a guest was granted; what else its VMM shows it is new with each VMM."""
+    frames = filled.merged(
+        (row.pfn, row.count)
+        for grant in desk.state.grants_of(guest=guest)
+        if grant.dma is not None
+        for row in _meant(desk, grant)
+    )
+    for row in table:
+        for first, last in filled.within(row, frames):
+            yield Extent(row.offset + first - row.pfn, first, last - first, row.flags)
 
 
 def differences(was: ExtentTable, now: ExtentTable) -> list[Change]:
@@ -161,6 +179,8 @@ def back(desk: Desk, described: Manifest, clock: Clock, only: str | None = None)
     for each in described.devices:
         if each.table not in names or meant.get(each.bdf) != each.guest or only not in {None, each.guest}:
             continue
+        if _is_handed(desk, each.guest) and desk.live(each.guest) is None:
+            continue  # it is, by :func:`hand`, before its VMM is started
         made, found = _device(desk, each, kept=described.report.kind == "rehearse")
         if found is None and (each.guest not in carried or desk.live(each.guest) is not None):
             desk.spaces.restart(each.bdf)  # else its guest is not back, and it stays quiet until it is
@@ -196,7 +216,8 @@ def _device(desk: Desk, each: Recorded, *, kept: bool) -> tuple[CarriedDevice, F
         pages = sum(change.count for change in changes)
         why = f"{format_size(pages * PAGE)} differ: {_said(changes[0])}"
         what = f"device {each.bdf} of guest {each.guest} does not reach what it reached: {why}"
-        remedy = f"it stays quiet: revoke its grants, map them again, then: memconsole guest resume {each.guest}"
+        first = "look into its log" if _is_handed(desk, each.guest) else "revoke its grants, map them again"
+        remedy = f"it stays quiet: {first}, then: memconsole guest resume {each.guest}"
         where = "the IOMMU's page tables" if each.source == "kernel" else "the regions' frames"
         return (
             replace(made, same=False, why=why),
@@ -206,14 +227,11 @@ def _device(desk: Desk, each: Recorded, *, kept: bool) -> tuple[CarriedDevice, F
 
 
 def _rebuild(desk: Desk, each: Recorded) -> None:
-    """Bind, attach and map as it was; what is there already stays."""
+    """Bind, attach and map as it was; what is there already stays, and what a VMM maps is its own."""
+    if _is_handed(desk, each.guest):
+        return
     if desk.spaces.devices.get(each.bdf) != each.guest:
-        driver = vfio.driver(desk.root, each.bdf)
-        if driver is None:
-            vfio.bind(desk.root, each.bdf)
-        elif driver != vfio.DRIVER:
-            remedy = f"echo {each.bdf} > /sys/bus/pci/devices/{each.bdf}/driver/unbind"
-            raise Refused(f"device {each.bdf} is in use", f"the kernel's {driver} took it", remedy, code="DeviceInUse")
+        _bind(desk, each.bdf)
         steps.point(f"{_POINT}.bound")
         desk.spaces.attach(each.guest, each.bdf, quiet=True)
         steps.point(f"{_POINT}.attached")
@@ -226,6 +244,38 @@ def _rebuild(desk: Desk, each: Recorded) -> None:
             if error.code != "IovaTaken":  # by whoever was interrupted here, or for another device of the guest
                 raise
     steps.point(f"{_POINT}.mapped")
+
+
+def hand(desk: Desk, described: Manifest | None, guest: Guest) -> None:
+    """Open what a VMM that is started again is to be given; devices that were recorded are quiet until they are back.
+
+    Raises:
+        NotFound, Denied, KernelRefused, Refused: a device cannot be had.
+    """
+    meant = [bdf for bdf, owner in given(desk).items() if owner == guest.name] if _is_handed(desk, guest.name) else []
+    if not meant:
+        return
+    recorded = {each.bdf for each in described.devices} if described is not None else set()
+    desk.spaces.close(guest.name)
+    for bdf in meant:
+        _bind(desk, bdf)
+        desk.spaces.hand(guest.name, bdf, quiet=bdf in recorded)
+    steps.point(f"{_POINT}.handed")
+
+
+def _is_handed(desk: Desk, guest: str) -> bool:
+    """Whether a guest's VMM confines its devices itself."""
+    known = desk.state.guests.get(guest)
+    return known is not None and known.kind is GuestKind.QEMU
+
+
+def _bind(desk: Desk, bdf: str) -> None:
+    driver = vfio.driver(desk.root, bdf)
+    if driver is None:
+        vfio.bind(desk.root, bdf)
+    elif driver != vfio.DRIVER:
+        remedy = f"echo {bdf} > /sys/bus/pci/devices/{bdf}/driver/unbind"
+        raise Refused(f"device {bdf} is in use", f"the kernel's {driver} took it", remedy, code="DeviceInUse")
 
 
 def _differences(desk: Desk, each: Recorded) -> list[Change]:

@@ -59,12 +59,16 @@ class Held:
 
 @dataclass(frozen=True)
 class Met:
-    """A guest that is to be carried: its state, and what of a VMM's answer speaks against it."""
+    """A guest that is to be carried: its state, and what of a VMM's answer speaks against it.
+
+    ``stays``: it is left as it is, for its VMM has devices in its hands and this is a rehearsal.
+    """
 
     guest: Guest
     state: GuestState
     why_not: str = ""
     incapable: str = ""
+    stays: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,7 @@ def gather(desk: Desk, action: Handoff, *, jump: bool) -> Facts:
             _held(desk, region, survival.scratch) for region in state.regions.values() if desk.has(region.name)
         ),
         lost=tuple(name for name in state.regions if not desk.has(name)),
-        guests=tuple(_met(desk, guest) for guest in state.guests.values()),
+        guests=tuple(_met(desk, guest, jump=jump) for guest in state.guests.values()),
         strangers=foreign(seen, state),
         custody=desk.custody.label,
         survives=desk.custody.survives,
@@ -288,13 +292,15 @@ def _state(desk: Desk, live: LiveGuest) -> GuestState:
         return live.state()
 
 
-def _met(desk: Desk, guest: Guest) -> Met:
+def _met(desk: Desk, guest: Guest, *, jump: bool) -> Met:
     live = desk.live(guest.name)
     if live is None:
         return Met(guest, GuestState.GONE)
+    stays = not jump and guest.name in desk.spaces.filled
+    asked = guest.kind is not GuestKind.PROCESS and not stays
     try:
         state = _state(desk, live)
-        incapable = "" if guest.kind is GuestKind.PROCESS or state is GuestState.GONE else vmm.incapable(live)
+        incapable = vmm.incapable(desk, live) if asked and state is not GuestState.GONE else ""
     except MemconsoleError as error:
         return Met(guest, guest.state, why_not=str(error))
-    return Met(guest, state, incapable=incapable)
+    return Met(guest, state, incapable=incapable, stays=stays)

@@ -63,8 +63,8 @@ def gather(desk: Desk, image: Image | None, line: str, *, jump: bool) -> tuple[P
         return ()
     found = []
     for bdf, guest in given.items():
-        if guest in desk.spaces.filled and desk.live(guest) is not None:
-            continue  # its VMM has it in its own hands, and cannot be saved: see vmm.py
+        if guest in desk.spaces.filled and not jump:
+            continue  # its VMM binds it once, and goes on
         try:
             inside = pci.in_group(desk.root, bdf)
         except NotFound:
@@ -85,7 +85,7 @@ def _look(desk: Desk, bdf: str, guest: str, inside: Sequence[Device]) -> Passed:
         lost = "there is no such device any more"
     elif desk.spaces.devices.get(bdf) != guest:
         lost = "nobody holds it"
-    elif guest in desk.spaces.filled:
+    elif guest in desk.spaces.filled and desk.live(guest) is None:
         lost = "its VMM ended, and has not let go of it"
     elif bdf in desk.spaces.quiet:
         lost = "it is quiet since the last handoff"

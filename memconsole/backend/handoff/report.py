@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from memconsole.backend.handoff import bootplan
 from memconsole.backend.handoff.bootplan import Moment, Resume
 from memconsole.backend.handoff.manifest import Manifest
-from memconsole.model import Carried, HandoffReport, HandoffState, Phase
+from memconsole.model import Carried, Grant, HandoffReport, HandoffState, Phase
 
 CUSTODY = "report"
 """What the report of the last handoff is called in custody."""
@@ -133,6 +133,12 @@ def held(report: HandoffReport, waiting: Collection[str]) -> HandoffReport:
         for guest in report.guests
     )
     return replace(report, guests=guests)
+
+
+def spoiled(report: HandoffReport, grants: Iterable[Grant]) -> set[str]:
+    """The guests that have grants of regions whose pages are elsewhere, or whose contents are others."""
+    wrong = {each.name for each in report.regions if each.same is False or each.contents is False}
+    return {grant.guest for grant in grants if grant.region in wrong}
 
 
 def longest(report: HandoffReport) -> Carried | None:

@@ -26,7 +26,7 @@ from typing import Literal
 from msgspec.structs import replace
 
 from memconsole import __version__
-from memconsole.actions import Handoff, HandoffRehearse, HandoffRun
+from memconsole.actions import GuestResume, Handoff, HandoffRehearse, HandoffRun
 from memconsole.backend.desk import MOUNT, Desk, custody_name
 from memconsole.backend.dma import spaces
 from memconsole.backend.handoff import adopt, bootplan, check, devices, facts, image, luo, manifest, report, vmm
@@ -97,6 +97,7 @@ class _Sequence:
     recorded: dict[str, Recorded] = field(default_factory=dict)
     began: Moment = field(default_factory=Moment)
     progress: Progress | None = None
+    suspended: set[str] = field(default_factory=set)
 
     def work(self) -> Work:
         """The steps, or why they are refused."""
@@ -273,25 +274,50 @@ class _Sequence:
         live = self.desk.live(guest.name)
         if live is None:
             raise NotFound(f"guest {guest.name} is gone", "its process ended", f"memconsole guest stop {guest.name}")
-        if guest.state is not GuestState.PAUSED:
-            text = f"stop the vCPUs of {guest.name}"
-            self._add(work, "pause", Step(f"pause-{guest.name}", text, live.pause, live.resume, "let it go on"))
-
-    def _save(self, work: Work, guest: Guest) -> None:
-        held = state_held(guest.name)
+        if guest.state is GuestState.PAUSED:
+            return
 
         def do() -> None:
-            live = self.desk.live(guest.name)
+            if guest.kind is GuestKind.QEMU and live.state() is GuestState.SUSPENDED:
+                self.suspended.add(guest.name)
+            live.pause()
+
+        def undo() -> None:
+            if self.desk.live(guest.name) is live:  # else it was ended, see _save
+                live.resume()
+
+        text = f"stop the vCPUs of {guest.name}"
+        self._add(work, "pause", Step(f"pause-{guest.name}", text, do, undo, "let it go on"))
+
+    def _save(self, work: Work, guest: Guest) -> None:
+        """One that is suspended has to be started again from what was saved: QEMU 10 aborts when it is to go on."""
+        desk, held = self.desk, state_held(guest.name)
+
+        def do() -> None:
+            live = desk.live(guest.name)
             if live is None:
                 raise NotFound(f"guest {guest.name} is gone", "its process ended", "try again without it")
             fd = manifest.memfd(f"memconsole-state-{guest.name}", b"")
             with contextlib.closing(os.fdopen(fd, "rb", closefd=True)):
-                vmm.save(live, fd, SAVE_S)
-                self.desk.custody.put(held, fd)
+                # Custody has it first: whoever comes after a death in here must know how this guest goes on.
+                desk.custody.put(held, fd, adopt.SUSPENDED if guest.name in self.suspended else b"")
+                try:
+                    vmm.save(live, fd, SAVE_S)
+                except BaseException:
+                    desk.custody.drop(held)
+                    raise
             self.stopped[guest.name] = Stopped(guest, held, bootplan.moment(), self._waits(guest))
 
+        def undo() -> None:
+            if guest.name not in self.suspended:
+                desk.custody.drop(held)
+                return
+            adopt.end(desk, [guest])
+            gone = replace(guest, pid=None, start_ticks=None, state=GuestState.GONE)
+            work.lasting = replace(work.lasting, guests=(*work.lasting.guests, gone))
+            work.then.append(GuestResume(guest.name))
+
         text = f"write down what {guest.name} is besides its RAM"
-        undo = partial(self.desk.custody.drop, held)
         self._add(work, "save", Step(f"save-{guest.name}", text, do, undo, "drop it"))
 
     # --- what is handed over -----------------------------------------------------------------------------------------
@@ -340,7 +366,7 @@ class _Sequence:
         names = [each.table for each in self.recorded.values()]
         for each in self.recorded.values():
             if each.preserved:
-                names += [name for name in spaces.held(each.guest, each.bdf) if name not in names]
+                names += [name for name in spaces.names(each.guest, [each.bdf]) if name not in names]
         return names
 
     def _preserve_manifest(self, fds: dict[int, int]) -> None:
@@ -363,6 +389,8 @@ class _Sequence:
     def _starts(self, going: Iterable[Guest]) -> tuple[tuple[bootplan.Start, ...], tuple[bootplan.Say, ...]]:
         starts, says = [], []
         for guest in going:
+            if guest.name in self.desk.spaces.filled:
+                continue  # its VMM is given its devices when it starts: the next control process has them first
             grants = self.desk.state.grants_of(guest=guest.name)
             paused = guest.state is GuestState.PAUSED or self._waits(guest)
             start, say = vmm.revival(self.desk, guest, grants, state_held(guest.name), paused=paused)
@@ -434,11 +462,8 @@ class _Sequence:
 
 def _goes(met: facts.Met) -> bool:
     """Whether a guest can go along: it is a VM that runs, is paused, or is suspended."""
-    return met.guest.kind in {GuestKind.CANARY, GuestKind.QEMU} and met.state in {
-        GuestState.RUNNING,
-        GuestState.PAUSED,
-        GuestState.SUSPENDED,
-    }
+    able = {GuestState.RUNNING, GuestState.PAUSED, GuestState.SUSPENDED}
+    return met.guest.kind in {GuestKind.CANARY, GuestKind.QEMU} and met.state in able and not met.stays
 
 
 def session_held(session: str) -> str:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 from memconsole.backend.desk import Desk, custody_name
+from memconsole.backend.dma import spaces
 from memconsole.backend.guests.base import Guest as LiveGuest
 from memconsole.backend.guests.base import Restart
 from memconsole.backend.guests.canary import CanaryGuest
@@ -13,19 +14,22 @@ from memconsole.backend.guests.qemu import QemuGuest
 from memconsole.backend.handoff.bootplan import Say, Start
 from memconsole.backend.stores import memfd
 from memconsole.errors import GuestError
-from memconsole.model import Grant, Guest, GuestKind
+from memconsole.model import Grant, Guest, GuestKind, GuestState
 
 SAY_MS = 60_000
 
 
-def incapable(live: LiveGuest) -> str:
+def incapable(desk: Desk, live: LiveGuest) -> str:
     """What a VMM lacks to be carried; empty where it lacks nothing.
 
     Raises:
         GuestError, Gone: it does not answer.
     """
     if isinstance(live, QemuGuest) and live.passes_through():
-        return "its QEMU cannot save the device that is passed through to it (VFIO)"
+        if live.name not in desk.spaces.filled:
+            return "its QEMU has a device of this host (VFIO) that is in nobody's custody"
+        if live.state() is not GuestState.SUSPENDED:
+            return "its QEMU saves a device passed through to it (VFIO) only while its guest is suspended to RAM"
     if isinstance(live, QemuGuest) and not live.shares():
         return "its QEMU cannot leave shared RAM out of a migration (x-ignore-shared)"
     return ""
@@ -70,7 +74,10 @@ def anew(desk: Desk, guest: Guest, grants: Sequence[Grant], state: str, *, pause
         return _planned(desk, guest, CanaryGuest.again(guest.name, agents, state, segments, paused=paused))
     if guest.kind is GuestKind.QEMU and segments:
         directory, ram = desk.directory(guest.name).absolute(), segments[0][1]
-        found = QemuGuest.again(guest.name, guest.memory, directory, guest.command, state, ram, paused=paused)
+        handed = spaces.names(guest.name, [grant.dma for grant in grants if grant.dma is not None])
+        found = QemuGuest.again(
+            guest.name, guest.memory, directory, guest.command, state, ram, devices=handed, paused=paused
+        )
         return _planned(desk, guest, found)
     raise GuestError(f"guest {guest.name} cannot be started again", "it has no RAM of ours", "stop it")
 

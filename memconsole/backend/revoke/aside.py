@@ -50,7 +50,11 @@ def ask(desk: Desk, live: QemuGuest, grant: Grant, within: float) -> None:
         raise GuestError(f"guest {live.name} cannot be saved", why)
     deadline = time.monotonic() + within
     live.await_answer(within)
-    if why := vmm.incapable(live):
+    if live.passes_through():
+        raise GuestError(f"guest {live.name} cannot be saved", "a device is passed through to it (VFIO)")
+    if live.state() is GuestState.SUSPENDED:  # QEMU 10 aborts when one that was saved so is to go on
+        raise GuestError(f"guest {live.name} cannot be saved", "it is suspended to RAM", f"guest resume {live.name}")
+    if why := vmm.incapable(desk, live):
         raise GuestError(f"guest {live.name} cannot be saved", why)
     guest = desk.state.guests[live.name]
     kept = Aside(grant.region, paused=guest.state is GuestState.PAUSED)

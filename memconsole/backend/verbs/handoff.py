@@ -6,12 +6,14 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+from msgspec.structs import replace
+
 from memconsole.actions import Handoff, HandoffRehearse, HandoffRun
 from memconsole.backend.desk import Desk
 from memconsole.backend.state import Change
 from memconsole.backend.verbs.work import Work
 from memconsole.errors import NotFound
-from memconsole.model import Finding, Guest, Severity
+from memconsole.model import Finding, Guest, GuestState, Severity
 
 
 def run(desk: Desk, action: HandoffRun) -> Work:
@@ -28,7 +30,9 @@ def again(desk: Desk, guest: Guest) -> Work:
     work = Work(guest.name, f"guest {guest.name} goes on")
 
     def do() -> None:
-        work.change = Change(guests=(alone.again(desk, guest),))
+        back = alone.again(desk, guest)
+        work.lasting = Change(guests=(replace(back, state=GuestState.PAUSED),))
+        work.change = Change(guests=(back,))
         work.after = after
 
     def after() -> None:
@@ -36,6 +40,7 @@ def again(desk: Desk, guest: Guest) -> Work:
         tidy(desk)
 
     work.step("again", f"start {guest.name} from what was saved before the handoff", do)
+    work.step("go-on", f"let {guest.name} go on, its devices as they were", lambda: alone.go_on(desk, guest.name))
     return work
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from memconsole.actions import Action
 from memconsole.backend.state import Change
 from memconsole.backend.steps import Step
 from memconsole.model import Condition, Finding, Refusal, RevokeReport
@@ -15,7 +16,7 @@ class Work:
     """An Action on its way: ``aims`` is known before the first step, the other fields are after the last.
 
     ``lasting`` is what stays changed even if a later step fails; ``after`` is called once the ledger knows it is done.
-    With refusals there are no steps.
+    With refusals there are no steps. ``then`` is done after it, however it ended, as if somebody had asked for it.
     """
 
     subject: str
@@ -29,6 +30,7 @@ class Work:
     conditions: tuple[Condition, ...] = ()
     findings: list[Finding] = field(default_factory=list)
     after: Callable[[], None] | None = None
+    then: list[Action] = field(default_factory=list)
 
     def refuse(self, code: str, what: str, why: str = "", remedy: str = "") -> None:
         """Add a reason not to do it."""

@@ -35,6 +35,7 @@ CANARIES = ("c0", "c1")
 GUESTS = (*CANARIES, *(("vm",) if QEMU else ()))
 NOTES = lab.SHARE / "notes.json"
 POINTS = lab.SHARE / "points"
+LOG = Path("/run/early.log")
 LAST = 2 if not SINGLE else 3 + SINGLE
 UNDER_WAY = ("incoming:", "started:", "session:", "state:")
 
@@ -42,7 +43,7 @@ UNDER_WAY = ("incoming:", "started:", "session:", "state:")
 def resume(fault: str) -> int:
     """One start of memconsole-resume."""
     env = os.environ | ({steps.FAULT_VARIABLE: fault} if fault else {})
-    with Path("/run/early.log").open("ab") as log:
+    with LOG.open("ab") as log:
         done = subprocess.run([program("memconsole-resume")], env=env, stdout=log, stderr=log, check=False)
     return done.returncode
 
@@ -91,7 +92,7 @@ def landed() -> Client:
         points = POINTS.read_text().splitlines()
         point = points[(lab.stage() - 4) * len(points) // SINGLE]
         codes = [resume(point), resume("")]
-        lab.say(f"single-{point}", codes == [-9, 0], codes=codes, log=(here / "early.log").read_text())
+        lab.say(f"single-{point}", codes == [-9, 0], codes=codes, log=LOG.read_text())
     clients: list[Client] = []
 
     def start(fault: str) -> bool:
@@ -123,7 +124,8 @@ def held_to(client: Client) -> None:
     left = [name for name in host.held() if name.startswith(UNDER_WAY) or name == "resume"]
     lab.say("tidy", not left, left=left)
     bad = [each for each in snapshot.findings if each.severity != "info"]
-    lab.say("findings", not bad, findings=msgspec.to_builtins(bad), log=Path("/run/early.log").read_text()[-2000:])
+    said = LOG.read_text() if LOG.exists() else ""  # in stage 3 the control process's own log has it
+    lab.say("findings", not bad, findings=msgspec.to_builtins(bad), log=said[-2000:])
 
 
 def swept(client: Client) -> None:

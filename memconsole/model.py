@@ -320,7 +320,10 @@ class Vcpu(Value, frozen=True):
 
 
 class Progress(Value, frozen=True):
-    """What a canary says of itself: beats counted, pages checked, wrong bytes, and the longest pause it noticed."""
+    """What a canary says of itself: beats counted, pages checked, wrong bytes, and the longest pause it noticed.
+
+    ``why``: why it cannot go on; empty while it can.
+    """
 
     runs_as: Literal["kvm", "process"]
     beats: int
@@ -328,6 +331,7 @@ class Progress(Value, frozen=True):
     wrong: int
     gap_ns: int
     gaps: int
+    why: str = ""
 
 
 class RamBlock(Value, frozen=True):

@@ -100,7 +100,7 @@ def _guest(guest: Guest) -> Iterator[Finding]:
             Severity.WARNING,
             guest.name,
             f"guest {guest.name} cannot go on: its process runs, its vCPUs do not",
-            "its own answer",
+            f"its own answer: {guest.progress.why}" if guest.progress is not None else "its own answer",
             f"memconsole guest stop {guest.name}, and look into its log",
         )
     if guest.progress is not None and guest.progress.wrong:

@@ -94,7 +94,7 @@ def test_it_runs_in_its_grant_and_checks_every_page(canary: tuple[CanaryGuest, H
         pairs = [(pfn, own) for pfn, own in zip(seen, own_frames(fd, M), strict=True) if pfn]
         assert len(pairs) >= 252
         assert all(pfn == own for pfn, own in pairs)
-        assert guest.why_failed() == ""
+        assert why(guest) == ""
 
 
 def test_it_counts_every_wrong_byte(canary: tuple[CanaryGuest, Hub]) -> None:
@@ -185,7 +185,7 @@ def test_memory_taken_by_force_stops_it_and_it_says_so(canary: tuple[CanaryGuest
         runs_on(guest)
         os.ftruncate(fd, 0)
         until(lambda: _state(guest) is GuestState.STOPPED, "its end")
-        assert guest.why_failed()
+        assert why(guest)
         assert guest.ask_unmap("g-1", 10)
     os.close(fd)
 
@@ -200,11 +200,18 @@ def test_a_guest_that_leaves_its_memory_never_runs_again(canary: tuple[CanaryGue
             memory[8:16] = (1 << 20).to_bytes(8, "little")  # struct header: pages
         guest.resume()
         until(lambda: _state(guest) is GuestState.STOPPED, "its end")
-        assert ("where no RAM is" if "kvm" in request.node.name else "its header says") in guest.why_failed()
+        assert ("where no RAM is" if "kvm" in request.node.name else "its header says") in why(guest)
         before = guest.progress()
         guest.resume()
         assert guest.state() is GuestState.STOPPED
         assert guest.progress() == before
+
+
+def why(guest: CanaryGuest) -> str:
+    """Why it cannot go on, as it says."""
+    progress = guest.progress()
+    assert progress is not None
+    return progress.why
 
 
 def _state(guest: CanaryGuest) -> GuestState | None:

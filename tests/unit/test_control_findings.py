@@ -12,7 +12,17 @@ from memconsole.backend import findings
 from memconsole.backend.findings import RUNS_SLOW
 from memconsole.backend.kernel.procmaps import Vma
 from memconsole.backend.survey import Over
-from memconsole.model import Faults, GuestKind, GuestState, LiveSession, RegionState, Severity, Snapshot, Survival
+from memconsole.model import (
+    Faults,
+    GuestKind,
+    GuestState,
+    LiveSession,
+    Progress,
+    RegionState,
+    Severity,
+    Snapshot,
+    Survival,
+)
 
 HOST = snapshot(8, 3, findings=0)
 LUO = Survival(kho=True, luo=True)
@@ -104,6 +114,13 @@ def test_wrong_bytes_are_an_error() -> None:
     wrong = replace(guest, progress=replace(guest.progress, wrong=3))
     host = replace(HOST, guests=tuple(wrong if each.name == guest.name else each for each in HOST.guests))
     assert ("guest-corrupt", Severity.ERROR, guest.name) in found(host)
+
+
+def test_why_a_guest_cannot_go_on_is_in_its_own_words() -> None:
+    said = Progress("kvm", 1, 2, 0, 3, 4, "the vCPU reached gpa 0x5000, where no RAM is")
+    host = changed("guests", state=GuestState.STOPPED, progress=said)
+    (stopped,) = [each for each in findings.find(host, []) if each.id == "guest-stopped"]
+    assert stopped.evidence == "its own answer: the vCPU reached gpa 0x5000, where no RAM is"
 
 
 def test_a_vm_of_somebody_else_is_never_missed() -> None:

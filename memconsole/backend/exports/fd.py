@@ -509,8 +509,9 @@ def _answer(message: wire.Message) -> Answer:
         )
         if runs_as not in {1, 2} or state not in _STATES:
             raise BadMessage("a report of nothing known")
-        progress = Progress("kvm" if runs_as == 1 else "process", beats, checked, wrong, gap_ns, gaps)
-        return Answer(0, _text(text), _STATES[state], progress, restored, blackout_ns)
+        why = _text(text)
+        progress = Progress("kvm" if runs_as == 1 else "process", beats, checked, wrong, gap_ns, gaps, why)
+        return Answer(0, why, _STATES[state], progress, restored, blackout_ns)
     if message.type is Type.SWEPT and len(message.body) == wire.SWEPT.size:
         pages, wrong, _ = wire.SWEPT.unpack(message.body)
         return Answer(0, "", pages=pages, wrong=wrong)

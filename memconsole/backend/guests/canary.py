@@ -113,12 +113,11 @@ class CanaryGuest(AgentedGuest):
         self._hub.unregister(self.name)
 
     def progress(self) -> Progress | None:
-        """Its counters: beats, stamps checked, wrong bytes, and the longest pause that nobody commanded."""
-        return self._ask(Type.REPORT).progress
+        """Its counters: beats, stamps checked, wrong bytes, and the longest pause that nobody commanded.
 
-    def why_failed(self) -> str:
-        """Why its vCPU cannot go on (``the vCPU reached gpa 0x..., where no RAM is``); empty while it can."""
-        return self._ask(Type.REPORT).text
+        ``why`` its vCPU cannot go on: ``the vCPU reached gpa 0x..., where no RAM is``.
+        """
+        return self._ask(Type.REPORT).progress
 
     def _ask(self, type: Type, within: float = ANSWERS, fd: int | None = None) -> Answer:
         self._handle.check()

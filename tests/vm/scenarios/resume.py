@@ -253,7 +253,7 @@ def look(name: str, guest: CanaryGuest, hub: Hub, notes: Notes) -> None:
         beats=progress.beats,
         blackout_ms=blackout / 1e6,
         restored=restored,
-        why=guest.why_failed(),
+        why=after.why,
     )
 
 

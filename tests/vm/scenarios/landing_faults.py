@@ -1,9 +1,9 @@
 """kill -9 behind the jump: of memconsole-resume, and of the control process that takes over, at each of their points.
 
-landing_faults [N] [qemu]       stage 2: each program is started until it has died at each of its points in turn.
-                                With N, in stage 3 the control process alone is started, and memconsole-resume by it;
-                                and in N stages more memconsole-resume dies once, at one of its points, and the next
-                                start of it does the rest.
+landing_faults [N] [qemu]       stage 2: memconsole-resume is started until it has died at each of its points in turn.
+                                With N, the control process too; in stage 3 the control process alone is started, and
+                                memconsole-resume by it; and in N stages more memconsole-resume dies once, at one of
+                                its points, and the next start of it does the rest.
 
 Points are found by dying at them (native/faultpoint.h); nobody but the programs knows them.
 """
@@ -93,6 +93,8 @@ def landed() -> Client:
         point = points[(lab.stage() - 4) * len(points) // SINGLE]
         codes = [resume(point), resume("")]
         lab.say(f"single-{point}", codes == [-9, 0], codes=codes, log=LOG.read_text())
+    if not SINGLE or lab.stage() > 3:
+        return host.serve()
     clients: list[Client] = []
 
     def start(fault: str) -> bool:
@@ -100,8 +102,6 @@ def landed() -> Client:
         clients.extend([client] if client else [])
         return client is not None
 
-    if lab.stage() > 3:
-        return host.serve()
     points = died(here / "serve.points", start)
     lab.say("serve-points", len(points) > 8, points=points)
     host.end(clients[-1])  # it would die at points of what it is asked to do, too

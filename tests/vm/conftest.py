@@ -25,7 +25,7 @@ SECONDS = {
     "handoff-devices": 190,
     "handoff-devices-refused": 75,
     "handoff-faults": 120,
-    "handoff-mount": 140,
+    "handoff-mount": 170,
     "handoff-passthrough": 130,
     "handoff-qemu": 90,
     "handoff-refused": 140,

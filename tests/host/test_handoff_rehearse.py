@@ -104,6 +104,11 @@ def pids(found: Control) -> dict[str, int | None]:
     return {each.name: each.pid for each in found.snapshot().guests if each.kind != "foreign"}
 
 
+def refuse(*_: object, **__: object) -> None:
+    """In the place of what is to fail."""
+    raise MemconsoleError("it cannot be saved", "said the test")
+
+
 def test_every_guest_is_another_process_on_the_same_memory(place: Path) -> None:
     with contextlib.closing(begin(place)) as found:
         before = pids(found)
@@ -169,11 +174,8 @@ def test_a_guest_that_cannot_be_saved_stops_it_and_all_go_on(place: Path, monkey
     with contextlib.closing(begin(place)) as found:
         before = pids(found)
 
-        def refuse(*_: object) -> None:
-            raise MemconsoleError("it cannot be saved", "said the test")
-
         monkeypatch.setattr("memconsole.backend.handoff.vmm.save", refuse)
-        with pytest.raises(MemconsoleError, match="cannot be saved"):
+        with pytest.raises(MemconsoleError, match="it cannot be saved"):
             found.apply(HandoffRehearse())
         assert pids(found) == before
         assert report(found).state is HandoffState.FAILED
@@ -184,9 +186,6 @@ def test_a_guest_that_cannot_be_saved_stops_it_and_all_go_on(place: Path, monkey
 
 @pytest.mark.skipif(shutil.which(BINARY) is None, reason=f"{BINARY} is not installed")
 def test_a_paused_guest_stays_paused_whether_it_fails_or_not(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise MemconsoleError("nobody can be started", "said the test")
-
     with contextlib.closing(begin(place)) as found:
         found.apply(GuestStart("vm", vmm="qemu", memory=32 * M))
         before = pids(found)
@@ -211,9 +210,6 @@ def test_a_paused_guest_stays_paused_whether_it_fails_or_not(place: Path, monkey
 def test_a_suspended_guest_stays_suspended_whatever_happens_and_counts_on_once_it_is_woken(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise MemconsoleError("nobody can be started", "said the test")
-
     def counted(found: Control) -> tuple[int, int]:
         (fd,) = found.lend("vm")
         try:

@@ -17,6 +17,25 @@
 	.set LPC, 0x8000f800		# configuration address of 00:1f.0, which has the power management
 	.set PM, 0x600
 
+	.macro	configure register, value	# of the function whose configuration address is in ebx
+	leal	\register(%ebx), %eax
+	movw	$0xcf8, %dx
+	outl	%eax, %dx
+	movl	$\value, %eax
+	movw	$0xcfc, %dx
+	outl	%eax, %dx
+	.endm
+
+	.macro	carry from, to, command		# has edu do it, and waits until it is done
+	movl	$\from, 0x80(%esi)
+	movl	$\to, 0x88(%esi)
+	movl	$4096, 0x90(%esi)
+	movl	$\command, 0x98(%esi)
+1:
+	testl	$1, 0x98(%esi)
+	jnz	1b
+	.endm
+
 	.text
 	.org 0xf000
 	.code16
@@ -35,18 +54,9 @@ protected:
 	movw	%ax, %es
 	movw	%ax, %ss
 
-	movl	$LPC + 0x40, %eax	# where its ports are
-	movw	$0xcf8, %dx
-	outl	%eax, %dx
-	movl	$PM + 1, %eax
-	movw	$0xcfc, %dx
-	outl	%eax, %dx
-	movl	$LPC + 0x44, %eax	# they are enabled
-	movw	$0xcf8, %dx
-	outl	%eax, %dx
-	movl	$0x80, %eax
-	movw	$0xcfc, %dx
-	outl	%eax, %dx
+	movl	$LPC, %ebx
+	configure 0x40, PM+1		# where its ports are
+	configure 0x44, 0x80		# they are enabled
 
 	xorl	%ebp, %ebp
 	cmpl	$MAGIC, STATUS + 16
@@ -71,18 +81,8 @@ find:
 	jb	find
 	jmp	round
 found:
-	leal	0x10(%ebx), %eax	# BAR 0
-	movw	$0xcf8, %dx
-	outl	%eax, %dx
-	movl	$BAR, %eax
-	movw	$0xcfc, %dx
-	outl	%eax, %dx
-	leal	4(%ebx), %eax		# command: memory, bus master
-	movw	$0xcf8, %dx
-	outl	%eax, %dx
-	movl	$6, %eax
-	movw	$0xcfc, %dx
-	outl	%eax, %dx
+	configure 0x10, BAR		# BAR 0
+	configure 4, 6			# command: memory, bus master
 
 	movl	$BAR, %esi
 	movl	(%esi), %eax
@@ -93,20 +93,8 @@ round:
 	movl	%ebp, STATUS
 	testl	%esi, %esi
 	jz	rest
-	movl	$SRC, 0x80(%esi)
-	movl	$BUFFER, 0x88(%esi)
-	movl	$4096, 0x90(%esi)
-	movl	$1, 0x98(%esi)
-to:
-	testl	$1, 0x98(%esi)
-	jnz	to
-	movl	$BUFFER, 0x80(%esi)
-	movl	$DST, 0x88(%esi)
-	movl	$4096, 0x90(%esi)
-	movl	$3, 0x98(%esi)
-from:
-	testl	$1, 0x98(%esi)
-	jnz	from
+	carry	SRC, BUFFER, 1
+	carry	BUFFER, DST, 3
 	movl	DST, %eax
 	movl	%eax, STATUS + 4
 rest:

@@ -8,6 +8,9 @@ from pathlib import Path
 STATUS, SRC, DST = 0x100000, 0x200000, 0x300000
 """Where in its RAM a guest says how far it is, and what it has a device carry from where to where."""
 
+HOLE = range(0xA0, 0x100)
+"""Pages of a PC that its firmware and its screen have; RAM there only as its guest says."""
+
 
 def firmware(directory: Path, sleeps: int = 0) -> tuple[str, ...]:
     """What QEMU is told to run it, built in a directory; ``sleeps``: after how many rounds it is suspended to RAM."""

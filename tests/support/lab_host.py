@@ -19,7 +19,7 @@ from memconsole.backend import control, steps
 from memconsole.backend.control import Control
 from memconsole.backend.custody import KeeperCustody
 from memconsole.backend.wire.client import Client
-from memconsole.errors import Refused
+from memconsole.errors import MemconsoleError, Refused
 from memconsole.model import Guest, GuestState, Plan, Progress, Snapshot
 
 TOOL = str(Path(sys.executable).parent / "memconsole")
@@ -56,6 +56,19 @@ def end(client: Client) -> None:
     os.kill(pid, 15)
     while Path(f"/proc/{pid}").exists():
         time.sleep(0.05)
+
+
+def killed_at(client: Client, point: str) -> tuple[Client, str]:
+    """Have another control process die at a point of a handoff; the one that comes after it, and how the call ended."""
+    end(client)
+    client = serve(fault=point)
+    try:
+        client.apply(action())
+        died = "it came back"
+    except MemconsoleError as error:
+        died = error.code
+    client.close()
+    return serve(), died
 
 
 def all_count_on(client: Client, names: Iterable[str], least: dict[str, int] | None = None) -> str:
@@ -114,6 +127,11 @@ def fresh(client: Client) -> Snapshot:
     while (snapshot := client.snapshot()).taken_ns < begun:
         time.sleep(0.1)
     return snapshot
+
+
+def findings(client: Client) -> list[tuple[str, str]]:
+    """What is wrong now, by id and in words."""
+    return [(each.id, each.what) for each in fresh(client).findings if each.severity != "info"]
 
 
 def beaten(client: Client, name: str, least: int = 0) -> Progress:

@@ -22,7 +22,7 @@ SECONDS = {
     "dma-qemu": 120,
     "dma-type1": 120,
     "handoff-custody": 240,
-    "handoff-devices": 190,
+    "handoff-devices": 240,
     "handoff-devices-refused": 75,
     "handoff-faults": 120,
     "handoff-mount": 170,

@@ -11,6 +11,7 @@ from memconsole.backend.desk import Desk
 from memconsole.backend.handoff import bootplan, devices, kept, manifest, vmm
 from memconsole.backend.handoff.adopt import revive, take_hold
 from memconsole.backend.handoff.bootplan import MANIFEST, RESUME, Moment
+from memconsole.backend.handoff.manifest import Manifest
 from memconsole.backend.handoff.report import Clock
 from memconsole.errors import BadFile, GuestError, MemconsoleError, NotFound
 from memconsole.model import Carried, Guest, GuestKind, GuestState
@@ -50,7 +51,7 @@ def go_on(desk: Desk, guest: str) -> None:
         described, _ = kept.described(desk)
         try:
             if described is not None:  # else there was no jump, or what was recorded before it is not known
-                give_back(desk, guest)
+                _give_back(desk, guest, described)
         except MemconsoleError:
             let_go(desk, guest)
             raise
@@ -136,7 +137,10 @@ def give_back(desk: Desk, guest: str) -> None:
     Raises:
         GuestError: they still are not; it stays paused. BadFile: the manifest cannot be read.
     """
-    described = manifest.read(kept.content(desk, MANIFEST))
+    _give_back(desk, guest, manifest.read(kept.content(desk, MANIFEST)))
+
+
+def _give_back(desk: Desk, guest: str, described: Manifest) -> None:
     now = bootplan.moment()
     clock = Clock(described.began, [(described.began, described.written), (now, now)])
     returned = devices.back(desk, described, clock, guest)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import lab_guest as lab
 from edu import BDF as EDU
 from edu import PAGE, dies, faults, found, frames, grants, held, refused, started, tables
-from firmware import DST, SRC, STATUS, firmware
+from firmware import DST, HOLE, SRC, STATUS, firmware
 from services import Service, services
 
 from memconsole import actions as do
@@ -21,8 +21,6 @@ from memconsole.backend.dma import iommufd, vfio
 from memconsole.backend.wire.client import Client
 
 RAM = 16 << 20
-HOLE = range(0xA0, 0x100)
-"""Pages of a PC that its firmware and its screen have; RAM there only as its guest says."""
 
 
 def check(name: str, ok: bool, **more: object) -> None:

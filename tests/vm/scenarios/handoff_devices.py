@@ -101,10 +101,6 @@ def has_window(client: Client) -> bool:
     return found.guest == GUEST and host.guest(snapshot, GUEST).pid in found.holders
 
 
-def findings(client: Client) -> list[tuple[str, str]]:
-    return [(each.id, each.what) for each in host.fresh(client).findings if each.severity != "info"]
-
-
 def begin() -> Client:
     client = host.serve()
     client.apply(do.GuestStart(PLAIN, memory=SIZE))
@@ -138,15 +134,7 @@ def faults(client: Client, was: list[tuple[str, str]], count: int) -> Client:
     day = int(time.time() // 86400)
     for row in range(count):
         point = points[(day + row * len(points) // count) % len(points)]
-        host.end(client)
-        client = host.serve(fault=point)
-        try:
-            client.apply(host.action())
-            died = "it came back"
-        except MemconsoleError as error:
-            died = error.code
-        client.close()
-        client = host.serve()
+        client, died = host.killed_at(client, point)
         why = as_before(client, was)
         lab.say(f"killed-{point}", not why and not left() and died == "ControlDied", why=why, left=left(), died=died)
     return client
@@ -160,8 +148,8 @@ def rehearse(client: Client, was: list[tuple[str, str]]) -> None:
     lab.say("rehearsed", not why, why=why, report=msgspec.to_builtins(report))
     lab.say(
         "kept",
-        [(each.how, each.same) for each in report.devices] == [("kept", True)] and not findings(client),
-        findings=findings(client),
+        [(each.how, each.same) for each in report.devices] == [("kept", True)] and not host.findings(client),
+        findings=host.findings(client),
     )
 
 
@@ -197,7 +185,7 @@ def landed() -> Client:
     lab.say("blackouts", 0 < blackouts[PLAIN] < blackouts[GUEST], **blackouts)
     said = subprocess.run([host.TOOL, "handoff", "report"], capture_output=True, text=True, check=False)
     lab.say("report", said.returncode == 0 and EDU in said.stdout, text=said.stdout, err=said.stderr)
-    lab.say("findings", findings(client) == [], findings=findings(client))
+    lab.say("findings", host.findings(client) == [], findings=host.findings(client))
     lab.say("settled", not [name for name in left() if name != "manifest"], held=host.held())
     return client
 
@@ -226,8 +214,8 @@ def differs() -> None:
     snapshot = client.snapshot()
     report = snapshot.handoff
     assert report is not None
-    found = [each[0] for each in findings(client)]
-    lab.say("found", "handoff-iova" in found and "handoff-device" not in found, found=findings(client))
+    found = [each[0] for each in host.findings(client)]
+    lab.say("found", "handoff-iova" in found and "handoff-device" not in found, found=host.findings(client))
     lab.say("differs", [each.same for each in report.devices] == [False], devices=str(report.devices))
     state = host.guest(snapshot, GUEST).state
     lab.say("held", state is GuestState.PAUSED and not masters(), state=state, bus=masters())

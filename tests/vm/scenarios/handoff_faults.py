@@ -11,7 +11,6 @@ import lab_host as host
 from memconsole.actions import GuestStart
 from memconsole.backend import steps
 from memconsole.backend.handoff import image
-from memconsole.errors import MemconsoleError
 
 GUESTS = ("c0", "c1")
 
@@ -36,15 +35,7 @@ def main() -> None:
     points = steps.fault_points(host.plan(client, host.action()))
     lab.say("points", len(points) >= 20, points=points)
     for point in chosen(points):
-        host.end(client)
-        client = host.serve(fault=point)
-        try:
-            client.apply(host.action())
-            died = "it came back"
-        except MemconsoleError as error:
-            died = error.code
-        client.close()
-        client = host.serve()
+        client, died = host.killed_at(client, point)
         why = host.all_count_on(client, GUESTS)
         fine = not why and not left() and not image.loaded()
         lab.say(

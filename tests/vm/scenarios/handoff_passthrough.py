@@ -20,7 +20,7 @@ import lab_host as host
 import msgspec
 from edu import BDF as EDU
 from edu import PAGE, tables
-from firmware import DST, STATUS, firmware
+from firmware import DST, HOLE, STATUS, firmware
 
 from memconsole import actions as do
 from memconsole import paths, timeline
@@ -32,8 +32,6 @@ from memconsole.model import GuestState
 
 GUEST, PLAIN = "vm", "plain"
 RAM, ROUNDS = 16 << 20, 60
-HOLE = range(0xA0, 0x100)
-"""Pages of a PC that its firmware and its screen have; RAM there only as its guest says."""
 NOTES = lab.SHARE / "notes.json"
 FAULTS = int(sys.argv[1])
 BEFORE = (f"handoff-run.save-{GUEST}.after", f"handoff-run.quiesce-{EDU}.after")
@@ -68,10 +66,6 @@ def ram() -> list[list[object]]:
     return [[page, *lead] for page, lead in sorted(tables().items()) if page in range(RAM // PAGE) and page not in HOLE]
 
 
-def findings(client: Client) -> list[tuple[str, str]]:
-    return [(each.id, each.what) for each in host.fresh(client).findings if each.severity != "info"]
-
-
 def begin() -> Client:
     client = host.serve()
     host.plan(client, host.action())  # the image is unpacked once
@@ -93,20 +87,12 @@ def is_as_it_was(client: Client) -> str:
     found = host.guest(host.fresh(client), GUEST)
     if found.state is not GuestState.SUSPENDED or counted() != (ROUNDS, 0, ROUNDS):
         return f"it is {found.state}, {counted()}"
-    return f"findings: {findings(client)}" if findings(client) else ""
+    return f"findings: {host.findings(client)}" if host.findings(client) else ""
 
 
 def faults(client: Client) -> Client:
     for point in BEFORE:
-        host.end(client)
-        client = host.serve(fault=point)
-        try:
-            client.apply(host.action())
-            died = "it came back"
-        except MemconsoleError as error:
-            died = error.code
-        client.close()
-        client = host.serve()
+        client, died = host.killed_at(client, point)
         why = is_as_it_was(client)
         lab.say(f"killed-{point}", not why and died == "ControlDied", why=why, died=died)
     return client
@@ -148,7 +134,7 @@ def landed() -> Client:
         "rebuilt", [(each.how, each.same) for each in report.devices] == [("rebuilt", True)], is_=str(report.devices)
     )
     lab.say("back", all(each.back for each in report.guests), shown=timeline.lines(report, 140))
-    lab.say("findings", findings(client) == [], findings=findings(client))
+    lab.say("findings", host.findings(client) == [], findings=host.findings(client))
     why = host.all_count_on(client, (PLAIN,))
     lab.say("plain", not why, why=why)
     left = [name for name in host.held() if name.startswith(("session:", "state:", "iova:", "resume"))]
@@ -157,7 +143,7 @@ def landed() -> Client:
     client.apply(do.GuestResume(GUEST))
     lab.say("woken", until(client, GuestState.SUSPENDED), counted=counted())
     lab.say("dma-again", counted() == (2 * ROUNDS, 1, 2 * ROUNDS), counted=counted())
-    lab.say("findings-after", findings(client) == [], findings=findings(client))
+    lab.say("findings-after", host.findings(client) == [], findings=host.findings(client))
     return client
 
 

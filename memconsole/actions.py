@@ -17,12 +17,13 @@ from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hint
 
 import msgspec
 
+from memconsole import decoding
 from memconsole.errors import UsageError
-from memconsole.model import Access, Danger, Rung, Value
+from memconsole.model import Access, Danger, Plan, Refusal, Request, Rung
 from memconsole.units import exact_size, format_address, parse_address, parse_bdf, parse_size
 
 
-class Kind(enum.StrEnum):
+class ArgumentKind(enum.StrEnum):
     """How an argument is written and completed."""
 
     NEW_NAME = "new-name"
@@ -45,13 +46,13 @@ class Kind(enum.StrEnum):
 class Arg(msgspec.Struct, frozen=True):
     """How one field of an Action is written: its kind, help, whether it stands without a ``--name``, its choices."""
 
-    kind: Kind
+    kind: ArgumentKind
     help: str
     positional: bool = False
     choices: tuple[str, ...] = ()
 
 
-class Field(msgspec.Struct, frozen=True):
+class ActionField(msgspec.Struct, frozen=True):
     """A field of an Action as the command line, dialogs and macros see it; ``required`` when it has no default."""
 
     name: str
@@ -77,7 +78,7 @@ class Spec(msgspec.Struct, frozen=True):
     on: str = ""
 
 
-class Action(Value, frozen=True, tag_field="do"):
+class Action(Request, frozen=True, tag_field="do"):
     """The base of every Action."""
 
     spec: ClassVar[Spec]
@@ -93,26 +94,26 @@ class Reserve(Action, frozen=True, tag="reserve"):
     spec = Spec(
         "reserve", ("reserve",), "Reserve region", "Set memory aside under a name", Danger.CHANGES, "n", "regions"
     )
-    name: Annotated[str, Arg(Kind.NEW_NAME, "name of the new region", positional=True)]
-    size: Annotated[int, Arg(Kind.SIZE, "its size, for example 64M or 2G", positional=True)]
-    store: Annotated[str, Arg(Kind.CHOICE, "where its frames live", choices=("memfd",))] = "memfd"
-    page_size: Annotated[int, Arg(Kind.SIZE, "page size: 4K, 2M or 1G", choices=("4K", "2M", "1G"))] = 4096
-    node: Annotated[int | None, Arg(Kind.INTEGER, "NUMA node to take it from")] = None
-    prefault: Annotated[bool, Arg(Kind.FLAG, "put every page in place now")] = False
+    name: Annotated[str, Arg(ArgumentKind.NEW_NAME, "name of the new region", positional=True)]
+    size: Annotated[int, Arg(ArgumentKind.SIZE, "its size, for example 64M or 2G", positional=True)]
+    store: Annotated[str, Arg(ArgumentKind.CHOICE, "where its frames live", choices=("memfd",))] = "memfd"
+    page_size: Annotated[int, Arg(ArgumentKind.SIZE, "page size: 4K, 2M or 1G", choices=("4K", "2M", "1G"))] = 4096
+    node: Annotated[int | None, Arg(ArgumentKind.INTEGER, "NUMA node to take it from")] = None
+    prefault: Annotated[bool, Arg(ArgumentKind.FLAG, "give every page its frame now")] = False
 
 
 class Map(Action, frozen=True, tag="map"):
     """Grant a guest a range of a region."""
 
     spec = Spec("map", ("map",), "Map region", "Grant a guest a range of a region", Danger.CHANGES, "m", "regions")
-    region: Annotated[str, Arg(Kind.REGION, "region to map", positional=True)]
-    guest: Annotated[str, Arg(Kind.GUEST, "guest that may map it", positional=True)]
-    offset: Annotated[int, Arg(Kind.ADDRESS, "where in the region the grant begins")] = 0
-    length: Annotated[int | None, Arg(Kind.SIZE, "how much of it; all that follows if left out")] = None
-    gpa: Annotated[int | None, Arg(Kind.ADDRESS, "guest physical address to map it at")] = None
-    access: Annotated[Access, Arg(Kind.CHOICE, "ro or rw", choices=("ro", "rw"))] = Access.RW
-    dma: Annotated[str | None, Arg(Kind.BDF, "also map it for this device")] = None
-    lazy: Annotated[bool, Arg(Kind.FLAG, "put pages in place when the guest first touches them")] = False
+    region: Annotated[str, Arg(ArgumentKind.REGION, "region to map", positional=True)]
+    guest: Annotated[str, Arg(ArgumentKind.GUEST, "guest that may map it", positional=True)]
+    offset: Annotated[int, Arg(ArgumentKind.ADDRESS, "where in the region the grant begins")] = 0
+    length: Annotated[int | None, Arg(ArgumentKind.SIZE, "how many bytes; up to the region's end if left out")] = None
+    gpa: Annotated[int | None, Arg(ArgumentKind.ADDRESS, "guest physical address to map it at")] = None
+    access: Annotated[Access, Arg(ArgumentKind.CHOICE, "ro or rw", choices=("ro", "rw"))] = Access.RW
+    dma: Annotated[str | None, Arg(ArgumentKind.BDF, "also map it for this device")] = None
+    lazy: Annotated[bool, Arg(ArgumentKind.FLAG, "give pages their frames when the guest first touches them")] = False
 
 
 class Revoke(Action, frozen=True, tag="revoke"):
@@ -127,10 +128,10 @@ class Revoke(Action, frozen=True, tag="revoke"):
         "R",
         "grants",
     )
-    grant: Annotated[str, Arg(Kind.GRANT, "grant to revoke", positional=True)]
-    within: Annotated[float, Arg(Kind.SECONDS, "how long each rung may take")] = 5.0
+    grant: Annotated[str, Arg(ArgumentKind.GRANT, "grant to revoke", positional=True)]
+    within: Annotated[float, Arg(ArgumentKind.SECONDS, "seconds each rung may take")] = 5.0
     at_most: Annotated[
-        Rung, Arg(Kind.CHOICE, "the hardest rung allowed", choices=("ask", "protect", "copy", "kill"))
+        Rung, Arg(ArgumentKind.CHOICE, "the hardest rung allowed", choices=("ask", "protect", "copy", "kill"))
     ] = Rung.KILL
 
 
@@ -146,7 +147,7 @@ class Release(Action, frozen=True, tag="release"):
         "X",
         "regions",
     )
-    region: Annotated[str, Arg(Kind.REGION, "region to free", positional=True)]
+    region: Annotated[str, Arg(ArgumentKind.REGION, "region to free", positional=True)]
 
 
 class GuestStart(Action, frozen=True, tag="guest-start"):
@@ -161,11 +162,12 @@ class GuestStart(Action, frozen=True, tag="guest-start"):
         "n",
         "guests",
     )
-    name: Annotated[str, Arg(Kind.NEW_NAME, "name of the new guest and of its region", positional=True)]
-    vmm: Annotated[str, Arg(Kind.CHOICE, "what runs it", choices=("canary", "qemu"))] = "canary"
-    memory: Annotated[int, Arg(Kind.SIZE, "its RAM")] = 64 << 20
-    device: Annotated[str | None, Arg(Kind.BDF, "PCI device it is given through VFIO (qemu)")] = None
-    args: Annotated[tuple[str, ...], Arg(Kind.WORDS, "arguments for the VMM, after --")] = ()
+    name: Annotated[str, Arg(ArgumentKind.NEW_NAME, "name of the new guest and of its region", positional=True)]
+    vmm: Annotated[str, Arg(ArgumentKind.CHOICE, "the VMM that runs it", choices=("canary", "qemu"))] = "canary"
+    memory: Annotated[int, Arg(ArgumentKind.SIZE, "its RAM")] = 64 << 20
+    device: Annotated[str | None, Arg(ArgumentKind.BDF, "PCI device to pass through with VFIO (qemu)")] = None
+    agent: Annotated[bool, Arg(ArgumentKind.FLAG, "add a channel for QEMU's guest agent (qemu)")] = False
+    args: Annotated[tuple[str, ...], Arg(ArgumentKind.WORDS, "arguments for the VMM, after --")] = ()
 
 
 class GuestAttach(Action, frozen=True, tag="guest-attach"):
@@ -180,8 +182,24 @@ class GuestAttach(Action, frozen=True, tag="guest-attach"):
         "a",
         "guests",
     )
-    name: Annotated[str, Arg(Kind.NEW_NAME, "name of the new guest", positional=True)]
-    pid: Annotated[int, Arg(Kind.INTEGER, "its process id")]
+    name: Annotated[str, Arg(ArgumentKind.NEW_NAME, "name of the new guest", positional=True)]
+    pid: Annotated[int, Arg(ArgumentKind.INTEGER, "the process's PID")]
+
+
+class GuestHelper(Action, frozen=True, tag="guest-helper"):
+    """Let a process that works for a guest share what the guest has been granted."""
+
+    spec = Spec(
+        "guest-helper",
+        ("guest", "helper"),
+        "Name helper",
+        "Say that a process works for a guest (a vhost-user backend)",
+        Danger.CHANGES,
+        "H",
+        "guests",
+    )
+    name: Annotated[str, Arg(ArgumentKind.GUEST, "guest that the process works for", positional=True)]
+    pid: Annotated[int, Arg(ArgumentKind.INTEGER, "the process's PID")]
 
 
 class GuestStop(Action, frozen=True, tag="guest-stop"):
@@ -196,23 +214,29 @@ class GuestStop(Action, frozen=True, tag="guest-stop"):
         "S",
         "guests",
     )
-    name: Annotated[str, Arg(Kind.GUEST, "guest to stop", positional=True)]
+    name: Annotated[str, Arg(ArgumentKind.GUEST, "guest to stop", positional=True)]
 
 
 class GuestPause(Action, frozen=True, tag="guest-pause"):
     """Stop a guest's vCPUs."""
 
     spec = Spec("guest-pause", ("guest", "pause"), "Pause guest", "Stop a guest's vCPUs", Danger.CHANGES, "p", "guests")
-    name: Annotated[str, Arg(Kind.GUEST, "guest to pause", positional=True)]
+    name: Annotated[str, Arg(ArgumentKind.GUEST, "guest to pause", positional=True)]
 
 
 class GuestResume(Action, frozen=True, tag="guest-resume"):
     """Let a paused guest go on."""
 
     spec = Spec(
-        "guest-resume", ("guest", "resume"), "Resume guest", "Let a paused guest go on", Danger.CHANGES, "u", "guests"
+        "guest-resume",
+        ("guest", "resume"),
+        "Resume guest",
+        "Let a paused guest run again",
+        Danger.CHANGES,
+        "u",
+        "guests",
     )
-    name: Annotated[str, Arg(Kind.GUEST, "guest to resume", positional=True)]
+    name: Annotated[str, Arg(ArgumentKind.GUEST, "guest to resume", positional=True)]
 
 
 class WindowMap(Action, frozen=True, tag="window-map"):
@@ -221,8 +245,8 @@ class WindowMap(Action, frozen=True, tag="window-map"):
     spec = Spec(
         "window-map", ("window", "map"), "Map window", "Grant a guest an MMIO window", Danger.CHANGES, "m", "windows"
     )
-    window: Annotated[str, Arg(Kind.WINDOW, "window as BDF:BAR", positional=True)]
-    guest: Annotated[str, Arg(Kind.GUEST, "guest that may map it", positional=True)]
+    window: Annotated[str, Arg(ArgumentKind.WINDOW, "window as BDF:BAR", positional=True)]
+    guest: Annotated[str, Arg(ArgumentKind.GUEST, "guest that may map it", positional=True)]
 
 
 class WindowRevoke(Action, frozen=True, tag="window-revoke"):
@@ -237,44 +261,50 @@ class WindowRevoke(Action, frozen=True, tag="window-revoke"):
         "R",
         "windows",
     )
-    window: Annotated[str, Arg(Kind.WINDOW, "window as BDF:BAR", positional=True)]
+    window: Annotated[str, Arg(ArgumentKind.WINDOW, "window as BDF:BAR", positional=True)]
 
 
-class Handoff(Action, frozen=True):
+NO_INITRD = "none"
+"""In the place of an initrd's path: the kernel needs none."""
+
+
+class HandoffAction(Action, frozen=True):
     """What a handoff's actions share: the kernel that is next, and how it is booted."""
 
-    kernel: Annotated[str, Arg(Kind.PATH, "the next kernel's image; the newest below /boot if left out")] = ""
-    initrd: Annotated[str, Arg(Kind.PATH, "its initrd; the one beside the image if left out")] = ""
-    append: Annotated[str, Arg(Kind.TEXT, "its command line; this kernel's if left out")] = ""
-    contents: Annotated[bool, Arg(Kind.FLAG, "compare contents too, at the cost of a longer blackout")] = False
+    kernel: Annotated[str, Arg(ArgumentKind.PATH, "image of the next kernel; the host's boot default if left out")] = ""
+    initrd: Annotated[
+        str, Arg(ArgumentKind.PATH, "initrd of the next kernel, or none; the image's own if left out")
+    ] = ""
+    append: Annotated[str, Arg(ArgumentKind.TEXT, "command line of the next kernel; this kernel's if left out")] = ""
+    contents: Annotated[bool, Arg(ArgumentKind.FLAG, "compare contents too; the blackout is longer")] = False
 
 
-class HandoffRun(Handoff, frozen=True, tag="handoff-run"):
+class HandoffRun(HandoffAction, frozen=True, tag="handoff-run"):
     """Boot another kernel and let the guests go on in it."""
 
-    finish: Annotated[bool, Arg(Kind.FLAG, "finish sessions that are kept: what nobody knows in them is discarded")] = (
-        False
-    )
+    finish: Annotated[
+        bool, Arg(ArgumentKind.FLAG, "finish leftover incoming sessions; files that no entry refers to are discarded")
+    ] = False
 
     spec = Spec(
         "handoff-run",
         ("handoff", "run"),
         "Hand off",
-        "Boot another kernel; the guests go on in it, on the same memory",
+        "Boot another kernel; guests continue in it on the same memory",
         Danger.DESTROYS,
         "J",
         "handoff",
     )
 
 
-class HandoffRehearse(Handoff, frozen=True, tag="handoff-rehearse"):
+class HandoffRehearse(HandoffAction, frozen=True, tag="handoff-rehearse"):
     """Do all of a handoff but the jump: restart every VMM on this kernel, on the same memory."""
 
     spec = Spec(
         "handoff-rehearse",
         ("handoff", "rehearse"),
         "Rehearse handoff",
-        "Do all of a handoff but the jump: every VMM is restarted on this kernel",
+        "Do a handoff without the jump: restart every VMM on this kernel",
         Danger.DESTROYS,
         "B",
         "handoff",
@@ -288,6 +318,7 @@ AnyAction = (
     | Release
     | GuestStart
     | GuestAttach
+    | GuestHelper
     | GuestStop
     | GuestPause
     | GuestResume
@@ -300,7 +331,7 @@ REGISTRY: Mapping[str, type[Action]] = {cls.spec.id: cls for cls in get_args(Any
 
 
 @functools.cache
-def fields(cls: type[Action]) -> tuple[Field, ...]:
+def fields(cls: type[Action]) -> tuple[ActionField, ...]:
     """The fields of an action, positional ones first, each in the order it is declared."""
     hints = get_type_hints(cls, include_extras=True)
     found = []
@@ -309,49 +340,54 @@ def fields(cls: type[Action]) -> tuple[Field, ...]:
         if get_origin(hint) is not Annotated:
             raise TypeError(f"{cls.__name__}.{info.name} lacks an Arg")
         arg = next(extra for extra in get_args(hint)[1:] if isinstance(extra, Arg))
-        found.append(Field(info.name, arg, info.required, None if info.required else info.default))
+        found.append(ActionField(info.name, arg, info.required, None if info.required else info.default))
     return tuple(sorted(found, key=lambda field: not field.arg.positional))
 
 
-def read_value(field: Field, text: str) -> Any:
+def read_value(field: ActionField, text: str) -> Any:
     """The value of one field from what a person wrote.
 
     Raises:
         UsageError: the text is not a value of the field's kind.
     """
     kind = field.arg.kind
-    if kind is Kind.SIZE:
+    if kind is ArgumentKind.SIZE:
         return parse_size(text)
-    if kind is Kind.ADDRESS:
+    if kind is ArgumentKind.ADDRESS:
         return parse_address(text)
-    if kind is Kind.BDF:
+    if kind is ArgumentKind.BDF:
         return parse_bdf(text)
-    if kind is Kind.FLAG:
+    if kind is ArgumentKind.FLAG:
         if text.lower() not in {"yes", "no", "true", "false", "1", "0"}:
-            raise UsageError(f"{text!r} is neither yes nor no", "", "write yes or no")
+            raise UsageError(f"{text!r} is neither yes nor no", f"{field.name} takes one of the two", "write yes or no")
         return text.lower() in {"yes", "true", "1"}
-    if kind is Kind.WORDS:
-        return tuple(shlex.split(text))
-    if kind in {Kind.INTEGER, Kind.SECONDS}:
+    if kind is ArgumentKind.WORDS:
         try:
-            return int(text) if kind is Kind.INTEGER else float(text)
+            return tuple(shlex.split(text))
+        except ValueError as error:
+            raise UsageError(
+                f"{text!r} cannot be split into words", str(error), "close the quotes, as for a shell"
+            ) from None
+    if kind in {ArgumentKind.INTEGER, ArgumentKind.SECONDS}:
+        try:
+            return int(text) if kind is ArgumentKind.INTEGER else float(text)
         except ValueError:
-            raise UsageError(f"{text!r} is not a number", f"{field.name} is a number", "") from None
+            raise UsageError(f"{text!r} is not a number", f"{field.name} takes a number", "write digits") from None
     return text
 
 
-def write_value(field: Field, value: Any) -> str:
+def write_value(field: ActionField, value: Any) -> str:
     """What a person would write for a value; :func:`read_value` reads it back."""
     kind = field.arg.kind
-    if kind is Kind.SIZE:
+    if kind is ArgumentKind.SIZE:
         return exact_size(value)
-    if kind is Kind.ADDRESS:
+    if kind is ArgumentKind.ADDRESS:
         return format_address(value) if value else "0"
-    if kind is Kind.FLAG:
+    if kind is ArgumentKind.FLAG:
         return "yes" if value else "no"
-    if kind is Kind.WORDS:
+    if kind is ArgumentKind.WORDS:
         return shlex.join(value)
-    if kind is Kind.SECONDS:
+    if kind is ArgumentKind.SECONDS:
         return f"{value:g}"
     return str(value)
 
@@ -376,9 +412,9 @@ def build(id: str, arguments: Mapping[str, Any]) -> Action:
     if missing:
         raise UsageError(f"{id} lacks {', '.join(missing)}", "", cls.spec.help)
     try:
-        return msgspec.convert({"do": id, **values}, type=cls)
-    except msgspec.ValidationError as error:
-        raise UsageError(f"{id}: {error}", "", f"see memconsole {' '.join(cls.spec.words)} --help") from None
+        return decoding.convert({"do": id, **values}, cls, what=id)
+    except decoding.Undecodable as error:
+        raise UsageError(f"{id}: {error.why}", "", f"see memconsole {' '.join(cls.spec.words)} --help") from None
 
 
 def cli_form(action: Action) -> str:
@@ -390,21 +426,35 @@ def cli_form(action: Action) -> str:
         value = getattr(action, field.name)
         if field.arg.positional:
             words.append(write_value(field, value))
-        elif field.arg.kind is Kind.WORDS:
+        elif field.arg.kind is ArgumentKind.WORDS:
             rest = ["--", *value] if value else []
         elif not field.required and value == field.default:
             continue
-        elif field.arg.kind is Kind.FLAG:
+        elif field.arg.kind is ArgumentKind.FLAG:
             options.append(field.option)
         else:
             options += [field.option, write_value(field, value)]
     return shlex.join([*words, *options, *rest])
 
 
+def refused_plan(action: Action, refusal: Refusal) -> Plan:
+    """A plan of an Action that is refused, whatever it would do."""
+    return Plan(action.spec.id, cli_form(action), action.spec.danger, refusals=(refusal,))
+
+
 def encode(action: Action) -> dict[str, Any]:
     """An Action as plain JSON values, tagged by ``do``; :func:`decode` reads it back."""
     encoded: dict[str, Any] = msgspec.to_builtins(action)
     return encoded
+
+
+def _without_nulls(value: Any) -> Any:
+    """An action's values without those of arguments that may be left out and are null, which says the same."""
+    cls = REGISTRY.get(value.get("do", "")) if isinstance(value, dict) and isinstance(value.get("do"), str) else None
+    if cls is None:
+        return value
+    optional = {field.name for field in fields(cls) if not field.required}
+    return {name: item for name, item in value.items() if item is not None or name not in optional}
 
 
 def decode(value: Any) -> Action:
@@ -414,7 +464,26 @@ def decode(value: Any) -> Action:
         UsageError: not an action, or one with arguments that do not fit.
     """
     try:
-        action: Action = msgspec.convert(value, type=AnyAction)
-    except msgspec.ValidationError as error:
-        raise UsageError("not an action", str(error), f"one of: {', '.join(sorted(REGISTRY))}") from None
+        action: Action = decoding.convert(_without_nulls(value), AnyAction, what="an action")
+    except decoding.Undecodable as error:
+        raise UsageError("not an action", error.why, f"one of: {', '.join(sorted(REGISTRY))}") from None
+    for field in fields(type(action)):
+        _meant_as_such(field, getattr(action, field.name))
     return action
+
+
+def _meant_as_such(field: ActionField, value: Any) -> None:
+    """Refuse text that would become another file's name than the one that it stands for.
+
+    Raises:
+        UsageError: a PCI address that is none, a NUL byte.
+    """
+    words = value if isinstance(value, tuple) else (value,)
+    if any(isinstance(word, str) and "\0" in word for word in words):
+        raise UsageError(
+            f"{field.name} cannot have a NUL byte in it",
+            "no system call takes a name with a NUL byte",
+            "remove the NUL byte",
+        )
+    if field.arg.kind is ArgumentKind.BDF and value is not None and parse_bdf(value) != value:
+        raise UsageError(f"{value!r} is not a whole PCI address", "on the wire it has its domain", "write 0000:00:04.0")

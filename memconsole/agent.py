@@ -8,7 +8,7 @@ For any program that wants memory from memconsole; standard library only::
 
 The process must have been attached as a guest (``memconsole guest attach NAME --pid PID``); until it is, the agent
 keeps knocking. It knocks again after the control process is gone, and what it has mapped stays mapped meanwhile.
-Messages: the grammar stands at the top of ``memconsole/backend/exports/fd.py``.
+Messages: the grammar stands at the top of ``memconsole/backend/exports/agents.py``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
+import logging
 import mmap
 import os
 import select
@@ -23,12 +24,15 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
+log = logging.getLogger("memconsole.agent")
+
 MAGIC = 0x4741434D
 VERSION = 1
+"""Raised when ``AGENT_VERSION`` of ``native/agent.h`` is, by the rule there."""
 MAX_MESSAGE = 8192
 MAX_GRANTS = 64
 MAX_NAME = 63
@@ -71,9 +75,9 @@ _OF_VMS = {Type.PAUSE, Type.RESUME, Type.REPORT, Type.STOP, Type.SAVE, Type.SWEE
 
 
 class Message(NamedTuple):
-    """One packet, its head taken apart."""
+    """One packet, its head taken apart; a type that is none of :class:`Type` is a newer peer's."""
 
-    type: Type
+    type: Type | int
     id: int
     body: bytes
 
@@ -91,17 +95,15 @@ def unpack(packet: bytes) -> Message:
     """A packet's parts.
 
     Raises:
-        BadMessage: too short or long, foreign, of another version, or of a type nobody knows.
+        BadMessage: too short or long, foreign, or of another version.
     """
     if not HEAD.size <= len(packet) <= MAX_MESSAGE:
         raise BadMessage(f"a packet of {len(packet)} bytes")
     magic, version, type, id, length = HEAD.unpack_from(packet)
     if magic != MAGIC or version != VERSION or length != len(packet):
         raise BadMessage("a packet of another protocol")
-    try:
-        return Message(Type(type), id, packet[HEAD.size :])
-    except ValueError:
-        raise BadMessage(f"a packet of type {type}") from None
+    known = Type(type) if type in Type.__members__.values() else type
+    return Message(known, id, packet[HEAD.size :])
 
 
 def pack_name(name: str) -> bytes:
@@ -126,13 +128,13 @@ def unpack_name(raw: bytes) -> str:
     if not text or len(text) == len(raw) or rest.strip(b"\0"):
         raise BadMessage("a name that is none")
     try:
-        return text.decode()
+        return text.decode("utf-8", "strict")
     except UnicodeDecodeError:
         raise BadMessage("a name that is no text") from None
 
 
 @dataclass
-class Grant:
+class MappedGrant:
     """A granted range as this process has mapped it; ``memory`` is its bytes, read-only for an ``ro`` grant."""
 
     id: str
@@ -163,12 +165,14 @@ class Agent:
     it raises, or views remain, the agent answers that it cannot.
     """
 
-    def __init__(self, socket_path: str | os.PathLike[str], *, on_unmap: Callable[[Grant], None] | None = None) -> None:
+    def __init__(
+        self, socket_path: str | os.PathLike[str], *, on_unmap: Callable[[MappedGrant], None] | None = None
+    ) -> None:
         self._path = os.fspath(socket_path)
         self._on_unmap = on_unmap
         self._changed = threading.Condition()
-        self._grants: dict[str, Grant] = {}
-        self._handed: dict[int, Grant] = {}
+        self._grants: dict[str, MappedGrant] = {}
+        self._handed: dict[int, MappedGrant] = {}
         """Mapped, by the request; nobody sees them until it is known that the uffd handed over is in custody."""
         self._socket: socket.socket | None = None
         self._woken, self._wake = os.pipe()
@@ -182,12 +186,12 @@ class Agent:
         self.close()
 
     @property
-    def grants(self) -> dict[str, Grant]:
+    def grants(self) -> dict[str, MappedGrant]:
         """The grants mapped now, by id."""
         with self._changed:
             return dict(self._grants)
 
-    def wait(self, grant: str, within: float) -> Grant:
+    def wait(self, grant: str, within: float) -> MappedGrant:
         """A grant by its id, once it is mapped.
 
         Raises:
@@ -213,7 +217,7 @@ class Agent:
         if held:
             raise BufferError(f"still in use: {', '.join(held)}")
 
-    def _drop(self, grant: Grant) -> bool:
+    def _drop(self, grant: MappedGrant) -> bool:
         with self._changed:
             if grant.release():
                 del self._grants[grant.id]
@@ -234,6 +238,11 @@ class Agent:
                 try:
                     self._serve()
                 except (OSError, BadMessage):
+                    self._disconnect()
+                    time.sleep(RETRY)
+                except Exception:
+                    # Its process may have much else to do: what is wrong here costs this connection, and is tried anew.
+                    log.exception("the agent's connection failed")
                     self._disconnect()
                     time.sleep(RETRY)
 
@@ -279,46 +288,48 @@ class Agent:
             for fd in fds:
                 os.close(fd)
 
-    def _do(self, message: Message, fds: list[int]) -> _Answer:
-        if message.type is Type.GRANT and len(message.body) == GRANT.size and len(fds) == 1:
+    def _do(self, message: Message, fds: list[int]) -> _RequestReply:
+        if not isinstance(message.type, Type) and message.type > Type.GRANT:
+            return _RequestReply(errno.EOPNOTSUPP, "this agent does not know that")
+        if message.type is Type.GRANT and len(message.body) >= GRANT.size and len(fds) == 1:
             return self._map(message.id, message.body, fds[0])
-        if message.type is Type.TAKEN and not message.body:
+        if message.type is Type.TAKEN:
             return self._taken(message.id)
-        if message.type is Type.UNMAP and len(message.body) == NAME.size:
-            return self._unmap(unpack_name(message.body))
-        if message.type in _OF_VMS and not message.body:
-            return _Answer(errno.EOPNOTSUPP, "a process has no such thing")
-        raise BadMessage(f"a malformed {message.type.name}")
+        if message.type is Type.UNMAP and len(message.body) >= NAME.size:
+            return self._unmap(unpack_name(message.body[: NAME.size]))
+        if message.type in _OF_VMS:
+            return _RequestReply(errno.EOPNOTSUPP, "a process has no such thing")
+        raise BadMessage(f"a malformed message of type {message.type}")
 
-    def _map(self, request: int, body: bytes, fd: int) -> _Answer:
-        raw, offset, length, gpa, access, wants = GRANT.unpack(body)
+    def _map(self, request: int, body: bytes, fd: int) -> _RequestReply:
+        raw, offset, length, gpa, access, wants = GRANT.unpack_from(body)
         id = unpack_name(raw)
         if id in self.grants:
-            return _Answer(0)
+            return _RequestReply(0)
         self._take_back(id)
         if len(self.grants) + len(self._handed) >= MAX_GRANTS:
-            return _Answer(errno.ENOSPC, f"it holds {MAX_GRANTS} grants")
+            return _RequestReply(errno.ENOSPC, f"it holds {MAX_GRANTS} grants")
         writable = access in _WRITABLE
         try:
-            mapping = mmap.mmap(fd, length, offset=offset, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
+            mapping = _mapped(fd, length, offset, mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
         except (OSError, ValueError, OverflowError) as error:
-            return _Answer(getattr(error, "errno", None) or errno.EINVAL, str(error))
-        answer = _registered(mapping, length, wants) if wants else _Answer(0)
-        grant = Grant(id, memoryview(mapping), offset, None if gpa == NO_GPA else gpa, writable, mapping)
+            return _RequestReply(getattr(error, "errno", None) or errno.EINVAL, str(error))
+        answer = _registered(mapping, length, wants) if wants else _RequestReply(0)
+        grant = MappedGrant(id, memoryview(mapping), offset, None if gpa == NO_GPA else gpa, writable, mapping)
         if answer.uffd < 0:
             self._publish(grant)
         else:
             self._handed[request] = grant
         return answer
 
-    def _taken(self, request: int) -> _Answer:
+    def _taken(self, request: int) -> _RequestReply:
         grant = self._handed.pop(request, None)
         if grant is None:
-            return _Answer(errno.ECANCELED, "it was taken back meanwhile")
+            return _RequestReply(errno.ECANCELED, "it was taken back meanwhile")
         self._publish(grant)
-        return _Answer(0)
+        return _RequestReply(0)
 
-    def _publish(self, grant: Grant) -> None:
+    def _publish(self, grant: MappedGrant) -> None:
         with self._changed:
             self._grants[grant.id] = grant
             self._changed.notify_all()
@@ -329,17 +340,78 @@ class Agent:
             if grant.id == id:
                 self._handed.pop(request).release()
 
-    def _unmap(self, id: str) -> _Answer:
+    def _unmap(self, id: str) -> _RequestReply:
         self._take_back(id)
         grant = self.grants.get(id)
         if grant is None:
-            return _Answer(0)
+            return _RequestReply(0)
         if self._on_unmap is not None:
             try:
                 self._on_unmap(grant)
             except Exception as error:  # noqa: BLE001 - the process's own code says no; the control process is told
-                return _Answer(errno.EBUSY, f"it will not: {error}")
-        return _Answer(0) if self._drop(grant) else _Answer(errno.EBUSY, "its memory is in use")
+                return _RequestReply(errno.EBUSY, f"it will not: {error}")
+        return _RequestReply(0) if self._drop(grant) else _RequestReply(errno.EBUSY, "its memory is in use")
+
+
+# --- where memory is mapped -------------------------------------------------------------------------------------
+
+_HUGE = 2 << 20
+_FIXED_NOREPLACE = 1 << 20
+_TRIES = 4
+
+
+def _mapped(fd: int, length: int, offset: int, access: int) -> mmap.mmap:
+    """A mapping at an address at which the kernel can map it by huge pages, where there is room for that.
+
+    Such an address is to 2 MiB what the offset is; the kernel sees to it for some files and settings only. Python's
+    mmap takes no address, but the kernel fills a gap from its end: what is mapped there first moves the next one down.
+
+    Raises:
+        OSError, ValueError, OverflowError: it cannot be mapped.
+    """
+    mapping = mmap.mmap(fd, length, offset=offset, access=access)
+    with contextlib.ExitStack() as fillings:  # all of them to the end: a gap that is too narrow would be taken again
+        for _ in range(_TRIES if length >= _HUGE else 0):  # another thread may map something meanwhile
+            start = _address(mapping)
+            above = (start - offset) % _HUGE
+            if not above:
+                break
+            mapping.close()
+            fillings.enter_context(_filled(start + length - above, above))
+            mapping = mmap.mmap(fd, length, offset=offset, access=access)
+    with contextlib.suppress(OSError):  # advice: kernels without it do as they please
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return mapping
+
+
+@contextlib.contextmanager
+def _filled(address: int, length: int) -> Iterator[None]:
+    """While nothing else can be mapped in a range; if something is there already, that does as well."""
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.mmap.restype = ctypes.c_void_p
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _FIXED_NOREPLACE
+    at = libc.mmap(address, length, 0, flags, -1, 0)
+    try:
+        yield
+    finally:
+        if at not in {None, ctypes.c_void_p(-1).value}:
+            libc.munmap(at, length)
+
+
+def _address(mapping: mmap.mmap) -> int:
+    """Where a mapping stands; also of one that may only be read."""
+    import ctypes
+
+    view = (ctypes.c_void_p * 16)()  # a Py_buffer, the address in front
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(mapping), view, 0)
+    try:
+        return view[0] or 0
+    finally:
+        ctypes.pythonapi.PyBuffer_Release(view)
 
 
 # --- page faults, handed over -----------------------------------------------------------------------------------
@@ -348,38 +420,47 @@ WANTS_FAULTS, WANTS_SHIELD = 1, 2
 _MISSING, _MINOR, _RWP = 1, 4, 8
 _FEATURES = {_MISSING: 1 << 4 | 1 << 5, _MINOR: 1 << 9 | 1 << 10, _RWP: 1 << 17}
 """What a mode of registering wants of the kernel, for shmem and for hugetlb pages (UFFD_FEATURE_*)."""
-_UFFDIO_API, _UFFDIO_REGISTER, _UFFD_API = 0xC018AA3F, 0xC020AA00, 0xAA
+_USERFAULTFD_IOC_NEW, _UFFDIO_API, _UFFDIO_REGISTER, _UFFD_API = 0xAA00, 0xC018AA3F, 0xC020AA00, 0xAA
 _SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282, "riscv64": 282}
 _USER_MODE_ONLY = 1
 
 
-def userfaultfd() -> int:
-    """A new userfaultfd; one that serves faults of the kernel too, where this process may have that.
+def userfaultfd() -> tuple[int, bool]:
+    """A new userfaultfd, and whether it serves faults of the kernel too (a KVM guest's are such).
+
+    By /dev/userfaultfd, else by userfaultfd(2): for kernels before 6.1, and for users to whom the device is not open.
 
     Raises:
         OSError: the kernel has none for this process.
     """
     import ctypes
+    import fcntl
 
+    flags = os.O_CLOEXEC | os.O_NONBLOCK
+    with contextlib.suppress(OSError):
+        device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            return fcntl.ioctl(device, _USERFAULTFD_IOC_NEW, flags), True
+        finally:
+            os.close(device)
     number = _SYS_USERFAULTFD.get(os.uname().machine)
     if number is None:
         raise OSError(errno.ENOSYS, "userfaultfd on this processor")
     libc = ctypes.CDLL(None, use_errno=True)
-    for flags in (0, _USER_MODE_ONLY):
-        fd: int = libc.syscall(ctypes.c_long(number), ctypes.c_int(flags | os.O_CLOEXEC | os.O_NONBLOCK))
+    for mode in (0, _USER_MODE_ONLY):
+        fd: int = libc.syscall(ctypes.c_long(number), ctypes.c_int(flags | mode))
         if fd >= 0:
-            return fd
-    raise OSError(ctypes.get_errno(), "userfaultfd")
+            return fd, mode == 0
+    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def _registered(mapping: mmap.mmap, length: int, wants: int) -> _Answer:
+def _registered(mapping: mmap.mmap, length: int, wants: int) -> _RequestReply:
     """A mapping registered for what is wanted of it, as far as the kernel can; else why it is not."""
-    import ctypes
     import fcntl
 
     try:
-        address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-        probe = userfaultfd()
+        address = _address(mapping)
+        probe, _ = userfaultfd()
         try:
             asked = fcntl.ioctl(probe, _UFFDIO_API, struct.pack("QQQ", _UFFD_API, 0, 0))
         finally:
@@ -388,8 +469,8 @@ def _registered(mapping: mmap.mmap, length: int, wants: int) -> _Answer:
         there = struct.unpack("QQQ", asked)[1]
         modes = sum(mode for mode, needs in _FEATURES.items() if wanted & mode and there & needs == needs)
         if not modes:
-            return _Answer(0, "this kernel has nothing of what is wanted")
-        uffd = userfaultfd()
+            return _RequestReply(0, "this kernel has none of the features")
+        uffd, _ = userfaultfd()
         try:
             features = sum(needs for mode, needs in _FEATURES.items() if modes & mode)
             fcntl.ioctl(uffd, _UFFDIO_API, struct.pack("QQQ", _UFFD_API, features, 0))
@@ -397,12 +478,12 @@ def _registered(mapping: mmap.mmap, length: int, wants: int) -> _Answer:
         except BaseException:
             os.close(uffd)
             raise
-    except (OSError, TypeError) as error:
-        return _Answer(0, str(error))
-    return _Answer(0, "", uffd, modes, address)
+    except OSError as error:
+        return _RequestReply(0, str(error))
+    return _RequestReply(0, "", uffd, modes, address)
 
 
-class _Answer(NamedTuple):
+class _RequestReply(NamedTuple):
     """What a request is answered; an uffd is handed over first, with how the mapping at ``address`` is registered."""
 
     status: int

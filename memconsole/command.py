@@ -7,12 +7,14 @@ what :func:`memconsole.actions.cli_form` writes.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from memconsole import actions
-from memconsole.actions import Action, Field, Kind
+from memconsole.actions import Action, ActionField, Arg, ArgumentKind
 from memconsole.errors import MemconsoleError, UsageError
+from memconsole.source import Source
 
 Subparsers = Any  # argparse keeps the type of add_subparsers' result to itself
 
@@ -37,14 +39,14 @@ def reader(read: Callable[[str], Any]) -> Callable[[str], Any]:
     return convert
 
 
-def _add_field(parser: argparse.ArgumentParser, field: Field) -> None:
+def _add_field(parser: argparse.ArgumentParser, field: ActionField) -> None:
     arg = field.arg
-    if arg.kind is Kind.FLAG:
+    if arg.kind is ArgumentKind.FLAG:
         parser.add_argument(field.option, dest=field.name, action="store_true", help=arg.help)
         return
     shown = "|".join(arg.choices) if arg.choices else arg.kind.value.upper().replace("NEW-", "")
     options: dict[str, Any] = {"help": arg.help, "metavar": shown}
-    if arg.kind is Kind.CHOICE:
+    if arg.kind is ArgumentKind.CHOICE:
         options["choices"] = arg.choices
     else:
         options["type"] = reader(lambda text: actions.read_value(field, text))
@@ -72,7 +74,7 @@ def add_actions(
             where = groups[group]
         parser = where.add_parser(spec.words[-1], help=spec.help, description=spec.help, parents=list(parents))
         for field in actions.fields(cls):
-            if field.arg.kind is Kind.WORDS:
+            if field.arg.kind is ArgumentKind.WORDS:
                 parser.usage = "%(prog)s [options] NAME [-- ARG ...]"
                 parser.epilog = f"-- ARG ...: {field.arg.help}"
             else:
@@ -81,12 +83,24 @@ def add_actions(
     return groups
 
 
+_TAKERS = tuple(
+    cls.spec.words
+    for cls in actions.REGISTRY.values()
+    if any(field.arg.kind is ArgumentKind.WORDS for field in actions.fields(cls))
+)
+
+
 def split_rest(words: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
-    """The words before a ``--`` and those behind it."""
+    """The words before a ``--`` and those behind it, for an action that hands words on (``guest start``).
+
+    For every other command ``--`` ends the options, as in other programs: it stays where it is, for argparse.
+    """
     words = list(words)
     if "--" in words:
         at = words.index("--")
-        return words[:at], tuple(words[at + 1 :])
+        before = words[:at]
+        if any(tuple(before[n : n + len(taker)]) == taker for taker in _TAKERS for n in range(at)):
+            return before, tuple(words[at + 1 :])
     return words, ()
 
 
@@ -94,18 +108,16 @@ def action_of(namespace: argparse.Namespace, rest: Sequence[str] = ()) -> Action
     """The Action a parsed command line means; ``rest`` are the words after ``--``.
 
     Raises:
-        UsageError: words after ``--`` for an action that takes none, or a value that does not fit.
+        UsageError: a value that does not fit.
     """
     cls = actions.REGISTRY[namespace.action]
     values: dict[str, Any] = {}
     takes_words = None
     for field in actions.fields(cls):
-        if field.arg.kind is Kind.WORDS:
+        if field.arg.kind is ArgumentKind.WORDS:
             takes_words = field
         elif hasattr(namespace, field.name):
             values[field.name] = getattr(namespace, field.name)
-    if rest and takes_words is None:
-        raise UsageError(f"{' '.join(cls.spec.words)} takes no words after --", "", "leave them out")
     if takes_words is not None and rest:
         values[takes_words.name] = tuple(rest)
     return actions.build(namespace.action, values)
@@ -120,6 +132,95 @@ def parse(words: Sequence[str]) -> Action:
     words, rest = split_rest(words)
     if words and words[0] == "memconsole":
         words = words[1:]
+    return action_of(_actions_parser().parse_args(words), rest)
+
+
+@functools.cache
+def _actions_parser() -> Parser:
+    """The parser of every action; made once, since a log of command lines is read by it line by line."""
     parser = Parser(prog="memconsole", add_help=False)
     add_actions(parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser))
-    return action_of(parser.parse_args(words), rest)
+    return parser
+
+
+class ArgumentForm(NamedTuple):
+    """An argument of a command: its name as it is typed (``--sort``) or called (``SIZE``), its help, its choices.
+
+    ``value`` is what its value is called; ``takes``: it is an option that a value follows. ``kind`` is that of an
+    action's argument, where it is one.
+    """
+
+    name: str
+    value: str
+    help: str
+    option: bool = False
+    takes: bool = False
+    required: bool = False
+    choices: tuple[str, ...] = ()
+    kind: ArgumentKind | None = None
+
+
+class CommandForm(NamedTuple):
+    """A command: its words, what it does, its arguments, and the id of the action that it is, if it is one."""
+
+    words: tuple[str, ...]
+    help: str
+    arguments: tuple[ArgumentForm, ...] = ()
+    action: str = ""
+
+    @property
+    def positional(self) -> list[ArgumentForm]:
+        """The arguments that are told apart by their place."""
+        return [each for each in self.arguments if not each.option]
+
+    @property
+    def options(self) -> list[ArgumentForm]:
+        """The others."""
+        return [each for each in self.arguments if each.option]
+
+
+class CommandResult(NamedTuple):
+    """What a command line said, and the exit code that it would have."""
+
+    code: int
+    text: str
+
+
+class CommandLine(Protocol):
+    """The commands of memconsole, for a face that has a line to type them on."""
+
+    @property
+    def forms(self) -> Sequence[CommandForm]:
+        """Every command."""
+
+    def run(self, words: Sequence[str], source: Source) -> CommandResult:
+        """Run one on a Source; it asks nothing, and applies no action.
+
+        Raises:
+            UsageError: it needs a terminal of its own.
+        """
+
+
+def forms(parser: argparse.ArgumentParser, words: tuple[str, ...] = (), help: str = "") -> list[CommandForm]:
+    """The commands that a parser understands."""
+    found: list[CommandForm] = []
+    arguments: list[ArgumentForm] = []
+    action = str(parser.get_default("action") or "")
+    known = {field.name: field.arg for field in actions.fields(actions.REGISTRY[action])} if action else {}
+    for each in parser._actions:  # noqa: SLF001 - argparse shows its arguments in no other way
+        if isinstance(each, argparse._SubParsersAction):  # noqa: SLF001 - likewise
+            helps = {choice.dest: choice.help or "" for choice in each._choices_actions}  # noqa: SLF001 - likewise
+            for name, below in each.choices.items():
+                found += forms(below, (*words, name), helps.get(name, ""))
+        elif each.dest != "help":
+            arguments.append(_argument(each, known.get(each.dest)))
+    return found or [CommandForm(words, help, tuple(arguments), action)]
+
+
+def _argument(each: argparse.Action, arg: Arg | None) -> ArgumentForm:
+    choices = arg.choices if arg is not None else tuple(map(str, each.choices or ()))
+    option = bool(each.option_strings)
+    shown = each.metavar if isinstance(each.metavar, str) else each.dest.upper()
+    name = each.option_strings[-1] if option else shown
+    kind = arg.kind if arg is not None else None
+    return ArgumentForm(name, shown, each.help or "", option, option and each.nargs != 0, each.required, choices, kind)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import enum
 import errno as _errno
 import os
+import re
 from typing import ClassVar
 
 
 class ExitCode(enum.IntEnum):
-    """What a command's exit status means (DESIGN section 5)."""
+    """What a command's exit status means."""
 
     DONE = 0
     FAILED = 1
@@ -46,6 +47,15 @@ class MemconsoleError(Exception):
         return text
 
 
+def with_rights(remedy: str) -> str:
+    """A remedy as it is for this user: ``run as root`` tells one who is root nothing."""
+    if not remedy.startswith("run as root") or os.geteuid() != 0:
+        return remedy
+    capability = re.search(r"CAP_[A-Z_]+", remedy)
+    wanted = capability[0] if capability else "every capability"
+    return f"give the process {wanted}: it is root without it, in a container or under a security policy"
+
+
 class UsageError(MemconsoleError):
     """An argument that cannot mean anything (a negative size, an unknown field)."""
 
@@ -64,6 +74,9 @@ class Denied(Refused):
     """The peer's role, or the kernel's permissions, do not allow it."""
 
     default_code = "Denied"
+
+    def __init__(self, what: str, why: str = "", remedy: str = "", *, code: str = "") -> None:
+        super().__init__(what, why, with_rights(remedy), code=code)
 
 
 class NoControl(MemconsoleError):
@@ -120,6 +133,12 @@ class GuestError(MemconsoleError):
     """A guest did not answer, or answered that it could not."""
 
     default_code = "Guest"
+
+
+class Silent(MemconsoleError):
+    """A process that is there did not answer in time, or another call still has the connection to it."""
+
+    default_code = "Silent"
 
 
 class WireError(MemconsoleError):

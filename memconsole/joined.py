@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from msgspec.structs import replace
 
 from memconsole.errors import MemconsoleError, NotFound, UsageError
-from memconsole.model import Domain, Gap, Grant, Guest, Region, Snapshot, Value
+from memconsole.model import Domain, Grant, Guest, Range, Region, Snapshot, Unread, Value
 from memconsole.units import PAGE, format_address, parse_address
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ SPANS_MAX = 10_000
 _IDENTITY = "identity"
 
 
-class Tables(Protocol):
+class TableSource(Protocol):
     """Where tables come from: a Source."""
 
     def extents(self, key: str) -> ExtentTable:
@@ -51,7 +51,7 @@ class Frame(Value, frozen=True):
     offset: int | None = None
     guests: tuple[tuple[str, int], ...] = ()
     reached: tuple[Reacher, ...] = ()
-    unseen: tuple[Gap, ...] = ()
+    unseen: tuple[Unread, ...] = ()
 
 
 class Span(Value, frozen=True):
@@ -78,17 +78,17 @@ class Joined(Value, frozen=True):
     guest: str
     spans: tuple[Span, ...]
     more: bool = False
-    unseen: tuple[Gap, ...] = ()
+    unseen: tuple[Unread, ...] = ()
 
 
-class _Opened:
+class _OpenTables:
     """Tables that were asked for, each once, with what could not be had."""
 
-    def __init__(self, tables: Tables, stack: contextlib.ExitStack) -> None:
+    def __init__(self, tables: TableSource, stack: contextlib.ExitStack) -> None:
         self._tables = tables
         self._stack = stack
         self._known: dict[str, ExtentTable | None] = {}
-        self.gaps: list[Gap] = []
+        self.gaps: list[Unread] = []
 
     def __call__(self, key: str) -> ExtentTable | None:
         if key not in self._known:
@@ -96,11 +96,11 @@ class _Opened:
                 self._known[key] = self._stack.enter_context(contextlib.closing(self._tables.extents(key)))
             except MemconsoleError as error:
                 self._known[key] = None
-                self.gaps.append(Gap(key, error.why or error.what, error.remedy))
+                self.gaps.append(Unread(key, error.why or error.what, error.remedy))
         return self._known[key]
 
 
-def ask(snapshot: Snapshot, tables: Tables, target: str) -> Joined | Frame:
+def resolve_target(snapshot: Snapshot, tables: TableSource, target: str) -> Joined | Frame:
     """What a target's text means: GUEST, a PFN, or ADDRESS@ of a device (BDF), a guest or a region.
 
     Raises:
@@ -108,40 +108,69 @@ def ask(snapshot: Snapshot, tables: Tables, target: str) -> Joined | Frame:
     """
     address, at, of = target.rpartition("@")
     if at:
-        return who(snapshot, tables, frame_at(snapshot, tables, parse_address(address), of))
+        return frame_reachers(snapshot, tables, frame_at(snapshot, tables, parse_address(address), of))
     if any(guest.name == target for guest in snapshot.guests):
-        return guest(snapshot, tables, target)
+        return joined_guest(snapshot, tables, target)
     try:
         pfn = int(target, 0)
     except ValueError:
         known = "write GUEST, a PFN, or ADDRESS@DEVICE, ADDRESS@GUEST, ADDRESS@REGION"
-        raise UsageError(f"{target!r} is no guest and no page frame number", "", known) from None
+        raise UsageError(
+            f"{target!r} cannot be looked up", "it is neither a guest nor a page frame number", known
+        ) from None
     if not 0 <= pfn < 1 << 52:
-        raise UsageError(f"there is no frame {target}", "a page frame number has at most 52 bits", "")
-    return who(snapshot, tables, pfn)
+        raise UsageError(
+            f"there is no frame {target}",
+            "a page frame number has at most 52 bits",
+            "write PFN, not a physical address",
+        )
+    return frame_reachers(snapshot, tables, pfn)
+
+
+def table_key(snapshot: Snapshot, target: str) -> str:
+    """The table key a name means: one with its kind (``region:NAME``) as it is, a bare name where it is unambiguous.
+
+    Raises:
+        NotFound: no region or guest has the name.
+        UsageError: both have it.
+    """
+    if target.startswith(("region:", "guest:", "domain:", "frames:")):
+        return target
+    keys = [f"region:{region.name}" for region in snapshot.regions if region.name == target]
+    keys += [f"guest:{guest.name}" for guest in snapshot.guests if guest.name == target]
+    if not keys:
+        raise NotFound(
+            f"there is no region or guest {target!r}", "none has this name", "see memconsole regions, memconsole guests"
+        )
+    if len(keys) > 1:
+        raise UsageError(
+            f"{target!r} is ambiguous", "a region and a guest have this name", f"write {' or '.join(keys)}"
+        )
+    return keys[0]
 
 
 # --- from a frame to all who reach it ---------------------------------------------------------------------------
 
 
-def who(snapshot: Snapshot, tables: Tables, pfn: int) -> Frame:
+def frame_reachers(snapshot: Snapshot, tables: TableSource, pfn: int) -> Frame:
     """Everybody who reaches a frame: processes, devices, the kernel."""
     with contextlib.ExitStack() as stack:
-        opened = _Opened(tables, stack)
+        opened = _OpenTables(tables, stack)
         address = pfn * PAGE
-        where = tuple(each.name for each in snapshot.iomem if each.start <= address < each.end)
-        reached = [*_kernel(snapshot, address, where)]
+        ranges = [each for each in snapshot.iomem if each.start <= address < each.end]
+        where = tuple(each.name for each in ranges)
+        reached = [*_kernel(snapshot, address, ranges)]
         region, offset, guests = _in_regions(snapshot, opened, pfn, reached)
         if region is None:
             guests = _in_guests(snapshot, opened, pfn, reached)
         reached += _devices(snapshot, opened, pfn)
-        if region is None and not guests and "System RAM" in where:
-            why = "it is of no region and no VM: which other processes map it is not looked for"
-            opened.gaps.append(Gap("processes", why, "page-types -a counts its mappings"))
+        if region is None and not guests and any(each.is_ram for each in ranges):
+            why = "the frame belongs to no region and no VM: other processes that map it are not searched"
+            opened.gaps.append(Unread("processes", why, "page-types -a counts its mappings"))
         return Frame(pfn, where, region, offset, tuple(guests), tuple(reached), tuple(opened.gaps))
 
 
-def about(frame: Frame) -> list[str]:
+def frame_lines(frame: Frame) -> list[str]:
     """A frame in a few lines: what it is, and whose."""
     lines = [
         f"PFN {frame.pfn:#x}, physical address {format_address(frame.pfn * PAGE)}: {' > '.join(frame.where) or '-'}"
@@ -152,9 +181,9 @@ def about(frame: Frame) -> list[str]:
     return lines
 
 
-def _kernel(snapshot: Snapshot, address: int, where: Sequence[str]) -> Iterator[Reacher]:
-    if "System RAM" in where:
-        inner = where[-1]
+def _kernel(snapshot: Snapshot, address: int, ranges: Sequence[Range]) -> Iterator[Reacher]:
+    if any(each.is_ram for each in ranges):
+        inner = ranges[-1].name
         own = f"its own: {inner}" if inner.startswith("Kernel") else "maps all of its memory"
         yield Reacher("kernel", "kernel", own)
     for window in snapshot.windows:
@@ -170,7 +199,7 @@ def _kernel(snapshot: Snapshot, address: int, where: Sequence[str]) -> Iterator[
 
 
 def _in_regions(
-    snapshot: Snapshot, opened: _Opened, pfn: int, reached: list[Reacher]
+    snapshot: Snapshot, opened: _OpenTables, pfn: int, reached: list[Reacher]
 ) -> tuple[str | None, int | None, list[tuple[str, int]]]:
     """The first region that has a frame, where, and as which page of which guests; who maps it is added."""
     first: tuple[str, int] | None = None
@@ -207,7 +236,7 @@ def _mapped(grant: Grant, offset: int) -> Iterator[Reacher]:
         yield Reacher("guest", grant.guest, f"may map region {grant.region} ({grant.access})", None, grant.id)
 
 
-def _in_guests(snapshot: Snapshot, opened: _Opened, pfn: int, reached: list[Reacher]) -> list[tuple[str, int]]:
+def _in_guests(snapshot: Snapshot, opened: _OpenTables, pfn: int, reached: list[Reacher]) -> list[tuple[str, int]]:
     """The VMs that are not ours whose RAM has a frame, by HVA."""
     found = []
     for guest in snapshot.guests:
@@ -219,7 +248,7 @@ def _in_guests(snapshot: Snapshot, opened: _Opened, pfn: int, reached: list[Reac
     return found
 
 
-def _devices(snapshot: Snapshot, opened: _Opened, pfn: int) -> Iterator[Reacher]:
+def _devices(snapshot: Snapshot, opened: _OpenTables, pfn: int) -> Iterator[Reacher]:
     """The devices that reach a frame: by page tables, or because nothing confines them."""
     for domain in snapshot.domains:
         if domain.why_not.startswith(_IDENTITY):
@@ -234,7 +263,7 @@ def _devices(snapshot: Snapshot, opened: _Opened, pfn: int) -> Iterator[Reacher]
         yield Reacher("device", "any", "no IOMMU confines the devices of this host", pfn * PAGE)
 
 
-def _lookup(opened: _Opened, domain: Domain, pfn: int) -> int | None:
+def _lookup(opened: _OpenTables, domain: Domain, pfn: int) -> int | None:
     if domain.mapped == 0 or not domain.devices:
         return None
     table = opened(f"domain:{domain.group}")
@@ -251,7 +280,7 @@ def access_of(row: Extent) -> str:
 # --- from an address to its frame -------------------------------------------------------------------------------
 
 
-def frame_at(snapshot: Snapshot, tables: Tables, address: int, of: str) -> int:
+def frame_at(snapshot: Snapshot, tables: TableSource, address: int, of: str) -> int:
     """The frame behind an IOVA of a device, a GPA (HVA where none is known) of a guest, or an offset of a region.
 
     Raises:
@@ -261,11 +290,25 @@ def frame_at(snapshot: Snapshot, tables: Tables, address: int, of: str) -> int:
     key, word = _space(snapshot, of)
     if not key:
         return address // PAGE
+    said = address
+    key, address = _granted_at(snapshot, key, address)
     with contextlib.closing(tables.extents(key)) as table:
         row = table.lookup(address // PAGE)
         if row is None:
-            raise NotFound(f"{word} {format_address(address)} of {of} leads nowhere", "no frame is mapped there")
+            raise NotFound(
+                f"{word} {format_address(said)} of {of} leads nowhere",
+                "no frame is mapped there",
+                "memconsole reach GUEST lists what is mapped",
+            )
         return table[row].pfn + address // PAGE - table[row].offset
+
+
+def _granted_at(snapshot: Snapshot, key: str, address: int) -> tuple[str, int]:
+    """A guest's GPA as an offset of the region it was granted there, whoever maps it; any other address as it is."""
+    for grant in snapshot.grants:
+        if key == f"guest:{grant.guest}" and grant.gpa is not None and 0 <= address - grant.gpa < grant.length:
+            return f"region:{grant.region}", grant.offset + address - grant.gpa
+    return key, address
 
 
 def _space(snapshot: Snapshot, of: str) -> tuple[str, str]:
@@ -278,7 +321,11 @@ def _space(snapshot: Snapshot, of: str) -> tuple[str, str]:
     found |= {f"region:{region.name}": f"region:{region.name}" for region in snapshot.regions}
     names = [name for name in (of, f"device:{of}", f"guest:{of}", f"region:{of}") if name in found]
     if not names:
-        raise NotFound(f"there is no device, guest or region {of}", "", "memconsole devices, guests, regions list them")
+        raise NotFound(
+            f"there is no device, guest or region {of}",
+            "none has this name",
+            "memconsole devices, guests, regions list them",
+        )
     key, word = found[names[0]], "IOVA" if names[0].startswith("device:") else "address"
     domain = next((each for each in snapshot.domains if f"domain:{each.group}" == key), None)
     unconfined = key == "domain:None" or (domain is not None and domain.why_not.startswith(_IDENTITY))
@@ -293,7 +340,7 @@ class _Space(NamedTuple):
     table: ExtentTable
 
 
-def guest(snapshot: Snapshot, tables: Tables, name: str, *, most: int = SPANS_MAX) -> Joined:
+def joined_guest(snapshot: Snapshot, tables: TableSource, name: str, *, most: int = SPANS_MAX) -> Joined:
     """A guest's memory by GPA with its frames, windows and IOVAs.
 
     Raises:
@@ -301,9 +348,9 @@ def guest(snapshot: Snapshot, tables: Tables, name: str, *, most: int = SPANS_MA
     """
     found = next((each for each in snapshot.guests if each.name == name), None)
     if found is None:
-        raise NotFound(f"there is no guest {name}", "", "memconsole guests")
+        raise NotFound(f"there is no guest {name}", "none has this name", "memconsole guests lists them")
     with contextlib.ExitStack() as stack:
-        opened = _Opened(tables, stack)
+        opened = _OpenTables(tables, stack)
         spaces = _spaces(snapshot, opened, found)
         grants = [grant for grant in snapshot.grants if grant.guest == name]
         spans: list[Span] = []
@@ -314,7 +361,7 @@ def guest(snapshot: Snapshot, tables: Tables, name: str, *, most: int = SPANS_MA
         return Joined(name, tuple(spans), unseen=tuple(opened.gaps))
 
 
-def _spaces(snapshot: Snapshot, opened: _Opened, found: Guest) -> list[_Space]:
+def _spaces(snapshot: Snapshot, opened: _OpenTables, found: Guest) -> list[_Space]:
     """The address spaces of the devices a guest was granted memory for, or has by VFIO."""
     bdfs = {grant.dma for grant in snapshot.grants if grant.guest == found.name and grant.dma is not None}
     bdfs |= {device.bdf for device in snapshot.devices if found.pid in device.holders}
@@ -328,7 +375,7 @@ def _spaces(snapshot: Snapshot, opened: _Opened, found: Guest) -> list[_Space]:
 
 
 def _parts(
-    snapshot: Snapshot, opened: _Opened, found: Guest, grants: Sequence[Grant], spaces: Sequence[_Space]
+    snapshot: Snapshot, opened: _OpenTables, found: Guest, grants: Sequence[Grant], spaces: Sequence[_Space]
 ) -> Iterator[Span]:
     regions = {region.name: region for region in snapshot.regions}
     for grant in sorted(grants, key=lambda grant: (grant.gpa is None, grant.gpa or grant.offset)):
@@ -337,14 +384,14 @@ def _parts(
         yield from _foreign(opened, found, spaces)
     for window in snapshot.windows:
         if window.guest == found.name or found.pid in window.holders:
-            note = "" if window.guest == found.name else "mapped without a grant of ours"
+            note = "" if window.guest == found.name else "mapped without a grant"
             what = f"{window.id} {window.driver or ''}".rstrip()
             yield Span("window", window.size, None, window.start // PAGE, what=what, grant=window.grant, note=note)
     if found.kind != "foreign":
         yield from _strays(grants, spaces)
 
 
-def _granted(region: Region | None, opened: _Opened, grant: Grant, spaces: Sequence[_Space]) -> Iterator[Span]:
+def _granted(region: Region | None, opened: _OpenTables, grant: Grant, spaces: Sequence[_Space]) -> Iterator[Span]:
     """A grant by what its region's frames and its devices' tables say: a span where all of them go on alike."""
     table = opened(f"region:{grant.region}") if region is not None and region.seen is not None else None
     whole = Span("ram", grant.length, grant.gpa, None, what=grant.region, offset=grant.offset, grant=grant.id)
@@ -400,7 +447,7 @@ def _hva(grant: Grant, offset: int) -> int | None:
     return None
 
 
-def _foreign(opened: _Opened, found: Guest, spaces: Sequence[_Space]) -> Iterator[Span]:
+def _foreign(opened: _OpenTables, found: Guest, spaces: Sequence[_Space]) -> Iterator[Span]:
     table = opened(f"guest:{found.name}")
     for row in table or ():
         iovas = [

@@ -1,4 +1,4 @@
-"""Snapshot files: write, read, compare; and a file as a Source.
+"""Snapshot files: write and read; and a file as a Source.
 
 Grammar of a file, by its first bytes:
 
@@ -13,30 +13,32 @@ The JSON begins with ``"format": "memconsole.snapshot"`` and ``"version"``; a re
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
 import struct
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 
-from memconsole import actions
+from memconsole import actions, decoding
 from memconsole.errors import BadFile, NotFound, Refused
-from memconsole.fields import TABLES
 from memconsole.model import (
     SNAPSHOT_FORMAT,
     SNAPSHOT_VERSION,
     Event,
     Outcome,
+    Part,
     Plan,
     Refusal,
     Snapshot,
     TableRef,
-    Value,
 )
 from memconsole.source import nothing_at
+from memconsole.upgrading import upgraded
 
 if TYPE_CHECKING:
     import zipfile
@@ -54,20 +56,45 @@ class _Heading(msgspec.Struct):
     version: int | None = None
 
 
-class Change(Value, frozen=True):
-    """One difference between two Snapshots: an entity added or removed, or a field of it that changed."""
-
-    kind: Literal["added", "removed", "changed"]
-    table: str
-    key: str
-    field: str = ""
-    old: Any = None
-    new: Any = None
-
-
 def schema() -> dict[str, Any]:
-    """The JSON Schema of a Snapshot (published as docs/snapshot.schema.json)."""
-    found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(msgspec.json.schema(Snapshot)))
+    """The JSON Schema of a Snapshot (published as docs/snapshot.schema.json); the same whichever msgspec made it."""
+    made = canonical(decoding.json(msgspec.json.encode(msgspec.json.schema(Snapshot)), what="it"))
+    found: dict[str, Any] = _counted(made)
+    return found
+
+
+SIGNED = frozenset({"node"})
+"""The numbers of a Snapshot that may be negative: a device of no NUMA node is of node -1."""
+
+
+def _counted(schema: Any, name: str = "") -> Any:
+    """A schema in which what counts or measures is not negative: every whole number but those of ``SIGNED``."""
+    if isinstance(schema, list):
+        return [_counted(each, name) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: _counted(value, name) for key, value in schema.items() if key != "properties"}
+    if "properties" in schema:
+        found["properties"] = {field: _counted(each, field) for field, each in schema["properties"].items()}
+    if found.get("type") == "integer" and name not in SIGNED:
+        found.setdefault("minimum", 0)
+    return found
+
+
+def canonical(schema: Any) -> Any:
+    """A JSON Schema in one form: docstrings without their indentation, alternatives in order, ``null`` the last.
+
+    How releases of msgspec and of Python write these two differs, and neither says anything of a Snapshot.
+    """
+    if isinstance(schema, list):
+        return [canonical(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {name: canonical(value) for name, value in schema.items()}
+    if isinstance(described := found.get("description"), str):
+        found["description"] = inspect.cleandoc(described)
+    if isinstance(choices := found.get("anyOf"), list):
+        found["anyOf"] = sorted(choices, key=lambda each: (each == {"type": "null"}, json.dumps(each, sort_keys=True)))
     return found
 
 
@@ -132,22 +159,23 @@ def _entry(key: str) -> str:
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
-def read(path: str | os.PathLike[str]) -> tuple[Snapshot, dict[str, ExtentTable]]:
-    """A Snapshot and its tables; the caller closes the tables.
+def read(path: str | os.PathLike[str], name: str = "") -> tuple[Snapshot, dict[str, ExtentTable]]:
+    """A Snapshot and its tables, which the caller closes; errors call the file ``name``, or by its path.
 
     Raises:
         BadFile: not there, truncated, corrupt, of another program, or of a version this memconsole does not know.
     """
     from contextlib import ExitStack
 
-    with ExitStack() as opened, _open(path) as file:
-        snapshot, archive = _snapshot_of(file, str(path))
+    name = name or str(path)
+    with ExitStack() as opened, decoding.sought(path) as where, _open(where) as file:
+        snapshot, archive = _snapshot_of(file, name)
         if archive is None:
             return snapshot, {}
         tables = {}
         with archive:
             for ref in snapshot.tables:
-                tables[ref.key] = _table(archive, ref, str(path))
+                tables[ref.key] = _table(archive, ref, name)
                 opened.callback(tables[ref.key].close)
         opened.pop_all()
         return snapshot, tables
@@ -172,20 +200,20 @@ def _snapshot_of(file: IO[bytes], name: str) -> tuple[Snapshot, zipfile.ZipFile 
         raise BadFile(f"{name} is empty", "a recorded snapshot begins with { or PK", "record it again")
     if start[:1] != b"{":
         raise BadFile(f"{name} is not a recorded snapshot", f"it begins with {start!r}", "choose another file")
-    snapshot = _decode(file.read(), name)
+    snapshot = _decode(file.read(decoding.DOCUMENT + 1), name)
     if snapshot.tables:
-        raise BadFile(f"{name} lacks its tables", "it names tables and holds none", "record it again")
+        raise BadFile(f"{name} lacks its tables", "its JSON names PFN maps and the file holds none", "record it again")
     return snapshot, None
 
 
 def _decode(document: bytes, name: str) -> Snapshot:
     try:
-        heading = msgspec.json.decode(document, type=_Heading)
-    except msgspec.ValidationError as error:
-        raise BadFile(f"{name} is not a recorded snapshot", str(error), "choose another file") from error
-    except msgspec.DecodeError as error:
-        kind = "truncated" if "truncated" in str(error) else "corrupt"
-        raise BadFile(f"{name} is {kind}", str(error), "record it again") from error
+        heading = decoding.json(document, _Heading, what=name)
+    except decoding.Undecodable as error:
+        if error.fault == "unfit":
+            raise BadFile(f"{name} is not a recorded snapshot", error.why, "choose another file") from error
+        kind = "truncated" if error.fault == "truncated" else "corrupt"
+        raise BadFile(f"{name} is {kind}", error.why, "record it again") from error
     if heading.format != SNAPSHOT_FORMAT:
         raise BadFile(f"{name} is not a recorded snapshot", "it is JSON of another program", "choose another file")
     if heading.version is None or heading.version > SNAPSHOT_VERSION:
@@ -195,9 +223,16 @@ def _decode(document: bytes, name: str) -> Snapshot:
             "open it with a newer memconsole",
         )
     try:
-        return msgspec.json.decode(document, type=Snapshot)
-    except msgspec.ValidationError as error:
-        raise BadFile(f"{name} is corrupt", str(error), "record it again") from error
+        if heading.version == SNAPSHOT_VERSION:
+            return decoding.json(document, Snapshot, what=name)
+        return decoding.convert(upgraded(decoding.json(document, what=name)), Snapshot, what=name)
+    except decoding.Undecodable as error:
+        raise BadFile(f"{name} is corrupt", error.why, "record it again") from error
+
+
+# What zipfile raises, besides its own error, on bytes that are no archive: a version or a packing it does not know, an
+# offset that no file has. That error is named where it is caught: the module is imported only where an archive is read.
+_ZIP_FAULTS = (EOFError, OSError, ValueError, NotImplementedError, OverflowError, struct.error)
 
 
 def _archive(file: IO[bytes], name: str) -> zipfile.ZipFile:
@@ -205,8 +240,8 @@ def _archive(file: IO[bytes], name: str) -> zipfile.ZipFile:
 
     try:
         archive = zipfile.ZipFile(file)
-    except (zipfile.BadZipFile, ValueError, struct.error) as error:
-        raise BadFile(f"{name} is truncated", str(error), "record it again") from error
+    except (zipfile.BadZipFile, *_ZIP_FAULTS) as error:
+        raise BadFile(f"{name} is truncated or corrupt", str(error), "record it again") from error
     if SNAPSHOT_ENTRY not in archive.namelist():
         raise BadFile(f"{name} is not a recorded snapshot", f"it holds no {SNAPSHOT_ENTRY}", "choose another file")
     return archive
@@ -222,7 +257,7 @@ def _stored(archive: zipfile.ZipFile, entry: str, name: str) -> bytes:
         return archive.read(info)
     except KeyError as error:
         raise BadFile(f"{name} lacks {entry}", "the Snapshot names it", "record it again") from error
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError, struct.error) as error:
+    except (zipfile.BadZipFile, *_ZIP_FAULTS) as error:
         raise BadFile(f"{name} is corrupt", f"{entry}: {error}", "record it again") from error
 
 
@@ -236,56 +271,10 @@ def _table(archive: zipfile.ZipFile, ref: TableRef, name: str) -> ExtentTable:
         raise BadFile(f"{name} is corrupt", f"{_entry(ref.key)}: {error}", "record it again") from error
     if len(table) != ref.rows or table.page_size != ref.page_size:
         table.close()
-        raise BadFile(f"{name} is corrupt", f"{_entry(ref.key)} has {len(table)} rows, not {ref.rows}", "")
+        raise BadFile(
+            f"{name} is corrupt", f"{_entry(ref.key)} has {len(table)} rows, not {ref.rows}", "record it again"
+        )
     return table
-
-
-# --- comparing --------------------------------------------------------------------------------------------------
-
-_KEYS: Mapping[str, Callable[[Any], str]] = {
-    **{table.id: table.key for table in TABLES.values() if table.id != "events"},
-    "iommus": lambda item: str(item.name),
-    "dax": lambda item: str(item.name),
-    "gaps": lambda item: str(item.source),
-}
-_SINGLES = ("host", "memory", "survival")
-
-
-def diff(a: Snapshot, b: Snapshot) -> tuple[Change, ...]:
-    """What changed from ``a`` to ``b``, by table, entity and field; a field inside another is ``seen.rss``."""
-    changes: list[Change] = []
-    for single in _SINGLES:
-        changes += _fields(single, single, getattr(a, single), getattr(b, single))
-    for table, key in _KEYS.items():
-        old = {key(item): item for item in getattr(a, table)}
-        new = {key(item): item for item in getattr(b, table)}
-        changes += [Change("removed", table, name) for name in old if name not in new]
-        changes += [Change("added", table, name) for name in new if name not in old]
-        for name, item in new.items():
-            if name in old and old[name] != item:
-                changes += _fields(table, name, old[name], item)
-    return tuple(changes)
-
-
-def _fields(table: str, key: str, old: Any, new: Any) -> list[Change]:
-    before, after = _flat(old), _flat(new)
-    names = list(dict.fromkeys([*before, *after]))
-    return [
-        Change("changed", table, key, name, before.get(name), after.get(name))
-        for name in names
-        if before.get(name) != after.get(name)
-    ]
-
-
-def _flat(item: msgspec.Struct, prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for info in msgspec.structs.fields(item):
-        value = getattr(item, info.name)
-        if isinstance(value, msgspec.Struct):
-            found.update(_flat(value, f"{prefix}{info.name}."))
-        else:
-            found[prefix + info.name] = msgspec.to_builtins(value)
-    return found
 
 
 # --- a file as a Source -----------------------------------------------------------------------------------------
@@ -314,7 +303,7 @@ class Recording:
         """Why no Action can be applied here."""
         return REASON
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, parts: Collection[Part] = ()) -> Snapshot:  # noqa: ARG002 - it has what was recorded
         """The recorded Snapshot."""
         return self._snapshot
 
@@ -328,14 +317,15 @@ class Recording:
             table = self._tables.get(key)
             if table is None:
                 known = ", ".join(sorted(self._tables)) or "none; record with --pfn"
-                raise NotFound(f"{self._name} holds no PFN map of {key}", "", f"it holds: {known}")
+                raise NotFound(
+                    f"{self._name} holds no PFN map of {key}", "the map was not recorded with it", f"it holds: {known}"
+                )
             return type(table).from_bytes(table.to_bytes())
 
-    def plan(self, action: actions.Action) -> Plan:
-        """A plan that refuses."""
+    def plan(self, action: actions.Action, after: Sequence[actions.Action] = ()) -> Plan:  # noqa: ARG002
+        """A plan that refuses, whatever it were to follow."""
         refusal = Refusal("ReadOnly", f"{self._name} cannot be changed", f"it is {REASON}", "act on a live host")
-        spec = action.spec
-        return Plan(spec.id, actions.cli_form(action), spec.danger, refusals=(refusal,))
+        return actions.refused_plan(action, refusal)
 
     def apply(self, action: actions.Action) -> Outcome:
         """Always refused.

@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from memconsole.actions import Action
     from memconsole.errors import NotFound
     from memconsole.extents import ExtentTable
-    from memconsole.model import Event, Outcome, Plan, Snapshot
+    from memconsole.model import Event, Outcome, Part, Plan, Snapshot
 
 
 class Source(Protocol):
@@ -28,8 +28,8 @@ class Source(Protocol):
     def read_only(self) -> str:
         """Why no Action can be applied here (``a recorded snapshot``, ``--read-only``), or an empty string."""
 
-    def snapshot(self) -> Snapshot:
-        """The present Snapshot (of a file: the recorded one)."""
+    def snapshot(self, parts: Collection[Part] = ()) -> Snapshot:
+        """The present Snapshot with these parts, or more (of a file: the recorded one, with those it has)."""
 
     def extents(self, key: str) -> ExtentTable:
         """The PFN map of ``region:NAME`` (by offset) or ``guest:NAME`` (by gpa, or hva where no gpa is known).
@@ -42,8 +42,11 @@ class Source(Protocol):
             Gone: the process ended.
         """
 
-    def plan(self, action: Action) -> Plan:
-        """What the Action would do, in order, or by what name it is refused; nothing is changed."""
+    def plan(self, action: Action, after: Sequence[Action] = ()) -> Plan:
+        """What the Action would do, in order, or by what name it is refused; nothing is changed.
+
+        ``after``: as if these had been done before, in order; one of them that would be refused counts for nothing.
+        """
 
     def apply(self, action: Action) -> Outcome:
         """Plan once more and do it.
@@ -98,23 +101,23 @@ class ReadOnly:
         """Why nothing is applied."""
         return self._source.read_only or self._reason
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, parts: Collection[Part] = ()) -> Snapshot:
         """The other source's Snapshot."""
-        return self._source.snapshot()
+        return self._source.snapshot(parts)
 
     def extents(self, key: str) -> ExtentTable:
         """The other source's table."""
         return self._source.extents(key)
 
-    def plan(self, action: Action) -> Plan:
+    def plan(self, action: Action, after: Sequence[Action] = ()) -> Plan:
         """The other source's plan, refused as read-only."""
         from msgspec.structs import replace
 
         from memconsole.model import Refusal
 
-        plan = self._source.plan(action)
+        plan = self._source.plan(action, after)
         refusal = Refusal(
-            "ReadOnly", f"{action.spec.title} is not done here", self.read_only, "open it without --read-only"
+            "ReadOnly", f"{action.spec.title} is refused here", self.read_only, "open it without --read-only"
         )
         return replace(plan, refusals=(refusal, *plan.refusals))
 
@@ -127,7 +130,7 @@ class ReadOnly:
         from memconsole.errors import Refused
 
         raise Refused(
-            f"{action.spec.title} is not done here", self.read_only, "open it without --read-only", code="ReadOnly"
+            f"{action.spec.title} is refused here", self.read_only, "open it without --read-only", code="ReadOnly"
         )
 
     def events(self, after: int) -> Sequence[Event]:
@@ -147,7 +150,7 @@ class ReadOnly:
         self._source.close()
 
 
-class Moment:
+class PastSource:
     """Another Source at a past time: its recorded Snapshot and nothing that was not recorded."""
 
     def __init__(self, source: Source, snapshot: Snapshot) -> None:
@@ -167,17 +170,20 @@ class Moment:
         """Why nothing is applied."""
         return f"this is the past, {self.when}"
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, parts: Collection[Part] = ()) -> Snapshot:  # noqa: ARG002 - it has what was recorded
         """The recorded Snapshot."""
         return self._snapshot
 
     def extents(self, key: str) -> ExtentTable:
-        """None was recorded.
+        """The table of a file whose one Snapshot this is; of any other past none was recorded.
 
         Raises:
-            NotFound: always.
+            NotFound: none was recorded.
         """
         from memconsole.errors import NotFound
+
+        if self._source.read_only and self._source.snapshot().taken_ns == self._snapshot.taken_ns:
+            return self._source.extents(key)
 
         raise NotFound(
             f"no PFN map of {key} is recorded of {self.when}",
@@ -186,14 +192,13 @@ class Moment:
             code="NotRecorded",
         )
 
-    def plan(self, action: Action) -> Plan:
+    def plan(self, action: Action, after: Sequence[Action] = ()) -> Plan:  # noqa: ARG002 - refused all the same
         """A plan that refuses."""
-        from memconsole.actions import cli_form
-        from memconsole.model import Plan, Refusal
+        from memconsole.actions import refused_plan
+        from memconsole.model import Refusal
 
-        spec = action.spec
-        refusal = Refusal("ReadOnly", f"{spec.title} is not done here", self.read_only, "return to the present")
-        return Plan(spec.id, cli_form(action), spec.danger, refusals=(refusal,))
+        what = f"{action.spec.title} is refused here"
+        return refused_plan(action, Refusal("ReadOnly", what, self.read_only, "return to the present"))
 
     def apply(self, action: Action) -> Outcome:
         """Refuse.
@@ -203,7 +208,7 @@ class Moment:
         """
         from memconsole.errors import Refused
 
-        what = f"{action.spec.title} is not done here"
+        what = f"{action.spec.title} is refused here"
         raise Refused(what, self.read_only, "return to the present", code="ReadOnly")
 
     def events(self, after: int) -> Sequence[Event]:

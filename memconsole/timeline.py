@@ -9,10 +9,16 @@ from collections.abc import Iterator
 from html import escape
 from typing import NamedTuple
 
-from memconsole.model import CarriedDevice, HandoffReport
+from memconsole.model import DeviceResult, GuestKind, GuestResult, HandoffReport
 from memconsole.units import PAGE, format_duration, format_size
 
 _LABEL = 14
+_RIGHT_NS = 100_000_000
+"""A clock that is off by less is right: the way to it and back is in the figure."""
+_SOURCES = {
+    "kvmclock": "its kvmclock continues from where it stood",
+    "vmclock": "its vmclock reports the break",
+}
 _SVG_LABEL, _SVG_WIDTH, _MARGIN, _ROW, _CHARACTER = 110, 1000, 30, 22, 7.3
 _COLOURS = {
     "phase": "#7aa2c8",
@@ -23,7 +29,7 @@ _COLOURS = {
 }
 
 
-class Bar(NamedTuple):
+class TimelineBar(NamedTuple):
     """One row: a phase, or the time a guest stood still or a device was quiet.
 
     ns since the handoff began, ``end`` None while it lasts.
@@ -36,27 +42,61 @@ class Bar(NamedTuple):
     text: str
 
 
-def bars(report: HandoffReport) -> Iterator[Bar]:
+def headline(report: HandoffReport) -> str:
+    """A report in a line: what was made, between which kernels, and how many guests are back."""
+    back = sum(guest.back for guest in report.guests)
+    kernels = f"{report.from_kernel} to {report.to_kernel}"
+    return f"{report.kind} {report.state}: {kernels}, {back} of {len(report.guests)} guests back"
+
+
+def bars(report: HandoffReport) -> Iterator[TimelineBar]:
     """The rows of a picture: phases in order, then guests, then devices."""
     for phase in report.phases:
         took = "..." if phase.end_ns is None else format_duration(phase.end_ns - phase.start_ns)
-        yield Bar(
+        yield TimelineBar(
             "blackout" if phase.blackout else "phase", phase.id, phase.start_ns, phase.end_ns, f"{took}  {phase.text}"
         )
     stood = next((phase.start_ns for phase in report.phases if phase.blackout), 0)
     for guest in report.guests:
         if guest.blackout_ns is not None:
             by = f"blackout {format_duration(guest.blackout_ns)} (by {guest.by})"
-            yield Bar("guest", guest.name, stood, stood + guest.blackout_ns, by)
+            yield TimelineBar("guest", guest.name, stood, stood + guest.blackout_ns, by)
         elif report.state != "running":
-            yield Bar("guest", guest.name, stood, stood, f"is not back: {guest.why}" if guest.why else "ran on")
+            yield TimelineBar("guest", guest.name, stood, stood, f"is not back: {guest.why}" if guest.why else "ran on")
     for each in report.devices:
         if each.quiesced_ns is not None:
             text = "not back" if each.back_ns is None else f"quiet {format_duration(each.back_ns - each.quiesced_ns)}"
-            yield Bar("device", each.bdf, each.quiesced_ns, each.back_ns, f"{text}  {each.how} for {each.guest}")
+            yield TimelineBar(
+                "device", each.bdf, each.quiesced_ns, each.back_ns, f"{text}  {each.how} for {each.guest}"
+            )
 
 
-def device(value: CarriedDevice) -> str:
+def clock(guest: GuestResult) -> str:
+    """What a guest's wall clock is after the handoff, in one line; empty where there is nothing to say."""
+    if not guest.back:
+        return ""
+    found = guest.clock
+    if found is None:
+        return "not known yet" if guest.kind is GuestKind.QEMU else ""
+    if guest.kind is GuestKind.CANARY:
+        return found.note
+    if found.was_ns is None:
+        late = f" by {format_duration(guest.blackout_ns)}" if guest.blackout_ns is not None else " by the blackout"
+        said = f"late{late} until something in the guest sets it: {found.note}"
+    else:
+        said = f"it was {_off(found.was_ns)}, and is {_off(found.late_ns)}: {found.note}"
+    return "; ".join((said, *(_SOURCES[source] for source in found.sources if source in _SOURCES)))
+
+
+def _off(late_ns: int | None) -> str:
+    if late_ns is None:
+        return "not known"
+    if abs(late_ns) < _RIGHT_NS:
+        return "right"
+    return f"{format_duration(abs(late_ns))} {'late' if late_ns > 0 else 'ahead'}"
+
+
+def device(value: DeviceResult) -> str:
     """How a device came along, in one line."""
     size = f"{format_size(value.pages * PAGE)} of IOVA in {value.runs} runs"
     place = {True: "every IOVA where it was", False: "IOVA DIFFER", None: "NOT BACK"}[value.same]

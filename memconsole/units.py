@@ -2,12 +2,14 @@
 
 Grammar of a size: ``NUMBER [K|M|G|T|P] [i] [B]``, powers of 1024, or ``0x...`` bytes. Of a time: ``-NUMBER s|m|h|d``
 ago, seconds or nanoseconds since the epoch, or ISO 8601 (in UTC where it names no zone; a time alone is of today).
+Of a duration: ``NUMBER ns|us|ms|s|m|h|d``, seconds where no unit stands.
 """
 
 from __future__ import annotations
 
 import datetime
 import re
+from collections.abc import Sequence
 
 from memconsole.errors import UsageError
 
@@ -18,9 +20,13 @@ _HEX = re.compile(r"\s*0[xX][0-9a-fA-F]+\s*")
 _BDF = re.compile(r"(?:([0-9a-fA-F]{4,8}):)?([0-9a-fA-F]{2}):([0-9a-fA-F]{2})\.([0-7])")
 _AGO = re.compile(r"-(\d+(?:\.\d+)?)([smhd])")
 _SINCE_EPOCH = re.compile(r"\d{9,}(?:\.\d+)?")
+_LASTS = re.compile(r"(\d+(?:\.\d+)?)(ns|us|ms|s|m|h|d)?")
+_NANOSECONDS = {"ns": 1, "us": 1_000, "ms": 1_000_000}
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 MAX_SIZE = 1 << 62
+_SPARKS = "▁▂▃▄▅▆▇█"
 _LATEST_S = 1 << 33
+_LONGEST = 64
 
 
 def parse_size(text: str) -> int:
@@ -29,6 +35,8 @@ def parse_size(text: str) -> int:
     Raises:
         UsageError: not a size, negative, a fraction of a byte, or beyond 4 EiB.
     """
+    if len(text) > _LONGEST:
+        raise UsageError(f"{text[:_LONGEST]!r}... is not a size", f"it has {len(text)} characters", "write 64M or 2G")
     if _HEX.fullmatch(text):
         value = int(text, 16)
     else:
@@ -113,13 +121,53 @@ def format_duration(ns: int) -> str:
     return f"{hours // 24}d{hours % 24:02d}h"
 
 
+def format_age(ns: int) -> str:
+    """An age as people say it: in whole seconds, ``0ns`` below one."""
+    return format_duration(ns // 1_000_000_000 * 1_000_000_000)
+
+
+def parse_duration(text: str) -> int:
+    """Nanoseconds from ``250ms``, ``1.5s``, ``2m`` or ``3`` (seconds).
+
+    Raises:
+        UsageError: not a duration.
+    """
+    match = _LASTS.fullmatch(text.strip()) if len(text) <= _LONGEST else None
+    if match is None:
+        raise UsageError(f"{text[:_LONGEST]!r} is not a duration", "it is a number and a unit", "write 250ms, 3s or 2m")
+    unit = match[2] or "s"
+    return int(float(match[1]) * (_NANOSECONDS.get(unit) or _SECONDS[unit] * 1_000_000_000))
+
+
+def format_percent(value: float) -> str:
+    """Per cent with one decimal, without the sign."""
+    return f"{value:.1f}"
+
+
+def spark(trend: Sequence[float], whole: float = 0.0) -> str:
+    """A row of columns, an eighth of a cell to a cell high; the highest is ``whole``, or the largest number."""
+    top = max(whole, *trend, 1e-9) if trend else 1.0
+    return "".join(_SPARKS[min(int(max(each, 0.0) / top * len(_SPARKS)), len(_SPARKS) - 1)] for each in trend)
+
+
+def format_count(value: int) -> str:
+    """A count in at most four cells: ``999``, ``12k``, ``3M``; cut, never rounded up."""
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if value >= size:
+            return f"{value // size}{unit}"
+    return str(value)
+
+
 def parse_time(text: str, now_ns: int) -> int:
-    """Nanoseconds since the epoch from ``-5m``, ``14:03:12``, ``2026-09-21T14:03:12+02:00``, ``1790000000``.
+    """Nanoseconds since the epoch from ``-5m``, ``14:03:12``, ``2026-09-21T14:03:12+02:00``, ``1790000000``; with or
+    without the ``@`` that stands before a time where a file could be meant.
 
     Raises:
         UsageError: not a time.
     """
-    text = text.strip()
+    text = text.strip().removeprefix("@")
+    if len(text) > _LONGEST:
+        raise UsageError(f"{text[:_LONGEST]!r}... is not a time", f"it has {len(text)} characters", "write -5m")
     if match := _AGO.fullmatch(text):
         return now_ns - int(float(match[1]) * _SECONDS[match[2]] * 1e9)
     if _SINCE_EPOCH.fullmatch(text):
@@ -135,11 +183,23 @@ def parse_time(text: str, now_ns: int) -> int:
         return int(whole.timestamp()) * 1_000_000_000 + found.microsecond * 1000
     except (ValueError, OverflowError):
         raise UsageError(
-            f"{text!r} is not a time", "", "write -5m, 14:03:12, 2026-09-21T14:03:12 or seconds since the epoch"
+            f"{text!r} is not a time",
+            "its form is not known",
+            "write -5m, 14:03:12, 2026-09-21T14:03:12 or seconds since the epoch",
         ) from None
 
 
+def last_answer(answered_ns: int | None, now_ns: int) -> str:
+    """How old the last answer of a silent one is, in words; None: it never answered."""
+    if answered_ns is None:
+        return "it has never answered"
+    return f"its last answer is {format_duration(max(0, now_ns - answered_ns))} old"
+
+
 def format_time(ns: int) -> str:
-    """A time since the epoch in UTC, to the millisecond: ``2026-09-21 14:03:12.250 UTC``."""
-    found = datetime.datetime.fromtimestamp(ns // 1_000_000_000, datetime.UTC)
+    """A time since the epoch in UTC, to the millisecond: ``2026-09-21 14:03:12.250 UTC``; else its nanoseconds."""
+    try:
+        found = datetime.datetime.fromtimestamp(ns // 1_000_000_000, datetime.UTC)
+    except (ValueError, OverflowError, OSError):  # no year that a calendar has
+        return f"{ns} ns since the epoch"
     return f"{found:%Y-%m-%d %H:%M:%S}.{ns // 1_000_000 % 1000:03d} UTC"

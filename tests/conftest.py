@@ -7,10 +7,23 @@ from collections.abc import Generator
 
 import pytest
 from hypothesis import settings
+from xdist.workermanage import NodeManager
 
 # How long an example takes is the machine's affair: a timed assertion is never a test.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+# A worker writes what it measured as it ends: on a busy machine that takes longer than xdist waits before it kills it.
+NodeManager.EXIT_TIMEOUT = 600
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_state(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
+    """What consoles remember of a test run is no operator's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
 
 
 def _required(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -13,12 +13,27 @@ want lspci pciutils
 want tmux tmux
 want dtc device-tree-compiler
 want zstd zstd
+want mke2fs e2fsprogs
+want qemu-ga qemu-guest-agent
 want /bin/busybox busybox-static
 want systemctl systemd
+want libvirtd libvirt-daemon-system
+want virsh libvirt-clients
+want zsh zsh
+want fish fish
 python3 -c 'import venv, ensurepip' 2>/dev/null || lacking+=(python3-venv)
 if ((${#lacking[@]})); then
 	apt-get update -q
 	apt-get install -y -q --no-install-recommends "${lacking[@]}"
+fi
+
+# Prometheus's own checker of metrics, without the server that its package would start.
+if ! command -v promtool >/dev/null 2>&1; then
+	debs=$(mktemp -d)
+	apt-get update -q
+	(cd "$debs" && apt-get download prometheus && dpkg -x prometheus_*.deb .)
+	install -m 755 "$debs/usr/bin/promtool" /usr/local/bin/
+	rm -rf "$debs"
 fi
 
 # cpr-reboot, by which a QEMU guest is carried through a handoff, came with QEMU 8.2.
@@ -34,14 +49,37 @@ if ! enough "$major" "$minor"; then
 		apt-get install -y -q --no-install-recommends qemu-system-x86
 fi
 
-# The lab's hosts run under systemd; one whose fd store has custody (254) comes from backports, beside this machine's own.
-suite=$(. /etc/os-release && echo "$VERSION_CODENAME")-backports
-ours=$(systemctl --version 2>/dev/null | sed -n '1s/systemd \([0-9]*\).*/\1/p')
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/memconsole/lab/systemd
-if ((${ours:-0} < 254)) && [[ ! -x $cache/lib/systemd/systemd ]]; then
-	debs=$(mktemp -d) && mkdir -p "$cache"
-	if (cd "$debs" && apt-get download "systemd/$suite" "libsystemd-shared/$suite" >/dev/null 2>&1); then
-		for deb in "$debs"/*.deb; do dpkg -x "$deb" "$cache"; done
+# The lab's hosts run under this machine's systemd, under one whose fd store has custody (254) and under one that carries
+# fd stores over a kexec (261). Those that this machine lacks are unpacked beside its own, nothing is installed: what suites
+# have moves on, so the versions are the newest there, and the tests say which they met.
+mirror_of() {
+	apt-get indextargets --format '$(SITE) $(RELEASE)' 'Created-By: Packages' | awk -v suite="$1" '$2 == suite {print $1; exit}'
+}
+unpacked_systemd() { # directory suite least-version package...
+	local cache=${XDG_CACHE_HOME:-$HOME/.cache}/memconsole/lab/$1 suite=$2 least=$3 work version
+	shift 3
+	[[ -e $cache/version ]] && return
+	work=$(mktemp -d)
+	mkdir -p "$work"/{lists,archives}/partial "$work/files"
+	echo "deb $(mirror_of "$codename") $suite main" >"$work/sources.list"
+	local apt=(-q -o "Dir::Etc::sourcelist=$work/sources.list" -o Dir::Etc::sourceparts=/dev/null
+		-o "Dir::State::lists=$work/lists" -o "Dir::Cache::archives=$work/archives" -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache=
+		-o APT::Sandbox::User=root)
+	if apt-get "${apt[@]}" update >/dev/null && (cd "$work" && apt-get "${apt[@]}" download "${@/%//$suite}" >/dev/null); then
+		version=$(dpkg-deb -f "$work"/systemd_*.deb Version)
+		if ((${version%%[.-]*} >= least)); then
+			for deb in "$work"/*.deb; do dpkg -x "$deb" "$work/files"; done
+			rm -rf "$cache" && mkdir -p "${cache%/*}" && mv "$work/files" "$cache"
+			echo "$version" >"$cache/version"
+		else
+			echo "install_debian.sh: $suite has systemd $version, $least is wanted for $1" >&2
+		fi
+	else
+		echo "install_debian.sh: systemd of $suite cannot be had; the lab goes without ($1)" >&2
 	fi
-	rm -rf "$debs"
-fi
+	rm -rf "$work"
+}
+codename=$(. /etc/os-release && echo "$VERSION_CODENAME")
+ours=$(systemctl --version 2>/dev/null | sed -n '1s/systemd \([0-9]*\).*/\1/p')
+((${ours:-0} >= 254)) || unpacked_systemd systemd "$codename-backports" 254 systemd libsystemd-shared
+((${ours:-0} >= 261)) || unpacked_systemd systemd-newest testing 261 systemd libsystemd-shared libsystemd0

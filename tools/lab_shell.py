@@ -9,9 +9,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "tests" / part) for part in (".", "support")]
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "tests")]
 
-import lab  # noqa: E402 - found by the line before
+from support import lab  # noqa: E402 - found by the line before
 
 
 def main() -> int | str:
@@ -22,7 +22,7 @@ def main() -> int | str:
     terminal = f"LAB_TERM={os.environ.get('TERM', 'vt220')} LAB_ROWS={rows} LAB_COLUMNS={columns}"
     with tempfile.TemporaryDirectory(prefix="memconsole-lab-") as share:
         early = f"{lab.RESUME}; export LAB_SHARE={share} {terminal}"
-        command = lab.prepare("shell", Path(share), memory="3G", serial="mon:stdio", early=early)
+        command = lab.prepare("shell", Path(share), memory="3G", processors=2, serial="mon:stdio", early=early)
         print("the lab boots; that takes a minute under emulation", flush=True)
         return subprocess.run(command, check=False).returncode
 

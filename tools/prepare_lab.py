@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 TOOLS = Path(__file__).resolve().parent
-sys.path[:0] = [str(TOOLS.parent / "tests" / "support")]
+sys.path[:0] = [str(TOOLS.parent / "tests")]
 
-import lab  # noqa: E402 - found by the line before
+from support import lab  # noqa: E402 - found by the line before
 
 
 def outdated(kernel: Path) -> bool:

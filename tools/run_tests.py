@@ -1,18 +1,23 @@
 """Run the test tiers and say of each how it went, what was skipped, and why.
 
-Usage: run_tests.py [all | lint | unit | native | tui | host | vm]
+Usage: run_tests.py [all | TIER ...], where a TIER is one of lint, unit, native, tui, host, vm
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import xml.etree.ElementTree as ET
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -24,6 +29,21 @@ LINT = (
     ("lint-imports",),
 )
 NO_TESTS_COLLECTED = 5
+LABS = min(os.cpu_count() or 1, 4)
+"""Labs at the same time: each is one busy thread; when it waits, the host tier has the processor."""
+SPREAD = ("-n", "2", "--dist", "worksteal")
+"""Tests that share nothing but the processors: a worker that has none left takes some of the other's."""
+FILES = ("-n", "2", "--dist", "loadfile")
+"""Likewise, where the tests of a file share what is built for them."""
+OPTIONS = {
+    "unit": SPREAD,
+    "native": FILES,
+    "tui": SPREAD,
+    "vm": ("-n", str(LABS), "--dist", "loadgroup", "--no-loadscope-reorder", "--durations=0", "--durations-min=20"),
+}
+"""What a tier is run with besides. The lab's groups begin in an order of their own (tests/vm/conftest.py); what each
+took is printed, for that order.
+"""
 
 
 @dataclass
@@ -55,13 +75,13 @@ def lint() -> Tally:
     return tally
 
 
-def run_tier(tier: str) -> Tally:
-    """One tier through pytest; its counts come from the JUnit file pytest writes."""
+def run_tier(tier: str, output: IO[str] | None = None) -> Tally:
+    """One tier through pytest, which writes to ``output``; its counts come from the JUnit file pytest writes."""
     report = ROOT / "build" / f"tests-{tier}.xml"
     report.parent.mkdir(exist_ok=True)
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", f"tests/{tier}", f"--junit-xml={report}"]
-    ended = subprocess.run(command, cwd=ROOT, check=False)
+    command = [sys.executable, "-m", "pytest", "-q", *OPTIONS.get(tier, ()), f"tests/{tier}", f"--junit-xml={report}"]
+    ended = subprocess.run(command, cwd=ROOT, stdout=output, check=False)
     tally = Tally(skips={}, broken=ended.returncode not in {0, 1, NO_TESTS_COLLECTED} or not report.exists())
     if tally.broken:
         return tally
@@ -78,22 +98,51 @@ def run_tier(tier: str) -> Tally:
     return tally
 
 
+def timed(tier: str, output: IO[str] | None = None) -> Tally:
+    """One tier, and how long it took."""
+    began = time.monotonic()
+    tally = lint() if tier == "lint" else run_tier(tier, output)
+    tally.seconds = time.monotonic() - began
+    return tally
+
+
+def beside_the_lab() -> dict[str, Tally]:
+    """The host tier and the lab at the same time.
+
+    Tests of the first share this host, and run one after the other; the lab's share nothing with them but processors,
+    which they leave idle now and then.
+    """
+    with tempfile.TemporaryFile("w+") as output, ThreadPoolExecutor(1) as pool:
+        print("=== vm, and host beside it", flush=True)
+        host = pool.submit(timed, "host", output)
+        tallies = {"vm": timed("vm"), "host": host.result()}
+        print("=== host", flush=True)
+        output.seek(0)
+        shutil.copyfileobj(output, sys.stdout)
+    return tallies
+
+
+def run_all(tiers: Collection[str]) -> dict[str, Tally]:
+    """Every tier that has tests."""
+    together = {"host", "vm"} if {"host", "vm"} <= set(tiers) else set()
+    tallies: dict[str, Tally] = {}
+    for tier in tiers:
+        if tier in together or (tier != "lint" and not any((ROOT / "tests" / tier).rglob("test_*.py"))):
+            continue
+        print(f"=== {tier}", flush=True)
+        tallies[tier] = timed(tier)
+    return tallies | (beside_the_lab() if together else {})
+
+
 def main() -> int:
     """Run what was asked for; 0 when nothing failed."""
-    wanted = sys.argv[1] if len(sys.argv) > 1 else "all"
-    if wanted not in {"all", *TIERS}:
-        print(f"there is no tier {wanted!r}; one of: all, {', '.join(TIERS)}", file=sys.stderr)
+    wanted = sys.argv[1:] or ["all"]
+    if unknown := [name for name in wanted if name not in {"all", *TIERS}]:
+        print(f"there is no tier {unknown[0]!r}; one of: all, {', '.join(TIERS)}", file=sys.stderr)
         return 2
     if os.geteuid() != 0:
         print("not root: the host tier will skip what the kernel does not let an ordinary user do", flush=True)
-    tallies: dict[str, Tally] = {}
-    for tier in TIERS if wanted == "all" else (wanted,):
-        if tier != "lint" and not any((ROOT / "tests" / tier).rglob("test_*.py")):
-            continue
-        print(f"=== {tier}", flush=True)
-        began = time.monotonic()
-        tallies[tier] = lint() if tier == "lint" else run_tier(tier)
-        tallies[tier].seconds = time.monotonic() - began
+    tallies = run_all(TIERS if "all" in wanted else wanted)
     print("\n=== summary")
     for tier, tally in tallies.items():
         print(f"{tier:8}{tally.text}")

@@ -1,8 +1,11 @@
 """Taking over what an earlier control process left: fds from custody, guests by PID, actions it did not end.
 
-region in ledger and custody      taken over, when the memfd is the one the ledger means
+region in ledger and custody      taken over; with a finding where it is another memfd than the ledger means
 region in ledger only             stays lost; the Snapshot says so
-region in custody only            taken over by its payload, with a finding: the ledger lost it
+region in custody only            taken over by its payload, else as it is, with a finding: the ledger lost it
+region partly in custody          stays where it is, with a finding: nothing of it is thrown away
+ledger of another boot            regions are known by name and size, guests have ended (:mod:`.boots`)
+handoff whose record is unread    left unfinished, with a finding: states, manifest and record stay in custody
 guest whose process lives         taken over with its grants; one whose process ended is a finding
 unfinished release, revoke,       carried through: what they take away must not come back
   stop, pause, resume
@@ -15,25 +18,32 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
+from typing import Protocol
 
 import msgspec
 
-from memconsole import actions
-from memconsole.backend import steps, verbs
-from memconsole.backend.desk import Desk, custody_name
-from memconsole.backend.handoff import adopt as handoff
-from memconsole.backend.handoff import alone, kept
-from memconsole.backend.handoff.adopt import Landing
-from memconsole.backend.revoke import aside, halt, move
-from memconsole.backend.state import Change, Done, Failed, Happened, Intent, Record
+from memconsole import actions, newer
+from memconsole.backend import needs, steplog, steps, verbs
+from memconsole.backend.custody import payloads
+from memconsole.backend.handoff import clocks, restart_one, stored
+from memconsole.backend.handoff import landing as handoff
+from memconsole.backend.handoff.facets import QuietSpaces
+from memconsole.backend.handoff.landing import Landing
+from memconsole.backend.handoff.powers import HOST, Powers
+from memconsole.backend.holdings import custody_name
+from memconsole.backend.ledger import boots
+from memconsole.backend.ledger.state import DoneRecord, EventRecord, FailedRecord, Intent, Record, Recorded, StateChange
+from memconsole.backend.peers.patience import Patience
+from memconsole.backend.revoke import move, stop_processes, suspend_vm
 from memconsole.backend.stores import memfd
 from memconsole.backend.verbs.grants import OFFER_S
-from memconsole.backend.verbs.guests import forget, orphans
+from memconsole.backend.verbs.guests import adopt_orphans, forget
 from memconsole.backend.verbs.regions import drop_custody
-from memconsole.backend.verbs.work import Work
-from memconsole.errors import Gone, MemconsoleError
-from memconsole.model import Finding, Grant, GrantState, Guest, GuestState, Region, RegionState, Severity
+from memconsole.backend.work import PreparedAction
+from memconsole.errors import BadFile, Gone, KernelRefused, MemconsoleError
+from memconsole.model import Finding, Grant, GrantState, Guest, GuestState, Region, RegionState, Segment, Severity
+from memconsole.units import PAGE
 
 FORWARD = (
     actions.Release,
@@ -44,203 +54,300 @@ FORWARD = (
     actions.WindowRevoke,
 )
 
-Write = Callable[[Record], int]
+LOOK_S = 0.02
+"""Seconds between two looks whether a guest has let go of a mapping."""
 
 
-def adopt(desk: Desk, write: Write) -> list[Finding]:
+class FaultBroker(needs.FaultBroker, Protocol):
+    """The userfaultfds, as a start takes them over."""
+
+    def adopt(self) -> list[Finding]:
+        """Take over those in custody; what cannot be read is a finding."""
+
+    def forget_ended(self) -> None:
+        """Let go of those that no grant means."""
+
+
+class AddressSpaces(QuietSpaces, Protocol):
+    """The address spaces, as a start takes them over."""
+
+    def adopt(self) -> list[Finding]:
+        """Take over those in custody; what cannot be read is a finding."""
+
+
+class AdoptionDesk(verbs.VerbDesk, Protocol):
+    """What a start needs: all that verbs do, for it ends what they began, and what is taken over besides."""
+
+    @property
+    def userfaults(self) -> FaultBroker:
+        """What guests handed over to have their faults served, or to be barred."""
+
+    @property
+    def address_spaces(self) -> AddressSpaces:
+        """The address spaces in which devices reach memory."""
+
+
+def adopt_all(desk: AdoptionDesk, powers: Powers = HOST) -> Recorded[list[Finding]]:
     """Take over everything; what does not match is a finding. It may die at any of its points, and begins anew."""
-    steps.point("adopt.begun")
-    halt.release(desk)
-    move.finish(desk)
-    desk.handoff = kept.stored(desk)
+    with steplog.running("adopt"):
+        return (yield from _adopt(desk, powers))
+
+
+def _adopt(desk: AdoptionDesk, powers: Powers) -> Recorded[list[Finding]]:
+    steps.passed("adopt.begun")
+    found: list[Finding] = []
+    if not handoff.has_landed(desk):
+        found += yield from boots.record_reboot(desk)
+    stop_processes.continue_stopped(desk)
+    move.finish_moves(desk)
+    unread: list[Finding] = []
+    try:
+        desk.handoff = stored.stored_report(desk)
+    except BadFile as error:
+        unread.append(payloads.unknown("report", error))
     again: list[str] = []
-    landing, found = _landed(desk, write, again)
-    steps.point("adopt.landed")
-    found += _regions(desk)
-    steps.point("adopt.regions")
-    desk.uffds.adopt()
-    desk.spaces.adopt()
-    for guest in desk.state.guests.values():
-        with contextlib.suppress(Gone):
-            if guest.pid is not None:
-                # What waits for its devices gets its windows once they are there.
-                desk.adopt_guest(guest, windows=landing is None or guest.name not in landing.waiting)
-        steps.point(f"adopt.guest.{guest.name}")
+    landing, of_it = yield from _adopt_landing(desk, again)
+    unread += of_it
+    is_unread = landing is None and handoff.has_landed(desk)
+    steps.passed("adopt.landed")
+    found += [*unread, *(yield from boots.record_reboot(desk, boots.UNREAD))]
+    found += yield from _adopt_regions(desk)
+    steps.passed("adopt.regions")
+    found += desk.userfaults.adopt()
+    found += desk.address_spaces.adopt()
+    _guests(desk, landing.waiting if landing is not None else frozenset())
     for number, intent in list(desk.state.unfinished.items()):
-        found += _finish(desk, write, number, intent)
-    if landing is None and handoff.landed(desk):  # a rehearsal was carried on
+        if not (
+            is_unread and isinstance(intent.action, actions.HandoffAction)
+        ):  # a memconsole that can read it ends it
+            found += yield from _finish_action(desk, number, intent, powers)
+    if landing is None and not is_unread and handoff.has_landed(desk):  # a rehearsal was carried on
         landing = handoff.land(desk)
     if landing is not None:
-        handoff.settle(desk, landing)
+        handoff.reconcile(desk, landing)
         found += landing.findings
-    for name in [*again, *handoff.wait_for_devices(desk)]:
-        found += _bring_back(desk, write, name)
-    steps.point("adopt.settled")
-    found += _unknown(desk, write)
-    aside.tidy(desk)
-    desk.uffds.forget()
-    desk.spaces.settle()
-    steps.point("adopt.done")
+    for name in [*again, *(() if is_unread else handoff.start_waiting_guests(desk))]:
+        found += yield from _bring_back(desk, name, powers)
+    steps.passed("adopt.settled")
+    found += yield from _unknown_regions(desk)
+    found += payloads.unknown_kinds(desk.custody)
+    suspend_vm.drop_stale_states(desk)
+    desk.userfaults.forget_ended()
+    found += _reconcile_devices(desk)
+    if desk.handoff is not None:
+        clocks.begin_clocks(desk)
+    steps.passed("adopt.done")
     return found
 
 
-def _landed(desk: Desk, write: Write, again: list[str]) -> tuple[Landing | None, list[Finding]]:
+def _guests(desk: AdoptionDesk, waiting: Collection[str]) -> None:
+    """Take hold of the guests' processes; those that are ``waiting`` for their devices get their windows with them."""
+    for guest in desk.state.guests.values():
+        with steplog.suppressed(f"guest {guest.name} is taken over", Gone):
+            if guest.pid is not None:
+                desk.adopt_guest(guest, windows=guest.name not in waiting)
+        steps.passed(f"adopt.guest.{guest.name}")
+
+
+def _reconcile_devices(desk: AdoptionDesk) -> Iterator[Finding]:
+    """Let go of what devices reach and no grant means; that it cannot be is a finding, and the service starts."""
+    try:
+        desk.address_spaces.reconcile()
+    except KernelRefused as error:
+        what = f"devices may reach more than their guests were granted: {error.what}"
+        remedy = (
+            "memconsole domains shows what they reach; stop the guests that have devices, then start the service again"
+        )
+        yield Finding("devices-unsettled", Severity.ERROR, "devices", what, error.why, remedy)
+
+
+def _adopt_landing(desk: AdoptionDesk, again: list[str]) -> Recorded[tuple[Landing | None, list[Finding]]]:
     """The other side of a jump: the ledger learns which inodes its regions, which processes its guests are now.
 
     A guest that was started alone is added to ``again``: it is to be resumed, once it is taken over.
     """
-    if not handoff.landed(desk):
+    if not handoff.has_landed(desk):
         return None, []
     for number, intent in list(desk.state.unfinished.items()):
         guest = desk.state.guests.get(intent.subject)
         if isinstance(intent.action, actions.GuestResume) and guest is not None:  # alone, long after the landing
-            again += _started(desk, write, number, guest)
+            again += yield from _adopt_restarted(desk, number, guest)
             return None, []
     try:
         landing = handoff.land(desk)
     except MemconsoleError as error:
-        what = f"a handoff landed, and what became of it cannot be read: {error}"
+        what = f"the record of the last handoff cannot be read: {error}"
         return None, [Finding("handoff-unread", Severity.ERROR, "handoff", what, "custody", error.remedy)]
-    steps.point("adopt.read")
+    steps.passed("adopt.read")
     for number, intent in list(desk.state.unfinished.items()):  # none: the ledger knew already
-        if isinstance(intent.action, actions.Handoff):
+        if isinstance(intent.action, actions.HandoffAction):
             back = sum(guest.back for guest in landing.report.guests)
             text = f"{intent.subject} was handed off: {back} of {len(landing.report.guests)} guests are back"
-            write(Done(number, time.time_ns(), text, landing.change))
+            yield DoneRecord(number, time.time_ns(), text, landing.change)
     return landing, []
 
 
-def _bring_back(desk: Desk, write: Write, name: str) -> Iterator[Finding]:
+def _bring_back(desk: AdoptionDesk, name: str, powers: Powers) -> Recorded[list[Finding]]:
     """Resume a guest as if somebody had asked for it, unless it has gone on."""
-    live = desk.live(name)
-    with contextlib.suppress(MemconsoleError):
+    live = desk.live_guest(name)
+    with steplog.suppressed(f"{name} says whether it has gone on", MemconsoleError):
         desk.connected(name)
         if live is not None and live.state() is not GuestState.PAUSED:
-            return
-    intent = Intent(time.time_ns(), actions.GuestResume(name), name, "", Change())
-    yield from _finish(desk, write, write(intent), intent)
+            return []
+    intent = Intent(time.time_ns(), actions.GuestResume(name), name, "", StateChange())
+    number = yield intent
+    return (yield from _finish_action(desk, number, intent, powers))
 
 
-def _started(desk: Desk, write: Write, number: int, guest: Guest) -> list[str]:
+def _adopt_restarted(desk: AdoptionDesk, number: int, guest: Guest) -> Recorded[list[str]]:
     """A guest that an earlier control process started alone and did not see go on; its name, if it is there."""
     try:
-        change = Change(guests=(alone.started(desk, guest),))
+        change = StateChange(guests=(restart_one.restarted_guest(desk, guest),))
     except MemconsoleError as error:
-        write(Failed(number, time.time_ns(), error.code, str(error)))
+        yield FailedRecord(number, time.time_ns(), error.code, str(error))
         return []
-    write(Done(number, time.time_ns(), f"guest {guest.name} is started (carried through after a restart)", change))
-    alone.let_go(desk, guest.name)
+    yield DoneRecord(number, time.time_ns(), f"guest {guest.name} is started (carried through after a restart)", change)
+    restart_one.drop_saved_state(desk, guest.name)
     return [guest.name]
 
 
 # --- regions ----------------------------------------------------------------------------------------------------
 
 
-def _regions(desk: Desk) -> Iterator[Finding]:
+def _adopt_regions(desk: AdoptionDesk) -> Recorded[list[Finding]]:
+    """Take hold of every region of the ledger; what custody holds in its place is kept, and said."""
     held = set(desk.custody.names())
-    for region in desk.state.regions.values():
+    told = []
+    for region in list(desk.state.regions.values()):
         names = [custody_name(region.name, index) for index in range(len(region.segments))]
-        if not held.issuperset(names):
+        there = [name for name in names if name in held]
+        if len(there) < len(names):
+            if there:
+                told.append(_torn_region(region, there))
             continue
         fds = tuple(desk.custody.get(name)[0] for name in names)
-        found = [(segment.inode, segment.device) for segment in memfd.segments(fds)]
-        if found == [(segment.inode, segment.device) for segment in region.segments]:
-            desk.hold(region.name, fds)
-            continue
-        for fd in fds:
-            os.close(fd)
-        yield Finding(
-            "custody-other",
-            Severity.ERROR,
-            region.name,
-            f"what custody holds as region {region.name} is other memory than the ledger means",
-            f"inodes {found}",
-            f"memconsole release {region.name} forgets it",
-        )
+        found = memfd.segments(fds)
+        desk.hold_region(region.name, fds)
+        if [_segment_file(each) for each in found] != [_segment_file(each) for each in region.segments]:
+            told.append((yield from _other_memory(region, found)))
+    return told
 
 
-def _unknown(desk: Desk, write: Write) -> Iterator[Finding]:
+def _segment_file(segment: Segment) -> tuple[int, int]:
+    """What a segment is in this boot, whatever its length: a release that was cut short may have emptied it."""
+    return segment.inode, segment.device
+
+
+def _torn_region(region: Region, there: list[str]) -> Finding:
+    what = (
+        f"custody holds {len(there)} of the {len(region.segments)} segments of region {region.name}: the rest is lost"
+    )
+    remedy = f"what is left stays in custody until memconsole release {region.name} gives it up"
+    return Finding("region-torn", Severity.ERROR, region.name, what, ", ".join(there), remedy)
+
+
+def _other_memory(region: Region, found: tuple[Segment, ...]) -> Recorded[Finding]:
+    """Custody's word counts: what it holds under a region's name was put there as that region."""
+    what = f"custody holds other memory as region {region.name} than the ledger names; custody's memory is used"
+    size = sum(segment.size for segment in found)
+    change = StateChange(regions=(msgspec.structs.replace(region, size=size, segments=found),))
+    yield EventRecord(time.time_ns(), "adopted", region.name, what, change=change)
+    evidence = f"inodes {[each.inode for each in found]} of {size} bytes; ledger: "
+    evidence += f"{[each.inode for each in region.segments]} of {region.size}"
+    remedy = f"check its contents (memconsole pfn {region.name}) before a guest uses it"
+    return Finding("custody-other", Severity.ERROR, region.name, what, evidence, remedy)
+
+
+def _unknown_regions(desk: AdoptionDesk) -> Recorded[list[Finding]]:
     """Regions that custody holds and the ledger does not know: memory is never thrown away because a record is."""
-    counts: dict[str, int] = {}
+    found: dict[str, set[str]] = {}
     for held in desk.custody.names():
         kind, _, rest = held.partition(":")
         if kind == "region":
-            name = rest.rpartition(":")[0]
-            counts[name] = counts.get(name, 0) + 1
-    for name, count in counts.items():
+            found.setdefault(rest.rpartition(":")[0], set()).add(held)
+    told = []
+    for name, held_as in found.items():
         if name not in desk.state.regions:
-            yield _found(desk, write, name, count)
+            told.append((yield from _adopt_found(desk, name, held_as)))
+    return told
 
 
-def _found(desk: Desk, write: Write, name: str, count: int) -> Finding:
-    held = [desk.custody.get(custody_name(name, index)) for index in range(count)]
+def _adopt_found(desk: AdoptionDesk, name: str, held_as: set[str]) -> Recorded[Finding]:
+    wanted = [custody_name(name, index) for index in range(len(held_as))]
+    held = [desk.custody.get(each) for each in wanted] if held_as == set(wanted) else []
     fds = tuple(fd for fd, _ in held)
+    segments = memfd.segments(fds)
     try:
-        region = msgspec.json.decode(held[0][1], type=Region)
-        known = region.segments == memfd.segments(fds)
-    except msgspec.DecodeError:
-        known = False
-    if not known:
+        region = payloads.read(name, held[0][1] if held else b"", Region)
+        whole = bool(segments) and all(each.size and each.size % PAGE == 0 for each in segments)
+    except BadFile:
+        whole = False
+    if not whole:
         for fd in fds:
             os.close(fd)
-        what, remedy = f"custody holds {name}, which nobody knows", "restart whoever has custody to free it"
-        return Finding("custody-unknown", Severity.WARNING, name, what, "custody", remedy)
-    desk.hold(name, fds)
-    region = msgspec.structs.replace(region, state=RegionState.RESERVED)
-    text = f"region {name} was in custody and not in the ledger; it is taken over"
-    write(Happened(time.time_ns(), "adopted", name, text, change=Change(regions=(region,))))
-    remedy = f"look into it, then map it or release {name}"
+        what = f"custody holds something as region {name} that the ledger does not know and that is not a whole region"
+        remedy = "nothing need be done: custody keeps it as it is; find the program that stored it there"
+        return Finding("custody-unknown", Severity.WARNING, name, what, ", ".join(sorted(held_as)), remedy)
+    desk.hold_region(name, fds)
+    taken = msgspec.structs.replace(
+        region, size=sum(each.size for each in segments), state=RegionState.RESERVED, segments=segments
+    )
+    left = newer.rest(held[0][1], region)
+    if left is not None:
+        desk.state.rests["regions", name] = left
+    text = f"region {name} was in custody and not in the ledger; the ledger has it now"
+    yield EventRecord(time.time_ns(), "adopted", name, text, change=StateChange(regions=(taken,)))
+    remedy = f"check its contents, then map it: memconsole map {name} GUEST"
     return Finding("region-found", Severity.WARNING, name, text, "custody", remedy)
 
 
 # --- what was under way -----------------------------------------------------------------------------------------
 
 
-def _finish(desk: Desk, write: Write, number: int, intent: Intent) -> Iterator[Finding]:
+def _finish_action(desk: AdoptionDesk, number: int, intent: Intent, powers: Powers) -> Recorded[list[Finding]]:
     """Carry an unfinished action through, or take it back."""
     action, work = intent.action, None
     again: list[str] = []
+    told: list[Finding] = []
     try:
         if isinstance(action, FORWARD):
-            work = verbs.work(desk, action)
-            write(_forward(number, action, work))
+            work = verbs.prepare(desk, action)
+            yield (yield from _forward(number, action, work))
         else:
-            write(_back(desk, number, intent, again))
+            yield _undo_action(desk, number, intent, again, powers)
     except MemconsoleError as error:
-        lasting = work.lasting if work is not None else Change()
-        write(Failed(number, time.time_ns(), error.code, str(error), lasting))
-        yield Finding(
-            "action-unfinished",
-            Severity.WARNING,
-            intent.subject,
-            f"{action.spec.title} of {intent.subject} was cut short, and could not be ended: {error}",
-            f"ledger record {number}",
-            error.remedy or f"try again: {actions.cli_form(action)}",
+        lasting = work.lasting if work is not None else StateChange()
+        yield FailedRecord(number, time.time_ns(), error.code, str(error), lasting)
+        what = f"{action.spec.title} of {intent.subject} was interrupted and cannot be finished: {error}"
+        remedy = error.remedy or f"try again: {actions.cli_form(action)}"
+        told.append(
+            Finding("action-unfinished", Severity.WARNING, intent.subject, what, f"ledger record {number}", remedy)
         )
     else:
         if work is not None and work.after is not None:
             work.after()
     for name in again:
-        yield from _bring_back(desk, write, name)
+        told += yield from _bring_back(desk, name, powers)
+    return told
 
 
-def _forward(number: int, action: actions.Action, work: Work) -> Record:
+def _forward(number: int, action: actions.Action, work: PreparedAction) -> Recorded[Record]:
     now = time.time_ns()
     if work.refusals:
-        return Failed(number, now, work.refusals[0].code, work.refusals[0].what)
-    steps.run(action.spec.id, work.steps)
-    return Done(number, now, f"{work.text} (carried through after a restart)", work.change)
+        return FailedRecord(number, now, work.refusals[0].code, work.refusals[0].what)
+    yield from steps.run(action.spec.id, work.steps)
+    return DoneRecord(number, now, f"{work.text} (carried through after a restart)", work.change)
 
 
-def _back(desk: Desk, number: int, intent: Intent, again: list[str]) -> Record:
+def _undo_action(desk: AdoptionDesk, number: int, intent: Intent, again: list[str], powers: Powers) -> Record:
     """Take it back; guests that are to be resumed then are added to ``again``."""
     action = intent.action
-    if isinstance(action, actions.Handoff):
+    if isinstance(action, actions.HandoffAction):
         if handoff.interrupted(desk, action):
-            return _carried_on(desk, number, intent)
-        again += handoff.take_back(desk, intent)
+            return _carried_on(desk, number, intent, powers)
+        again += handoff.undo_handoff(desk, intent, powers)
     if isinstance(action, actions.GuestStart):
-        for handle in orphans(desk, action.name):
+        for handle in adopt_orphans(desk, action.name):
             with contextlib.closing(handle):
                 handle.kill()
         forget(desk, action.name)
@@ -249,35 +356,37 @@ def _back(desk: Desk, number: int, intent: Intent, again: list[str]) -> Record:
     if isinstance(action, actions.Map):
         for grant in intent.aims.grants:
             if grant.dma is not None:
-                desk.spaces.unmap(grant)
+                desk.address_spaces.unmap(grant)
                 grant = msgspec.structs.replace(grant, dma=None)  # noqa: PLW2901 - it is what is left of it
             if _still_mapped(desk, grant):
                 text = f"{grant.guest} maps {grant.region} as {grant.id} (found after a restart)"
-                return Done(
+                return DoneRecord(
                     number,
                     time.time_ns(),
                     text,
-                    Change(grants=(msgspec.structs.replace(grant, state=GrantState.MAPPED),)),
+                    StateChange(grants=(msgspec.structs.replace(grant, state=GrantState.MAPPED),)),
                 )
-    return Failed(number, time.time_ns(), "CutShort", "the control process died; what was done of it is undone")
+    return FailedRecord(
+        number, time.time_ns(), "CutShort", "the control process died; the steps done so far were undone"
+    )
 
 
-def _carried_on(desk: Desk, number: int, intent: Intent) -> Record:
-    landing = handoff.carry_on(desk)
-    handoff.take_hold(desk, landing.change.guests)
+def _carried_on(desk: AdoptionDesk, number: int, intent: Intent, powers: Powers) -> Record:
+    landing = handoff.carry_on(desk, powers)
+    handoff.adopt_processes(desk, landing.change.guests)
     text = f"{intent.subject} has rehearsed a handoff (carried through after a restart)"
-    return Done(number, time.time_ns(), text, landing.change)
+    return DoneRecord(number, time.time_ns(), text, landing.change)
 
 
-def _still_mapped(desk: Desk, grant: Grant) -> bool:
+def _still_mapped(desk: AdoptionDesk, grant: Grant) -> bool:
     """Whether a guest keeps a grant nobody was told of; its agent is asked for it as soon as it connects."""
-    live, region = desk.live(grant.guest), desk.state.regions.get(grant.region)
+    live, region = desk.live_guest(grant.guest), desk.state.regions.get(grant.region)
     if live is None or region is None:
         return False
     desk.connected(grant.guest)
-    deadline = time.monotonic() + OFFER_S
-    while desk.reach(region, grant.offset // memfd.SEGMENT).pids:
-        if time.monotonic() > deadline:
-            return True
-        time.sleep(0.02)
-    return False
+
+    def is_gone(within: float) -> bool:
+        time.sleep(min(within, LOOK_S))
+        return not desk.region_reach(region, grant.offset // memfd.SEGMENT).pids
+
+    return not Patience(live.pid, OFFER_S).lasts(is_gone)

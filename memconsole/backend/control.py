@@ -1,6 +1,8 @@
 """The control process: the only writer. It plans and applies Actions, and takes Snapshots meanwhile.
 
-    apply   intent record → steps (steps.py, made by a verb) → done or failed record → event
+    apply   intent record → steps (steps.py, made by a verb) → done or failed record → event → tidying
+    look    everybody is asked at once (looking.py); nothing is written
+    tick    history, quarantine, mount and reports, by threads of its own (ticks.py, upkeep.py)
     start   ledger and fds out of custody → state → regions and guests taken over → what was unfinished is ended
 
 An embedded control process has custody itself and ends with its guests and regions; one whose custody survives it
@@ -10,25 +12,29 @@ leaves everything as it is.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-import msgspec
 from msgspec.structs import replace
 
-from memconsole import actions
+from memconsole import actions, paths, unforeseen
 from memconsole.actions import Action, AnyAction
-from memconsole.backend import beside, ledger, survey
-from memconsole.backend.desk import MOUNT, STOP_S, Desk
-from memconsole.backend.kernel import kho, tree
-from memconsole.backend.ledger import Ledger
-from memconsole.backend.state import KINDS, Change, Done, Failed, Happened, Intent, Record, fold
-from memconsole.backend.survey import Meant
+from memconsole.backend.desk import Desk
+from memconsole.backend.guests.base import STOP_S
+from memconsole.backend.holdings import MOUNT
+from memconsole.backend.ledger.state import DoneRecord, EventRecord, FailedRecord, Intent, State, StateChange
+from memconsole.backend.ledger.writer import LEDGER, Writer
+from memconsole.backend.looking import SnapshotTaker
+from memconsole.backend.observe.steady import SteadyFindings, action_scope
+from memconsole.backend.readiness import ReadinessCheck
+from memconsole.backend.upkeep import Upkeep
 from memconsole.errors import MemconsoleError, NotFound, Refused
 from memconsole.model import (
     Access,
@@ -38,28 +44,29 @@ from memconsole.model import (
     GrantState,
     GuestKind,
     Outcome,
+    Part,
     Plan,
     Refusal,
+    Severity,
     Snapshot,
 )
 from memconsole.source import nothing_at
 
 # A survey needs none of these: they are imported by those who act.
 if TYPE_CHECKING:
-    from memconsole.backend.audit import Audit
-    from memconsole.backend.custody import Custody
-    from memconsole.backend.mounting import Mounting
-    from memconsole.backend.past import Past
-    from memconsole.backend.survey import Scanned
-    from memconsole.backend.tables import Tables
-    from memconsole.backend.truth import Truth
-    from memconsole.backend.verbs.work import Work
+    from memconsole.backend.custody.holder import Custody
+    from memconsole.backend.custody.manager import KexecGuard
+    from memconsole.backend.exports.mount import GuestMount
+    from memconsole.backend.history.recorder import HistoryRecorder
+    from memconsole.backend.observe.kho_preserved import KhoPreserved
+    from memconsole.backend.observe.paging import PagingSurvey
+    from memconsole.backend.observe.pfn_tables import PfnTables
+    from memconsole.backend.observe.survey import ScanResult
+    from memconsole.backend.observe.usage import Placement
+    from memconsole.backend.work import PreparedAction
     from memconsole.extents import ExtentTable
 
-RECHECK_S = 1.0
-"""Seconds between two looks at frames that are pinned."""
-LEDGER = "ledger"
-"""What the ledger is called in custody."""
+log = logging.getLogger("memconsole.control")
 
 HISTORY = "history"
 """Where an embedded control process records, in its runtime directory; it is removed with the regions it shows."""
@@ -77,7 +84,7 @@ class Control:
         custody: Custody,
         *,
         state_dir: Path | None = None,
-        past: Past | None = None,
+        past: HistoryRecorder | None = None,
         label: str = "",
         read_only: str = "",
         root: Path = Path("/"),
@@ -99,30 +106,35 @@ class Control:
         self._root = root
         self._custody = custody
         self._acting = threading.RLock()
-        self._recording = threading.Lock()
-        self._rechecking = threading.Lock()
-        self._rechecked = 0.0
+        self._making = threading.Lock()
+        self._steady = SteadyFindings()
+        self._untidy: dict[str, Finding] = {}
         self._past = past
         self._closed = False
-        self._tables: Tables | None = None
-        self._truth: Truth | None = None
+        self._tables: PfnTables | None = None
+        self._truth: KhoPreserved | None = None
+        self._paging: PagingSurvey | None = None
+        self._placement: Placement | None = None
         with contextlib.ExitStack() as undo:
-            self._ledger = _ledger(custody, root)
+            self._ledger = Writer(custody, root, state_dir)
             undo.callback(self._ledger.close)
-            self._state = fold(self._ledger.records())
-            self._audit = _audit(state_dir, self._ledger, root) if state_dir is not None else None
-            if self._audit is not None:
-                undo.callback(self._audit.close)
-            self._desk = Desk(runtime_dir, custody, lambda: self._state, self._guest_changed, self._record, root)
+            self._desk = Desk(runtime_dir, custody, lambda: self._state, self._guest_changed, root)
             undo.callback(self._desk.close)
+            self._looking = SnapshotTaker(self._desk, root, self._steady)
+            undo.callback(self._looking.close)
             self._desk.mount = _mount(self._desk, mountpoint)
-            self._standing: list[Finding] = [self._ledger.dropped.finding()] if self._ledger.dropped else []
+            self._standing = self._ledger.dropped()
+            self._desk.standing = lambda: self._standing
             if custody.names() != [LEDGER] or self._state.unfinished or self._state.guests:
                 from memconsole.backend import adoption
 
-                self._standing += adoption.adopt(self._desk, self._record)
+                self._standing += self._ledger.carry(adoption.adopt_all(self._desk))
             if self._desk.mount is not None:
                 self._desk.mount.sync()
+            self._desk.guard = _guard(self._desk)
+            self._watch()
+            self._ready = ReadinessCheck(self.plan, root)
+            self._upkeep = Upkeep(self._desk, self._acting, self.snapshot, self._ledger.carry, self._ready, past=past)
             undo.pop_all()
 
     # --- looking --------------------------------------------------------------------------------------------------
@@ -142,35 +154,25 @@ class Control:
         """Where the agents socket and the guests' files are."""
         return self._desk.runtime_dir
 
-    def snapshot(self) -> Snapshot:
-        """The present Snapshot; an action under way does not hold it up.
+    def snapshot(self, parts: Collection[Part] = ()) -> Snapshot:
+        """The present Snapshot with these parts.
+
+        An action under way does not hold it up, and one who does not answer only for moments.
 
         Raises:
             NotFound, Denied, KernelRefused, BadFile: this host cannot be read at all.
         """
-        self._recheck()
-        meant = Meant(
-            self._state,
-            self._desk.backings(),
-            self._desk.answers(),
-            self._scanned(),
-            self._desk.exempt,
-            (
-                *self._standing,
-                *(self._audit.findings() if self._audit is not None else ()),
-                *(self._past.findings() if self._past is not None else ()),
-                *(beside.findings(self._desk) if not self._closed else ()),
-            ),
-            self._desk.faces,
-            self._desk.shields,
-            self._desk.faults,
-            beside.handed_off(self._desk),
-            beside.sessions(self._desk) if not self._closed else (),
+        standing = (
+            *self._standing,
+            *self._untidy.values(),
+            *self._ledger.findings(),
+            *(self._past.findings() if self._past is not None else ()),
         )
-        taken = self._with_truth(survey.survey(meant, self._root))
-        if self._past is not None:
-            self._past.note(taken)
-        self._show(taken)
+        taken = self._with_truth(self._with_paging(self._looking.take_snapshot(standing, self._scanned())))
+        taken = replace(taken, readiness=self._ready.found)
+        if parts and not self._closed:
+            taken = self._with_parts(taken, parts)
+        self._upkeep.note_snapshot(taken)
         return taken
 
     def extents(self, key: str) -> ExtentTable:
@@ -179,10 +181,10 @@ class Control:
         Raises:
             NotFound, Denied, Gone, KernelRefused: there is none, or it cannot be read.
         """
-        from memconsole.backend.tables import Tables
+        from memconsole.backend.observe.pfn_tables import PfnTables
 
-        with self._recording:
-            self._tables = self._tables or Tables(self._desk)
+        with self._making:
+            self._tables = self._tables or PfnTables(self._desk)
         return self._tables.get(key)
 
     def events(self, after: int) -> Sequence[Event]:
@@ -206,9 +208,9 @@ class Control:
 
     # --- doing ----------------------------------------------------------------------------------------------------
 
-    def plan(self, action: Action) -> Plan:
-        """What the Action would do now, or by what name it is refused; nothing is changed."""
-        work = self._work(action)
+    def plan(self, action: Action, after: Sequence[Action] = ()) -> Plan:
+        """What the Action would do now, or once those of ``after`` are done; or by what name it is refused."""
+        work, note = self._foreseen(action, after) if after else (self._prepare(action), "")
         refusals = [self._not_here(action)] if self._read_only else []
         spec = action.spec
         return Plan(
@@ -219,6 +221,8 @@ class Control:
             (*refusals, *work.refusals),
             work.subject if spec.danger is Danger.DESTROYS else None,
             work.conditions,
+            work.subject,
+            note,
         )
 
     def apply(self, action: Action, *, peer: str = "") -> Outcome:
@@ -228,29 +232,16 @@ class Control:
             Refused: the first refusal of the plan; nothing was done.
             MemconsoleError: a step failed; those before it were undone.
         """
-        from memconsole.backend import steps
-
         with self._acting, self._mounted():
             began = time.monotonic_ns()
             if self._read_only or self._closed:
-                raise _refused(self._not_here(action))
-            work = self._work(action)
+                raise _refused_error(self._not_here(action))
+            work = self._prepare(action)
             if work.refusals:
-                raise _refused(work.refusals[0])
-            number = self._record(Intent(time.time_ns(), cast("AnyAction", action), work.subject, peer, work.aims))
-            try:
-                steps.run(action.spec.id, work.steps)
-            except BaseException as error:
-                code = error.code if isinstance(error, MemconsoleError) else type(error).__name__
-                self._record(Failed(number, time.time_ns(), code, str(error), work.lasting))
-                self._follow(work)
-                raise
-            self._record(Done(number, time.time_ns(), work.text, work.change))
-            self._settle(work.change)
-            if work.after is not None:
-                work.after()
-            self._standing += work.findings
-            self._follow(work)
+                raise _refused_error(work.refusals[0])
+            with self._steady.acting(action_scope(self._state, action, work.subject, work.aims)):
+                self._carry_out(action, work, peer)
+            self._bring_back(work)
         return Outcome(
             action.spec.id,
             work.subject,
@@ -260,7 +251,7 @@ class Control:
             work.revoke,
         )
 
-    def lend(self, region: str, *, peer: str = "") -> tuple[int, ...]:
+    def open_readonly(self, region: str, *, peer: str = "") -> tuple[int, ...]:
         """Read-only fds of a region's segments, in order, which the caller closes; that ``peer`` got them is an event.
 
         Raises:
@@ -269,26 +260,30 @@ class Control:
         from memconsole.backend.stores import memfd
 
         if region not in self._state.regions:
-            raise NotFound(f"there is no region {region}", "", "see memconsole regions")
+            raise NotFound(f"there is no region {region}", "none has this name", "memconsole regions lists them")
         lent: list[int] = []
-        with self._desk.borrowed(region) as fds, contextlib.ExitStack() as undo:
+        with self._desk.borrowed_fds(region) as fds, contextlib.ExitStack() as undo:
             for fd in fds:
-                lent.append(memfd.give(fd, Access.RO))
+                lent.append(memfd.segment_fd(fd, Access.RO))
                 undo.callback(os.close, lent[-1])
-            self._record(Happened(time.time_ns(), "lent", region, f"{region} can be read by {peer}", peer))
+            self._ledger.record(EventRecord(time.time_ns(), "lent", region, f"{region} can be read by {peer}", peer))
             undo.pop_all()
         return tuple(lent)
 
     def denied(self, peer: str, what: str) -> None:
         """Record as an event that a peer was denied something."""
-        self._record(Happened(time.time_ns(), "denied", peer, f"{what} was denied", peer))
+        self._ledger.record(EventRecord(time.time_ns(), "denied", peer, f"{what} was denied", peer))
 
     def close(self) -> None:
         """Let go of everything; with custody of its own, guests it started end and its regions are freed."""
+        self._upkeep.close()
         with self._acting:
             if self._closed:
                 return
             self._closed = True
+            self._looking.close()
+            if self._placement is not None:
+                self._placement.close()
             if not self._custody.survives:
                 self._end_guests()
             if self._tables is not None:
@@ -296,8 +291,6 @@ class Control:
             self._desk.close()
             self._custody.close()
             self._ledger.close()
-            if self._audit is not None:
-                self._audit.close()
             if self._past is not None:
                 self._past.close()
             if not self._custody.survives:
@@ -308,158 +301,169 @@ class Control:
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
-    def _follow(self, work: Work) -> None:
+    @property
+    def _state(self) -> State:
+        return self._ledger.state
+
+    def _carry_out(self, action: Action, work: PreparedAction, peer: str) -> None:
+        """From the intent's record to the end's, and what is due then: an action is done once the ledger says so."""
+        from memconsole.backend import steps
+
+        number = self._ledger.record(Intent(time.time_ns(), cast("AnyAction", action), work.subject, peer, work.aims))
+        try:
+            self._ledger.carry(steps.run(action.spec.id, work.steps))
+        except BaseException as error:
+            code = error.code if isinstance(error, MemconsoleError) else type(error).__name__
+            self._ledger.record(FailedRecord(number, time.time_ns(), code, str(error), work.lasting))
+            self._bring_back(work)
+            raise
+        self._ledger.record(DoneRecord(number, time.time_ns(), work.text, work.change))
+        self._reconcile(work)
+
+    def _bring_back(self, work: PreparedAction) -> None:
         """What comes of itself after an action; a guest that is not brought back is a finding as long as it waits."""
         for action in work.then:
-            with contextlib.suppress(MemconsoleError):
+            with unforeseen.contained(actions.cli_form(action), "job"):  # what it follows is done, and told as done
                 self.apply(action)
 
     def _not_here(self, action: Action) -> Refusal:
         why = self._read_only or "it is closed"
-        return Refusal("ReadOnly", f"{action.spec.title} is not done here", why, "open it without --read-only")
+        return Refusal("ReadOnly", f"{action.spec.title} is refused here", why, "open it without --read-only")
 
-    def _work(self, action: Action) -> Work:
+    def _prepare(self, action: Action) -> PreparedAction:
         from memconsole.backend import verbs
 
-        return verbs.work(self._desk, action)
+        return verbs.prepare(self._desk, action)
+
+    def _foreseen(self, action: Action, after: Sequence[Action]) -> tuple[PreparedAction, str]:
+        """What an Action amounts to once others are done, and what its plan leaves out."""
+        from memconsole.backend import foreseen, verbs
+
+        desk = foreseen.desk_after(self._desk, after)
+        desk, note = foreseen.for_handoff(desk) if isinstance(action, actions.HandoffAction) else (desk, "")
+        return verbs.prepare(desk, action), note
 
     def _with_truth(self, taken: Snapshot) -> Snapshot:
         """What KHO hands over of each region, where this kernel has it."""
         if not taken.survival.luo or self._closed:
             return taken
-        from memconsole.backend.truth import Truth
+        from memconsole.backend.observe.kho_preserved import KhoPreserved
 
-        with self._recording:
-            self._truth = self._truth or Truth(self._desk)
+        with self._making:
+            self._truth = self._truth or KhoPreserved(self._desk)
         return self._truth.shown(taken)
 
-    def _recheck(self) -> None:
-        """Let quarantined frames go whose pins have dropped; asked at most once a second."""
-        if self._state.quarantine and time.monotonic() > self._rechecked + RECHECK_S:
-            from memconsole.backend.revoke import move
+    def _with_paging(self, taken: Snapshot) -> Snapshot:
+        """How the memory of guests is mapped, where there are any."""
+        if not taken.guests or self._closed:
+            return taken
+        from memconsole.backend.observe.paging import PagingSurvey
 
-            self._rechecked = time.monotonic()
-            with self._rechecking:
-                move.recheck(self._desk)
+        with self._making:
+            self._paging = self._paging or PagingSurvey(self._root)
+        return self._paging.shown(taken)
+
+    def _with_parts(self, taken: Snapshot, parts: Collection[Part]) -> Snapshot:
+        """What host, service and guests use, and where the memory of guests lies, for those who asked."""
+        from memconsole.backend.observe import usage
+
+        taken = usage.with_usage(taken, self._root)
+        if Part.PLACEMENT not in parts:
+            return taken
+        with self._making:
+            self._placement = self._placement or usage.Placement(self._root)
+        return self._placement.shown(taken)
 
     @contextlib.contextmanager
     def _mounted(self) -> Iterator[None]:
-        """The mount shows what the ledger means, however an action ends."""
+        """The mount shows what the ledger means, however an action ends, and an ordinary kexec does not end it."""
         try:
             yield
         finally:
             if self._desk.mount is not None and not self._closed:
-                self._desk.mount.sync()
+                self._tidy("the mount", self._desk.mount.sync)
+            self._tidy("the guard against an ordinary kexec", self._watch)
 
-    def _show(self, taken: Snapshot) -> None:
-        """The mount says what a Snapshot does, and follows guests that run as another user now."""
-        mount = self._desk.mount
-        if mount is None:
-            return
-        if self._acting.acquire(blocking=False):  # an action under way shows its own end
-            try:
-                if not self._closed:
-                    mount.sync({guest.name: guest.seen.uid for guest in taken.guests if guest.seen is not None})
-            finally:
-                self._acting.release()
-        mount.note(taken)
+    def _watch(self) -> None:
+        if self._desk.guard is not None:
+            self._desk.guard.keep(on=bool(self._state.regions or self._state.guests))
 
-    def _scanned(self) -> dict[str, Scanned]:
+    def _scanned(self) -> dict[str, ScanResult]:
         return dict(self._tables.scanned) if self._tables is not None else {}
 
-    def _record(self, record: Record) -> int:
-        """Append a record and fold it in; its number."""
-        with self._recording:
-            return self._append(record)
-
-    def _append(self, record: Record) -> int:
-        kind, payload = KINDS[type(record)], msgspec.json.encode(record)
-        seq = self._ledger.append(kind, payload)
-        if self._audit is not None:
-            self._audit.note(ledger.Record(seq, kind, payload))
-        self._state = self._state.after(seq, record)
-        return seq
-
-    def _settle(self, change: Change) -> None:
+    def _reconcile(self, work: PreparedAction) -> None:
         """What is due after an action: tables of what is gone, grants mapped meanwhile, a ledger grown long."""
-        if self._tables is not None:
-            self._tables.forget()
-        self._desk.uffds.forget()
-        self._desk.spaces.settle()
-        gone = set(change.without_regions)
+        change, gone = work.change, set(work.change.without_regions)
         self._standing = [finding for finding in self._standing if finding.subject not in gone]
+        if self._tables is not None:
+            self._tidy("tables of frames", self._tables.forget)
+        self._tidy("userfaultfds", self._desk.userfaults.forget_ended)
+        self._tidy("devices", self._desk.address_spaces.reconcile)
         for guest in {grant.guest for grant in change.grants if grant.state is GrantState.OFFERED}:
-            self._guest_changed(guest)
-        with self._recording:
-            if self._ledger.worth_compacting and not self._state.unfinished:
-                whole = self._state.whole()
-                self._ledger.compact([(KINDS[type(whole)], whole)])
+            self._tidy("grants that were mapped", partial(self._guest_changed, guest, self._desk.mapped_grants(guest)))
+        self._tidy("the ledger", self._ledger.compact)
+        if work.after is not None:
+            self._tidy(work.subject, work.after)
+        self._standing = [*self._standing, *work.findings]  # some are found only by what was due
 
-    def _guest_changed(self, name: str) -> None:
+    def _tidy(self, what: str, do: Callable[[], None]) -> None:
+        """Tidy up behind an action that is done, whatever comes of it: a failure is a finding until it works."""
+        failed = unforeseen.attempt(f"what is due after an action ({what})", "job", do)
+        if isinstance(failed, MemconsoleError):
+            if failed.code != unforeseen.CODE:
+                log.warning("what is due after an action failed: %s: %s", what, failed)
+            told = f"the action is done, but {what} could not be brought up to date"
+            remedy = "nothing need be done: it is tried again after the next action; if it fails again, see the log"
+            self._untidy = {
+                **self._untidy,
+                what: Finding("tidying-failed", Severity.WARNING, what, told, str(failed), remedy),
+            }
+        else:
+            self._untidy = {name: finding for name, finding in self._untidy.items() if name != what}
+
+    def _guest_changed(self, name: str, mapped: frozenset[str]) -> None:
         """A guest's agent came, went, mapped or unmapped: what was only offered may be mapped now."""
-        mapped = self._desk.mapped(name)
-        with self._recording:
-            now = tuple(
-                grant
-                for grant in self._state.grants_of(guest=name)
-                if grant.state is GrantState.OFFERED and grant.id in mapped
-            )
-            if now:
-                ids = ", ".join(grant.id for grant in now)
-                change = Change(grants=tuple(replace(grant, state=GrantState.MAPPED) for grant in now))
-                self._append(Happened(time.time_ns(), "mapped", name, f"{name} maps {ids}", change=change))
+        self._ledger.record_if(partial(_mapped, name, mapped))
 
     def _end_guests(self) -> None:
         for guest in list(self._state.guests.values()):
-            live = self._desk.live(guest.name)
+            live = self._desk.live_guest(guest.name)
             if live is not None and guest.kind is not GuestKind.PROCESS:
                 with contextlib.suppress(MemconsoleError):
                     live.stop(STOP_S)
 
 
-def _refused(refusal: Refusal) -> Refused:
+def _mapped(guest: str, mapped: frozenset[str], state: State) -> EventRecord | None:
+    """What is to be recorded when a guest has mapped these grants: those that were only offered until now."""
+    offered = [grant for grant in state.grants_of(guest=guest) if grant.state is GrantState.OFFERED]
+    now = [grant for grant in offered if grant.id in mapped]
+    if not now:
+        return None
+    change = StateChange(grants=tuple(replace(grant, state=GrantState.MAPPED) for grant in now))
+    text = f"{guest} maps {', '.join(grant.id for grant in now)}"
+    return EventRecord(time.time_ns(), "mapped", guest, text, change=change)
+
+
+def _refused_error(refusal: Refusal) -> Refused:
     return Refused(refusal.what, refusal.why, refusal.remedy, code=refusal.code)
 
 
-def _ledger(custody: Custody, root: Path) -> Ledger:
-    """The ledger in custody, or a new one put there."""
-    if LEDGER in custody.names():
-        fd, _ = custody.get(LEDGER)
-        try:
-            return Ledger.open(fd)
-        except BaseException:
-            os.close(fd)
-            raise
-    ledger = Ledger.create(tree.line(root, "/proc/sys/kernel/random/boot_id"))
-    try:
-        custody.put(LEDGER, ledger.fd)
-    except BaseException:
-        ledger.close()
-        raise
-    return ledger
-
-
-def _mount(desk: Desk, mountpoint: Path | None) -> Mounting | None:
+def _mount(desk: Desk, mountpoint: Path | None) -> GuestMount | None:
     """The mount that is asked for, or that an earlier control process left; none costs nothing."""
     if mountpoint is None and not (desk.custody.survives and MOUNT in desk.custody.names()):
         return None
-    from memconsole.backend.mounting import Mounting
+    from memconsole.backend.exports.mount import GuestMount
 
-    return Mounting(desk, mountpoint)
+    return GuestMount(desk, mountpoint)
 
 
-def _audit(state_dir: Path, ledger: Ledger, root: Path) -> Audit:
-    """The audit trail, with what it lacks of the ledger."""
-    from memconsole.backend.audit import Audit
+def _guard(desk: Desk) -> KexecGuard | None:
+    """What keeps an ordinary kexec from ending the guests: for the host's own service, whose memory outlives it."""
+    if os.geteuid() or not desk.custody.survives or desk.runtime_dir.absolute() != paths.HOST:
+        return None
+    from memconsole.backend.custody.manager import KexecGuard
 
-    boot_id, survival = tree.line(root, "/proc/sys/kernel/random/boot_id"), kho.survival(root)
-    audit = Audit(state_dir / "audit.sqlite", ledger.chain, boot_id, survival.kexec_count)
-    try:
-        audit.absorb(ledger.records())
-    except BaseException:
-        audit.close()
-        raise
-    return audit
+    return KexecGuard(desk.root)
 
 
 def embedded(
@@ -469,17 +473,17 @@ def embedded(
 
     With ``record_s`` it records a history of its own, at most one Snapshot every so many seconds.
     """
-    from memconsole.backend.custody import OwnCustody
+    from memconsole.backend.custody.holder import OwnCustody
 
     if runtime_dir is None:
         base = Path("/run") if os.access("/run", os.W_OK) else Path(os.environ.get("XDG_RUNTIME_DIR", "/tmp"))  # noqa: S108
         runtime_dir = base / f"memconsole-{os.getpid()}-{os.urandom(3).hex()}"
     past = None
     if record_s:
-        from memconsole.backend.past import Past
+        from memconsole.backend.history.recorder import HistoryRecorder
 
         runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-        past = Past(runtime_dir / HISTORY, record_s, max_bytes=EMBEDDED_HISTORY)
+        past = HistoryRecorder(runtime_dir / HISTORY, record_s, max_bytes=EMBEDDED_HISTORY)
     try:
         return Control(runtime_dir, OwnCustody(), past=past, label="embedded", read_only=read_only, root=root)
     except BaseException:

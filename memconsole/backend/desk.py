@@ -1,108 +1,102 @@
-"""What verbs work with: custody, the regions' fds, live guests, the agents socket, and what the ledger means.
+"""What verbs work with: holdings (custody, the regions' fds, what the ledger means), live guests, the agents socket.
 
-One thread at a time changes a Desk (the control process's lock of actions); any number look at it meanwhile, so what
-lookers use (fds, guests) is only taken away under ``_looking``.
+One thread at a time changes a Desk (the control process's lock of actions); any number look at it meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import threading
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from memconsole.backend import survey
+from memconsole.backend.holdings import Holdings
 from memconsole.backend.kernel import census, pci, tree
-from memconsole.backend.survey import Answer, Backing, Face, Readers, Shield
-from memconsole.errors import GuestError, MemconsoleError, NotFound, UsageError
-from memconsole.model import Access, Faults, Grant, Guest, GuestKind, GuestState, HandoffReport, Region, Window
-from memconsole.units import PAGE
+from memconsole.backend.observe import survey
+from memconsole.backend.observe.mappings import BlockedMapping, FuseAlias
+from memconsole.backend.observe.survey import GuestReply, Readers
+from memconsole.backend.peers.asked import Polled, Poller
+from memconsole.backend.peers.patience import MOST, Patience
+from memconsole.errors import Denied, GuestError, MemconsoleError, NotFound, UsageError
+from memconsole.model import (
+    Access,
+    Faults,
+    Finding,
+    Grant,
+    Guest,
+    GuestKind,
+    GuestState,
+    HandoffReport,
+    Region,
+    Unread,
+    Vcpu,
+    Window,
+)
 
 # A survey needs none of these: they are imported by those who act.
 if TYPE_CHECKING:
-    from memconsole.backend.custody import Custody
-    from memconsole.backend.dma.spaces import Spaces
-    from memconsole.backend.exports.fd import Hub, Uffd
-    from memconsole.backend.guests.base import Guest as LiveGuest
+    from memconsole.backend.custody.holder import Custody
+    from memconsole.backend.custody.manager import KexecGuard
+    from memconsole.backend.dma.address_spaces import AddressSpaces
+    from memconsole.backend.exports.agents import Uffd
+    from memconsole.backend.exports.fd import Hub, OnChange
+    from memconsole.backend.exports.mount import GuestMount
+    from memconsole.backend.exports.userfault import UserfaultBroker
+    from memconsole.backend.guests.base import GuestDriver as LiveGuest
     from memconsole.backend.guests.base import Offer
-    from memconsole.backend.lazy import Uffds
-    from memconsole.backend.mounting import Mounting
-    from memconsole.backend.reach import Reach
-    from memconsole.backend.state import Record, State, WindowGrant
-
-STOP_S = 5.0
-"""Seconds a guest has to end in order."""
-
+    from memconsole.backend.ledger.state import State, WindowGrant
+    from memconsole.backend.observe.reach import RegionReach
 
 RECONNECT_S = 1.0
 """Seconds an agent has to find a new control process (it tries every 100 to 200 ms)."""
 
 
-MOUNT = "mount"
-"""What the table of files on the mount is called in custody."""
-
-
-def custody_name(region: str, segment: int) -> str:
-    """What a region's segment is called in custody."""
-    return f"region:{region}:{segment}"
-
-
-class _Held(msgspec.Struct):
-    """A live guest; ``asking`` is held while it is asked or let go, so that nobody asks one that was let go."""
+class _LiveGuest(NamedTuple):
+    """A live guest, and what asks it for its state."""
 
     live: LiveGuest
-    asking: threading.Lock = msgspec.field(default_factory=threading.Lock)
-    open: bool = True
+    asked: Poller[GuestReply]
 
 
-class Desk:
+class Desk(Holdings):
     """The things of one control process; ``root`` is where its host's tree stands."""
 
-    def __init__(  # noqa: PLR0917 - one caller, which knows them all
+    def __init__(
         self,
         runtime_dir: Path,
         custody: Custody,
         state: Callable[[], State],
-        on_guest: Callable[[str], None],
-        record: Callable[[Record], int],
+        on_guest: OnChange,
         root: Path = Path("/"),
     ) -> None:
-        self.root = root
-        self.runtime_dir = runtime_dir
-        self.custody = custody
-        self._state = state
+        super().__init__(runtime_dir, custody, state, root)
         self._on_guest = on_guest
-        self.record = record
-        self.mount: Mounting | None = None
+        self.mount: GuestMount | None = None
         self.handoff: HandoffReport | None = None
-        self._uffds: Uffds | None = None
+        self.guard: KexecGuard | None = None
+        self.standing: Callable[[], Sequence[Finding]] = tuple
+        self._uffds: UserfaultBroker | None = None
         self._rwp: bool | None = None
-        self._spaces: Spaces | None = None
+        self._spaces: AddressSpaces | None = None
         self._hub: Hub | None = None
-        self._looking = threading.RLock()
-        self._fds: dict[str, tuple[int, ...]] = {}
-        self._guests: dict[str, _Held] = {}
+        self._guests: dict[str, _LiveGuest] = {}
 
     @property
-    def state(self) -> State:
-        """What the ledger means now."""
-        return self._state()
-
-    @property
-    def exempt(self) -> frozenset[int]:
+    def exempt_processes(self) -> frozenset[int]:
         """Who holds regions for us: this process, the mount's server, who has custody (PID 1 where it does not say)."""
         manager = 1 if self.custody.survives else os.getpid()
         server = self.mount.pid if self.mount is not None else None
         return frozenset({os.getpid(), getattr(self.custody, "pid", manager)} | ({server} if server else set()))
 
     @property
-    def faces(self) -> tuple[Face, ...]:
+    def fuse_aliases(self) -> tuple[FuseAlias, ...]:
         """The files on the mount through which regions may be mapped."""
-        return self.mount.faces if self.mount is not None else ()
+        return self.mount.fuse_aliases if self.mount is not None else ()
 
     @property
     def hub(self) -> Hub:
@@ -119,17 +113,17 @@ class Desk:
         return self._hub
 
     @property
-    def uffds(self) -> Uffds:
+    def userfaults(self) -> UserfaultBroker:
         """What guests handed over to have their faults served, or to be barred."""
-        from memconsole.backend.lazy import Uffds
+        from memconsole.backend.exports.userfault import UserfaultBroker
 
-        self._uffds = self._uffds or Uffds(self)
+        self._uffds = self._uffds or UserfaultBroker(self)
         return self._uffds
 
     @property
-    def shields(self) -> tuple[Shield, ...]:
+    def blocked_mappings(self) -> tuple[BlockedMapping, ...]:
         """The mappings of guests that lead nowhere any more."""
-        return self._uffds.shields if self._uffds is not None else ()
+        return self._uffds.blocked_mappings if self._uffds is not None else ()
 
     @property
     def faults(self) -> Mapping[str, Faults]:
@@ -146,147 +140,86 @@ class Desk:
         if meant is not None and meant.guest == handed.guest:
             with contextlib.suppress(MemconsoleError):
                 page = regions[meant.region].page_size
-                self.uffds.take(meant, page, handed.process, handed.fd, handed.modes, handed.address)
+                self.userfaults.take_uffd(meant, page, handed.process, handed.fd, handed.modes, handed.address)
 
     # --- regions --------------------------------------------------------------------------------------------------
 
-    def fds(self, region: str) -> tuple[int, ...]:
-        """The segments' fds of a region.
+    def region_reach(
+        self, region: Region, segment: int | None = None, among: Collection[int] | None = None
+    ) -> RegionReach:
+        """Who reaches a region, or one segment of it, by kernel truth; ``among``: only these are looked at."""
+        from memconsole.backend.observe.reach import find
 
-        Raises:
-            NotFound: nobody holds its memory any more.
-        """
-        fds = self._fds.get(region)
-        if fds is None:
-            raise NotFound(f"the memory of region {region} is lost", "nobody holds it", f"release {region}")
-        return fds
+        with self.borrowed_fds(region.name) if self.holds_region(region.name) else contextlib.nullcontext(()) as fds:
+            return find(
+                region,
+                fds,
+                segment,
+                exempt=self.exempt_processes,
+                faces=self.fuse_aliases,
+                shields=self.blocked_mappings,
+                among=among,
+            )
 
-    @contextlib.contextmanager
-    def borrowed(self, region: str) -> Iterator[tuple[int, ...]]:
-        """Copies of a region's fds, for long looks that must not hold up anybody.
+    def keepers(self, among: Collection[int] | None = None) -> tuple[int, ...]:
+        """The processes that may keep a region's descriptor out of sight; ``among``: only these are looked at."""
+        from memconsole.backend.observe import reach
 
-        Raises:
-            NotFound: nobody holds its memory any more.
-        """
-        with contextlib.ExitStack() as stack:
-            with self._looking:
-                copies = tuple(os.dup(fd) for fd in self.fds(region))
-            for fd in copies:
-                stack.callback(os.close, fd)
-            yield copies
-
-    def hold(self, region: str, fds: tuple[int, ...]) -> None:
-        """Keep a region's fds."""
-        with self._looking:
-            self._fds[region] = fds
-
-    def exchange(self, region: str, segment: int, fd: int) -> None:
-        """Keep a duplicate of ``fd`` as a segment of a region, in the place of the fd held."""
-        copy = os.dup(fd)
-        with self._looking:
-            fds = list(self._fds[region])
-            os.close(fds[segment])
-            fds[segment] = copy
-            self._fds[region] = tuple(fds)
-
-    def let_go(self, region: str) -> None:
-        """Close a region's fds; custody is another matter."""
-        with self._looking:
-            for fd in self._fds.pop(region, ()):
-                os.close(fd)
-
-    def has(self, region: str) -> bool:
-        """Whether a region's memory is held."""
-        return region in self._fds
-
-    def free(self, region: str) -> None:
-        """Take a region's frames from everybody and close its fds; one whose memory is lost has nothing to free.
-
-        Raises:
-            KernelRefused: it is preserved for a kexec.
-        """
-        from memconsole.backend.stores import memfd
-
-        with self._looking:
-            if region in self._fds:
-                memfd.free(self._fds[region])
-                del self._fds[region]
-
-    def backings(self) -> dict[str, tuple[Backing, ...]]:
-        """Every region's segments as their fds show them."""
-        if not self._fds:
-            return {}
-        from memconsole.backend.stores import memfd
-
-        found = {}
-        with self._looking:
-            for name, fds in self._fds.items():
-                stats = [os.fstat(fd) for fd in fds]
-                found[name] = tuple(
-                    Backing(
-                        stat.st_dev, stat.st_ino, stat.st_size, stat.st_blocks * 512, memfd.seals(fd), memfd.came(fd)
-                    )
-                    for fd, stat in zip(fds, stats, strict=True)
-                )
-        return found
-
-    def promised(self) -> int:
-        """Bytes of reserved base pages that have no frame yet: memory that is spoken for."""
-        with self._looking:
-            resident = {name: sum(os.fstat(fd).st_blocks * 512 for fd in fds) for name, fds in self._fds.items()}
-        return sum(
-            max(0, region.size - resident.get(region.name, 0))
-            for region in self.state.regions.values()
-            if region.page_size == PAGE
-        )
-
-    def reach(self, region: Region, segment: int | None = None) -> Reach:
-        """Who reaches a region, or one segment of it, by kernel truth."""
-        from memconsole.backend.reach import find
-
-        with self.borrowed(region.name) if self.has(region.name) else contextlib.nullcontext(()) as fds:
-            return find(region, fds, segment, exempt=self.exempt, faces=self.faces, shields=self.shields)
+        return reach.possible_keepers(self.exempt_processes, self.fuse_aliases, among)
 
     # --- devices --------------------------------------------------------------------------------------------------
 
     @property
-    def spaces(self) -> Spaces:
+    def address_spaces(self) -> AddressSpaces:
         """The address spaces in which devices reach what their guests were granted."""
-        from memconsole.backend.dma.spaces import Spaces
+        from memconsole.backend.dma.address_spaces import AddressSpaces
 
-        self._spaces = self._spaces or Spaces(self)
+        self._spaces = self._spaces or AddressSpaces(self)
         return self._spaces
 
     @property
     def hands_devices(self) -> bool:
         """Whether a VMM has a device of ours."""
-        return self._spaces is not None and bool(self._spaces.filled)
+        return self._spaces is not None and bool(self._spaces.vmm_filled)
 
     # --- windows --------------------------------------------------------------------------------------------------
 
-    def windows(self) -> tuple[Window, ...]:
-        """The MMIO windows of this host, with who has them."""
-        return survey.windows(self.state, census.take(self.root, closed=self.exempt), Readers())
+    def windows(self, gaps: list[Unread]) -> tuple[Window, ...]:
+        """The MMIO windows of this host, with who has them; what could not be read is added to ``gaps``."""
+        read = Readers()
+        read.gaps = gaps
+        known = read("/sys/bus/pci/devices", lambda: pci.functions(self.root, gaps), (), absent=True)
+        return survey.granted_windows(self.state, census.take(self.root, closed=self.exempt_processes), read, known)
 
     def reaches_window(self, guest: Guest, window: Window) -> bool:
-        """Whether a guest's process maps a window, or holds its resource file, or the device's.
+        """Whether a guest's process maps a window, or holds a file through which it can be mapped, or the device's.
 
         The device's file is not counted while the guest has another window of it, which it may be open for.
+
+        Raises:
+            Denied, KernelRefused, BadFile: the process cannot be looked at.
         """
-        seen = census.take(self.root, closed=self.exempt)
+        seen = census.take(self.root, closed=self.exempt_processes)
         process = seen.processes.get(guest.pid or 0)
-        if process is None or process.start_ticks != guest.start_ticks:
+        if process is None or process.id != guest.process:
             return False
-        holders = pci.holders(seen, pci.functions(self.root))
-        name = f"{window.bdf}/resource{window.bar}"
-        if process.pid in holders.get(window.id, ()) or any(link.endswith(name) for link in process.fds.values()):
+        if process.pid in seen.hidden:
+            raise Denied(
+                f"process {process.pid} cannot be inspected", "only root may read its files and maps", "run as root"
+            )
+        seen = msgspec.structs.replace(seen, processes={process.pid: process})
+        try:
+            holders = pci.holders(seen, (pci.function(self.root, window.bdf),))
+        except NotFound:  # it was unplugged, and with it every mapping of it
+            holders = {}
+        if window.id in holders or pci.may_map(seen, process, window):
             return True
         others = [
             grant
             for grant in self.state.windows.values()
             if grant.guest == guest.name and grant.window != window.id and grant.window.startswith(f"{window.bdf}:")
         ]
-        return not others and process.pid in pci.openers(seen).get(window.bdf, ())
+        return not others and window.bdf in pci.openers(seen)
 
     # --- guests ---------------------------------------------------------------------------------------------------
 
@@ -294,31 +227,73 @@ class Desk:
         """Where a guest's sockets and log lie."""
         return self.runtime_dir / "vmm" / guest
 
-    def live(self, guest: str) -> LiveGuest | None:
+    def live_guest(self, guest: str) -> LiveGuest | None:
         """A guest as something that answers; None when its process is gone."""
         held = self._guests.get(guest)
         return held.live if held else None
 
-    def meet(self, live: LiveGuest) -> None:
-        """Keep a live guest."""
-        self._guests[live.name] = _Held(live)
+    def start_guest(self, guest: Guest, grant: Grant, args: tuple[str, ...]) -> LiveGuest:
+        """Start a VM with ``args`` and wait until it is up; ``grant`` is its RAM, which a canary is offered later.
 
-    def part(self, guest: str) -> None:
+        Raises:
+            GuestError: it does not come up; nothing of it is left.
+        """
+        from memconsole.backend.guests.canary import CanaryGuest
+        from memconsole.backend.guests.qemu import Devices, QemuGuest
+
+        directory = self.directory(guest.name)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        live: LiveGuest
+        with contextlib.ExitStack() as stack:
+            undo = stack.enter_context(contextlib.ExitStack())
+            undo.callback(shutil.rmtree, directory, ignore_errors=True)
+            if guest.kind is GuestKind.CANARY:
+                live = CanaryGuest.start(guest.name, self.hub, directory, args=args)
+            else:
+                ram = stack.enter_context(self.grant_offer(grant))
+                handed = self.address_spaces.handed_devices(guest.name) if grant.dma is not None else None
+                devices = Devices(*stack.enter_context(handed)) if handed is not None else None
+                live = QemuGuest.start(guest.name, ram, directory, args=args, devices=devices)
+            undo.pop_all()
+        self._add_guest(live)
+        return live
+
+    def attach_guest(self, name: str, pid: int) -> LiveGuest:
+        """Take hold of a process as a guest.
+
+        Raises:
+            Gone: there is no such process. Refused: it is a guest already.
+        """
+        from memconsole.backend.guests.process import ProcessGuest
+
+        live = ProcessGuest.attach(name, pid, self.hub)
+        self._add_guest(live)
+        return live
+
+    def _add_guest(self, live: LiveGuest) -> None:
+        self._guests[live.name] = _LiveGuest(live, Poller(f"guest-{live.name}", partial(self._guest_reply, live)))
+
+    def remove_guest(self, guest: str) -> None:
         """Let go of a guest, whose process may go on."""
         held = self._guests.pop(guest, None)
         if held is not None:
-            with held.asking:
-                held.open = False
-                held.live.close()
+            held.live.interrupt()
+            held.asked.end(held.live.close)
 
-    def connected(self, guest: str) -> bool:
-        """Whether a guest's agent is connected; one that has lost us is given the time to find us again."""
-        live = self.live(guest)
+    def connected(self, guest: str, *, patient: bool = True) -> bool:
+        """Whether a guest's agent is connected; one that has lost us is given the time to find us again.
+
+        ``patient``: that time does not run while its process is busy or waits for a processor.
+        """
+        live = self.live_guest(guest)
         if live is None or live.kind is GuestKind.QEMU:
             return False
-        return live.agent() or self.hub.connected(guest, RECONNECT_S)
+        if live.agent():
+            return True
+        patience = Patience(live.pid, RECONNECT_S, most=MOST if patient else 1)
+        return patience.lasts(partial(self.hub.connected, guest))
 
-    def mapped(self, guest: str) -> frozenset[str]:
+    def mapped_grants(self, guest: str) -> frozenset[str]:
         """The grants a guest's agent said it has mapped."""
         with contextlib.suppress(NotFound):
             if self._hub is not None:
@@ -331,9 +306,9 @@ class Desk:
             with contextlib.suppress(NotFound):
                 self._hub.withdraw(grant.guest, grant.id)
 
-    def foreign(self) -> tuple[Guest, ...]:
+    def foreign_guests(self) -> tuple[Guest, ...]:
         """The VMs that run here without us."""
-        return survey.foreign(census.take(self.root, closed=self.exempt), self.state)
+        return survey.foreign_guests(census.take(self.root, closed=self.exempt_processes), self.state)
 
     def adopt_guest(self, guest: Guest, *, windows: bool = True) -> LiveGuest:
         """Take hold of a guest's process again, with the grants it has; ``windows``: those of devices too.
@@ -346,7 +321,9 @@ class Desk:
         from memconsole.backend.guests.qemu import QemuGuest
 
         if guest.pid is None or guest.start_ticks is None:
-            raise UsageError(f"guest {guest.name} has no process", "", "")
+            raise UsageError(
+                f"guest {guest.name} has no process", "it has ended", f"memconsole guest resume {guest.name}"
+            )
         grants = self.state.grants_of(guest=guest.name)
         live: LiveGuest
         if guest.kind is GuestKind.QEMU:
@@ -355,17 +332,19 @@ class Desk:
         else:
             kind = CanaryGuest if guest.kind is GuestKind.CANARY else ProcessGuest
             with contextlib.ExitStack() as stack:
-                offers = [stack.enter_context(self.offered(grant)) for grant in grants if grant.region in self._fds]
+                offers = [
+                    stack.enter_context(self.grant_offer(grant)) for grant in grants if self.holds_region(grant.region)
+                ]
                 for window in self.state.windows.values():
                     if windows and window.guest == guest.name:
                         with contextlib.suppress(MemconsoleError):  # its device is gone, which the survey says
-                            offers.append(stack.enter_context(self.shown(window)))
+                            offers.append(stack.enter_context(self.window_offer(window)))
                 live = kind.adopt(guest.name, guest.pid, guest.start_ticks, self.hub, offers)
-        self.meet(live)
+        self._add_guest(live)
         return live
 
     @contextlib.contextmanager
-    def offered(self, grant: Grant) -> Iterator[Offer]:
+    def grant_offer(self, grant: Grant) -> Iterator[Offer]:
         """A grant as its guest receives it; the fd in it is closed when it was handed over.
 
         Raises:
@@ -376,14 +355,14 @@ class Desk:
 
         fds = self.fds(grant.region)
         index, offset = divmod(grant.offset, memfd.SEGMENT)
-        fd = memfd.give(fds[index], grant.access)
+        fd = memfd.segment_fd(fds[index], grant.access)
         try:
-            yield Offer(grant.id, fd, offset, grant.length, grant.access, grant.gpa, self._wants(grant))
+            yield Offer(grant.id, fd, offset, grant.length, grant.access, grant.gpa, self._uffd_modes(grant))
         finally:
             os.close(fd)
 
     @contextlib.contextmanager
-    def shown(self, grant: WindowGrant) -> Iterator[Offer]:
+    def window_offer(self, grant: WindowGrant) -> Iterator[Offer]:
         """A window as its guest receives it, closed when it was handed over: a part of the device's VFIO file, where it
         is attached for this guest (a kernel with IO_STRICT_DEVMEM maps it no other way then), else its file in sysfs.
 
@@ -393,7 +372,7 @@ class Desk:
         from memconsole.backend.guests.base import Offer
 
         bdf, _, bar = grant.window.rpartition(":")
-        with self.spaces.bar(grant.guest, bdf, int(bar)) as found:
+        with self.address_spaces.window_region(grant.guest, bdf, int(bar)) as found:
             if found is not None:
                 device, region = found
                 yield Offer(grant.id, device, region.offset, region.size, Access.RW, None, window=True)
@@ -408,26 +387,41 @@ class Desk:
         finally:
             os.close(fd)
 
-    def _wants(self, grant: Grant) -> int:
-        from memconsole.backend import lazy
+    def _uffd_modes(self, grant: Grant) -> int:
+        from memconsole.backend.exports import userfault
 
         if self._rwp is None:
-            self._rwp = lazy.rwp()
-        return (lazy.WANTS_FAULTS if grant.lazy else 0) | (lazy.WANTS_SHIELD if self._rwp else 0)
+            self._rwp = userfault.rwp()
+        return (userfault.WANTS_FAULTS if grant.lazy else 0) | (userfault.WANTS_SHIELD if self._rwp else 0)
 
-    def answers(self) -> dict[str, Answer]:
-        """What every live guest says of itself; one that does not answer in time is left out."""
-        found = {}
-        for name, held in list(self._guests.items()):
-            with held.asking, contextlib.suppress(MemconsoleError):
-                if held.open:
-                    found[name] = _answer(held.live)
-        return found
+    def guest_replies(self, deadline: float) -> dict[str, GuestReply]:
+        """What every live guest says of itself; all are asked at once, until ``deadline`` (monotonic)."""
+        begun = [(name, held.asked, held.asked.begin()) for name, held in list(self._guests.items())]
+        return {name: _shown_reply(asked.poll(number, deadline)) for name, asked, number in begun}
+
+    def state_of(self, live: LiveGuest) -> GuestState:
+        """A guest's state, as it says; an agent that lost this process is given the time to find it again.
+
+        Raises:
+            Gone: it ended. GuestError: it does not answer.
+        """
+        try:
+            return live.state()
+        except GuestError:
+            if live.agent() or not self.connected(live.name):
+                raise
+            return live.state()
+
+    def _guest_reply(self, live: LiveGuest) -> GuestReply:
+        state = self.state_of(live)
+        if state is GuestState.GONE:
+            return GuestReply(state)
+        return GuestReply(state, live.agent(), live.progress(), _vcpus(live))
 
     def close(self) -> None:
         """Let go of everything; guests go on, and custody keeps what it holds."""
         for name in list(self._guests):
-            self.part(name)
+            self.remove_guest(name)
         if self._hub is not None:
             self._hub.close()
             self._hub = None
@@ -435,15 +429,18 @@ class Desk:
             self._uffds.close()
         if self.mount is not None:
             self.mount.close()
-        for name in list(self._fds):
-            self.let_go(name)
+        super().close()
 
 
-def _answer(live: LiveGuest) -> Answer:
-    state = live.state()
-    if state is GuestState.GONE:
-        return Answer(state)
-    try:
-        return Answer(state, live.agent(), live.progress())
-    except GuestError:
-        return Answer(state, agent=False)
+def _shown_reply(heard: Polled[GuestReply]) -> GuestReply:
+    """What a guest is shown as: what it says now; or silent, with what it said last."""
+    if heard.answer is not None and not heard.why:
+        return heard.answer
+    last = heard.answer or GuestReply(GuestState.SILENT)
+    return last._replace(state=GuestState.SILENT, agent=False, answered_ns=heard.at_ns, why=heard.why)
+
+
+def _vcpus(live: LiveGuest) -> tuple[Vcpu, ...] | None:
+    with contextlib.suppress(MemconsoleError):  # then they are not known, and the rest of its answer counts
+        return live.vcpus()
+    return None

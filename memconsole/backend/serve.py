@@ -21,21 +21,24 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from memconsole import paths
-from memconsole.backend import metrics, mounting
+from memconsole import escaping, paths, unforeseen
+from memconsole.backend import logfile
 from memconsole.backend.control import Control
-from memconsole.backend.custody import Custody, KeeperCustody
-from memconsole.backend.fdstore import SystemdCustody, inherited
+from memconsole.backend.custody.holder import MEMORY, Custody, KeeperCustody
+from memconsole.backend.custody.respawn import RespawningKeeper
+from memconsole.backend.custody.systemd import ENTRY, SystemdCustody, inherited
+from memconsole.backend.exports import mountpoint
 from memconsole.backend.handoff import luo
-from memconsole.backend.past import Past
-from memconsole.backend.refill import RefilledCustody
-from memconsole.backend.wire import places
-from memconsole.backend.wire.embedded import Serving, serve_in_thread
+from memconsole.backend.history.recorder import HistoryRecorder
+from memconsole.backend.peers import notify
+from memconsole.backend.wire import metrics, sockets
 from memconsole.backend.wire.roles import Roles
+from memconsole.backend.wire.serving import RunningService, serve_in_thread
 from memconsole.errors import ExitCode, Gone, KernelRefused, MemconsoleError
 from memconsole.native import program
 
@@ -50,7 +53,7 @@ _NOTHING = 6
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServeSettings:
     """What ``memconsole serve`` was asked for; ``record_s`` 0: no history; groups None: the default ones; no mount."""
 
     socket: Path
@@ -64,7 +67,7 @@ class Settings:
     mountpoint: Path | None = None
 
 
-def serve(settings: Settings) -> int:
+def serve(settings: ServeSettings) -> int:
     """Run the control process until it is asked to stop; without ``foreground`` in the background, once it is ready.
 
     Raises:
@@ -73,7 +76,7 @@ def serve(settings: Settings) -> int:
         UsageError: a group does not exist.
         MemconsoleError: custody or ledger cannot be read.
     """
-    if settings.foreground or "NOTIFY_SOCKET" in os.environ:
+    if settings.foreground or notify.address():
         return _serve(settings, lambda: None)
     reading, writing = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
@@ -90,18 +93,19 @@ def serve(settings: Settings) -> int:
 
 def _detach(log_file: Path, ready: int) -> None:
     """Let go of the terminal, log to a file, and tell the waiting parent."""
-    log_fd = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    log_fd = logfile.opened(log_file)
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     for fd, source in ((0, null), (1, null), (2, log_fd)):
         os.dup2(source, fd)
     os.close(null)
     os.close(log_fd)
+    _log_to(logfile.RotatingStderr(log_file))
     os.write(ready, b"R")
     os.close(ready)
 
 
-def _serve(settings: Settings, ready: Callable[[], None]) -> int:
-    _log_to_stderr()
+def _serve(settings: ServeSettings, ready: Callable[[], None]) -> int:
+    _log_to(logfile.Stderr())
     sys.setswitchinterval(SWITCH_S)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -115,39 +119,38 @@ def _serve(settings: Settings, ready: Callable[[], None]) -> int:
         try:
             _wait(serving, stop)
         finally:
-            _notify("STOPPING=1")
+            with contextlib.suppress(OSError):  # at a shutdown the manager may have ended first
+                _notify("STOPPING=1")
             log.info("stopping; guests and memory stay")
     return ExitCode.DONE
 
 
-def _start(settings: Settings, passed: list[tuple[str, int]], stack: contextlib.ExitStack) -> Serving:
+def _start(settings: ServeSettings, passed: list[tuple[str, int]], stack: contextlib.ExitStack) -> RunningService:
     """Everything between the lock and the first call; what was begun is ended by ``stack``, in reverse."""
     runtime = settings.socket.parent
     roles = Roles(settings.operators, settings.viewers)
     if settings.mountpoint is not None:
-        mounting.check(settings.mountpoint, runtime=runtime, state_dir=settings.state_dir)
-    places.make_directory(runtime, 0o755)
-    places.make_directory(settings.state_dir, 0o700)
+        mountpoint.refuse_mountpoint(settings.mountpoint, runtime=runtime, state_dir=settings.state_dir)
+    paths.make_directory(runtime, 0o755)
+    paths.make_directory(settings.state_dir, 0o700)
     for directory in {runtime, settings.state_dir}:
-        stack.callback(places.Lock(directory / "serve.lock").close)
-    sockets = {name: socket.socket(fileno=fd) for name, fd in passed if name in {"control", "metrics"}}
-    past = Past(settings.state_dir / "history", settings.record_s)
+        stack.callback(sockets.Lock(directory / "serve.lock").close)
+    listening = {name: socket.socket(fileno=fd) for name, fd in passed if name in {"control", "metrics"}}
+    past = HistoryRecorder(settings.state_dir / "history", settings.record_s)
     stack.callback(past.close)
-    for finding in past.damaged:
-        log.warning("%s: %s", finding.subject, finding.what)
+    for finding in past.findings():
+        log.warning("%s: %s", finding.subject, finding.observed)
     _resume(runtime)
-    control = _control(settings, past, [(name, fd) for name, fd in passed if name not in sockets], stack)
-    metrics_socket = sockets.get("metrics")
+    control = _control(settings, past, [(name, fd) for name, fd in passed if name not in listening], stack)
+    metrics_socket = listening.get("metrics")
     if metrics_socket is None:
-        metrics_socket = places.bind(runtime / "metrics")
+        metrics_socket = sockets.bind(runtime / "metrics")
         stack.callback((runtime / "metrics").unlink, missing_ok=True)
-    serving = serve_in_thread(control, settings.socket, sock=sockets.get("control"), roles=roles)
+    serving = serve_in_thread(control, settings.socket, sock=listening.get("control"), roles=roles)
     stack.callback(serving.close)
     serving.listen(metrics_socket, metrics.Endpoint(serving.service))
     if settings.metrics_textfile is not None:
-        serving.service.each(METRICS_S, partial(metrics.write_textfile, settings.metrics_textfile))
-    if settings.record_s:
-        serving.service.each(settings.record_s, lambda _: None)  # whoever takes a Snapshot has it recorded
+        serving.service.each(METRICS_S, partial(metrics.write_textfile, settings.metrics_textfile), metrics.PARTS)
     return serving
 
 
@@ -164,13 +167,17 @@ def _resume(runtime: Path) -> None:
     said = done.stderr.strip()
     if done.returncode < 0:
         why = f"it was killed by signal {-done.returncode}; {said}".rstrip("; ")
-        raise MemconsoleError("memconsole-resume did not end", why, "start it again: it goes on where it was")
+        raise MemconsoleError(
+            "memconsole-resume did not end", why, "start memconsole-resume again: it continues where it was"
+        )
     if done.returncode != _NOTHING:
         level = logging.INFO if done.returncode == ExitCode.DONE else logging.ERROR
-        log.log(level, "memconsole-resume was needed: %s", said or "all of it goes on")
+        log.log(level, "memconsole-resume was needed: %s", said or "all guests run")
 
 
-def _control(settings: Settings, past: Past, stored: list[tuple[str, int]], stack: contextlib.ExitStack) -> Control:
+def _control(
+    settings: ServeSettings, past: HistoryRecorder, stored: list[tuple[str, int]], stack: contextlib.ExitStack
+) -> Control:
     custody = _custody(settings, stored)
     try:
         control = Control(
@@ -205,16 +212,18 @@ def _mountpoint(asked: Path | None) -> Path | None:
     return asked
 
 
-def _custody(settings: Settings, stored: list[tuple[str, int]]) -> Custody:
+def _custody(settings: ServeSettings, stored: list[tuple[str, int]]) -> Custody:
     """The one that was asked for; else a keeper that holds something, the service manager's fd store, or a keeper."""
     runtime = settings.socket.parent
     offered = settings.custody == "auto" and "FDSTORE" in os.environ
     if settings.custody == "systemd" or (offered and not _kept(runtime)):
         store = SystemdCustody(stored)
-        for trouble in store.troubles():
-            log.error("%s", trouble)
+        if store.lost:
+            memory = any(name.startswith((*MEMORY, ENTRY)) for name in store.lost)
+            level = logging.ERROR if memory else logging.INFO
+            log.log(level, "%s lost: %s", store.label, ", ".join(store.lost))
         return store
-    return RefilledCustody(runtime)
+    return RespawningKeeper(runtime)
 
 
 def _kept(runtime: Path) -> bool:
@@ -229,13 +238,11 @@ def _kept(runtime: Path) -> bool:
 
 def _notify(text: str) -> None:
     """Tell the service manager, if there is one (sd_notify(3))."""
-    address = os.environ.get("NOTIFY_SOCKET", "").replace("@", "\0", 1)
-    if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-            channel.sendto(text.encode(), address)
+    if where := notify.address():
+        notify.send(where, text)
 
 
-def _wait(serving: Serving, stop: int) -> None:
+def _wait(serving: RunningService, stop: int) -> None:
     """Until ``stop`` is readable; meanwhile keep the service manager's watchdog content while the loop answers.
 
     Raises:
@@ -247,7 +254,9 @@ def _wait(serving: Serving, stop: int) -> None:
     poll.register(stop, select.POLLIN)
     while not poll.poll((watchdog / 3 or 5.0) * 1000):
         if not serving.alive:
-            raise MemconsoleError("the service's loop ended", "", "see the log above; start it again")
+            raise MemconsoleError(
+                "the service's loop ended", "an error stopped it", "see the log above; start it again"
+            )
         if answered.is_set() and watchdog:
             _notify("WATCHDOG=1")
         answered.clear()
@@ -271,8 +280,8 @@ def _stop_signals() -> Iterator[int]:
         os.close(fd)
 
 
-class _Priority(logging.Formatter):
-    """Lines with the priority journald reads (sd-daemon(3)) where stderr is the journal, else with the level's name."""
+class _Priority(escaping.Formatter):
+    """Lines with the priority journald reads (sd-daemon(3)) where stderr is the journal, else with time and level."""
 
     LEVELS = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))
 
@@ -280,12 +289,13 @@ class _Priority(logging.Formatter):
         """One record; each of its lines is one in the journal."""
         text = super().format(record)
         if "JOURNAL_STREAM" not in os.environ:
-            return f"memconsole: {record.levelname.lower()}: {text}"
+            at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+            return f"{at} memconsole: {record.levelname.lower()}: {text}"
         level = next(number for least, number in self.LEVELS if record.levelno >= least)
         return "\n".join(f"<{level}>{line}" for line in text.splitlines())
 
 
-def _log_to_stderr() -> None:
-    handler = logging.StreamHandler()
+def _log_to(handler: logging.Handler) -> None:
     handler.setFormatter(_Priority("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.INFO, handlers=[logfile.Detached(handler)], force=True)
+    unforeseen.watch()

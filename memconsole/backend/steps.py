@@ -4,6 +4,8 @@ Every step boundary is a fault point, ``ACTION.STEP.before`` or ``ACTION.STEP.af
 ``MEMCONSOLE_FAULT=NAME`` kills itself (SIGKILL) there. Tests find the points of an action in its plan. With
 ``MEMCONSOLE_FAULT=@FILE`` it is the first point whose name is not in the file yet, once it was added: started again and
 again, a process dies at each of its points in turn (native/faultpoint.h is the same for programs in C).
+
+Every step is logged, with its time and how it ended (:mod:`.steplog`).
 """
 
 from __future__ import annotations
@@ -14,19 +16,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from memconsole.backend import steplog
+from memconsole.backend.ledger.state import Recorded
 from memconsole.errors import MemconsoleError
-from memconsole.model import Effect, Plan
+from memconsole.model import Effect
 
 FAULT_VARIABLE = "MEMCONSOLE_FAULT"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step: ``do`` does all of it or nothing; ``undo`` (none: there is no way back) takes it back."""
+    """One step: ``do`` does all of it or nothing; ``undo`` (none: there is no way back) takes it back.
+
+    A ``do`` that has something to record is a generator of records.
+    """
 
     id: str
     text: str
-    do: Callable[[], None]
+    do: Callable[[], Recorded[None] | None]
     undo: Callable[[], None] | None = None
     undo_text: str = ""
 
@@ -36,43 +43,51 @@ class Step:
         return Effect(self.id, self.text, self.undo_text)
 
 
-def fault_points(plan: Plan) -> tuple[str, ...]:
-    """The names of every fault point an apply of this plan passes, in order."""
-    return tuple(f"{plan.action}.{effect.id}.{when}" for effect in plan.effects for when in ("before", "after"))
-
-
-def run(action: str, steps: Sequence[Step]) -> None:
+def run(action: str, steps: Sequence[Step]) -> Recorded[None]:
     """Run the steps in order; if one fails, undo those before it in reverse and raise its error.
+
+    The records of the steps are handed up as they come.
 
     Raises:
         MemconsoleError: the error of the step that failed; what could not be undone is added to its ``why``.
     """
     done: list[Step] = []
-    for step in steps:
-        try:
-            point(f"{action}.{step.id}.before")
-            step.do()
-            done.append(step)
-            point(f"{action}.{step.id}.after")
-        except BaseException as error:
-            left = _undo(done)
-            if left and isinstance(error, MemconsoleError):
-                error.why = "; ".join(filter(None, [error.why, *left]))
-            elif left:
-                error.add_note("; ".join(left))
-            raise
+    with steplog.running(action):
+        for step in steps:
+            try:
+                point(f"{action}.{step.id}.before")
+                with steplog.passing(action, step.id, step.text):
+                    records = step.do()
+                    if records is not None:
+                        yield from records
+                done.append(step)
+                point(f"{action}.{step.id}.after")
+            except BaseException as error:
+                left = _undo(action, done)
+                if left and isinstance(error, MemconsoleError):
+                    error.why = "; ".join(filter(None, [error.why, *left]))
+                elif left:
+                    error.add_note("; ".join(left))
+                raise
 
 
-def _undo(done: Sequence[Step]) -> list[str]:
+def _undo(action: str, done: Sequence[Step]) -> list[str]:
     left = []
     for step in reversed(done):
         if step.undo is None:
             continue
         try:
-            step.undo()
+            with steplog.passing(action, step.id, step.undo_text, undo=True):
+                step.undo()
         except (MemconsoleError, OSError) as error:
             left.append(f"and not undone: {step.text} ({error})")
     return left
+
+
+def passed(name: str) -> None:
+    """A fault point that is logged: one inside of a step, or of an adoption."""
+    steplog.passed(name)
+    point(name)
 
 
 def point(name: str) -> None:
@@ -84,7 +99,7 @@ def point(name: str) -> None:
 
 def _first(seen: Path, name: str) -> bool:
     """Whether a point's name is new to a file of them; then it is added."""
-    if seen.exists() and name in seen.read_text(encoding="utf-8").splitlines():
+    if seen.exists() and name in seen.read_text(encoding="utf-8", errors="replace").splitlines():
         return False
     with seen.open("a", encoding="utf-8") as file:
         file.write(f"{name}\n")

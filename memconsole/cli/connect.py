@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from memconsole import paths
-from memconsole.errors import NoControl
+from memconsole.errors import NoControl, Refused
 from memconsole.source import ReadOnly, Source
 
 if TYPE_CHECKING:
     from memconsole.backend.control import Control
+
+
+_given: ContextVar[Source | None] = ContextVar("given", default=None)
+
+
+@contextmanager
+def using(found: Source) -> Iterator[None]:
+    """Have the commands of this thread work on a Source that is there already, which stays open."""
+    before = _given.set(found)
+    try:
+        yield
+    finally:
+        _given.reset(before)
 
 
 def asked_socket(options: argparse.Namespace) -> Path:
@@ -38,12 +52,25 @@ def source(options: argparse.Namespace, *, need: Literal["read", "plan", "act"] 
     """The Source a command works on, closed when the command ends.
 
     Reading and planning fall back to this process when no control process answers; acting does not, because what it
-    would reserve would vanish with this command.
+    would reserve would vanish with this command: so acting is refused where ``--embedded`` asks for just that.
 
     Raises:
         NoControl: acting, and nothing answers.
+        Refused: acting with ``--embedded`` (``NotKept``).
     """
+    given = _given.get()
+    if given is not None:
+        yield ReadOnly(given, "--read-only was given") if options.read_only else given
+        return
     found: Source
+    if options.embedded and need == "act":
+        raise Refused(
+            "--embedded cannot act from the command line",
+            "what a command reserves or starts in its own process ends with the command",
+            "start the control process (memconsole serve) and leave --embedded out, or act in the console (memconsole"
+            " --embedded), which keeps it for as long as it is open; --dry-run shows the plan",
+            code="NotKept",
+        )
     if options.embedded:
         found = embedded()
     else:
@@ -64,3 +91,16 @@ def source(options: argparse.Namespace, *, need: Literal["read", "plan", "act"] 
         yield ReadOnly(found, "--read-only was given") if options.read_only else found
     finally:
         found.close()
+
+
+@contextmanager
+def source_or_file(options: argparse.Namespace) -> Iterator[Source]:
+    """The Source that a command only reads: the snapshot file that the command line names, else :func:`source`."""
+    if not options.origin:
+        with source(options) as found:
+            yield found
+        return
+    from memconsole.recording import Recording
+
+    with closing(Recording(options.origin)) as recorded:
+        yield recorded

@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from memconsole import recording
+from memconsole import differ, document, pages, recording
 from memconsole.cli import output
-from memconsole.cli.connect import source
+from memconsole.cli.connect import source, source_or_file
 from memconsole.errors import BadFile, ExitCode, MemconsoleError, UsageError
-from memconsole.model import Snapshot
+from memconsole.model import Part, Snapshot
+from memconsole.redaction import RedactedSource
 from memconsole.source import Source
 from memconsole.units import parse_time
 
@@ -24,25 +24,27 @@ SIZE = re.compile(r"(\d{2,3})x(\d{2,3})")
 def snapshot(options: argparse.Namespace) -> int:
     """A Snapshot as JSON, or one view of it as SVG or text, to stdout or a file."""
     if options.pfn and not options.output:
-        raise UsageError("--pfn wants a file", "PFN maps are stored beside the JSON, byte for byte", "add -o FILE")
-    if options.view and options.format == "json":
-        raise UsageError("--view wants a picture", "JSON is the whole Snapshot", "add --format svg or text")
-    with contextlib.ExitStack() as stack:
-        found: Source
-        if options.origin:
-            found = stack.enter_context(contextlib.closing(recording.Recording(options.origin)))
-        else:
-            found = stack.enter_context(source(options))
-        if options.format == "json":
+        raise UsageError(
+            "--pfn needs a file", "PFN maps are binary and cannot go to stdout with the JSON", "add -o FILE"
+        )
+    with source_or_file(options) as given:
+        found: Source = RedactedSource(given) if options.redact else given
+        if options.format == "json" and not options.view:
             write_json(found, options)
         else:
             write_view(found, options)
     return ExitCode.DONE
 
 
+def wanted(options: argparse.Namespace) -> tuple[Part, ...]:
+    """The parts of a Snapshot that its options ask for: placement is a part of what is used."""
+    placement = (Part.PLACEMENT,) if options.placement else ()
+    return (Part.USAGE, *placement) if options.usage or options.placement else ()
+
+
 def write_json(found: Source, options: argparse.Namespace) -> None:
     """A Source's Snapshot as JSON, with its tables where ``--pfn`` asks for them."""
-    taken = found.snapshot()
+    taken = found.snapshot(wanted(options))
     if not options.output:
         output.json(taken)
         return
@@ -62,21 +64,34 @@ def write_json(found: Source, options: argparse.Namespace) -> None:
 
 
 def write_view(found: Source, options: argparse.Namespace) -> None:
-    """One view of a Source as SVG or text."""
+    """One view of a Source: as it looks (SVG, text), or what it says (plain text, JSON, HTML, Markdown)."""
+    if options.format in document.FORMATS:
+        title, blocks = pages.of(found, options.view or "overview", options.subject)
+        put(options.output, document.FORMATS[options.format](title, blocks))
+        return
     from memconsole.views.headless import render
 
     match = SIZE.fullmatch(options.size)
     if match is None:
-        raise UsageError(f"{options.size!r} is not a size in cells", "", "write 132x50")
+        raise UsageError(f"{options.size!r} is not a size in cells", "a size is columns x rows", "write 132x50")
     size = (int(match[1]), int(match[2]))
     picture = render(found, options.view or "overview", options.format, size=size, subject=options.subject or None)
-    if not options.output:
-        sys.stdout.write(picture)
+    put(options.output, picture)
+
+
+def put(path: str | None, text: str) -> None:
+    """Write a document to a file, or to stdout where none is given.
+
+    Raises:
+        BadFile: the file cannot be written.
+    """
+    if not path:
+        output.document(text)
         return
     try:
-        Path(options.output).write_text(picture, encoding="utf-8")
+        Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise BadFile(f"{options.output} cannot be written", str(error), "give another path") from None
+        raise BadFile(f"{path} cannot be written", str(error), "give another path") from None
 
 
 def _side(options: argparse.Namespace, name: str) -> Snapshot:
@@ -91,7 +106,7 @@ def _side(options: argparse.Namespace, name: str) -> Snapshot:
 
 def diff(options: argparse.Namespace) -> int:
     """Entities that were added or removed, and fields that changed, from A to B."""
-    changes = recording.diff(_side(options, options.a), _side(options, options.b))
+    changes = differ.changes(_side(options, options.a), _side(options, options.b))
     if options.json:
         output.json(changes)
         return ExitCode.DONE

@@ -6,14 +6,17 @@ import argparse
 import contextlib
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from memconsole import timeline
+from msgspec.structs import replace
+
+from memconsole import readiness, timeline, unforeseen
 from memconsole.actions import HandoffRun
 from memconsole.cli import output
 from memconsole.cli.connect import source
 from memconsole.errors import ExitCode, MemconsoleError, NotFound
-from memconsole.model import Condition, Severity
+from memconsole.model import Condition
 from memconsole.source import Source
 
 LOOK_S = 0.25
@@ -29,15 +32,29 @@ def check(options: argparse.Namespace) -> int:
     else:
         output.conditions(plan.conditions, every=True)
         output.text(_verdict(plan.conditions))
-    return ExitCode.REFUSED if any(_refuses(each) for each in plan.conditions) else ExitCode.DONE
+    return ExitCode.REFUSED if any(each.refuses for each in plan.conditions) else ExitCode.DONE
 
 
-def _refuses(condition: Condition) -> bool:
-    return not condition.ok and condition.severity is Severity.ERROR
+def status(options: argparse.Namespace) -> int:
+    """Whether this host is ready for a handoff, in one line; exit code 3 when it is not, 1 when that is not known."""
+    with source(options) as found:
+        snapshot = found.snapshot()
+        if snapshot.readiness is None and not found.read_only:
+            snapshot = replace(snapshot, readiness=readiness.judge(found.plan))
+    if options.json:
+        words = {"host": snapshot.host.name, "verdict": readiness.verdict(snapshot.readiness)}
+        output.json({**words, "readiness": snapshot.readiness})
+    else:
+        output.text(readiness.line(snapshot))
+    return {
+        readiness.Verdict.READY: ExitCode.DONE,
+        readiness.Verdict.REFUSED: ExitCode.REFUSED,
+        readiness.Verdict.UNKNOWN: ExitCode.FAILED,
+    }[readiness.verdict(snapshot.readiness)]
 
 
 def _verdict(conditions: tuple[Condition, ...]) -> str:
-    refusing = sum(_refuses(each) for each in conditions)
+    refusing = sum(each.refuses for each in conditions)
     warning = sum(not each.ok for each in conditions) - refusing
     if refusing:
         return f"a handoff is refused by {refusing} of {len(conditions)} conditions"
@@ -49,12 +66,18 @@ def report(options: argparse.Namespace) -> int:
     with source(options) as found:
         made = found.snapshot().handoff
     if made is None:
-        raise NotFound("there is no handoff to report on", "none was made since this memory was reserved", "")
+        raise NotFound(
+            "there is no handoff to report on",
+            "none was made since this memory was reserved",
+            "memconsole handoff rehearse makes one",
+        )
     if options.picture:
         try:
             Path(options.picture).write_text(timeline.svg(made), encoding="utf-8")
         except OSError as error:
-            raise MemconsoleError(f"{options.picture} cannot be written", error.strerror or "") from None
+            raise MemconsoleError(
+                f"{options.picture} cannot be written", error.strerror or str(error), "give another path"
+            ) from None
     if options.json:
         output.json(made)
     else:
@@ -75,7 +98,7 @@ def told(found: Source) -> Iterator[None]:
     """
     last = found.snapshot().handoff
     over = threading.Event()
-    teller = threading.Thread(target=_tell, args=(found, last.began_ns if last else 0, over), daemon=True)
+    teller = unforeseen.thread("memconsole-phases", partial(_tell, found, last.began_ns if last else 0, over))
     teller.start()
     try:
         yield

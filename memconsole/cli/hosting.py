@@ -5,23 +5,27 @@ from __future__ import annotations
 import argparse
 import contextlib
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memconsole import macros
+from memconsole import macro_run, macros
 from memconsole.cli import output
 from memconsole.cli.connect import asked_socket, embedded, socket_of
-from memconsole.errors import BadFile, ExitCode, MemconsoleError, NoControl, UsageError
+from memconsole.errors import BadFile, ExitCode, KernelRefused, MemconsoleError, NoControl, UsageError
+from memconsole.macro_run import Ran
 from memconsole.macros import Macro
 from memconsole.model import GuestKind
 from memconsole.source import ReadOnly, Source
+from memconsole.units import format_size
 
 if TYPE_CHECKING:
     from memconsole.backend.control import Control
-    from memconsole.backend.wire.places import Lock
+    from memconsole.backend.wire.sockets import Lock
 
 STARTING_S = 10.0
 """How long a console waits for another one that is about to answer."""
@@ -103,10 +107,11 @@ def _reach(path: Path, stack: contextlib.ExitStack) -> tuple[Source | None, Lock
 
 
 def _right(path: Path) -> Lock:
-    from memconsole.backend.wire import places
+    from memconsole import paths
+    from memconsole.backend.wire import sockets
 
-    places.make_directory(path.parent, 0o755)
-    return places.Lock(path.parent / "serve.lock")
+    paths.make_directory(path.parent, 0o755)
+    return sockets.Lock(path.parent / "serve.lock")
 
 
 def _embedded(options: argparse.Namespace, stack: contextlib.ExitStack, right: Lock | None = None) -> Control:
@@ -115,7 +120,7 @@ def _embedded(options: argparse.Namespace, stack: contextlib.ExitStack, right: L
     if right is not None:
         stack.callback(right.close)
     found = stack.enter_context(contextlib.closing(embedded(record_s=RECORD_S)))
-    from memconsole.backend.wire.embedded import serve_in_thread
+    from memconsole.backend.wire.serving import serve_in_thread
 
     try:
         if right is None:
@@ -135,7 +140,7 @@ def _on_a_terminal() -> None:
     for name in ("stdin", "stdout", "stderr"):  # it draws on the last
         if not getattr(sys, name).isatty():
             remedy = "memconsole snapshot shows the same without one"
-            raise UsageError("the console wants a terminal", f"{name} is not one", remedy)
+            raise UsageError("the console needs a terminal", f"{name} is not one", remedy)
 
 
 def _run(
@@ -145,13 +150,27 @@ def _run(
     record_to: Path | None = None,
     on_quit: Callable[[], str] | None = None,
 ) -> int:
-    from memconsole.views.app import run
+    from memconsole.cli.inside import Inside
+    from memconsole.views.opening import run
 
-    known, broken = macros.discover()
-    for path, error in broken:
-        output.note(f"memconsole: {path}: {error}")
     shown = ReadOnly(found, "--read-only was given") if options.read_only else found
-    return run(shown, macros=known, interval=options.interval, record_to=record_to, on_quit_warning=on_quit)
+    command = partial(_command, options)
+    return run(
+        shown,
+        interval=options.interval,
+        record_to=record_to,
+        command=command,
+        on_quit_warning=on_quit,
+        command_line=Inside(),
+    )
+
+
+def _command(options: argparse.Namespace, words: Sequence[str]) -> Ran:
+    """What a command says that a macro of the console runs: in a process of its own, of the same control process."""
+    given = ["--socket", str(asked_socket(options)), *(["--read-only"] if options.read_only else [])]
+    asked = [sys.executable, "-m", "memconsole", *given, *words]
+    ended = subprocess.run(asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    return Ran(ended.returncode, ended.stdout + ended.stderr)
 
 
 def open_file(options: argparse.Namespace) -> int:
@@ -198,11 +217,11 @@ def demo(options: argparse.Namespace) -> int:
     with _cleaned_up() as stack:
         found = _embedded(options, stack)
         results = []
-        for result in macros.run(macro, found, {}):
+        for result in macro_run.run(macro, found, {}):
             output.note(result.error or (result.outcome.text if result.outcome else result.text))
             results.append(result)
         if all(result.error or result.skipped for result in results):
-            macros.verdict(macro, results)
+            macro_run.verdict(macro, results)
         return _run(found, options, on_quit=lambda: _lost_with(found))
 
 
@@ -210,9 +229,9 @@ def macro_record(options: argparse.Namespace) -> int:
     """The console with recording on; what was done is in the file when it ends."""
     path = Path(options.file)
     if path.exists():
-        raise BadFile(f"{path} is there already", "recording would overwrite it", "give another name")
+        raise BadFile(f"{path} exists already", "recording does not overwrite a file", "give another name")
     if not path.parent.is_dir():
-        raise BadFile(f"{path} cannot be written", f"there is no directory {path.parent}", "make it first")
+        raise BadFile(f"{path} cannot be written", f"there is no directory {path.parent}", f"mkdir -p {path.parent}")
     return _console(options, record_to=path)
 
 
@@ -220,10 +239,15 @@ MARKS = {"yes": "+", "partly": "~", "no": "-"}
 
 
 def doctor(options: argparse.Namespace) -> int:
-    """What this host can do, what is missing, why, and what to do about it."""
-    from memconsole.backend.doctor import doctor as examine
+    """What this host can do, what is missing, why, and what to do about it; or what can be read of it, to send away."""
+    from memconsole.backend.diagnose.doctor import doctor as examine
 
-    capabilities = examine()
+    if options.record:
+        return _record(Path(options.record))
+    if options.origin and not Path(options.origin, "proc").is_dir():
+        why = "there is no proc in it"
+        raise UsageError(f"{options.origin} is no recorded host", why, "memconsole doctor --record DIR makes one")
+    capabilities = examine(options.origin or "/")
     if options.json:
         output.json(capabilities)
         return ExitCode.DONE
@@ -233,4 +257,19 @@ def doctor(options: argparse.Namespace) -> int:
             output.text(f"    {capability.why}")
         if capability.remedy:
             output.text(f"    remedy: {capability.remedy}")
+    return ExitCode.DONE
+
+
+def _record(directory: Path) -> int:
+    from memconsole.backend.kernel.record import record
+
+    try:
+        written = record(directory)
+    except OSError as error:
+        raise KernelRefused(str(directory), error.errno or 0, remedy="name another directory, or make room") from None
+    output.text(f"{format_size(written)} of this host are in {directory}")
+    output.note(
+        "it holds the command line, memory map and open files' names of every process, the kernel's command line, and"
+        " names and addresses of devices: read it before you send it on. It holds no memory and no environment"
+    )
     return ExitCode.DONE

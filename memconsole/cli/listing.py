@@ -5,91 +5,90 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from memconsole import joined, recording
+from memconsole import exporting, hostmap, iovas, joined, rates, where
 from memconsole.cli import output
-from memconsole.cli.connect import source
-from memconsole.errors import ExitCode, NotFound, UsageError
-from memconsole.fields import FINDINGS, REACHED, SPANS, TABLES, Field
-from memconsole.model import Snapshot
-from memconsole.units import format_address
+from memconsole.cli.connect import source, source_or_file
+from memconsole.errors import ExitCode
+from memconsole.field import Field, in_order
+from memconsole.fields import REACHED, SPANS, TABLES
+from memconsole.model import Part, Snapshot, Unread
+from memconsole.redaction import Redactor
+from memconsole.units import format_address, last_answer
 
 if TYPE_CHECKING:
     from memconsole.extents import ExtentTable
-    from memconsole.source import Source
 
 PFN_CHUNK = 65536
 
 
 def listing(options: argparse.Namespace) -> int:
-    """One table of the Snapshot as text, CSV or JSON (the entities as the schema describes them)."""
+    """One table of the Snapshot as text, CSV or JSON (the entities as the schema describes them).
+
+    Findings are told one by one, unless their columns are chosen, and the exit code is 4 when any are listed.
+    """
     table = TABLES[options.table]
-    fields = table.pick(options.fields)
+    fields = table.pick(options.columns)
+    chosen = where.parse(options.where, table.fields)
+    sort = table.field(options.sort) if options.sort else None
+    needed = (*fields, *chosen.fields, *([sort] if sort else []))
+    parts = {field.part for field in needed if field.part is not None}
     with source(options) as found:
-        snapshot = found.snapshot()
-    rows = table.rows(snapshot)
-    if options.json:
-        output.json(_chosen(fields, rows) if options.fields else rows)
-    elif options.csv:
-        output.table_csv(fields, rows)
-    else:
-        output.table(fields, rows)
-        _note_gaps(snapshot)
-    return ExitCode.DONE
+        snapshot = found.snapshot(parts)
+        if options.over:
+            time.sleep(options.over)
+            snapshot = rates.rated(snapshot, found.snapshot(parts))
+    rows = where.choose(chosen, fields, table.rows(snapshot))
+    if options.redact:
+        redactor = Redactor()
+        snapshot, rows = redactor.snapshot(snapshot), redactor.value(rows)
+    _write(options, fields, _sorted(rows, sort, reverse=options.reverse))
+    if options.format == "text":
+        if options.table == "guests":
+            _note_silent(snapshot)
+            if Part.USAGE in parts and not options.over:
+                output.note("CPU % and rates need two snapshots: --over SECONDS takes them so far apart")
+        _note_gaps(snapshot.gaps)
+    return ExitCode.FINDINGS if options.table == "findings" and rows else ExitCode.DONE
 
 
-def _chosen(fields: tuple[Field, ...], rows: Iterable[Any]) -> list[dict[str, Any]]:
-    return [{field.id: field.get(row) for field in fields} for row in rows]
+def _sorted(rows: list[Any], field: Field | None, *, reverse: bool) -> list[Any]:
+    """Rows by a field, the largest number and the latest time first; the other way round with ``reverse``."""
+    if field is None:
+        return rows[::-1] if reverse else rows
+    return [rows[index] for index in in_order(field, rows, reverse=field.largest_first != reverse)]
 
 
-def _note_gaps(snapshot: Snapshot) -> None:
-    for gap in snapshot.gaps:
-        output.note(f"not seen: {gap.source}: {gap.why}" + (f" ({gap.remedy})" if gap.remedy else ""))
-
-
-def audit(options: argparse.Namespace) -> int:
-    """Every finding with evidence and remedy; exit code 4 when there are any."""
-    with source(options) as found:
-        snapshot = found.snapshot()
-    if options.json:
-        output.json(snapshot.findings)
-    elif snapshot.findings:
-        output.table(FINDINGS.pick("all"), snapshot.findings)
+def _write(options: argparse.Namespace, fields: Sequence[Field], rows: list[Any]) -> None:
+    """Rows in a format: JSON has whole entities where no columns are chosen, findings are told one by one."""
+    if options.format == "json" and not options.columns:
+        output.json(rows)
+    elif options.format != "text" or options.table != "findings" or options.columns:
+        output.document(exporting.FORMATS[options.format](fields, rows))
+    elif rows:
+        output.findings(rows)
     else:
         output.text("no findings")
-    _note_gaps(snapshot)
-    return ExitCode.FINDINGS if snapshot.findings else ExitCode.DONE
 
 
-def pfn_key(snapshot: Snapshot, target: str) -> str:
-    """The table key a name means: one with its kind (``region:NAME``) as it is, a bare name where it is unambiguous.
+def _note_silent(snapshot: Snapshot) -> None:
+    for guest in snapshot.guests:
+        if guest.silent:
+            output.note(f"silent: {guest.name}: {last_answer(guest.answered_ns, snapshot.taken_ns)}: {guest.silent}")
 
-    Raises:
-        NotFound: no region or guest has the name.
-        UsageError: both have it.
-    """
-    if target.startswith(("region:", "guest:", "domain:")):
-        return target
-    keys = [f"region:{region.name}" for region in snapshot.regions if region.name == target]
-    keys += [f"guest:{guest.name}" for guest in snapshot.guests if guest.name == target]
-    if not keys:
-        raise NotFound(f"no region or guest is called {target!r}", "", "see memconsole regions, memconsole guests")
-    if len(keys) > 1:
-        raise UsageError(f"{target!r} is a region and a guest", "", f"write {' or '.join(keys)}")
-    return keys[0]
+
+def _note_gaps(gaps: Iterable[Unread]) -> None:
+    for gap in gaps:
+        output.note(f"not seen: {gap.source}: {gap.why}" + (f" ({gap.remedy})" if gap.remedy else ""))
 
 
 def reach(options: argparse.Namespace) -> int:
     """A guest's memory with its frames, windows and IOVAs; or a frame with everybody who reaches it."""
-    with contextlib.ExitStack() as stack:
-        found: Source
-        if options.origin:
-            found = stack.enter_context(contextlib.closing(recording.Recording(options.origin)))
-        else:
-            found = stack.enter_context(source(options))
-        answer = joined.ask(found.snapshot(), found, options.target)
+    with source_or_file(options) as found:
+        answer = joined.resolve_target(found.snapshot(), found, options.target)
     if options.json:
         output.json(answer)
     elif isinstance(answer, joined.Joined):
@@ -97,12 +96,47 @@ def reach(options: argparse.Namespace) -> int:
         if answer.more:
             output.note(f"more than {len(answer.spans):,} spans: the rest is not listed")
     else:
-        for line in joined.about(answer):
+        for line in joined.frame_lines(answer):
             output.text(line)
         output.table(REACHED.pick("all"), answer.reached)
-    for gap in answer.unseen:
-        output.note(f"not seen: {gap.source}: {gap.why}" + (f" ({gap.remedy})" if gap.remedy else ""))
+    _note_gaps(answer.unseen)
     return ExitCode.DONE
+
+
+def host_map(options: argparse.Namespace) -> int:
+    """Whose the host's physical memory is: a row an owner and node, or every range of addresses."""
+    with source_or_file(options) as found, contextlib.closing(hostmap.survey(found.snapshot(), found)) as shown:
+        whole = options.ranges or options.range is not None
+        rows = list(shown.ranges(options.range) if whole else shown.totals())
+    if options.json:
+        output.json({"rows": rows, "unseen": shown.unseen})
+    elif options.csv:
+        output.document(exporting.as_csv(hostmap.FIELDS, rows))
+    else:
+        output.table(hostmap.FIELDS, rows)
+    if not options.json:
+        _note_gaps(shown.unseen)
+    return ExitCode.DONE
+
+
+def iova_map(options: argparse.Namespace) -> int:
+    """An IOMMU domain by IOVA; exit code 4 where something leads elsewhere than granted, or nowhere."""
+    with source_or_file(options) as found:
+        snapshot = found.snapshot()
+        group = iovas.group_of(snapshot, options.target)
+        with contextlib.closing(iovas.survey(snapshot, found, group)) as shown:
+            rows = list(shown.ranges())
+    if options.json:
+        output.json(
+            {"group": shown.domain.group, "devices": shown.domain.devices, "rows": rows, "unseen": shown.unseen}
+        )
+    elif options.csv:
+        output.document(exporting.as_csv(iovas.FIELDS, rows))
+    else:
+        output.table(iovas.FIELDS, rows)
+        _note_gaps(shown.unseen)
+    wrong = any(row.verdict in {"elsewhere", "missing"} for row in rows)
+    return ExitCode.FINDINGS if wrong else ExitCode.DONE
 
 
 EXTENT_FIELDS = (
@@ -116,14 +150,14 @@ EXTENT_FIELDS = (
 def pfn(options: argparse.Namespace) -> int:
     """The extents of a region (by offset) or guest (by gpa, hva where none is known)."""
     with source(options) as found:
-        key = pfn_key(found.snapshot(), options.target)
+        key = joined.table_key(found.snapshot(), options.target)
         with contextlib.closing(found.extents(key)) as table:
             rows = list(_extents(table, options.range))
             page_size = table.page_size
     if options.json:
         output.json({"key": key, "page_size": page_size, "extents": rows})
     elif options.csv:
-        output.table_csv(EXTENT_FIELDS, rows)
+        output.document(exporting.as_csv(EXTENT_FIELDS, rows))
     else:
         output.table(EXTENT_FIELDS, rows)
     return ExitCode.DONE

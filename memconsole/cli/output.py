@@ -2,34 +2,49 @@
 
 from __future__ import annotations
 
-import csv
+import io
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
-import msgspec
-
-from memconsole import timeline
+from memconsole import exporting, timeline
+from memconsole.document import indented
 from memconsole.errors import MemconsoleError
-from memconsole.fields import Field
-from memconsole.model import Condition, HandoffReport, Outcome, Plan, Severity
+from memconsole.escaping import escape
+from memconsole.field import Field
+from memconsole.model import Condition, Finding, HandoffReport, Outcome, Plan, Severity
 from memconsole.units import format_size
+
+_kept: ContextVar[io.StringIO | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def kept() -> Iterator[io.StringIO]:
+    """Keep what this thread's commands write, instead of writing it."""
+    text = io.StringIO()
+    before = _kept.set(text)
+    try:
+        yield text
+    finally:
+        _kept.reset(before)
 
 
 def text(line: str = "") -> None:
     """One line on stdout."""
-    print(line)
+    document(escape(line) + "\n")
 
 
 def note(line: str) -> None:
     """One line on stderr: what is not the answer itself."""
-    print(line, file=sys.stderr)
+    print(escape(line), file=_kept.get() or sys.stderr)
 
 
 def json(value: Any) -> None:
     """A value as indented JSON."""
-    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    document(indented(value))
 
 
 def failure(error: MemconsoleError, *, as_json: bool) -> None:
@@ -43,28 +58,14 @@ def failure(error: MemconsoleError, *, as_json: bool) -> None:
         note(f"  remedy: {error.remedy}")
 
 
+def document(text: str) -> None:
+    """A whole document, as it is: it was escaped where it was made."""
+    (_kept.get() or sys.stdout).write(text)
+
+
 def table(fields: Sequence[Field], rows: Iterable[Any]) -> None:
     """Rows in aligned columns under their titles."""
-    cells = [[field.text(row) for field in fields] for row in rows]
-    widths = [max([len(field.title), *(len(line[i]) for line in cells)]) for i, field in enumerate(fields)]
-
-    def line(words: Sequence[str]) -> str:
-        parts = [
-            word.rjust(width) if field.right else word.ljust(width)
-            for word, width, field in zip(words, widths, fields, strict=True)
-        ]
-        return "  ".join(parts).rstrip()
-
-    text(line([field.title for field in fields]))
-    for row in cells:
-        text(line(row))
-
-
-def table_csv(fields: Sequence[Field], rows: Iterable[Any]) -> None:
-    """Rows as CSV under the fields' ids."""
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow([field.id for field in fields])
-    writer.writerows([field.text(row) for field in fields] for row in rows)
+    document(exporting.text(fields, rows))
 
 
 def plan(value: Plan) -> None:
@@ -82,25 +83,36 @@ def plan(value: Plan) -> None:
 
 
 def conditions(values: Iterable[Condition], *, every: bool = False) -> None:
-    """Conditions of a handoff: those that do not hold with evidence and remedy; with ``every`` the others too."""
+    """Conditions of a handoff: those that do not hold with risk and remedy; with ``every`` the others too."""
     for each in values:
         if each.ok and not every:
             continue
-        word = "ok" if each.ok else "REFUSES" if each.severity is Severity.ERROR else "warns"
-        text(f"  {word:<8} {each.id}: {'' if each.ok else 'wanted: '}{each.what}")
-        if each.evidence:
-            text(f"           {each.evidence}")
-        if each.remedy and not each.ok:
-            text(f"           remedy: {each.remedy}")
+        if each.ok:
+            seen = f" ({each.observed})" if each.observed else ""
+            text(f"  ok    {each.id}: {each.requirement}{seen}")
+            continue
+        text(f"  {'FAIL' if each.severity is Severity.ERROR else 'warn'}  {each.id}: {each.observed}")
+        text(f"        risk: {each.risk}")
+        text(f"        remedy: {each.remedy}")
+
+
+def findings(values: Iterable[Finding]) -> None:
+    """Findings: what was observed, where, what it leads to, and what to do about it."""
+    for each in values:
+        text(f"{each.severity}  {each.id} {each.subject}: {each.observed}")
+        for name, said in (("risk", each.risk), ("seen in", each.evidence), ("remedy", each.remedy)):
+            if said:
+                text(f"         {name}: {said}")
 
 
 def handoff(report: HandoffReport) -> None:
     """A report: a line that says it all, the picture of its time, and its regions."""
-    back = sum(guest.back for guest in report.guests)
-    head = f"{report.kind} {report.state}: {report.from_kernel} to {report.to_kernel}"
-    text(f"{head}, {back} of {len(report.guests)} guests back" + (f": {report.why}" if report.why else ""))
+    text(timeline.headline(report) + (f": {report.why}" if report.why else ""))
     for line in timeline.lines(report, shutil.get_terminal_size((120, 24)).columns - 2):
         text(f"  {line}")
+    for guest in report.guests:
+        if said := timeline.clock(guest):
+            text(f"  {guest.name}: its clock: {said}")
     for region in report.regions:
         place = {True: "every page where it was", False: "PAGES MOVED", None: "not compared"}[region.same]
         contents = {True: ", contents the same", False: ", CONTENTS DIFFER", None: ""}[region.contents]

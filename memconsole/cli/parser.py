@@ -1,4 +1,4 @@
-"""The grammar of the command line (DESIGN section 10); actions come from their registry, the rest stands here."""
+"""The grammar of the command line; actions come from their registry, the rest stands here."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ from typing import Any
 from memconsole import __version__, actions
 from memconsole.cli.serving import add_options
 from memconsole.command import Parser, add_actions, reader, split_rest
+from memconsole.errors import UsageError
+from memconsole.exporting import FORMATS
 from memconsole.fields import TABLES
 from memconsole.units import parse_address
+
+_GONE = {"findings": "audit"}
+"""Commands that were, and what does what they did."""
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -34,6 +39,16 @@ def _setting(text: str) -> tuple[str, str]:
     return name, value
 
 
+def _steps(text: str) -> tuple[int, ...]:
+    found: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not (first.isdecimal() and (not dash or last.isdecimal())):
+            raise argparse.ArgumentTypeError(f"{text!r} names no steps (for example 2-4,6)")
+        found.update(range(int(first), int(last if dash else first) + 1))
+    return tuple(sorted(found))
+
+
 def _range(text: str) -> tuple[int, int]:
     first, dash, last = text.partition("-")
     if not dash:
@@ -48,122 +63,257 @@ def _interval(text: str) -> float:
     return value
 
 
-def _tables(commands: Any, shared: Sequence[argparse.ArgumentParser]) -> None:
+REDACT = "write pseudonyms for names of hosts, guests, regions, processes, users and files"
+
+
+def _tables(commands: Any) -> None:
     for table in TABLES.values():
-        listing = commands.add_parser(table.id, help=f"list {table.title}", parents=list(shared))
+        name, help = table.id, f"list {table.title}"
+        if name == "findings":
+            name, help = "audit", f"{help}; exit code 4 when there are any"
+        listing = commands.add_parser(name, help=help)
         known = ", ".join(field.id for field in table.fields)
-        listing.add_argument("--fields", metavar="A,B,C", help=f"which columns, or all; of: {known}")
-        listing.add_argument("--csv", action="store_true", help="write CSV")
-        listing.set_defaults(run=_lazily("listing", "listing"), table=table.id)
+        listing.add_argument("--columns", metavar="A,B,C", help=f"which columns, or all; of: {known}")
+        listing.add_argument(
+            "--where", metavar="FILTER", default="", help="only rows that match, e.g. 'size>1G state:mapped'"
+        )
+        listing.add_argument("--sort", metavar="FIELD", help="by a field: the largest number, the latest time first")
+        listing.add_argument("--reverse", action="store_true", help="the other way round")
+        _formats(listing)
+        listing.add_argument("--redact", action="store_true", help=REDACT)
+        if any(field.part is not None for field in table.fields):
+            over = "CPU %% and rates over so many seconds"
+            listing.add_argument("--over", type=reader(_interval), metavar="SECONDS", help=over)
+        listing.set_defaults(run=_lazily("listing", "listing"), table=table.id, over=None)
+
+
+def _formats(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", choices=tuple(FORMATS), default="text", help="what is written (text)")
+    for name in ("json", "csv", "plain"):
+        parser.add_argument(
+            f"--{name}", dest="format", action="store_const", const=name, help=f"short for --format {name}"
+        )
 
 
 def _picture(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="FILE", help="write to a file, not to stdout")
-    parser.add_argument("--format", choices=("json", "svg", "text"), default="json")
-    parser.add_argument("--view", metavar="NAME", help="the view to render (svg, text)")
-    parser.add_argument("--subject", metavar="KEY", default="", help="what the view shows, e.g. region:web")
+    formats = ("json", "svg", "text", "plain", "html", "markdown")
+    parser.add_argument("--format", choices=formats, default="json", help="what is written (json)")
+    parser.add_argument(
+        "--plain", dest="format", action="store_const", const="plain", help="a fact a line, for a screen reader"
+    )
+    parser.add_argument("--view", metavar="NAME", help="the view to show; JSON has the whole snapshot without one")
+    parser.add_argument("--redact", action="store_true", help=REDACT)
+    parser.add_argument("--subject", metavar="KEY", default="", help="the subject of the view, e.g. region:web")
     parser.add_argument("--size", metavar="WxH", default="132x50", help="the view's size in cells (132x50)")
 
 
 def _history(commands: Any, json_too: argparse.ArgumentParser) -> None:
-    history = commands.add_parser("history", help="the snapshots that were recorded").add_subparsers(
+    history = commands.add_parser("history", help="list and show recorded snapshots").add_subparsers(
         dest="history_command", required=True, metavar="COMMAND"
     )
-    listing = history.add_parser("list", help="when snapshots were recorded", parents=[json_too])
-    listing.add_argument("--since", metavar="TIME", help="only those from then on")
+    listing = history.add_parser("list", help="list when snapshots were recorded", parents=[json_too])
+    listing.add_argument("--since", metavar="TIME", help="only snapshots since TIME")
     listing.set_defaults(run=_lazily("past", "history_list"))
-    show = history.add_parser("show", help="the snapshot of a time: JSON, or any view as SVG or text")
+    show = history.add_parser("show", help="show the snapshot of a time: JSON, or any view as SVG or text")
     show.add_argument("time", metavar="TIME", help="-5m, 14:03:12, 2026-09-21T14:03:12, or since the epoch")
     _picture(show)
-    show.set_defaults(run=_lazily("past", "history_show"), pfn=False)
-    for parser in (listing, show):
+    show.set_defaults(run=_lazily("past", "history_show"), pfn=False, usage=False, placement=False)
+    done = history.add_parser("commands", help="list the command lines that console sessions did")
+    done.add_argument("--since", metavar="TIME", help="only lines since TIME")
+    done.add_argument("--session", metavar="SESSION", default="", help="only those of one session")
+    done.add_argument("--macro", metavar="FILE", help="write the actions in them to a macro file")
+    _formats(done)
+    done.set_defaults(run=_lazily("past", "history_commands"))
+    for parser in (listing, show, done):
         parser._negative_number_matcher = re.compile(r"-\d")  # noqa: SLF001 - so that -5m is no option
 
 
 def _headless(commands: Any, json_too: argparse.ArgumentParser) -> None:
-    snapshot = commands.add_parser("snapshot", help="take a Snapshot: JSON, or any view as SVG or text")
+    snapshot = commands.add_parser("snapshot", help="take a snapshot: JSON, or any view as SVG or text")
     _picture(snapshot)
-    snapshot.add_argument("--pfn", action="store_true", help="with the PFN maps of regions, guests, domains (needs -o)")
-    snapshot.add_argument("--from", dest="origin", metavar="FILE", help="of a recorded snapshot, not of this host")
+    snapshot.add_argument(
+        "--pfn", action="store_true", help="include the PFN maps of regions, guests, domains (needs -o)"
+    )
+    snapshot.add_argument("--usage", action="store_true", help="with CPU, threads, I/O, affinity of host and guests")
+    snapshot.add_argument("--placement", action="store_true", help="with usage, and guests' memory by NUMA node")
+    snapshot.add_argument("--from", dest="origin", metavar="FILE", help="show a recorded snapshot instead of this host")
     snapshot.set_defaults(run=_lazily("files", "snapshot"))
 
-    diff = commands.add_parser("diff", help="what differs between two snapshots", parents=[json_too])
+    _reading(commands, json_too)
+    _reports(commands)
+    _shells(commands)
+    keys = commands.add_parser("keys", help="list the console's keys, their meanings and ids")
+    form = keys.add_mutually_exclusive_group()
+    form.add_argument("--map", metavar="NAME", default="", help="of the keymap default, vim or arrows")
+    form.add_argument("--sample", action="store_true", help="print a console.toml with every id")
+    form.add_argument("--markdown", action="store_true", help="print the cheat sheet of the documents")
+    form.add_argument("--check", metavar="FILE", help="say what is wrong with a console.toml; exit code 4 if anything")
+    keys.set_defaults(run=_lazily("keyboard", "show"))
+    _about(commands, json_too)
+
+
+def _shells(commands: Any) -> None:
+    completion = commands.add_parser("completion", help="print the completion of a shell, for its start file")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell")
+    completion.set_defaults(run=_lazily("completing", "script"))
+
+
+def _reports(commands: Any) -> None:
+    report = commands.add_parser("report", help="write an audit as one page: HTML, Markdown or plain text")
+    report.add_argument("-o", "--output", metavar="FILE", help="write to a file; its name tells the format")
+    report.add_argument(
+        "--format",
+        choices=("html", "markdown", "plain", "json"),
+        help="what is written (html, or as the file is named)",
+    )
+    report.add_argument(
+        "--plain", dest="format", action="store_const", const="plain", help="a fact a line, for a screen reader"
+    )
+    report.add_argument("--from", dest="origin", metavar="FILE", help="of a recorded snapshot instead of this host")
+    report.add_argument("--redact", action="store_true", help=REDACT)
+    report.set_defaults(run=_lazily("reporting", "report"))
+    bug = commands.add_parser(
+        "bugreport", help="write what a report of a fault wants into one file, with names redacted in all but its logs"
+    )
+    bug.add_argument("-o", "--output", metavar="FILE", default="memconsole-bugreport.tar.gz", help="the file to write")
+    bug.add_argument("--no-logs", action="store_true", help="leave the logs out: they have names in them")
+    bug.set_defaults(run=_lazily("reporting", "bugreport"))
+
+
+def _reading(commands: Any, json_too: argparse.ArgumentParser) -> None:
+    diff = commands.add_parser("diff", help="show what differs between two snapshots", parents=[json_too])
     side = "a snapshot file, 'live', or a recorded time (@-5m, @14:03:12)"
     diff.add_argument("a", metavar="A", help=side)
     diff.add_argument("b", metavar="B", help=side)
     diff.set_defaults(run=_lazily("files", "diff"))
 
-    audit = commands.add_parser("audit", help="list findings; exit code 4 when there are any", parents=[json_too])
-    audit.set_defaults(run=_lazily("listing", "audit"))
+    status = commands.add_parser(
+        "status", help="say in one line whether this host is ready for a handoff", parents=[json_too]
+    )
+    status.set_defaults(run=_lazily("handing", "status"))
 
-    pfn = commands.add_parser("pfn", help="the PFN map of a region, guest or domain as extents", parents=[json_too])
+    pfn = commands.add_parser(
+        "pfn", help="list the PFN map of a region, guest or domain as extents", parents=[json_too]
+    )
     pfn.add_argument("target", metavar="REGION-OR-GUEST", help="a name, or region:NAME, guest:NAME, domain:GROUP")
     pfn.add_argument("--range", type=reader(_range), metavar="A-B", help="only offsets or GPAs from A up to B")
     pfn.add_argument("--csv", action="store_true", help="write CSV")
     pfn.set_defaults(run=_lazily("listing", "pfn"))
 
-    reach = commands.add_parser("reach", help="who reaches a frame; a guest's memory joined", parents=[json_too])
+    host = commands.add_parser(
+        "hostmap", help="list whose the host's physical memory is, by owner or by address", parents=[json_too]
+    )
+    host.add_argument("--ranges", action="store_true", help="every range of addresses, not the sum of an owner's")
+    host.add_argument("--range", type=reader(_range), metavar="A-B", help="only ranges from address A up to B")
+    host.add_argument("--csv", action="store_true", help="write CSV")
+    host.add_argument("--from", dest="origin", metavar="FILE", help="of a recorded snapshot (--pfn), not of this host")
+    host.set_defaults(run=_lazily("listing", "host_map"))
+
+    iovas = commands.add_parser(
+        "iovamap", help="list where each IOVA of a domain leads, and where it should", parents=[json_too]
+    )
+    iovas.add_argument("target", metavar="GROUP-OR-DEVICE", help="the number of an IOMMU group, or a device (BDF)")
+    iovas.add_argument("--csv", action="store_true", help="write CSV")
+    iovas.add_argument("--from", dest="origin", metavar="FILE", help="of a recorded snapshot (--pfn), not of this host")
+    iovas.set_defaults(run=_lazily("listing", "iova_map"))
+
+    reach = commands.add_parser(
+        "reach", help="list who can reach a frame, or everything in a guest's memory", parents=[json_too]
+    )
     where = "GUEST; a PFN; ADDRESS@ a device (BDF: its IOVA), a guest (GPA) or a region (offset)"
     reach.add_argument("target", metavar="TARGET", help=where)
-    reach.add_argument("--from", dest="origin", metavar="FILE", help="in a recorded snapshot (--pfn), not on this host")
+    reach.add_argument(
+        "--from", dest="origin", metavar="FILE", help="search a recorded snapshot (--pfn) instead of this host"
+    )
     reach.set_defaults(run=_lazily("listing", "reach"))
 
+
+def _live(commands: Any, json_too: argparse.ArgumentParser) -> None:
+    watch = commands.add_parser("watch", help="tell what changes as it changes, a line each", parents=[json_too])
+    watch.add_argument("--every", type=reader(_interval), default=1.0, metavar="S", help="seconds between looks (1)")
+    watch.add_argument("--tables", metavar="A,B", default="", help=f"only these; of: {', '.join(TABLES)}")
+    watch.set_defaults(run=_lazily("live", "watch"))
+
+    copy = commands.add_parser("copy", help="copy a region's contents to a new file", parents=[json_too])
+    copy.add_argument("region", metavar="REGION", help="its name")
+    copy.add_argument("file", metavar="FILE", help="the new file; holes of the region are holes in it")
+    copy.set_defaults(run=_lazily("live", "copy"))
+
+
+def _about(commands: Any, json_too: argparse.ArgumentParser) -> None:
     inspect = commands.add_parser(
         "inspect",
-        help="what a file of ours is and whether it is whole; or what this kernel hands over",
+        help="identify and verify a memconsole file, or show what this kernel hands over",
         parents=[json_too],
     )
     inspect.add_argument(
         "file",
         metavar="FILE",
         nargs="?",
-        help="a snapshot, a ledger, an audit trail, a file of the history, a kernel's dump; none: this kernel",
+        help="snapshot, ledger, audit trail, history file or kernel dump; this kernel if left out",
     )
     inspect.set_defaults(run=_lazily("past", "inspect"))
 
-    schema = commands.add_parser("schema", help="the JSON Schema of a Snapshot")
+    schema = commands.add_parser("schema", help="print the JSON Schema of a snapshot")
     schema.set_defaults(run=_lazily("files", "schema"))
 
-    doctor = commands.add_parser("doctor", help="what this host can do, what is missing, why", parents=[json_too])
+    doctor = commands.add_parser(
+        "doctor", help="show what this host can do, what is missing and why", parents=[json_too]
+    )
+    trees = doctor.add_mutually_exclusive_group()
+    trees.add_argument(
+        "--record", metavar="DIR", help="write what is read of this host into a new directory, for a report"
+    )
+    trees.add_argument("--from", dest="origin", metavar="DIR", help="of the host that was recorded, not of this one")
     doctor.set_defaults(run=_lazily("hosting", "doctor"))
 
 
 def _macros(commands: Any, json_too: argparse.ArgumentParser, act: argparse.ArgumentParser) -> None:
-    macro = commands.add_parser("macro", help="scripted actions").add_subparsers(
+    macro = commands.add_parser("macro", help="run and record scripted actions").add_subparsers(
         dest="macro_command", required=True, metavar="COMMAND"
     )
-    listing = macro.add_parser("list", help="the macros that are found", parents=[json_too])
-    listing.set_defaults(run=_lazily("acting", "macro_list"))
+    listing = macro.add_parser("list", help="list the macros that are installed", parents=[json_too])
+    listing.set_defaults(run=_lazily("macroing", "listing"))
+    show = macro.add_parser("show", help="show a macro's parameters and steps", parents=[json_too])
+    show.add_argument("macro", metavar="FILE-OR-NAME", help="a macro that macro list lists, or its file")
+    show.set_defaults(run=_lazily("macroing", "show"))
     run = macro.add_parser("run", help="run a macro file, or one by name", parents=[act])
-    run.add_argument("macro", metavar="FILE-OR-NAME")
-    run.add_argument("--set", dest="settings", action="append", type=_setting, default=[], metavar="K=V")
-    run.set_defaults(run=_lazily("acting", "macro_run"))
-    record = macro.add_parser("record", help="open the console and record what is done into a macro file")
+    run.add_argument("macro", metavar="FILE-OR-NAME", help="a macro that macro list lists, or its file")
+    run.add_argument(
+        "--set", dest="settings", action="append", type=_setting, default=[], metavar="K=V", help="a parameter's value"
+    )
+    run.add_argument("--steps", type=_steps, default=(), metavar="2-4,6", help="run these of its steps only")
+    run.add_argument("--step", action="store_true", help="show each step's plan and ask before it is done")
+    run.set_defaults(run=_lazily("macroing", "run"))
+    record = macro.add_parser("record", help="open the console and record actions into a macro file")
     record.add_argument("file", metavar="FILE")
     record.set_defaults(run=_lazily("hosting", "macro_record"))
 
 
 def _handoff(commands: Any, json_too: argparse.ArgumentParser) -> None:
-    check = commands.add_parser("check", help="everything that could go wrong at a handoff", parents=[json_too])
+    check = commands.add_parser("check", help="check every condition of a handoff", parents=[json_too])
     for field in actions.fields(actions.HandoffRun):
         if field.name != "contents":
             check.add_argument(
                 field.option, dest=field.name, default="", metavar=field.arg.kind.upper(), help=field.arg.help
             )
     check.set_defaults(run=_lazily("handing", "check"))
-    report = commands.add_parser("report", help="the last handoff: phases and blackouts", parents=[json_too])
+    report = commands.add_parser("report", help="show the last handoff: phases and blackouts", parents=[json_too])
     report.add_argument("--picture", metavar="FILE", help="also write its timeline as SVG")
     report.set_defaults(run=_lazily("handing", "report"))
 
 
 def _hosting(commands: Any) -> None:
-    demo = commands.add_parser("demo", help="the console on an embedded control process with live guests")
+    demo = commands.add_parser("demo", help="open the console on an embedded control process with live guests")
     demo.add_argument("--interval", type=_interval, default=1.0, metavar="S", help="seconds between refreshes (1)")
     demo.set_defaults(run=_lazily("hosting", "demo"))
-    opened = commands.add_parser("open", help="the console on a recorded snapshot")
+    opened = commands.add_parser("open", help="open the console on a recorded snapshot")
     opened.add_argument("file", metavar="FILE")
     opened.set_defaults(run=_lazily("hosting", "open_file"))
-    serving = commands.add_parser("serve", help="the control process: a service that consoles and commands talk to")
+    serving = commands.add_parser(
+        "serve", help="run the control process: the service that consoles and commands talk to"
+    )
     add_options(serving)
     serving.set_defaults(run=_lazily("serving", "serve"))
 
@@ -172,8 +322,12 @@ def build() -> Parser:
     """The whole parser."""
     parser = Parser(prog="memconsole", description="Guest memory that outlives the hypervisor's kernel.")
     parser.add_argument("--version", action="version", version=f"memconsole {__version__}")
-    parser.add_argument("--socket", metavar="PATH", help="the control process's socket")
-    parser.add_argument("--embedded", action="store_true", help="do not ask a control process, be one")
+    parser.add_argument("--socket", metavar="PATH", help="socket of the control process")
+    parser.add_argument(
+        "--embedded",
+        action="store_true",
+        help="run in this process; what it reserves ends with the command, so commands only look",
+    )
     parser.add_argument("--read-only", action="store_true", help="show everything, change nothing")
     parser.add_argument("--interval", type=_interval, default=1.0, metavar="S", help="seconds between refreshes (1)")
     parser.set_defaults(run=_lazily("hosting", "console"), rest=())
@@ -186,10 +340,11 @@ def build() -> Parser:
     act.add_argument("--json", action="store_true", help="write JSON")
 
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
+    _live(commands, json_too)
     _hosting(commands)
     _headless(commands, json_too)
     _history(commands, json_too)
-    _tables(commands, [json_too])
+    _tables(commands)
     groups = add_actions(commands, [act], run=_lazily("acting", "act"))
     _handoff(groups["handoff"], json_too)
     _macros(commands, json_too, act)
@@ -203,6 +358,13 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         UsageError: it does not parse.
     """
     words, rest = split_rest(words)
-    options = build().parse_args(words)
+    try:
+        options = build().parse_args(words)
+    except UsageError as error:
+        for old, new in _GONE.items():
+            if f"invalid choice: {old!r}" in error.what:
+                why = f"memconsole {new} lists the same and takes the same options"
+                raise UsageError(f"there is no command {old}", why, f"memconsole {new}") from None
+        raise
     options.rest = rest
     return options

@@ -7,11 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from memconsole import exporting, macros, paths
 from memconsole.cli import output
 from memconsole.cli.connect import source
-from memconsole.errors import ExitCode, UsageError
-from memconsole.fields import FINDINGS, Field
-from memconsole.source import Moment
+from memconsole.commandlog import FIELDS, CommandLog, macro_of
+from memconsole.errors import BadFile, ExitCode
+from memconsole.field import Field
+from memconsole.redaction import RedactedSource
+from memconsole.source import PastSource, Source
 from memconsole.units import format_duration, format_time, parse_time
 
 
@@ -21,7 +24,7 @@ def _apart(ns: int | None) -> str:
 
 TIMES = (
     Field("taken_ns", "Taken", "when the snapshot was taken", lambda row: row["taken_ns"], format_time, width=28),
-    Field("apart_ns", "After", "time since the one before", lambda row: row["apart_ns"], _apart),
+    Field("apart_ns", "After", "time since the previous one", lambda row: row["apart_ns"], _apart),
 )
 
 
@@ -40,16 +43,31 @@ def history_list(options: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
+def history_commands(options: argparse.Namespace) -> int:
+    """The command lines that console sessions did, the oldest first; or a macro of the actions in them."""
+    log = CommandLog(paths.own_state_dir())
+    if log.trouble:
+        raise BadFile("the command lines cannot be read", log.trouble, "remove the file; the console writes it anew")
+    since = parse_time(options.since, time.time_ns()) if options.since else 0
+    rows = [each for each in log.lines if each.at_ns >= since and options.session in ("", each.session)]
+    if options.macro:
+        macro = macro_of(Path(options.macro).stem, rows)
+        exporting.write(options.macro, macros.dumps(macro))
+        output.note(f"{len(macro.steps)} steps written to {options.macro}")
+        return ExitCode.DONE
+    output.document(exporting.FORMATS[options.format](FIELDS, rows))
+    return ExitCode.DONE
+
+
 def history_show(options: argparse.Namespace) -> int:
     """The Snapshot that was current at a time, as JSON or as one view of it, to stdout or a file."""
     from memconsole.cli.files import write_json, write_view
 
-    if options.view and options.format == "json":
-        raise UsageError("--view wants a picture", "JSON is the whole Snapshot", "add --format svg or text")
     at = parse_time(options.time, time.time_ns())
     with source(options) as found:
-        moment = Moment(found, found.at(at))
-        if options.format == "json":
+        then: Source = PastSource(found, found.at(at))
+        moment = RedactedSource(then) if options.redact else then
+        if options.format == "json" and not options.view:
             write_json(moment, options)
         else:
             write_view(moment, options)
@@ -58,7 +76,7 @@ def history_show(options: argparse.Namespace) -> int:
 
 def inspect(options: argparse.Namespace) -> int:
     """What a file of ours, or this kernel's handover, is, holds, and whether it is whole; exit code 4 if it is not."""
-    from memconsole.backend.inspect import describe, describe_kernel
+    from memconsole.backend.diagnose.inspect import describe, describe_kernel
 
     found = describe(Path(options.file)) if options.file else describe_kernel()
     if options.json:
@@ -68,7 +86,7 @@ def inspect(options: argparse.Namespace) -> int:
         for name, value in found.facts.items():
             _fact(name, value)
         if found.findings:
-            output.table(FINDINGS.pick("all"), found.findings)
+            output.findings(found.findings)
     return ExitCode.FINDINGS if found.findings else ExitCode.DONE
 
 

@@ -11,7 +11,7 @@ from memconsole.cli.connect import socket_of
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``memconsole serve``; ``--socket`` is the command line's own."""
-    parser.add_argument("--state-dir", metavar="DIR", help="where the audit trail and the history are kept")
+    parser.add_argument("--state-dir", metavar="DIR", help="directory of the audit trail and the history")
     parser.add_argument(
         "--mount",
         metavar="DIR",
@@ -19,12 +19,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         const="",
         help="show grants as files in DIR/guests and DIR/regions (the runtime directory)",
     )
-    parser.add_argument("--foreground", action="store_true", help="stay, and log to stderr (under systemd: always)")
-    parser.add_argument("--custody", choices=("auto", "keeper", "systemd"), default="auto", help="who holds memory")
-    parser.add_argument("--operators", metavar="GROUP", help="the group whose members may act (memconsole)")
-    parser.add_argument("--viewers", metavar="GROUP", help="the group whose members may look (memconsole-view)")
-    parser.add_argument("--record", metavar="SECONDS", type=_seconds, default=1.0, help="record snapshots (1); 0: none")
-    parser.add_argument("--metrics-textfile", metavar="FILE", help="also write metrics here, for node_exporter")
+    parser.add_argument(
+        "--foreground", action="store_true", help="stay in the foreground and log to stderr (under systemd: always)"
+    )
+    parser.add_argument(
+        "--custody",
+        choices=("auto", "keeper", "systemd"),
+        default="auto",
+        help="the program that has custody of memory",
+    )
+    parser.add_argument("--operators", metavar="GROUP", help="group whose members may act (memconsole)")
+    parser.add_argument("--viewers", metavar="GROUP", help="group whose members may look (memconsole-view)")
+    parser.add_argument(
+        "--record",
+        metavar="SECONDS",
+        type=_seconds,
+        default=1.0,
+        help="seconds between recorded snapshots (1); 0 records none",
+    )
+    parser.add_argument("--metrics-textfile", metavar="FILE", help="also write metrics to this file, for node_exporter")
 
 
 def _seconds(text: str) -> float:
@@ -36,7 +49,7 @@ def _seconds(text: str) -> float:
 
 def serve(options: argparse.Namespace) -> int:
     """The control process, in the background once it is ready, or with ``--foreground`` until it is stopped."""
-    from memconsole.backend.serve import Settings
+    from memconsole.backend.serve import ServeSettings
     from memconsole.backend.serve import serve as run
 
     path = socket_of(options).absolute()
@@ -44,7 +57,7 @@ def serve(options: argparse.Namespace) -> int:
     if options.mount is not None:
         mountpoint = Path(options.mount).absolute() if options.mount else path.parent
     return run(
-        Settings(
+        ServeSettings(
             socket=path,
             state_dir=Path(options.state_dir).absolute() if options.state_dir else paths.state_dir(),
             foreground=options.foreground,

@@ -65,7 +65,7 @@ def call(what: str, function: Callable[..., int], *arguments: object) -> None:
     fail = ffi.new("struct mc_fail *")
     code = function(*arguments, fail)
     if code:
-        raise _ERRORS[code](what, ffi.string(fail.source).decode(), fail.err)
+        raise _ERRORS[code](what, ffi.string(fail.source).decode("utf-8", "backslashreplace"), fail.err)
 
 
 def program(name: str) -> str:

@@ -34,6 +34,11 @@
 #include <stdint.h>
 
 #define AGENT_MAGIC	0x4741434du	/* "MCAG" */
+/*
+ * Raised when a peer of the version before would do or take for done something else: agents live in guests, which live
+ * longer than any control process. Not for a new type, which an agent answers with EOPNOTSUPP and the control process
+ * passes over, nor for fields at the end of a body, which both pass over.
+ */
 #define AGENT_VERSION	1
 #define AGENT_MAX	8192
 #define AGENT_NAME	64

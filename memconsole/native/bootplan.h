@@ -16,13 +16,15 @@
  *                          custody by number, 3 to 1023
  *   SAY     4 = u32 within_ms  u16 lines  u16 zero  text guest  text socket  (text line  text until){lines}
  *                          say each line to a QMP socket, again until what it returns contains ``until``; an error
- *                          ends the conversation
+ *                          ends the conversation, and so does a VMM that slept ``within_ms`` of it (patience.h)
  *
  * ``crc`` is CRC-32: in the header of all ``length`` bytes of the plan with that field zero, in a record of what stands
  * behind it. A record's ``length`` counts its head and body. The moment in the header is when the plan was written.
  *
  * Memory must not be lost because a plan was: header, records' heads and HOLD are the same in every version, and of a
  * plan that is broken or of another version every HOLD that is whole still counts, wherever it stands. Nothing else does.
+ *
+ * Whoever reads passes over a record of an unknown type, and over what stands in a body behind what it knows.
  */
 #ifndef MEMCONSOLE_BOOTPLAN_H
 #define MEMCONSOLE_BOOTPLAN_H
@@ -36,6 +38,10 @@
 #include "clock.h"
 #include "crc.h"
 
+/*
+ * Raised when a reader of the version before must not act on the plan: a record or field that cannot be passed over, or
+ * means something else. Not for a type or a field at a body's end without which everything is done as before.
+ */
 #define PLAN_VERSION 1
 #define PLAN_MAX (64u << 20)		/* bytes of a plan */
 #define PLAN_RECORD_MAX (1u << 20)
@@ -307,7 +313,7 @@ static inline bool plan_read_record(struct plan *p, uint16_t type, const uint8_t
 		return false;								\
 	}										\
 	read(&c, item);									\
-	fine = !c.bad && c.at == c.end;							\
+	fine = !c.bad;									\
 	if (fine)									\
 		p->number++;								\
 	else										\
@@ -324,7 +330,7 @@ static inline bool plan_read_record(struct plan *p, uint16_t type, const uint8_t
 	case PLAN_SAY:
 		PLAN_READ(says, nr_says, y, plan_read_say, plan_free_say(y));
 	default:
-		fine = false;
+		fine = true;	/* a newer version's, to be passed over */
 	}
 #undef PLAN_READ
 	p->no_memory |= c.no_memory;
@@ -371,7 +377,7 @@ static inline const char *plan_read_whole(struct plan *p, const uint8_t *bytes, 
 		const uint8_t *body = at <= header.length ? plan_record(bytes + at, header.length - at, PLAN_RECORD_MAX, &head) : NULL;
 
 		if (!body || !plan_read_record(p, head.type, body, head.length - sizeof(head)))
-			return p->no_memory ? "there is no memory to read it" : "it has a record nobody knows";
+			return p->no_memory ? "there is no memory to read it" : "it has a record that is not whole";
 		at += ((size_t)head.length + 7) & ~(size_t)7;
 	}
 	return NULL;

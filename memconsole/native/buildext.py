@@ -19,7 +19,9 @@ PROGRAMS = {
     "memconsole-canary": ["canary.c"],
     "memconsole-fuse": [
         "fuse.c",
+        "fuse_checks.c",
         "fuse_control.c",
+        "fuse_entries.c",
         "fuse_mount.c",
         "fuse_names.c",
         "fuse_open.c",

@@ -4,7 +4,8 @@
  *   memconsole-canary --socket PATH --name NAME [--as kvm|process|auto]
  *   memconsole-canary --socket PATH --name NAME --restore FD [--give GRANT=FD]... [--paused yes]
  *                                   goes on as the canary that wrote its state there, with the grants of these fds
- *   memconsole-canary --probe       says whether KVM runs the guest here, and how many pages a second it checks
+ *   memconsole-canary --probe       says whether KVM runs the guest here, how many pages it checks in a second of
+ *                                   processor time, and how many this process checks in one
  *
  * Its RAM is what the control process grants over the agents socket (agent.h); what runs in it is canary_guest.h.
  * One thread does everything: between two beats it serves the socket, so a request always finds the vCPU at the
@@ -37,10 +38,11 @@
 #define FAST_NS		(MS / 2)	/* a beat shorter than this visits more pages next time */
 #define SLOW_NS		(2 * MS)	/* a longer one fewer */
 #define GAP_NS		(50 * MS)	/* a longer pause between two beats is counted as a gap */
-#define HUNG_NS		(5000 * MS)	/* a beat that takes longer never ends */
-#define KICK_US		100000		/* a vCPU that does not come back is interrupted this often */
+#define HUNG_NS		(5000 * MS)	/* a beat that has had so much of a processor never ends */
+#define HUNG_KICKS	240		/* nor one that was interrupted so often: its vCPU sleeps */
+#define KICK_US		250000		/* a vCPU that does not come back is interrupted this often */
 #define PROBE_NS	(100 * MS)
-#define PROBE_PAGES	64
+#define PROBE_PAGES	1024	/* enough that the way into the vCPU and back does not count */
 
 static volatile sig_atomic_t terminated;
 static sigjmp_buf taken_away;
@@ -72,10 +74,20 @@ static struct range *next_visit(struct canary *c)
 	return &c->ranges[c->visit];
 }
 
+/* Processor time of this thread in ns, a vCPU's included: what others take meanwhile does not count. */
+static uint64_t worked_ns(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &ts);
+	return (uint64_t)ts.tv_sec * 1000000000ull + (uint64_t)ts.tv_nsec;
+}
+
+/* A vCPU that the host gives no processor, or that a signal has stopped, is late and not hung: the clock does not tell. */
 static void beat_in_vcpu(struct canary *c, struct header *home, const struct range *r)
 {
-	uint64_t begun = now_ns();
-	int err;
+	uint64_t worked = 0;
+	int kicks = 0, err;
 
 	if (!c->started) {
 		err = vm_start(&c->vm, c->ranges[c->home].gpa);
@@ -88,7 +100,9 @@ static void beat_in_vcpu(struct canary *c, struct header *home, const struct ran
 	*(volatile uint64_t *)&home->next = r->gpa;
 	do {
 		err = vm_beat(&c->vm, c->why, sizeof(c->why));
-		if (err == -EINTR && now_ns() - begun > HUNG_NS)
+		if (err == -EINTR && kicks++ == 0)
+			worked = worked_ns();
+		if (err == -EINTR && (worked_ns() - worked > HUNG_NS || kicks > HUNG_KICKS))
 			snprintf(c->why, sizeof(c->why), "the vCPU does not come to the end of a beat");
 	} while (err == -EINTR && !c->why[0] && !terminated);
 }
@@ -172,21 +186,34 @@ static void live(struct canary *c)
 
 /* --- start ----------------------------------------------------------------------------------------------- */
 
-/* Run the guest in memory of our own for so long. Returns pages checked a second, or -1 and says why not. */
-static int64_t probe(uint64_t duration, char *why, size_t size)
+/* Check pages for so long. Returns how many in a second of processor time, or -1 and c->why. */
+static int64_t probe_range(struct canary *c, struct range *r, uint64_t duration)
 {
-	struct canary c = { .runs_as = AGENT_AS_KVM, .home = 0, .quantum = QUANTUM_MIN, .sock = -1 };
+	uint64_t begun = now_ns(), worked = worked_ns();
+
+	while (!c->why[0] && (now_ns() - begun < duration || r->header->beats < 2))
+		beat(c);
+	if (!c->why[0] && r->header->wrong)
+		snprintf(c->why, sizeof(c->why), "the guest reads other bytes than it wrote");
+	worked = worked_ns() - worked;
+	return c->why[0] ? -1 : (int64_t)(r->header->position * 1000000000ull / (worked ? worked : 1));
+}
+
+/* Run the guest in memory of our own for so long. Returns pages checked a second, or -1 and says why not. */
+static int64_t probe(uint32_t as, uint64_t duration, char *why, size_t size)
+{
+	struct canary c = { .runs_as = as, .home = 0, .quantum = QUANTUM_MIN, .sock = -1,
+			    .vm = { .kvm = -1, .fd = -1, .vcpu = -1 } };
 	struct range *r = &c.ranges[0];
-	uint64_t begun, length = (FIRST_PAGE + PROBE_PAGES) * PAGE;
+	uint64_t length = (FIRST_PAGE + PROBE_PAGES) * PAGE;
 	int64_t speed = -1;
 	void *at;
-	int err;
+	int err = as == AGENT_AS_KVM ? vm_open(&c.vm, AGENT_GRANTS) : 0;
 
-	err = vm_open(&c.vm, AGENT_GRANTS);
 	at = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	if (!err && at == MAP_FAILED)
 		err = -errno;
-	if (!err)
+	if (!err && as == AGENT_AS_KVM)
 		err = vm_slot(&c.vm, 0, 0, length, at, 0);
 	if (err) {
 		snprintf(why, size, "/dev/kvm: %s", strerror(-err));
@@ -194,14 +221,8 @@ static int64_t probe(uint64_t duration, char *why, size_t size)
 		*r = (struct range){ .length = length, .access = AGENT_RW, .mapped = true, .used = true, .header = at };
 		r->fresh = true;
 		range_touch(r);
-		begun = now_ns();
-		while (!c.why[0] && (now_ns() - begun < duration || r->header->beats < 2))
-			beat(&c);
-		if (!c.why[0] && r->header->wrong)
-			snprintf(c.why, sizeof(c.why), "the guest errs");
+		speed = probe_range(&c, r, duration);
 		snprintf(why, size, "%s", c.why);
-		if (!c.why[0])
-			speed = (int64_t)(r->header->position * 1000000000ull / (now_ns() - begun));
 	}
 	if (at != MAP_FAILED)
 		munmap(at, length);
@@ -220,7 +241,7 @@ static void catch(int sig, void (*handler)(int))
 static int begin(struct canary *c, const char *as, char *why, size_t size)
 {
 	bool kvm = as && strcmp(as, "kvm") == 0;
-	int64_t speed = as && strcmp(as, "process") == 0 ? -1 : probe(0, why, size);
+	int64_t speed = as && strcmp(as, "process") == 0 ? -1 : probe(AGENT_AS_KVM, 0, why, size);
 
 	if (speed < 0 && kvm)
 		return -1;
@@ -258,12 +279,13 @@ int main(int argc, char **argv)
 	catch(SIGPIPE, SIG_IGN);
 	setitimer(ITIMER_REAL, &kick, NULL);
 	if (o.probe) {
-		int64_t speed = probe(PROBE_NS, why, sizeof(why));
+		int64_t speed = probe(AGENT_AS_KVM, PROBE_NS, why, sizeof(why));
 
 		if (speed < 0)
 			printf("none %s\n", why);
 		else
-			printf("kvm %lld\n", (long long)speed);
+			printf("kvm %lld %lld\n", (long long)speed,
+			       (long long)probe(AGENT_AS_PROCESS, PROBE_NS, why, sizeof(why)));
 		return 0;
 	}
 	if (o.state >= 0 ? go_on(&c, &o, why, sizeof(why)) : begin(&c, o.as, why, sizeof(why))) {

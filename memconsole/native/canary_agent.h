@@ -243,6 +243,7 @@ union message {
 	char bytes[AGENT_MAX];
 };
 
+/* The least a message of a type has; what a newer control process adds stands behind it. */
 static size_t size_of(uint16_t type)
 {
 	switch (type) {
@@ -250,16 +251,8 @@ static size_t size_of(uint16_t type)
 		return sizeof(struct agent_grant);
 	case AGENT_UNMAP:
 		return sizeof(struct agent_unmap);
-	case AGENT_PAUSE:
-	case AGENT_RESUME:
-	case AGENT_REPORT:
-	case AGENT_STOP:
-	case AGENT_SAVE:
-	case AGENT_SWEEP:
-	case AGENT_TAKEN:
-		return sizeof(struct agent_head);
 	default:
-		return 0;
+		return type < AGENT_GRANT ? SIZE_MAX : sizeof(struct agent_head);	/* the lower ones are an agent's own */
 	}
 }
 
@@ -282,7 +275,7 @@ static bool serve(struct canary *c)
 	if (cmsg && cmsg->cmsg_level == SOL_SOCKET && cmsg->cmsg_type == SCM_RIGHTS)
 		memcpy(&fd, CMSG_DATA(cmsg), sizeof(fd));
 	if (got < (ssize_t)sizeof(m.head) || m.head.magic != AGENT_MAGIC || m.head.version != AGENT_VERSION ||
-	    m.head.length != (uint32_t)got || (size_t)got != size_of(m.head.type)) {
+	    m.head.length != (uint32_t)got || (size_t)got < size_of(m.head.type)) {
 		if (fd >= 0)
 			close(fd);
 		disconnect(c);
@@ -307,11 +300,16 @@ static bool serve(struct canary *c)
 	case AGENT_SAVE:
 		serve_save(c, m.head.id, fd);
 		break;
-	default:
+	case AGENT_PAUSE:
+	case AGENT_RESUME:
+	case AGENT_STOP:
 		c->paused = m.head.type == AGENT_PAUSE || (c->paused && m.head.type != AGENT_RESUME);
 		c->stop = m.head.type == AGENT_STOP;
 		c->last_beat = 0;
 		answer(c, m.head.id, 0, "");
+		break;
+	default:
+		answer(c, m.head.id, EOPNOTSUPP, "this canary does not know that");
 	}
 	if (fd >= 0)
 		close(fd);

@@ -15,6 +15,7 @@
 #include "agent.h"
 #include "canary_kvm.h"
 #include "clock.h"
+#include "mapping.h"
 
 #define QUANTUM_MIN	4
 #define QUANTUM_MAX	1024
@@ -166,7 +167,7 @@ static int range_claim(const struct agent_grant *m, int fd, void **at)
 		return errno;
 	if (m->offset > (uint64_t)st.st_size || m->length > (uint64_t)st.st_size - m->offset)
 		return ERANGE;
-	*at = mmap(NULL, m->length, PROT_READ | (writes ? PROT_WRITE : 0), MAP_SHARED, fd, (off_t)m->offset);
+	*at = map_for_huge_pages(m->length, PROT_READ | (writes ? PROT_WRITE : 0), fd, (off_t)m->offset);
 	if (*at == MAP_FAILED)
 		return errno;
 	madvise(*at, m->length, MADV_HUGEPAGE);	/* advice: kernels without it do as they please */

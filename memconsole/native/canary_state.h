@@ -19,6 +19,7 @@
 #include "clock.h"
 #include "crc.h"
 
+/* Raised by any change: a state holds registers, and half of them are none. The RAM of a guest that is held so stays. */
 #define STATE_VERSION 1
 
 struct state_range {

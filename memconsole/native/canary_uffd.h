@@ -4,14 +4,10 @@
 #ifndef MEMCONSOLE_CANARY_UFFD_H
 #define MEMCONSOLE_CANARY_UFFD_H
 
-#include <fcntl.h>
-#include <linux/userfaultfd.h>
 #include <stdint.h>
-#include <sys/ioctl.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include "agent.h"
+#include "userfault.h"
 
 /* Linux 7.3; older headers do not name them. */
 #define CANARY_FEATURE_RWP	(1ull << 17)
@@ -19,17 +15,9 @@
 
 static int uffd_open(uint64_t features, uint64_t *there)
 {
-	struct uffdio_api api = { .api = UFFD_API, .features = features };
-	int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+	const char *call;
 
-	if (fd < 0)
-		return -1;
-	if (ioctl(fd, UFFDIO_API, &api) < 0) {
-		close(fd);
-		return -1;
-	}
-	*there = api.features;
-	return fd;
+	return userfault_open(O_NONBLOCK, features, there, &call);
 }
 
 /*

@@ -40,12 +40,19 @@ static inline uint64_t mc_step(uint32_t flags)
 	return flags & MC_SWAP ? 32 : 1;
 }
 
+/* The page behind a row's last one. */
+static inline uint64_t mc_row_end(const struct mc_table *t, uint64_t row)
+{
+	return t->offset[row] + t->count[row];
+}
+
 const char *mc_row_fault(const struct mc_table *table, uint64_t end, uint64_t offset, uint64_t pfn, uint32_t count,
 			 uint32_t flags);
 int mc_table_reserve(struct mc_table *table, uint64_t rows, struct mc_fail *fail);
 void mc_table_recycle(struct mc_table *table);
 void mc_table_drop(struct mc_table *table);
 int mc_table_take(struct mc_table *table, struct mc_table *from, struct mc_fail *fail);
+uint64_t mc_row_at(const struct mc_table *table, uint64_t page);
 int mc_sort(struct mc_ref *refs, uint64_t n, struct mc_fail *fail);
 
 /*
@@ -55,6 +62,8 @@ int mc_sort(struct mc_ref *refs, uint64_t n, struct mc_fail *fail);
 static inline int mc_table_push(struct mc_table *t, uint64_t offset, uint64_t pfn, uint32_t count, uint32_t flags,
 				struct mc_fail *fail)
 {
+	if (!count) /* a row of no pages says nothing, and is not accepted back */
+		return MC_OK;
 	if (t->rows) {
 		uint64_t last = t->rows - 1;
 		uint64_t n = t->count[last];

@@ -43,10 +43,10 @@ struct daemon {
 	uint32_t nr_clients;
 };
 
-/* Says what failed, by errno. Returns the exit status. */
-static inline int daemon_fail(const struct daemon *daemon, const char *what)
+/* Says what it cannot do to what, by errno. Returns the exit status. */
+static inline int daemon_fail(const struct daemon *daemon, const char *doing, const char *what)
 {
-	fprintf(stderr, "%s: %s: %s\n", daemon->program, what, strerror(errno));
+	fprintf(stderr, "%s: cannot %s %s: %s\n", daemon->program, doing, what, strerror(errno));
 	return 1;
 }
 
@@ -58,7 +58,7 @@ static inline int daemon_claim(struct daemon *daemon, const char *path)
 	int lock;
 
 	if (path[0] != '/' || strlen(path) >= sizeof(address.sun_path)) {
-		fprintf(stderr, "%s: SOCKET is an absolute path of at most %zu bytes\n", daemon->program,
+		fprintf(stderr, "%s: SOCKET must be an absolute path of at most %zu bytes\n", daemon->program,
 			sizeof(address.sun_path) - 1);
 		return 2;
 	}
@@ -66,19 +66,20 @@ static inline int daemon_claim(struct daemon *daemon, const char *path)
 	snprintf(lock_path, sizeof(lock_path), "%s.lock", path);
 	lock = open(lock_path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);	/* held, never closed, until the process ends */
 	if (lock < 0)
-		return daemon_fail(daemon, lock_path);
+		return daemon_fail(daemon, "lock", lock_path);
 	if (flock(lock, LOCK_EX | LOCK_NB)) {
 		if (errno != EWOULDBLOCK)
-			return daemon_fail(daemon, lock_path);
-		fprintf(stderr, "%s: one already serves %s\n", daemon->program, path);
+			return daemon_fail(daemon, "lock", lock_path);
+		fprintf(stderr, "%s: another one already serves %s: stop it first, or name another SOCKET\n",
+			daemon->program, path);
 		return DAEMON_SERVED;
 	}
 	umask(0177);
 	if (unlink(path) && errno != ENOENT)
-		return daemon_fail(daemon, path);
+		return daemon_fail(daemon, "replace", path);
 	daemon->listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	if (daemon->listener < 0 || bind(daemon->listener, (struct sockaddr *)&address, sizeof(address)))
-		return daemon_fail(daemon, path);
+		return daemon_fail(daemon, "listen on", path);
 	return 0;
 }
 
@@ -135,16 +136,16 @@ static inline int daemon_prepare(struct daemon *daemon)
 	sigset_t signals;
 
 	if (chdir("/"))
-		return daemon_fail(daemon, "/");
+		return daemon_fail(daemon, "change its directory to", "/");
 	signal(SIGHUP, SIG_IGN);
 	signal(SIGPIPE, SIG_IGN);
 	sigemptyset(&signals);
 	sigaddset(&signals, SIGTERM);
 	sigaddset(&signals, SIGINT);
 	if (sigprocmask(SIG_SETMASK, &signals, NULL))
-		return daemon_fail(daemon, "sigprocmask");
+		return daemon_fail(daemon, "block", "signals");
 	daemon->signals = signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
-	return daemon->signals < 0 ? daemon_fail(daemon, "signalfd") : 0;
+	return daemon->signals < 0 ? daemon_fail(daemon, "receive", "signals") : 0;
 }
 
 /*
@@ -154,11 +155,11 @@ static inline int daemon_prepare(struct daemon *daemon)
 static inline int daemon_ready(struct daemon *daemon, const char *path, int ready)
 {
 	if (listen(daemon->listener, (int)daemon->clients_max))
-		return daemon_fail(daemon, path);
+		return daemon_fail(daemon, "listen on", path);
 	if (ready < 0)
 		return 0;
 	if (write(ready, "", 1) != 1)
-		return daemon_fail(daemon, "pipe");
+		return daemon_fail(daemon, "tell", "the process that started it that it is ready");
 	close(ready);
 	dup2(STDIN_FILENO, STDERR_FILENO);
 	return 0;

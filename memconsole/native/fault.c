@@ -284,9 +284,3 @@ void mc_faults_read(const struct mc_faults *f, struct mc_board *out, uint64_t *r
 	*out = *f->board;
 	*rate = second == out->second ? out->before : second == out->second + 1 ? out->in_second : 0;
 }
-
-/* The pages of the range that were mapped here: length / page bits, into `bits` of (that + 7) / 8 bytes. */
-void mc_faults_bits(const struct mc_faults *f, uint8_t *bits)
-{
-	memcpy(bits, f->bits, f->bytes - HEADER);
-}

@@ -38,9 +38,9 @@ static struct daemon self = {
 	.greet = control_greet, .serve = control_serve, .signalled = signalled, .quits = quits,
 };
 
-static int fail(const char *what)
+static int fail(const char *doing, const char *what)
 {
-	return daemon_fail(&self, what);
+	return daemon_fail(&self, doing, what);
 }
 
 static void *work(void *argument)
@@ -52,7 +52,7 @@ static void *work(void *argument)
 	while (!(error = worker_serve(worker)))
 		;
 	if (error != -ENODEV)
-		fprintf(stderr, "memconsole-fuse: /dev/fuse: %s\n", strerror(-error));
+		fprintf(stderr, "memconsole-fuse: cannot read requests from /dev/fuse: %s; the mount ends\n", strerror(-error));
 	worker_free(worker);
 	eventfd_write(self.ended, 1);
 	return NULL;
@@ -72,16 +72,16 @@ static int start_threads(void)
 
 	self.ended = eventfd(0, EFD_CLOEXEC);
 	if (self.ended < 0)
-		return fail("eventfd");
+		return fail("make", "an eventfd");
 	for (int i = 0; i < WORKERS; i++) {
 		struct worker *worker = worker_new(server.dev);
 
 		errno = worker ? pthread_create(&thread, NULL, work, worker) : ENOMEM;
 		if (errno)
-			return fail("pthread_create");
+			return fail("start", "a thread");
 	}
 	errno = pthread_create(&thread, NULL, scan, NULL);
-	return errno ? fail("pthread_create") : 0;
+	return errno ? fail("start", "a thread") : 0;
 }
 
 /* A signal asks to end: done unless files are in use. Returns whether it is. */
@@ -90,7 +90,8 @@ static bool signalled(uint32_t number)
 	int error = unmount(false);
 
 	if (error)
-		fprintf(stderr, "memconsole-fuse: signal %u ignored: %s\n", number, strerror(-error));
+		fprintf(stderr, "memconsole-fuse: signal %u is ignored: the mount cannot be unmounted: %s\n", number,
+			strerror(-error));
 	return !error;
 }
 
@@ -104,7 +105,8 @@ static void guard(void)
 {
 	prctl(PR_SET_NAME, "mc-fuse");
 	if (!daemon_exempt())
-		fprintf(stderr, "memconsole-fuse: not exempt from the OOM killer\n");
+		fprintf(stderr, "memconsole-fuse: it is not exempt from the OOM killer (no CAP_SYS_RESOURCE): "
+			"the mount ends where the kernel kills it\n");
 	daemon_room(FILES_MAX);
 }
 
@@ -120,19 +122,19 @@ int main(int argc, char **argv)
 	path = argv[argc - 2];
 	mountpoint = argv[argc - 1];
 	if (mountpoint[0] != '/') {
-		fprintf(stderr, "memconsole-fuse: MOUNTPOINT is an absolute path\n");
+		fprintf(stderr, "memconsole-fuse: MOUNTPOINT must be an absolute path\n");
 		return 2;
 	}
 	status = daemon_claim(&self, path);
 	if (status)
 		return status;
 	if (!foreground && (ready = daemon_detach()) < 0)
-		return fail("cannot go into the background");
+		return fail("go into", "the background");
 	guard();
 	if (daemon_prepare(&self))
 		return 1;
 	if (tree_init())
-		return fail("tree");
+		return fail("make", "the tree of its files");
 	status = mount_at(mountpoint);
 	if (status)
 		return status;

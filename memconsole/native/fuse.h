@@ -7,7 +7,9 @@
  *   fuse_requests.c	the kernel's requests (FUSE protocol 7.x), taken and answered; by fuse_request.h
  *   fuse_names.c	those about names and attributes
  *   fuse_open.c	those about open files, and the thread that scans
- *   fuse_control.c	the control process's requests: how the tree gets its entries, and loses them
+ *   fuse_control.c	the control process's requests, answered; by fuse_control.h
+ *   fuse_checks.c	what is wrong with one of them
+ *   fuse_entries.c	how the tree gets its entries by them, and loses them
  *   fuse_mount.c	mounted where, and no more
  *   fuse.c		threads, end
  *
@@ -26,6 +28,8 @@
 
 #define NODES_MAX 65536
 #define HANDLES_MAX 16384
+#define HANDLES_OF_ROOT 1024	/* of these, that nobody else may have */
+#define HANDLES_OF_USER 256	/* that one user but root may have */
 #define PARTS_MAX 64
 #define MAPS_MAX 8		/* scans of one node that may be open at a time */
 #define PATH_LEN_MAX 1023
@@ -78,9 +82,11 @@ struct node {
 	bool revoked;
 	bool cut;		/* revoked, and the kernel has given up the inode it had for it */
 	bool shown;		/* a lookup was answered with the present generation */
-	uint64_t size;		/* bytes; RAM and LINK */
+	uint64_t size;		/* bytes; of a MAP, as of its last scan */
+	uint64_t size_until_ns;	/* MAP: until when (CLOCK_MONOTONIC) its size is told without another scan */
 	uint64_t changed_ns;
 	int32_t backing;	/* RAM: the kernel's id of the memfd, 0 if none */
+	int fd;			/* RAM: the memfd, -1 if none: asked for its blocks, and emptied in parts */
 	uint64_t dev, ino;	/* RAM: which memfd it is */
 	char *target;		/* LINK */
 	struct content *content;	/* TEXT, MAP */
@@ -94,6 +100,7 @@ struct handle {
 	struct node *node;
 	struct content *content;	/* TEXT */
 	struct map *map;		/* MAP */
+	uint32_t uid;			/* who opened it */
 };
 
 struct tree {
@@ -132,7 +139,7 @@ size_t node_path(const struct node *node, char *path);
 struct content *content_new(uint32_t nr);
 struct content *content_get(struct content *content);
 void content_put(struct content *content);
-int64_t handle_open(struct node *node, struct content *content, struct map *map);
+int64_t handle_open(struct node *node, struct content *content, struct map *map, uint32_t uid);
 struct handle *handle_at(uint64_t fh);
 void handle_close(uint64_t fh);
 

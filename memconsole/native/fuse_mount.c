@@ -22,9 +22,9 @@
 #define HUNG_S 10
 #define ELSEWHERE_MAX 64
 
-static int fail(const char *what)
+static int fail(const char *doing, const char *what)
 {
-	fprintf(stderr, "memconsole-fuse: %s: %s\n", what, strerror(errno));
+	fprintf(stderr, "memconsole-fuse: cannot %s %s: %s\n", doing, what, strerror(errno));
 	return 1;
 }
 
@@ -82,7 +82,7 @@ static void abort_connection(uint32_t number)
 	if (fd < 0)
 		return;
 	if (write(fd, "1", 1) != 1)
-		fail(path);
+		fail("abort the dead connection by", path);
 	close(fd);
 }
 
@@ -99,12 +99,13 @@ static int clear(const char *mountpoint)
 		error = statfs(mountpoint, &fs) ? errno : 0;	/* never answered from a cache */
 		alarm(0);
 		if (error != ENOTCONN && error != ECONNABORTED) {
-			fprintf(stderr, "memconsole-fuse: another server already serves %s\n", mountpoint);
+			fprintf(stderr, "memconsole-fuse: another server already serves %s: stop it first, or name another MOUNTPOINT\n",
+				mountpoint);
 			return 3;
 		}
 		abort_connection(number);
 		if (umount2(mountpoint, MNT_DETACH | UMOUNT_NOFOLLOW))
-			return fail(mountpoint);
+			return fail("unmount the dead mount at", mountpoint);
 	}
 	return 0;
 }
@@ -155,9 +156,9 @@ int mount_at(const char *path)
 	int status, error = 0;
 
 	if (resolve(path, mountpoint))
-		return fail(path);
+		return fail("find", path);
 	if (strlen(mountpoint) > PATH_LEN_MAX) {
-		fprintf(stderr, "memconsole-fuse: MOUNTPOINT has at most %d bytes\n", PATH_LEN_MAX);
+		fprintf(stderr, "memconsole-fuse: MOUNTPOINT must have at most %d bytes\n", PATH_LEN_MAX);
 		return 2;
 	}
 	status = clear(mountpoint);
@@ -165,11 +166,11 @@ int mount_at(const char *path)
 		return status;
 	server.dev = open("/dev/fuse", O_RDWR | O_CLOEXEC);
 	if (server.dev < 0)
-		return fail("/dev/fuse");
+		return fail("open", "/dev/fuse");
 	snprintf(options, sizeof(options), "fd=%d,rootmode=40000,user_id=%u,group_id=%u,allow_other,default_permissions",
 		 server.dev, geteuid(), getegid());
 	if (mount(mountpoint, mountpoint, FSTYPE, MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_NOATIME, options))
-		return fail(mountpoint);
+		return fail("mount on", mountpoint);
 	server.mountpoint = mountpoint;
 	worker = worker_new(server.dev);
 	while (worker && !server.major && !error)
@@ -177,7 +178,7 @@ int mount_at(const char *path)
 	worker_free(worker);
 	if (!server.major) {
 		errno = worker ? -error : ENOMEM;
-		fail("the kernel's first request");
+		fail("answer", "the kernel's first request");
 		unmount(true);
 		return 1;
 	}
@@ -220,7 +221,7 @@ static size_t elsewhere(struct elsewhere *found)
 	return nr;
 }
 
-/* Mounts a part of the tree where it was, in a child that holds nothing of ours (fuse_control.c, look_up). */
+/* Mounts a part of the tree where it was, in a child that holds nothing of ours (fuse_entries.c, look_up). */
 static void put_back(const struct elsewhere *part)
 {
 	char from[2 * PATH_MAX];

@@ -4,11 +4,17 @@
  * until then a node keeps its id, in the tree or not.
  *
  * The size of what is shown stays, and what could change it is refused with EPERM. What is generated (TEXT, MAP) may be
- * another the next moment: its attributes are believed for no time at all, everything else for VALID_S.
+ * another the next moment: its attributes are believed for no time at all, everything else for VALID_S. A MAP is scanned
+ * for its size, unless it was a moment ago: archivers store as many bytes as a file has by its attributes.
+ *
+ * RAM has the blocks its memfd has, and was changed now: what maps a memfd writes to it unseen, so any earlier time
+ * could be a lie, by which a backup would leave out what changed.
  */
 #define _GNU_SOURCE
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <time.h>
 
 #include "fuse_request.h"
 
@@ -24,13 +30,34 @@ static uint64_t valid_seconds(const struct node *node)
 	return node->kind == KIND_TEXT || node->kind == KIND_MAP ? 0 : VALID_S;
 }
 
+/* When a node was changed last, as far as that can be known; ns since the epoch. */
+static uint64_t changed_ns(const struct node *node)
+{
+	struct timespec now;
+
+	if (node->kind != KIND_RAM || node->fd < 0)
+		return node->changed_ns;
+	clock_gettime(CLOCK_REALTIME, &now);
+	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
+
+/* Blocks of 512 bytes that a node of ``size`` bytes has. */
+static uint64_t blocks_of(const struct node *node, uint64_t size)
+{
+	struct stat st;
+
+	if (node->kind == KIND_RAM && node->fd >= 0 && !fstat(node->fd, &st))
+		return (uint64_t)st.st_blocks;
+	return (size + 511) / 512;
+}
+
 static void fill_attr(struct fuse_attr *attr, const struct node *node, uint64_t size)
 {
-	uint64_t seconds = node->changed_ns / 1000000000;
-	uint32_t ns = (uint32_t)(node->changed_ns % 1000000000);
+	uint64_t changed = changed_ns(node), seconds = changed / 1000000000;
+	uint32_t ns = (uint32_t)(changed % 1000000000);
 
 	*attr = (struct fuse_attr){
-		.ino = node->id, .size = size, .blocks = (size + 511) / 512, .blksize = 4096,
+		.ino = node->id, .size = size, .blocks = blocks_of(node, size), .blksize = 4096,
 		.mode = file_type(node) | (node->revoked ? 0 : node->mode), .uid = node->uid, .gid = node->gid,
 		.nlink = node->kind == KIND_DIR ? 2 : 1,
 		.atime = seconds, .mtime = seconds, .ctime = seconds,
@@ -83,7 +110,7 @@ void lookup_unsent(uint64_t id)
 	pthread_mutex_unlock(&tree_lock);
 }
 
-static int64_t attr_reply(const struct node *node, uint64_t size, uint8_t *out)
+int64_t attr_reply(const struct node *node, uint64_t size, uint8_t *out)
 {
 	struct fuse_attr_out *attr = (void *)out;
 
@@ -92,7 +119,20 @@ static int64_t attr_reply(const struct node *node, uint64_t size, uint8_t *out)
 	return sizeof(*attr);
 }
 
-/* With a handle, the size of what this handle shows: how a reader finds the end of what he opened. */
+static bool is_size_known(const struct node *node)
+{
+	struct timespec now;
+
+	if (node->kind != KIND_MAP || !node->content || node->revoked)
+		return true;
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec < node->size_until_ns;
+}
+
+/*
+ * With a handle, the size of what this handle shows: how a reader finds the end of what he opened. fstat(2) comes without
+ * one, and is told of the last opening.
+ */
 int64_t do_getattr(const struct request *request, struct node *node, uint8_t *out)
 {
 	const struct fuse_getattr_in *in = (const void *)request->body;
@@ -105,6 +145,8 @@ int64_t do_getattr(const struct request *request, struct node *node, uint8_t *ou
 		handle = handle_at(in->fh);
 	if (handle && handle->node == node && handle->map)
 		size = map_bytes(handle->map);
+	else if (!is_size_known(node))
+		return queue_size(request->head, node);
 	return attr_reply(node, size, out);
 }
 
@@ -180,12 +222,53 @@ int64_t do_readdir(const struct request *request, struct node *dir, uint8_t *out
 	return (int64_t)used;
 }
 
+struct shown_memory {
+	uint64_t dev, ino, size;
+	int fd;
+};
+
+static int by_memfd(const void *a, const void *b)
+{
+	const struct shown_memory *x = a, *y = b;
+
+	if (x->dev != y->dev)
+		return x->dev < y->dev ? -1 : 1;
+	return x->ino < y->ino ? -1 : x->ino > y->ino;
+}
+
+/* Bytes of what the files show, and of that with frames; memory that several files show counts once. */
+static void count_memory(uint64_t *total, uint64_t *resident)
+{
+	struct shown_memory *shown = calloc(tree.nr_linked + 1, sizeof(*shown));
+	size_t nr = 0;
+	struct stat st;
+
+	*total = *resident = 0;
+	if (!shown)
+		return;
+	for (const struct node *node = tree.oldest; node; node = node->newer)
+		if (node->kind == KIND_RAM && node->fd >= 0)
+			shown[nr++] = (struct shown_memory){ node->dev, node->ino, node->size, node->fd };
+	qsort(shown, nr, sizeof(*shown), by_memfd);
+	for (size_t i = 0; i < nr; i++) {
+		if (i && !by_memfd(&shown[i - 1], &shown[i]))
+			continue;
+		*total += shown[i].size;
+		if (!fstat(shown[i].fd, &st))
+			*resident += (uint64_t)st.st_blocks * 512;
+	}
+	free(shown);
+}
+
 int64_t do_statfs(uint8_t *out)
 {
 	struct fuse_statfs_out *fs = (void *)out;
+	uint64_t total, resident, unused;
 
+	count_memory(&total, &resident);
+	unused = resident < total ? (total - resident) / 4096 : 0;
 	*fs = (struct fuse_statfs_out){ .st = {
-		.blocks = tree.ram_bytes / 4096, .files = NODES_MAX, .ffree = NODES_MAX - tree.nr_nodes,
+		.blocks = total / 4096, .bfree = unused, .bavail = unused, .files = NODES_MAX, .ffree = NODES_MAX - tree.nr_nodes,
 		.bsize = 4096, .frsize = 4096, .namelen = NAME_LEN_MAX,
 	} };
 	return sizeof(*fs);

@@ -6,24 +6,32 @@
  * The kernel checks owners and modes (default_permissions); whether a file is revoked, or opened for more than its mode
  * ever allows, is checked here, as root passes the kernel's check.
  *
- * A map is scanned when it is opened, by a thread of its own: so that a large guest's map keeps nobody else waiting.
+ * A map is scanned when it is opened, and when its size is asked for, by a thread of its own: so that a large guest's map
+ * keeps nobody else waiting. Its size is told for SIZE_NS without another scan, and for longer where a scan takes long:
+ * asking for sizes all the time keeps the thread at work for a tenth of it at most.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "fuse_request.h"
 
+#define SIZE_NS 1000000000ull
+#define SIZE_SCANS 10		/* times as long as the scan took */
+#define SIZES_MAX 256		/* requests for the size of one node that may wait */
 #define OPEN_PASSTHROUGH (1u << 7)	/* since 7.40 (Linux 6.9); not in older headers */
 
 _Static_assert(sizeof(struct open_out) == sizeof(struct fuse_open_out), "one layout in all kernels");
 
-/* A map file that is being opened. */
+/* A map file that is being opened, or (sized) asked for its size. */
 struct opening {
 	struct opening *next;
 	uint64_t unique, node;
+	uint32_t uid;
+	bool sized;
 	struct content *content;
 };
 
@@ -31,22 +39,46 @@ static struct opening *openings;	/* under tree_lock */
 static pthread_cond_t opening_came = PTHREAD_COND_INITIALIZER;
 static bool scanner_ends;
 
-static int64_t queue_opening(uint64_t unique, struct node *node)
+static uint64_t monotonic_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
+
+/* Puts a request for a node's map at the end of the queue; for how many of its kind the node may have, or error. */
+static int64_t queue(const struct fuse_in_header *head, const struct node *node, bool sized, uint32_t most, int error)
 {
 	struct opening *opening, **last = &openings;
-	uint32_t waiting = 0;
+	uint32_t waiting = sized ? 0 : node->handles;
 
 	for (; *last; last = &(*last)->next)
-		waiting += (*last)->node == node->id;
-	if (node->handles + waiting >= MAPS_MAX)
-		return -EMFILE;
+		waiting += (*last)->node == node->id && (*last)->sized == sized;
+	if (waiting >= most)
+		return error;
 	opening = malloc(sizeof(*opening));
 	if (!opening)
 		return -ENOMEM;
-	*opening = (struct opening){ .unique = unique, .node = node->id, .content = content_get(node->content) };
+	*opening = (struct opening){
+		.unique = head->unique, .node = node->id, .uid = head->uid, .sized = sized,
+		.content = content_get(node->content),
+	};
 	*last = opening;
 	pthread_cond_signal(&opening_came);
 	return NO_REPLY;
+}
+
+/* Root may have a node's scans opened when its user has as many as may be. */
+static int64_t queue_opening(const struct fuse_in_header *head, const struct node *node)
+{
+	return queue(head, node, false, head->uid ? MAPS_MAX : 2 * MAPS_MAX, -EMFILE);
+}
+
+/* Answers a GETATTR of a map once it was scanned. */
+int64_t queue_size(const struct fuse_in_header *head, const struct node *node)
+{
+	return queue(head, node, true, SIZES_MAX, -EAGAIN);
 }
 
 int64_t do_open(const struct request *request, struct node *node, uint8_t *out)
@@ -76,8 +108,8 @@ int64_t do_open(const struct request *request, struct node *node, uint8_t *out)
 	if (!node->content)
 		return -ESTALE;
 	if (node->kind == KIND_MAP)
-		return queue_opening(request->head->unique, node);
-	fh = handle_open(node, node->content, NULL);
+		return queue_opening(request->head, node);
+	fh = handle_open(node, node->content, NULL, request->head->uid);
 	if (fh < 0)
 		return fh;
 	content_get(node->content);
@@ -140,6 +172,35 @@ int64_t do_read(const struct request *request, struct node *node, uint8_t *out)
 	return got;
 }
 
+/*
+ * Gives parts of a RAM file back (virtio-mem and balloons punch holes) or puts them in place; its size stays. What the
+ * memfd itself refuses is refused. The kernel has seen to it that the file is open for writing.
+ */
+int64_t do_fallocate(const struct request *request, struct node *node)
+{
+	const struct fuse_fallocate_in *in = (const void *)request->body;
+	int fd, error;
+
+	if (request->len < sizeof(*in))
+		return -EINVAL;
+	if (node->kind != KIND_RAM || !(node->mode & 0222))
+		return -EPERM;
+	if (node->revoked || node->fd < 0)
+		return -EIO;
+	if (in->mode & ~(uint32_t)(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE))
+		return -EOPNOTSUPP;
+	if (in->offset > node->size || in->length > node->size - in->offset)
+		return -ENOSPC;		/* a grant does not grow */
+	fd = fcntl(node->fd, F_DUPFD_CLOEXEC, 3);
+	if (fd < 0)
+		return -errno;
+	pthread_mutex_unlock(&tree_lock);
+	error = fallocate(fd, (int)in->mode, (off_t)in->offset, (off_t)in->length) ? -errno : 0;
+	close(fd);
+	pthread_mutex_lock(&tree_lock);
+	return error;
+}
+
 /* Who waits for a scan that has not begun may be let go; everything else is answered at once. */
 int64_t do_interrupt(const struct request *request)
 {
@@ -173,6 +234,39 @@ void open_unsent(uint64_t id, uint64_t fh)
 	pthread_mutex_unlock(&tree_lock);
 }
 
+/* Notes what a scan of a node's content has found; one that failed leaves the size as it was. */
+static void note_size(const struct opening *opening, const struct map *map, uint64_t until_ns)
+{
+	struct node *node;
+
+	pthread_mutex_lock(&tree_lock);
+	node = node_by_id(opening->node);
+	if (node && node->content == opening->content) {
+		node->size_until_ns = until_ns;
+		if (map) {
+			node->size = map_bytes(map);
+			node_touch(node);
+		}
+	}
+	pthread_mutex_unlock(&tree_lock);
+}
+
+/* Ends one request for a size. */
+static void sizing_end(struct opening *opening)
+{
+	uint8_t out[sizeof(struct fuse_attr_out)] __attribute__((aligned(8)));
+	struct node *node;
+	int64_t len;
+
+	pthread_mutex_lock(&tree_lock);
+	node = node_by_id(opening->node);
+	len = node ? attr_reply(node, node->size, out) : -ESTALE;
+	pthread_mutex_unlock(&tree_lock);
+	reply(server.dev, opening->unique, len < 0 ? (int)len : 0, out, len < 0 ? 0 : (size_t)len);
+	content_put(opening->content);
+	free(opening);
+}
+
 /* Ends one opening with the map of its content, or with what went wrong. */
 static void opening_end(struct opening *opening, struct map *map, int error)
 {
@@ -183,7 +277,7 @@ static void opening_end(struct opening *opening, struct map *map, int error)
 	pthread_mutex_lock(&tree_lock);
 	node = node_by_id(opening->node);
 	if (!error)
-		fh = !node ? -ESTALE : node->revoked ? -EACCES : handle_open(node, NULL, map);
+		fh = !node ? -ESTALE : node->revoked ? -EACCES : handle_open(node, NULL, map, opening->uid);
 	if (fh > 0)
 		map_get(map);
 	pthread_mutex_unlock(&tree_lock);
@@ -224,6 +318,7 @@ void scanner_run(void)
 	for (;;) {
 		struct opening *taken, *next;
 		struct map *map = NULL;
+		uint64_t begun, took;
 		int error;
 
 		pthread_mutex_lock(&tree_lock);
@@ -233,10 +328,16 @@ void scanner_run(void)
 		pthread_mutex_unlock(&tree_lock);
 		if (!taken)
 			return;
+		begun = monotonic_ns();
 		error = map_scan(&map, taken->content);
+		took = monotonic_ns() - begun;
+		note_size(taken, map, begun + took + (SIZE_SCANS * took > SIZE_NS ? SIZE_SCANS * took : SIZE_NS));
 		for (; taken; taken = next) {
 			next = taken->next;
-			opening_end(taken, map, error);
+			if (taken->sized)
+				sizing_end(taken);
+			else
+				opening_end(taken, map, error);
 		}
 		if (map)
 			map_put(map);

@@ -28,6 +28,7 @@ struct open_out {
 int reply(int dev, uint64_t unique, int error, const void *body, size_t len);
 
 /* fuse_names.c */
+int64_t attr_reply(const struct node *node, uint64_t size, uint8_t *out);
 int64_t do_lookup(const struct request *request, struct node *parent, uint8_t *out);
 int64_t do_getattr(const struct request *request, struct node *node, uint8_t *out);
 int64_t do_setattr(const struct request *request, struct node *node, uint8_t *out);
@@ -40,7 +41,9 @@ int64_t do_batch_forget(const struct request *request);
 void lookup_unsent(uint64_t id);
 
 /* fuse_open.c */
+int64_t queue_size(const struct fuse_in_header *head, const struct node *node);
 int64_t do_open(const struct request *request, struct node *node, uint8_t *out);
+int64_t do_fallocate(const struct request *request, struct node *node);
 int64_t do_release(const struct request *request, struct node *node);
 int64_t do_read(const struct request *request, struct node *node, uint8_t *out);
 int64_t do_interrupt(const struct request *request);

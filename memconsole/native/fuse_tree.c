@@ -42,6 +42,7 @@ static struct node *node_new(const char *name, size_t len, enum kind kind)
 	memcpy(node->name, name, len);
 	node->id = tree.next_id++;
 	node->kind = kind;
+	node->fd = -1;
 	node_touch(node);
 	bucket = id_bucket(node->id);
 	node->next_by_id = *bucket;
@@ -192,6 +193,8 @@ void node_drop_data(struct node *node)
 	if (node->kind == KIND_RAM && node->backing) {
 		backing_close(node->backing);
 		node->backing = 0;
+		close(node->fd);
+		node->fd = -1;
 		tree.ram_bytes -= node->size;
 	}
 	if (node->content)
@@ -257,17 +260,36 @@ void content_put(struct content *content)
 	free(content);
 }
 
-/* A handle's number, never 0; it owns content and map from here on. Returns -ENFILE if there is no room. */
-int64_t handle_open(struct node *node, struct content *content, struct map *map)
+/* Whether a user may have one more handle: root as long as there is room, all others leave it some and have a share. */
+static bool has_room_for(uint32_t uid)
+{
+	uint32_t others = 0, own = 0;
+
+	for (uint32_t slot = 0; uid && slot < HANDLES_MAX; slot++) {
+		const struct handle *handle = &tree.handles[slot];
+
+		others += handle->node && handle->uid;
+		own += handle->node && handle->uid == uid;
+	}
+	return own < HANDLES_OF_USER && others < HANDLES_MAX - HANDLES_OF_ROOT;
+}
+
+/*
+ * A handle's number, never 0; it owns content and map from here on. Returns -EMFILE if its user has as many as one may
+ * have, or all but root have, and -ENFILE if there is no room.
+ */
+int64_t handle_open(struct node *node, struct content *content, struct map *map, uint32_t uid)
 {
 	static uint32_t next;
 
+	if (!has_room_for(uid))
+		return -EMFILE;
 	for (uint32_t tries = 0; tries < HANDLES_MAX; tries++) {
 		uint32_t slot = next++ % HANDLES_MAX;
 
 		if (tree.handles[slot].node)
 			continue;
-		tree.handles[slot] = (struct handle){ node, content, map };
+		tree.handles[slot] = (struct handle){ node, content, map, uid };
 		tree.nr_handles++;
 		node->handles++;
 		return slot + 1;

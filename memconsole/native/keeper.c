@@ -354,7 +354,8 @@ static int greet(int client, bool room)
 static bool signalled(uint32_t number)
 {
 	if (keeper.held)
-		fprintf(stderr, "memconsole-keeper: signal %u ignored: %u descriptors are held\n", number, keeper.held);
+		fprintf(stderr, "memconsole-keeper: signal %u is ignored: it holds %u descriptors, whose memory would be lost\n",
+			number, keeper.held);
 	return !keeper.held;
 }
 
@@ -407,7 +408,7 @@ int main(int argc, char **argv)
 	if (status)
 		return status;
 	if (!foreground && (ready = daemon_detach()) < 0)
-		return daemon_fail(&self, "cannot go into the background");
+		return daemon_fail(&self, "go into", "the background");
 	guard();
 	if (daemon_prepare(&self) || daemon_ready(&self, path, ready))
 		return 1;

@@ -27,6 +27,11 @@
 
 #include <stdint.h>
 
+/*
+ * Raised when a peer of the version before would do or take for done something else: the keeper outlives the control
+ * process that started it, so old and new meet. Not for a new operation or flag, which an old keeper refuses by its code
+ * (BAD_OP, BAD_MESSAGE), nor for fields at the end of a status, which an old client passes over.
+ */
 #define KEEPER_VERSION 1
 #define KEEPER_NAME_LEN_MAX 255
 #define KEEPER_PAYLOAD_MAX 4096

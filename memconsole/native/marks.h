@@ -15,6 +15,7 @@
 
 #include "clock.h"
 #include "keeper_client.h"
+#include "patience.h"
 
 #define KILLED_MS 10000
 
@@ -68,19 +69,22 @@ static void mark_drop(int keeper, const char *guest)
 	keeper_request(keeper, OP_DROP, name, NULL, 0, &none);
 }
 
-/* Whether the process of a pidfd ends within some milliseconds. */
-static bool mark_ended(int pidfd, int within_ms)
+/* Whether the process of a pidfd has ended. */
+static bool mark_ended(int pidfd)
 {
 	struct pollfd p = { .fd = pidfd, .events = POLLIN };
 
-	return poll(&p, 1, within_ms) == 1;
+	return poll(&p, 1, 0) == 1;
 }
 
-/* Kill the process of a pidfd. Returns whether it is gone. */
-static bool mark_kill(int pidfd)
+/* Kill the process of a mark and its pidfd. Returns whether it is gone. */
+static bool mark_kill(int pidfd, const struct mark *mark)
 {
+	struct patience patience;
+
 	syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0);
-	return mark_ended(pidfd, KILLED_MS);
+	patience_begin(&patience, (pid_t)mark->pid, KILLED_MS);
+	return patience_poll(&patience, pidfd);
 }
 
 #endif

@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "pagescan.h"
+#include "userfault.h"
 
 #define CHUNK (1 << 17)		/* pagemap entries in a read: 1 MiB */
 #define MAX_PAGES (1ULL << 51)	/* an address space */
@@ -207,8 +208,9 @@ struct file {
  */
 static int open_file(struct file *file, int fd, struct mc_fail *fail)
 {
-	struct uffdio_api api = { .api = UFFD_API, .features = UFFD_FEATURE_MINOR_HUGETLBFS };
+	const char *call;
 	struct statfs fs;
+	uint64_t there;
 
 	*file = (struct file){ .fd = fd, .uffd = -1 };
 	if (fstatfs(fd, &fs))
@@ -216,16 +218,8 @@ static int open_file(struct file *file, int fd, struct mc_fail *fail)
 	if (fs.f_type != HUGETLBFS_MAGIC)
 		return MC_OK;
 	file->block = (uint64_t)fs.f_bsize;
-	file->uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
-	if (file->uffd < 0)
-		return mc_fail_errno(fail, "userfaultfd");
-	if (ioctl(file->uffd, UFFDIO_API, &api)) {
-		int code = mc_fail_errno(fail, "UFFDIO_API");
-
-		close(file->uffd);
-		return code;
-	}
-	return MC_OK;
+	file->uffd = userfault_open(UFFD_USER_MODE_ONLY, UFFD_FEATURE_MINOR_HUGETLBFS, &there, &call);
+	return file->uffd < 0 ? mc_fail_errno(fail, call) : MC_OK;
 }
 
 static int populate_hugetlb(const struct file *file, uint8_t *at, uint64_t length, struct mc_fail *fail)
@@ -261,11 +255,13 @@ static int scan_window(struct mc_scan *s, const struct file *file, uint64_t from
 	else if (madvise(at, length, MADV_POPULATE_READ))
 		code = mc_fail_errno(s->fail, "MADV_POPULATE_READ");
 	if (code)
-		return code;
+		return code;	/* and the room goes, with all that is mapped in it */
 	s->shift = from / s->page_size - (uintptr_t)at / s->page_size;
 	code = scan_range(s, (uintptr_t)at / s->page_size, pages);
-	if (munmap(at, length) && !code)
-		code = mc_fail_errno(s->fail, "munmap");
+	/* The room stays taken: a table that grows would be put into a gap of it, and end with the room. */
+	if (mmap(at, length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == MAP_FAILED &&
+	    !code)
+		code = mc_fail_errno(s->fail, "mmap");
 	return code;
 }
 

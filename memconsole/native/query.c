@@ -8,20 +8,15 @@
 
 #include "core.h"
 
-static uint64_t row_end(const struct mc_table *t, uint64_t row)
-{
-	return t->offset[row] + t->count[row];
-}
-
 /* The first row that ends behind `page`: the one that holds it, else the next; t->rows when there is none. */
-static uint64_t row_at(const struct mc_table *t, uint64_t page)
+uint64_t mc_row_at(const struct mc_table *t, uint64_t page)
 {
 	uint64_t low = 0, high = t->rows;
 
 	while (low < high) {
 		uint64_t middle = low + (high - low) / 2;
 
-		if (row_end(t, middle) > page)
+		if (mc_row_end(t, middle) > page)
 			high = middle;
 		else
 			low = middle + 1;
@@ -32,7 +27,7 @@ static uint64_t row_at(const struct mc_table *t, uint64_t page)
 /* The row that holds a page, or -1. */
 int64_t mc_lookup(const struct mc_table *t, uint64_t page)
 {
-	uint64_t row = row_at(t, page);
+	uint64_t row = mc_row_at(t, page);
 
 	return row < t->rows && t->offset[row] <= page ? (int64_t)row : -1;
 }
@@ -129,7 +124,7 @@ int mc_table_by_frame(struct mc_table *t, const struct mc_table *from, struct mc
 		uint64_t row = refs[i].value, frame = refs[i].key, stop = frame + from->count[row];
 		uint64_t skip = frame < end ? end - frame : 0;
 
-		if (row_end(from, row) > 1ULL << 55)
+		if (mc_row_end(from, row) > 1ULL << 55)
 			code = mc_fail(fail, MC_RANGE, 0, "a page is beyond 55 bits");
 		else if (stop > end)
 			code = mc_table_push(t, frame + skip, from->offset[row] + skip, (uint32_t)(stop - frame - skip),
@@ -159,12 +154,12 @@ int mc_bin(const struct mc_table *t, uint64_t first, uint64_t pages, uint64_t ce
 	memset(swapped, 0, cells * 8);
 	memset(huge, 0, cells * 8);
 	memset(runs, 0, cells * 8);
-	row = row_at(t, first);
+	row = mc_row_at(t, first);
 	for (uint64_t cell = 0; cell < cells; cell++) {
 		uint64_t to = first + (uint64_t)((unsigned __int128)pages * (cell + 1) / cells);
 
 		for (; row < t->rows && t->offset[row] < to; row++) {
-			uint64_t end = row_end(t, row), begin = t->offset[row] > from ? t->offset[row] : from;
+			uint64_t end = mc_row_end(t, row), begin = t->offset[row] > from ? t->offset[row] : from;
 			uint64_t n = (end < to ? end : to) - begin;
 
 			if (begin < to) {
@@ -205,7 +200,7 @@ static uint64_t start_of(const struct cursor *c)
 static void advance(struct cursor *c, uint64_t to)
 {
 	c->at = to;
-	while (!ended(c) && row_end(c->table, c->row) <= to)
+	while (!ended(c) && mc_row_end(c->table, c->row) <= to)
 		c->row++;
 }
 
@@ -219,7 +214,7 @@ static uint64_t seen(const struct cursor *c, uint64_t at, uint64_t *pfn, uint32_
 		return start;
 	*flags = c->table->flags[c->row];
 	*pfn = c->table->pfn[c->row] + (at - c->table->offset[c->row]) * mc_step(*flags);
-	return row_end(c->table, c->row);
+	return mc_row_end(c->table, c->row);
 }
 
 /* Whether b goes on where a ends, on both sides. */

@@ -5,7 +5,6 @@
  *   memconsole-resume --rehearse [--plan NAME] [--runtime DIR]
  *                                                 the same with what the keeper holds, on the kernel that runs; the
  *                                                 plan is "manifest", or what custody calls so
- *   memconsole-resume --moment                    prints the three clocks of clock.h
  *
  * It retrieves every fd of the boot plan (bootplan.h) into the custody of the keeper, which it starts if none runs;
  * compares where pages are with where they were; starts the VMMs whose memory is whole; finishes the sessions; and
@@ -24,7 +23,7 @@
  *
  * Exit status: 0 every guest goes on, 1 nothing was adopted and everything is where it was, 2 usage, 4 not all is as the
  * plan says (stderr and the record say what), 6 nothing was handed over, or it was taken over already: a boot like any
- * other.
+ * other, 7 another process had the device open all the time (stderr says which): to be started again.
  */
 #define _GNU_SOURCE
 #include <libgen.h>
@@ -41,6 +40,12 @@
 #include "resume.h"
 #include "resume_json.h"
 #include "starter.h"
+
+/*
+ * Raised when the control process of the version before would take a guest, a moment or a file of the record for
+ * something else: a field that is gone or means something else. Not for a new field, which it passes over.
+ */
+#define RECORD_VERSION 1
 
 struct resume r = { .manifest = MANIFEST, .keeper = -1, .device = -1, .lock = -1 };
 
@@ -83,7 +88,7 @@ static void read_plan(int manifest)
 		munmap(at, (size_t)st.st_size);
 	}
 	if (r.plan.fault)
-		finding("plan-broken", MANIFEST, "%s: no guest is started; what could be found of it is in custody",
+		finding("plan-broken", MANIFEST, "the boot plan is broken (%s): no guest is started; what could be read of it is in custody",
 			r.plan.fault);
 }
 
@@ -198,7 +203,7 @@ static void start_guests(void)
 		struct guest *g = &r.guests[i];
 
 		if (g->pid && g->say && pthread_create(&g->thread, NULL, guest_converse, g)) {
-			snprintf(g->why, sizeof(g->why), "there is no thread for its monitor");
+			snprintf(g->why, sizeof(g->why), "no thread can be started that talks to its monitor");
 			g->say = NULL;
 		}
 	}
@@ -243,7 +248,8 @@ static void finish_session(struct session *s)
 	if (s->fd < 0)
 		return;
 	if (!s->whole || r.plan.fault) {	/* what may still be inside stays there */
-		finding("session-kept", s->name, "it is kept as incoming:%s for what else may be in it", s->name);
+		finding("session-kept", s->name, "the session is kept as incoming:%s: files that no entry refers to may be in it",
+			s->name);
 		keep_session(s);
 		return;
 	}
@@ -251,7 +257,7 @@ static void finish_session(struct session *s)
 	err = luo_finish(s->fd);
 	point("finish", s->name, "after");
 	if (err) {
-		finding("session-unfinished", s->name, "%s", strerror(-err));
+		finding("session-unfinished", s->name, "the kernel does not finish the session: %s", strerror(-err));
 		keep_session(s);
 		return;
 	}
@@ -311,7 +317,7 @@ static bool record(void)
 
 	if (!out)
 		return false;
-	fprintf(out, "{\"version\":1,\"mode\":\"%s\",\"phases\":[", r.rehearsal ? "rehearse" : "luo");
+	fprintf(out, "{\"version\":%d,\"mode\":\"%s\",\"phases\":[", RECORD_VERSION, r.rehearsal ? "rehearse" : "luo");
 	for (int i = 0; i < r.nr_phases; i++) {
 		fprintf(out, "%s{\"name\":\"%s\",\"at\":", i ? "," : "", r.phases[i].name);
 		put_moment(out, &r.phases[i].at);
@@ -374,7 +380,7 @@ static enum result resume(void)
 	if (r.held && r.guests && !r.rehearsal)
 		r.sessions = realloc(r.sessions, (r.plan.nr_holds + 1) * sizeof(*r.sessions));
 	if (!r.held || !r.guests || !r.sessions) {
-		finding("no-memory", MANIFEST, "there is no memory to carry the plan out");
+		finding("no-memory", MANIFEST, "memconsole-resume has no memory to carry out the boot plan");
 		r.homeless = true;
 		return FINDINGS;
 	}
@@ -397,13 +403,13 @@ static enum result resume(void)
 	if (record())
 		tidy();
 	else
-		finding("no-record", RECORD, "what was done could not be written down");
+		finding("no-record", RECORD, "the record of what was done cannot be put into custody");
 	return r.nr_findings ? FINDINGS : DONE;
 }
 
 static int usage(void)
 {
-	fprintf(stderr, "usage: memconsole-resume [--rehearse [--plan NAME]] [--runtime DIR] | --moment\n");
+	fprintf(stderr, "usage: memconsole-resume [--rehearse [--plan NAME]] [--runtime DIR]\n");
 	return USAGE;
 }
 
@@ -414,13 +420,6 @@ int main(int argc, char **argv)
 	enum result result;
 	int err;
 
-	if (argc == 2 && strcmp(argv[1], "--moment") == 0) {
-		struct moment now = moment_now();
-
-		printf("%llu %llu %llu\n", (unsigned long long)now.ticks, (unsigned long long)now.boottime_ns,
-		       (unsigned long long)now.realtime_ns);
-		return DONE;
-	}
 	for (int i = 1; i < argc; i++) {
 		if (strcmp(argv[i], "--rehearse") == 0)
 			r.rehearsal = true;
@@ -444,7 +443,7 @@ int main(int argc, char **argv)
 	if (!err)
 		err = take_lock(runtime);
 	if (!r.findings || !r.sessions || err) {
-		fprintf(stderr, "memconsole-resume: %s: %s\n", runtime, strerror(err ? -err : ENOMEM));
+		fprintf(stderr, "memconsole-resume: cannot use the runtime directory %s: %s\n", runtime, strerror(err ? -err : ENOMEM));
 		return FAILED;
 	}
 	result = resume();

@@ -19,11 +19,13 @@
 #define RECORD "resume"
 #define LANDED "landed"			/* what the control process that took over makes of the record */
 #define RUNTIME "/run/memconsole"
-#define PATIENCE_NS 5000000000ull	/* with another opener of the device */
+#ifndef PATIENCE_NS
+#define PATIENCE_NS 60000000000ull	/* with another opener of the device; then the unit starts this anew */
+#endif
 #define ALIVE_NS 300000000ull		/* a VMM that lives so long has taken its state */
 #define PHASES_MAX 16
 
-enum result { DONE, FAILED, USAGE, FINDINGS = 4, NOTHING = 6 };
+enum result { DONE, FAILED, USAGE, FINDINGS = 4, NOTHING = 6, DEVICE_BUSY = 7 };
 
 struct held {
 	int fd;			/* -1: lost */
@@ -51,6 +53,7 @@ struct resume {
 	struct session *sessions;
 	size_t nr_sessions;
 	struct guest *guests;	/* a start each */
+	bool waited;		/* for the device, which another process had open */
 	bool homeless;		/* a fd is in nobody's custody */
 	struct {
 		const char *name;

@@ -2,6 +2,7 @@
  * How memconsole-resume comes by what was handed over, and whose custody it is in meanwhile; resume.c says in what order.
  */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
@@ -99,7 +100,7 @@ static bool keep(const char *name, int fd, const void *payload, size_t length)
 			return true;	/* an earlier start of this program came so far */
 		/* what somebody put there since the boot is not thrown out */
 		snprintf(other, sizeof(other), "resumed:%s", name);
-		finding("name-taken", name, "custody holds another file of this name; it is kept as %s", other);
+		finding("name-taken", name, "custody holds another file of this name; the one from the previous kernel is kept as %s", other);
 		name = other;
 	}
 	if (r.keeper >= 0)
@@ -108,13 +109,68 @@ static bool keep(const char *name, int fd, const void *payload, size_t length)
 		return true;
 	r.homeless = true;
 	if (code < 0)
-		finding("not-in-custody", name, "the keeper did not take it: %s", strerror(-code));
+		finding("not-in-custody", name, "the keeper cannot be given it: %s", strerror(-code));
 	else
-		finding("not-in-custody", name, "the keeper did not take it (code %d)", code);
+		finding("not-in-custody", name, "the keeper refused it (code %d)", code);
 	return false;
 }
 
 /* --- retrieve -------------------------------------------------------------------------------------------- */
+
+/* The process that has the device open and its name, or 0: it has one opener at a time. */
+static int device_holder(char *name, size_t size)
+{
+	DIR *proc = opendir("/proc"), *fds;
+	struct dirent *process, *entry;
+	char path[600], link[64];
+	ssize_t got;
+	int found = 0, fd;
+
+	while (proc && !found && (process = readdir(proc))) {
+		if (process->d_name[0] < '1' || process->d_name[0] > '9')
+			continue;
+		snprintf(path, sizeof(path), "/proc/%s/fd", process->d_name);
+		fds = opendir(path);
+		while (fds && !found && (entry = readdir(fds))) {
+			snprintf(path, sizeof(path), "/proc/%s/fd/%s", process->d_name, entry->d_name);
+			got = readlink(path, link, sizeof(link) - 1);
+			link[got < 0 ? 0 : got] = 0;
+			if (!strcmp(link, LUO_DEVICE))
+				found = atoi(process->d_name);
+		}
+		if (fds)
+			closedir(fds);
+	}
+	if (proc)
+		closedir(proc);
+	snprintf(path, sizeof(path), "/proc/%d/comm", found);
+	fd = found ? open(path, O_RDONLY | O_CLOEXEC) : -1;
+	got = fd < 0 ? 0 : read(fd, name, size - 1);
+	name[got > 0 ? got - 1 : 0] = 0;	/* it ends with a newline */
+	if (fd >= 0)
+		close(fd);
+	return found;
+}
+
+/* Whether to try the device again; says once who has it, and notes that it was waited for. */
+static bool wait_for_device(uint64_t deadline)
+{
+	char name[64], who[96] = "a process that /proc does not show";
+	int pid;
+
+	if (clock_ns(CLOCK_MONOTONIC) >= deadline)
+		return false;
+	if (!r.waited) {
+		pid = device_holder(name, sizeof(name));
+		if (pid)
+			snprintf(who, sizeof(who), "process %d (%s)", pid, name);
+		fprintf(stderr, "memconsole-resume: %s is busy: %s has it open; waiting\n", LUO_DEVICE, who);
+		finding("device-busy", LUO_DEVICE, "%s had it open: memconsole-resume waited for it", who);
+		r.waited = true;
+	}
+	wait_ns(AGAIN_NS);
+	return true;
+}
 
 static int open_device(void)
 {
@@ -124,8 +180,7 @@ static int open_device(void)
 		r.device = open(LUO_DEVICE, O_RDWR | O_CLOEXEC);
 		if (r.device >= 0 || errno != EBUSY)
 			return r.device < 0 ? -errno : 0;
-		wait_ns(AGAIN_NS);
-	} while (clock_ns(CLOCK_MONOTONIC) < deadline);
+	} while (wait_for_device(deadline));
 	return -EBUSY;
 }
 
@@ -161,14 +216,12 @@ static int retrieve(const char *name, bool *held)
 	}
 	do {
 		code = keeper_request(r.keeper, OP_LAND, in_custody, name, strlen(name), &fd);
-		if (code == -EBUSY)
-			wait_ns(AGAIN_NS);
-	} while (code == -EBUSY && clock_ns(CLOCK_MONOTONIC) < deadline);
+	} while (code == -EBUSY && wait_for_device(deadline));
 	point("session", name, "landed");
 	if (code < 0)
 		return code;
 	if (code) {
-		finding("not-in-custody", in_custody, "the keeper did not take it (code %d)", code);
+		finding("not-in-custody", in_custody, "the keeper refused it (code %d)", code);
 		r.homeless = true;
 		return retrieve_alone(name);
 	}
@@ -220,7 +273,7 @@ void get(const struct plan_hold *h, struct held *held)
 			return;
 		if (s->err)
 			finding("session-missing", s->name, "%s",
-				s->err == -EINVAL ? "it was retrieved already" : strerror(-s->err));
+				s->err == -EINVAL ? "another process retrieved the session before" : strerror(-s->err));
 		s->err = 0;
 		finding("lost", h->name, "its session %s cannot be retrieved", h->session);
 		return;
@@ -234,7 +287,7 @@ void get(const struct plan_hold *h, struct held *held)
 		held->fd = -ENOENT;
 	}
 	if (held->fd < 0) {
-		finding("lost", h->name, "token %llu of session %s: %s", (unsigned long long)h->token, h->session,
+		finding("lost", h->name, "the kernel does not give token %llu of session %s: %s", (unsigned long long)h->token, h->session,
 			strerror(-held->fd));
 		held->fd = -1;
 		s->whole = false;
@@ -255,7 +308,8 @@ int get_manifest(void)
 		if (err == NOT_FOUND)
 			return -1000 - NOTHING;
 		if (err) {
-			fprintf(stderr, "memconsole-resume: %s: %s\n", r.keeper_path, err < 0 ? strerror(-err) : "refused");
+			fprintf(stderr, "memconsole-resume: cannot ask the keeper at %s for the plan: %s\n", r.keeper_path,
+				err < 0 ? strerror(-err) : "it refused");
 			return -1000 - FAILED;
 		}
 		r.recorded = is_kept(RECORD);
@@ -272,15 +326,17 @@ int get_manifest(void)
 			keeper_request(r.keeper, OP_QUIT, "", NULL, 0, &fd);	/* not if it holds something */
 		if (s->fd == -ENOENT || s->fd == -ENXIO || s->fd == -ENODEV)
 			return -1000 - NOTHING;
-		fprintf(stderr, "memconsole-resume: session %s: %s\n", MANIFEST_SESSION,
-			s->fd == -EINVAL ? "it was retrieved already" : strerror(-s->fd));
-		return -1000 - FAILED;
+		fprintf(stderr, "memconsole-resume: cannot retrieve session %s: %s\n", MANIFEST_SESSION,
+			s->fd == -EINVAL ? "another process retrieved it before" : strerror(-s->fd));
+		return -1000 - (s->fd == -EBUSY ? DEVICE_BUSY : FAILED);
 	}
+	if (r.waited)
+		phase("device");
 	if (is_kept(LANDED))
 		return -1000 - NOTHING;
 	if (no_keeper)
 		finding("no-keeper", r.keeper_path, "%s",
-			no_keeper == -ECANCELED ? "it does not start" : strerror(-no_keeper));
+			no_keeper == -ECANCELED ? "the keeper does not start" : strerror(-no_keeper));
 	phase("keeper");
 	r.recorded = is_kept(RECORD);
 	fd = luo_file(s->fd, MANIFEST_TOKEN);
@@ -291,7 +347,7 @@ int get_manifest(void)
 			return err;
 	}
 	if (fd < 0) {
-		finding("lost", MANIFEST, "token %d of session %s: %s", MANIFEST_TOKEN, MANIFEST_SESSION, strerror(-fd));
+		finding("lost", MANIFEST, "the kernel does not give token %d of session %s: %s", MANIFEST_TOKEN, MANIFEST_SESSION, strerror(-fd));
 		s->whole = false;
 		return fd;
 	}

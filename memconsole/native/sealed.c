@@ -12,7 +12,7 @@
  *   flags   := u32, PRESENT or SWAP and the rest; absent pages have no row
  *   checksum:= xxh3-128 (canonical) of the header before it and of all columns
  *
- * Sealing forbids any further change, so that a receiver may map the memfd without fear.
+ * Sealing forbids any further change by others than its maker; a receiver, who cannot know its maker, takes a copy.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -25,8 +25,14 @@
 #include "core.h"
 #include "xxh.h"
 
+/*
+ * Raised with every change of the header, the columns, what the checksum covers or what a flag means: a table is taken
+ * whole or not at all, so a reader refuses every other version, and there is nothing in it that it could pass over.
+ */
+#define TABLE_VERSION 1
 #define HEADER 64
 #define ROW 24
+#define CHUNK (1u << 20)
 /* Not F_SEAL_WRITE: proving that nobody writes costs a drain of every CPU; here nobody ever had it mapped. */
 #define SEALS (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE)
 
@@ -109,7 +115,7 @@ static struct mc_table *new_opened(struct mc_fail *fail)
 static int seal_into(struct mc_table *t, const struct mc_table *from, struct mc_fail *fail)
 {
 	struct header header = {
-		.version = 1, .page_size = from->page_size, .rows = from->rows,
+		.version = TABLE_VERSION, .page_size = from->page_size, .rows = from->rows,
 		.first = from->first, .end = from->end, .pages = from->pages,
 	};
 	int code;
@@ -182,7 +188,7 @@ static int header_rows(const struct header *header, uint64_t size, uint64_t *row
 {
 	if (size < HEADER || memcmp(header->magic, magic, sizeof(magic)))
 		return mc_fail(fail, MC_FORMAT, 0, "it does not begin like a table of extents");
-	if (header->version != 1)
+	if (header->version != TABLE_VERSION)
 		return mc_fail(fail, MC_FORMAT, 0, "it is of a version this memconsole does not know");
 	if (header->rows > MC_MAX_ROWS || size != HEADER + header->rows * ROW)
 		return mc_fail(fail, MC_FORMAT, 0, "it is truncated, or longer than its header says");
@@ -226,42 +232,31 @@ int mc_table_load(struct mc_table **out, const void *bytes, uint64_t length, str
 	return code;
 }
 
-/* A file somebody could still shrink or write: its bytes as they are now, in a table of its own. */
-static int load_file(struct mc_table **out, int fd, uint64_t size, struct mc_fail *fail)
+/* The bytes of a file as they are now, whatever becomes of it meanwhile, in a memfd that is this table's alone. */
+static int copy_file(struct mc_table *t, int fd, uint64_t size, struct mc_fail *fail)
 {
-	uint8_t *bytes = malloc(size);
+	uint8_t *chunk = malloc(CHUNK);
 	uint64_t done = 0;
-	int code;
+	int code = chunk ? make_memfd(t, fail) : mc_fail(fail, MC_MEMORY, ENOMEM, "malloc");
 
-	if (!bytes)
-		return mc_fail(fail, MC_MEMORY, ENOMEM, "malloc");
-	while (done < size) {
-		ssize_t n = pread(fd, bytes + done, size - done, (off_t)done);
+	while (!code && done < size) {
+		ssize_t n = pread(fd, chunk, size - done < CHUNK ? size - done : CHUNK, (off_t)done);
 
-		if (n <= 0) {
+		if (n > 0)
+			code = write_all(t->fd, chunk, (uint64_t)n, fail);
+		else
 			code = n ? mc_fail_errno(fail, "pread") : mc_fail(fail, MC_FORMAT, 0, "it shrank while read");
-			free(bytes);
-			return code;
-		}
-		done += (uint64_t)n;
+		done += n > 0 ? (uint64_t)n : 0;
 	}
-	code = mc_table_load(out, bytes, size, fail);
-	free(bytes);
-	return code;
+	free(chunk);
+	return code ? code : seal_memfd(t, fail);
 }
 
-/*
- * A table from an fd that holds one: mapped in place where it is sealed against change, else copied. The fd
- * stays the caller's.
- * Errors: MC_FORMAT (foreign, truncated, corrupt), MC_KERNEL, MC_MEMORY.
- */
-int mc_table_open(struct mc_table **out, int fd, struct mc_fail *fail)
+/* Reads the header of what an fd holds, and the number of rows that it promises. */
+static int read_header(int fd, uint64_t *size, uint64_t *rows, struct mc_fail *fail)
 {
-	int seals = fcntl(fd, F_GET_SEALS), code;
 	struct header header;
-	struct mc_table *t;
 	struct stat st;
-	uint64_t rows;
 	ssize_t n;
 
 	if (fstat(fd, &st))
@@ -269,16 +264,57 @@ int mc_table_open(struct mc_table **out, int fd, struct mc_fail *fail)
 	n = pread(fd, &header, HEADER, 0);
 	if (n < 0)
 		return mc_fail_errno(fail, "pread");
-	code = header_rows(&header, n < HEADER ? 0 : (uint64_t)st.st_size, &rows, fail);
-	if (code)
+	*size = n < HEADER ? 0 : (uint64_t)st.st_size;
+	return header_rows(&header, *size, rows, fail);
+}
+
+static int open_into(struct mc_table *t, int fd, struct mc_fail *fail)
+{
+	uint64_t size, rows;
+	int code;
+
+	if ((code = read_header(fd, &size, &rows, fail)) || (code = copy_file(t, fd, size, fail)) ||
+	    (code = read_header(t->fd, &size, &rows, fail)))
 		return code;
-	if (seals < 0 || (seals & SEALS) != SEALS)
-		return load_file(out, fd, (uint64_t)st.st_size, fail);
-	t = new_opened(fail);
-	if (!t)
-		return MC_MEMORY;
-	t->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
-	code = t->fd < 0 ? mc_fail_errno(fail, "F_DUPFD_CLOEXEC") : adopt(t, rows, fail);
+	return adopt(t, rows, fail);
+}
+
+/*
+ * A table from an fd that holds one, always from a copy of its own: seals do not say that nobody can write. Under
+ * F_SEAL_FUTURE_WRITE a mapping made before it still does, and what was checked would change. The fd stays the caller's.
+ * Errors: MC_FORMAT (foreign, truncated, corrupt), MC_KERNEL, MC_MEMORY.
+ */
+int mc_table_open(struct mc_table **out, int fd, struct mc_fail *fail)
+{
+	struct mc_table *t = new_opened(fail);
+	int code = t ? open_into(t, fd, fail) : MC_MEMORY;
+
+	if (code)
+		mc_table_free(t);
+	else
+		*out = t;
+	return code;
+}
+
+static int share_into(struct mc_table *t, const struct mc_table *sealed, struct mc_fail *fail)
+{
+	t->page_size = sealed->page_size;
+	t->first = sealed->first;
+	t->end = sealed->end;
+	t->pages = sealed->pages;
+	t->fd = fcntl(sealed->fd, F_DUPFD_CLOEXEC, 3);
+	return t->fd < 0 ? mc_fail_errno(fail, "F_DUPFD_CLOEXEC") : map_sealed(t, sealed->rows, fail);
+}
+
+/*
+ * The same table once more, of one that is sealed, in the same memfd: it was made or checked here, and stays.
+ * Errors: MC_KERNEL, MC_MEMORY.
+ */
+int mc_table_share(struct mc_table **out, const struct mc_table *sealed, struct mc_fail *fail)
+{
+	struct mc_table *t = new_opened(fail);
+	int code = t ? share_into(t, sealed, fail) : MC_MEMORY;
+
 	if (code)
 		mc_table_free(t);
 	else

@@ -21,6 +21,8 @@
 #include "bootplan.h"
 #include "faultpoint.h"
 #include "marks.h"
+#include "patience.h"
+#include "proctext.h"
 
 #define OUT_OF_THE_WAY 1100	/* above every number a VMM's fds may have */
 #define ANSWER_MAX 65536
@@ -40,6 +42,7 @@ struct guest {
 	struct moment at;		/* when it was started, or its monitor said the last of what was awaited */
 	char why[256];			/* what is wrong with it */
 	pthread_t thread;
+	struct patience patience;	/* with its monitor */
 };
 
 /* Make a directory and those above it. Returns 0 or -errno. */
@@ -71,16 +74,10 @@ static uint64_t start_ticks(pid_t pid)
 {
 	char path[64], text[1024], *at;
 	unsigned long long ticks = 0;
-	ssize_t got;
-	int fd;
 
 	snprintf(path, sizeof(path), "/proc/%d/stat", (int)pid);
-	fd = open(path, O_RDONLY | O_CLOEXEC);
-	if (fd < 0)
+	if (!proc_text(path, text, sizeof(text)))
 		return 0;
-	got = read(fd, text, sizeof(text) - 1);
-	close(fd);
-	text[got > 0 ? got : 0] = 0;
 	at = strrchr(text, ')');
 	if (!at || sscanf(at + 1, " %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d %*d %llu",
 			  &ticks) != 1)
@@ -137,14 +134,14 @@ static bool guest_found(struct guest *g, int keeper)
 	if (pidfd < 0)
 		return false;
 	if (!mark.may_run) {
-		if (!mark_kill(pidfd))
-			snprintf(g->why, sizeof(g->why), "its VMM, %u, waits for its state and cannot be killed", mark.pid);
+		if (!mark_kill(pidfd, &mark))
+			snprintf(g->why, sizeof(g->why), "its VMM, process %u, still waits for its state and cannot be killed", mark.pid);
 		else
 			mark_drop(keeper, g->start->guest);
 		close(pidfd);
 		return g->why[0];
 	}
-	if (mark_ended(pidfd, 0)) {
+	if (mark_ended(pidfd)) {
 		snprintf(g->why, sizeof(g->why), "its VMM has ended; see %s", g->start->log);
 		close(pidfd);
 		return true;
@@ -166,21 +163,22 @@ static int guest_start(struct guest *g, const int *fds, int keeper)
 	ssize_t got;
 
 	if (err) {
-		snprintf(g->why, sizeof(g->why), "%s: %s", s->directory, strerror(-err));
+		snprintf(g->why, sizeof(g->why), "its directory %.120s cannot be made: %s", s->directory, strerror(-err));
 		return -1;
 	}
 	log = open(s->log, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
 	if (log < 0) {
-		snprintf(g->why, sizeof(g->why), "%s: %s", s->log, strerror(errno));
+		snprintf(g->why, sizeof(g->why), "its log %.120s cannot be opened: %s", s->log, strerror(errno));
 		return -1;
 	}
 	if ((s->uid || s->gid) && (fchown(log, s->uid, s->gid) || chown(s->directory, s->uid, s->gid))) {
-		snprintf(g->why, sizeof(g->why), "%s: %s", s->directory, strerror(errno));
+		snprintf(g->why, sizeof(g->why), "its directory %.100s cannot be given to user %u: %s", s->directory,
+			 (unsigned int)s->uid, strerror(errno));
 		close(log);
 		return -1;
 	}
 	if (pipe2(ends, O_CLOEXEC) < 0) {
-		snprintf(g->why, sizeof(g->why), "pipe: %s", strerror(errno));
+		snprintf(g->why, sizeof(g->why), "no pipe can be made to start its VMM: %s", strerror(errno));
 		close(log);
 		return -1;
 	}
@@ -196,8 +194,8 @@ static int guest_start(struct guest *g, const int *fds, int keeper)
 	got = err ? 0 : read(ends[0], &err, sizeof(err));
 	close(ends[0]);
 	if (err || got) {
-		snprintf(g->why, sizeof(g->why), "%s: %s", s->words[0],
-			 err == ENOLCK ? "that it starts cannot be marked in custody" : strerror(err));
+		snprintf(g->why, sizeof(g->why), "its VMM %.120s cannot be started: %s", s->words[0],
+			 err == ENOLCK ? "custody takes no note that it starts" : strerror(err));
 		if (g->pid > 0)
 			waitpid(g->pid, NULL, 0);
 		g->pid = 0;
@@ -215,7 +213,7 @@ static bool guest_ended(struct guest *g)
 	int status;
 
 	if (g->pid && g->pidfd >= 0) {
-		if (!mark_ended(g->pidfd, 0))
+		if (!mark_ended(g->pidfd))
 			return false;
 		snprintf(g->why, sizeof(g->why), "its VMM has ended; see %s", g->start->log);
 		g->pid = 0;
@@ -233,7 +231,7 @@ static bool guest_ended(struct guest *g)
 }
 
 /* Connect to a monitor that may not be there yet. Returns a socket, or -1 and why. */
-static int monitor_connect(struct guest *g, uint64_t deadline)
+static int monitor_connect(struct guest *g)
 {
 	struct sockaddr_un to = { .sun_family = AF_UNIX };
 
@@ -242,33 +240,37 @@ static int monitor_connect(struct guest *g, uint64_t deadline)
 		return -1;
 	}
 	strcpy(to.sun_path, g->say->socket);
-	while (clock_ns(CLOCK_MONOTONIC) < deadline && !guest_ended(g)) {
+	while (!guest_ended(g)) {
 		int sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 
 		if (sock >= 0 && connect(sock, (struct sockaddr *)&to, sizeof(to)) == 0)
 			return sock;
-		snprintf(g->why, sizeof(g->why), "its monitor: %s", strerror(errno));
+		snprintf(g->why, sizeof(g->why), "its monitor cannot be reached: %s", strerror(errno));
 		if (sock >= 0)
 			close(sock);
+		if (!patience_left(&g->patience))
+			break;
 		wait_ns(AGAIN_NS);
 	}
 	return -1;
 }
 
+static int monitor_silent(struct guest *g)
+{
+	snprintf(g->why, sizeof(g->why), "its monitor does not answer within %u ms", g->say->within_ms);
+	return -1;
+}
+
 /* The next line a monitor says, without its end, in ``line``. Returns 0, or -1 and why. */
-static int monitor_hear(struct guest *g, int sock, char *line, uint64_t deadline)
+static int monitor_hear(struct guest *g, int sock, char *line)
 {
 	size_t used = 0;
 
 	while (used < ANSWER_MAX - 1) {
-		struct pollfd p = { .fd = sock, .events = POLLIN };
-		uint64_t now = clock_ns(CLOCK_MONOTONIC);
 		ssize_t got;
 
-		if (now >= deadline || poll(&p, 1, (int)((deadline - now) / 1000000) + 1) <= 0) {
-			snprintf(g->why, sizeof(g->why), "its monitor does not answer within %u ms", g->say->within_ms);
-			return -1;
-		}
+		if (!patience_poll(&g->patience, sock))
+			return monitor_silent(g);
 		got = read(sock, line + used, 1);	/* a line at a time: what follows is another answer */
 		if (got <= 0) {
 			snprintf(g->why, sizeof(g->why), "its monitor went away");
@@ -292,7 +294,7 @@ static int monitor_tell(struct guest *g, int sock, const char *text)
 		ssize_t n = send(sock, text, left, MSG_NOSIGNAL);
 
 		if (n <= 0) {
-			snprintf(g->why, sizeof(g->why), "its monitor: %s", strerror(errno));
+			snprintf(g->why, sizeof(g->why), "its monitor cannot be told anything: %s", strerror(errno));
 			return -1;
 		}
 		text += n;
@@ -302,21 +304,23 @@ static int monitor_tell(struct guest *g, int sock, const char *text)
 }
 
 /* Say a line until what is returned contains what is awaited. Returns 0, or -1 and why. */
-static int monitor_ask(struct guest *g, int sock, const struct plan_line *l, char *line, uint64_t deadline)
+static int monitor_ask(struct guest *g, int sock, const struct plan_line *l, char *line)
 {
 	for (;;) {
 		if (monitor_tell(g, sock, l->line) || monitor_tell(g, sock, "\n"))
 			return -1;
 		do
-			if (monitor_hear(g, sock, line, deadline))
+			if (monitor_hear(g, sock, line))
 				return -1;
 		while (strncmp(line, "{\"return\"", 9) && strncmp(line, "{\"error\"", 8));
 		if (line[2] == 'e') {
-			snprintf(g->why, sizeof(g->why), "%.100s: %.140s", l->line, line);
+			snprintf(g->why, sizeof(g->why), "its monitor answers %.100s with %.120s", l->line, line);
 			return -1;
 		}
 		if (strstr(line, l->until))
 			return 0;
+		if (!patience_left(&g->patience))
+			return monitor_silent(g);
 		wait_ns(AGAIN_NS);
 	}
 }
@@ -336,7 +340,7 @@ static int guest_told(struct guest *g)
 	g->told = true;
 	if (code == OK)
 		return 0;
-	snprintf(g->why, sizeof(g->why), "it cannot be marked that it goes on (%d)", code);
+	snprintf(g->why, sizeof(g->why), "custody takes no note that it goes on (code %d)", code);
 	return -1;
 }
 
@@ -344,13 +348,15 @@ static int guest_told(struct guest *g)
 static void *guest_converse(void *argument)
 {
 	struct guest *g = argument;
-	uint64_t deadline = clock_ns(CLOCK_MONOTONIC) + g->say->within_ms * 1000000ull;
-	int sock = monitor_connect(g, deadline), err = sock < 0;
 	bool behind = g->told;
 	char *line = malloc(ANSWER_MAX);
+	int sock, err;
 
+	patience_begin(&g->patience, g->pid, g->say->within_ms);
+	sock = monitor_connect(g);
+	err = sock < 0;
 	if (!err)
-		err = !line || monitor_hear(g, sock, line, deadline);	/* the greeting */
+		err = !line || monitor_hear(g, sock, line);	/* the greeting */
 	for (uint16_t i = 0; !err && i < g->say->nr_lines; i++) {
 		const struct plan_line *l = &g->say->lines[i];
 		char number[8];
@@ -361,7 +367,7 @@ static void *guest_converse(void *argument)
 		}
 		if (err || (behind && i))	/* the first is the greeting of a connection */
 			continue;
-		err = monitor_ask(g, sock, l, line, deadline);
+		err = monitor_ask(g, sock, l, line);
 		snprintf(number, sizeof(number), "%u", i);
 		point("say", g->start->guest, number);
 	}

@@ -6,71 +6,68 @@ last one is in front.
 
 from __future__ import annotations
 
-import asyncio
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from textual import events
 from textual.app import ComposeResult, SystemCommand
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.command import Provider
 from textual.driver import Driver
 from textual.drivers.linux_driver import LinuxDriver
 from textual.screen import Screen
+from textual.theme import Theme
 from textual.widget import Widget
-from textual.widgets import Input
 
-from memconsole import macros
-from memconsole.errors import MemconsoleError, UsageError
+from memconsole import keys
+from memconsole.command import CommandLine
+from memconsole.commandlog import CommandLog
+from memconsole.errors import UsageError
 from memconsole.fields import TABLES
 from memconsole.macros import Macro
+from memconsole.model import Event
 from memconsole.source import Source
-from memconsole.views import settings as settings_module
-from memconsole.views import terminal
-from memconsole.views.commands import Commands, LineSuggester, run_line
-from memconsole.views.headline import headline
-from memconsole.views.looks import THEME
+from memconsole.views import terminal, themes
+from memconsole.views.bound import bound
+from memconsole.views.commands import Commands
+from memconsole.views.completing import complete
+from memconsole.views.doing import LONG
+from memconsole.views.headline import headline, trouble_lines
+from memconsole.views.helping import helped
 from memconsole.views.painting import Views
-from memconsole.views.screens import listing
+from memconsole.views.places import Place, place_of
+from memconsole.views.private import unbind, use_mouse
+from memconsole.views.prompting import Prompting
+from memconsole.views.remembering import Memory
 from memconsole.views.screens.detail import DETAILS
-from memconsole.views.screens.dialogs import Columns, Confirm, Help, KeyHelp, Pick
-from memconsole.views.screens.handoff import Handoff
+from memconsole.views.screens.dialogs import Confirm
+from memconsole.views.screens.help import Help
 from memconsole.views.screens.overview import Overview
-from memconsole.views.screens.pfnmap import PfnMap
-from memconsole.views.settings import Settings
-from memconsole.views.traveling import Traveling
+from memconsole.views.screens.pfnmap import map_of, map_words
+from memconsole.views.scripting import Command
+from memconsole.views.settings import ConsoleSettings
+from memconsole.views.tabbed import VIEWS, Named
 from memconsole.views.view import View, subject_of
-from memconsole.views.widgets.bars import Header, Keys, Part, Tabs, Title, rank
+from memconsole.views.widgets.assist import Assist
+from memconsole.views.widgets.bars import Header, Keys, Part, Tabs, Title
+from memconsole.views.widgets.facts import Lines
 from memconsole.views.widgets.prompt import Prompt
-from memconsole.views.widgets.table import VirtualTable, fit
+from memconsole.views.widgets.table import VirtualTable
+from memconsole.views.widgets.timebar import TimeBar
 
 NARROW = 100
 
 
-class Named(NamedTuple):
-    """A view with a number: its name in commands and macros, its title, its class, what it counts."""
-
-    name: str
-    title: str
-    cls: type[View]
-    counts: str = ""
-
-
-class Place(NamedTuple):
-    """Where one is: a numbered view, or the kind of a subject, and the subject."""
-
-    view: str
-    subject: str = ""
-
-
-class ConsoleApp(Traveling):
+class ConsoleApp(Prompting):
     """The operator's console over any Source.
 
-    ``known_macros`` are offered and bound to their keys; ``settings`` remap keys and choose colours; ``clock`` gives
-    nanoseconds since the epoch; ``on_quit_warning`` says what leaving would lose.
+    ``known_macros`` are offered and bound to their keys, without them those of the macro directories; ``settings``
+    remap keys and choose colours; ``clock`` gives nanoseconds since the epoch; ``on_quit_warning`` says what leaving
+    would lose; ``command`` runs the commands of macros. ``memory`` is what former sessions left, ``said`` the command
+    lines that they did; ``command_line`` runs what is typed behind ``:``.
     """
 
     TITLE = "memconsole"
@@ -80,20 +77,16 @@ class ConsoleApp(Traveling):
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (NARROW, "-wide")]  # noqa: RUF012 - the base has it so
     CSS = """
     Views { height: 1fr; }
+    #trouble { display: none; padding: 0 1; color: $error; text-style: bold; }
     Toast { padding: 0 1; max-width: 72; }
+    CommandPalette { background: transparent; }
+    CommandPalette .option-list--option-highlighted { background: $block-cursor-background; }
+    CommandPalette:ansi .option-list--option-highlighted {
+        background: ansi_default; color: ansi_default; text-style: bold reverse;
+    }
+    CommandPalette .command-palette--help-text { color: $text-muted; text-style: none; }
     """
-    VIEWS: ClassVar[tuple[Named, ...]] = (
-        Named("overview", "Overview", Overview),
-        Named("regions", "Regions", listing.Regions, "regions"),
-        Named("guests", "Guests", listing.Guests, "guests"),
-        Named("grants", "Grants", listing.Grants, "grants"),
-        Named("pfn", "PFN", PfnMap),
-        Named("mmio", "MMIO", listing.Mmio, "windows"),
-        Named("iommu", "IOMMU", listing.Iommu, "domains"),
-        Named("events", "Events", listing.Events),
-        Named("audit", "Audit", listing.Audit, "findings"),
-        Named("handoff", "Handoff", Handoff),
-    )
+    VIEWS: ClassVar[tuple[Named, ...]] = VIEWS
     ALIASES: ClassVar[Mapping[str, str]] = {
         "windows": "mmio",
         "devices": "mmio",
@@ -102,20 +95,19 @@ class ConsoleApp(Traveling):
         "findings": "audit",
     }
     BINDINGS: ClassVar[list[BindingType]] = [
-        *(
-            Binding(str(number % 10), f"go({number})", f"{view.title}", show=False, id=f"view-{view.name}")
-            for number, view in enumerate(VIEWS, 1)
-        ),
-        Binding("escape,backspace", "leave", "Back", show=False, id="back"),
-        Binding("tab", "focus_next", "Next table", show=False, id="next-table"),
-        Binding("shift+tab", "focus_previous", "Former table", show=False, id="former-table"),
-        Binding("space", "pause", "Pause", id="pause", tooltip="stop or go on refreshing"),
-        Binding("r", "refresh", "Refresh now", show=False, id="refresh"),
-        Binding("Q", "record", "Record a macro", show=False, id="record"),
-        Binding("colon", "command", "Command", id="command"),
-        Binding("ctrl+p", "command_palette", "Palette", show=False, id="palette"),
-        Binding("question_mark", "keys", "Help", id="help"),
-        Binding("q,ctrl+q", "quit", "Quit", id="quit"),
+        *(bound(f"view-{view.name}", f"go({number})", view.title, show=False) for number, view in enumerate(VIEWS, 1)),
+        bound("back", "leave", "Back", show=False),
+        bound("next-table", "focus_next", "Next table", show=False),
+        bound("former-table", "focus_previous", "Previous table", show=False),
+        bound("pause", "pause", "Freeze", tooltip="let the picture stand still, or go on; recording goes on"),
+        bound("undo", "undo", "Undo", show=False, tooltip="plan what undoes the last action"),
+        bound("refresh", "refresh", "Refresh now", show=False),
+        bound("record", "record", "Record a macro", show=False),
+        bound("command", "command", "Command"),
+        bound("palette", "command_palette", "Palette", show=False),
+        bound("help", "keys", "Help"),
+        bound("mouse", "mouse", "Mouse", show=False, tooltip="leave the mouse to the terminal, or take it back"),
+        bound("quit", "quit", "Quit"),
     ]
 
     def __init__(
@@ -124,21 +116,42 @@ class ConsoleApp(Traveling):
         *,
         interval: float = 1.0,
         clock: Callable[[], int] = time.time_ns,
-        known_macros: Sequence[Macro] = (),
+        known_macros: Sequence[Macro] | None = (),
         record_to: Path | None = None,
-        settings: Settings | None = None,
+        command: Command | None = None,
+        settings: ConsoleSettings | None = None,
         on_quit_warning: Callable[[], str] | None = None,
+        memory: Memory | None = None,
+        command_line: CommandLine | None = None,
+        said: CommandLog | None = None,
     ) -> None:
-        super().__init__(source, interval=interval, clock=clock, known_macros=known_macros, record_to=record_to)
-        self.settings = settings or Settings()
+        self.memory = memory or Memory()
+        self.command_line = command_line
+        self.said = said or CommandLog()
+        super().__init__(
+            source, interval=interval, clock=clock, known_macros=known_macros, record_to=record_to, command=command
+        )
+        self.settings = settings or ConsoleSettings()
         self.on_quit_warning = on_quit_warning
         self.trail: list[Place] = [Place("overview")]
+        self.parts = Overview.PARTS
         self._focus_at: dict[str, Widget] = {}
+        self._macro_keys: list[str] = []
+        self._held_keys = keys.keymap(self.settings.keymap, self.settings.keys, self.settings.place)
+        self._view_keys = [keys.split(self._held_keys.keys[f"view-{view.name}"])[0] for view in self.VIEWS]
+        self.pane = self.settings.pane
+        self.mouse = self.settings.mouse
         self._begun = False
         self._was_away = False
-        self.register_theme(THEME)
+        for theme in themes.OWN:
+            self.register_theme(theme)
         few = self.no_color or self.console.color_system not in {"256", "truecolor"}
-        self.theme = "ansi-dark" if few else THEME.name
+        self.theme = (themes.SIXTEEN if few else themes.DARK).name
+
+    def get_theme(self, theme_name: str) -> Theme | None:
+        """A theme by its name, so that its text can be read."""
+        theme = super().get_theme(theme_name)
+        return None if theme is None else themes.readable(theme)
 
     def get_driver_class(self) -> type[Driver]:
         """The one that outlives its terminal, where Textual would take the one it is made from."""
@@ -152,12 +165,15 @@ class ConsoleApp(Traveling):
         yield Header()
         yield Tabs()
         yield Title()
+        yield TimeBar()
+        yield Lines(id="trouble")
         with Views(initial="overview"):
             for view in self.VIEWS:
                 yield view.cls(id=view.name)
             for kind, detail in DETAILS.items():
                 yield detail(id=kind)
-        yield Prompt(LineSuggester(self))
+        yield Assist()
+        yield Prompt(partial(complete, self), self.memory)
         yield Keys()
 
     def on_mount(self) -> None:
@@ -166,24 +182,38 @@ class ConsoleApp(Traveling):
             self.theme = self.settings.theme
         elif self.settings.theme:
             self.notify(f"there is no theme {self.settings.theme}", severity="warning", markup=False)
+        if self.memory.trouble:
+            self.notify(self.memory.trouble, title="Nothing is remembered", severity="warning", markup=False)
         self._bind_keys()
+        self.watch_macros()
         self.follow()
 
     def on_ready(self) -> None:
         """Every view is there: show what has arrived by now."""
-        self._begun = True
+        self._begun = self.enduring = True
         self.set_interval(1.0, self.show_state)
         self._to_front()
 
-    def _bind_keys(self) -> None:
-        taken = {key: active.binding.description for key, active in self.active_bindings.items()}
+    def macros_changed(self) -> None:
+        """Bind the keys of the macros that are known now, and no others."""
+        for key in self._macro_keys:
+            unbind(self, key)
+        self._macro_keys = []
+        taken = keys.taken(self._held_keys.keys)
         for macro in self.macros:
-            if macro.key in taken:
-                text = f"{macro.key} is {taken[macro.key]}; run it from the palette, or give it another key"
-                self.notify(text, title=f"Macro {macro.name} has no key", severity="warning", markup=False)
-            elif macro.key:
-                self.bind(macro.key, f"macro({macro.name!r})", description=macro.title or macro.name, show=False)
-        self.set_keymap(dict(self.settings.keys))
+            for key in keys.split(macro.key):
+                if key in taken:
+                    text = f"{macro.key} is {taken[key].help}; run it from the palette, or give it another key"
+                    self.notify(text, title=f"Macro {macro.name} has no key", severity="warning", markup=False)
+                else:
+                    self.bind(key, f"macro({macro.name!r})", description=macro.title or macro.name, show=False)
+                    self._macro_keys.append(key)
+
+    def _bind_keys(self) -> None:
+        for complaint in self._held_keys.complaints:
+            self.notify(complaint, title="Keys", severity="warning", timeout=LONG, markup=False)
+        self.macros_changed()
+        self.set_keymap({id: text for id, text in self._held_keys.keys.items() if text != keys.OF_BINDING[id].keys})
 
     @property
     def _is_up(self) -> bool:
@@ -210,13 +240,21 @@ class ConsoleApp(Traveling):
         """The bars: host and source, views with counts, the trail, the table."""
         if not self._is_up:
             return
+        if self.trail[-1].view in {"audit", "finding"} and not self.away:
+            self.alerts.looked()
         base = self.screen_stack[0]
-        base.query_one(Header).say(*headline(self))
-        counts = [(view.title, self._count(view.counts)) for view in self.VIEWS]
-        names = [view.name for view in self.VIEWS]
-        here = self.trail[0].view
-        base.query_one(Tabs).show(counts, names.index(here) if here in names else -1)
-        base.query_one(Title).say(self._crumbs(), [(f"{self.view.status} ", "$text-muted")])
+        base.query_one(Header).show_parts(*headline(self))
+        trouble = base.query_one("#trouble", Lines)
+        trouble.display = bool(self.trouble)
+        trouble.show_lines(trouble_lines(self, self.size.width - 2))
+        tabs = [
+            (key, view.title, self._count(view.counts)) for key, view in zip(self._view_keys, self.VIEWS, strict=True)
+        ]
+        names, here = [view.name for view in self.VIEWS], self.trail[0].view
+        base.query_one(Tabs).show(tabs, names.index(here) if here in names else -1)
+        self.want(self.view.parts)
+        self.show_history(base.query_one(TimeBar))
+        base.query_one(Title).show_parts(self._crumbs(), [(f"{self.view.status} ", "$text-muted")])
 
     def _count(self, name: str) -> int | None:
         return len(getattr(self.snapshot, name)) if name and self.snapshot is not None else None
@@ -236,6 +274,26 @@ class ConsoleApp(Traveling):
     # --- going places ---------------------------------------------------------------------------------------------
 
     @property
+    def numbered_views(self) -> Sequence[Named]:
+        """The views that have a number, in its order."""
+        return self.VIEWS
+
+    @property
+    def themes(self) -> Sequence[str]:
+        """The names of the themes, sorted."""
+        return sorted(self.available_themes)
+
+    def use_theme(self, name: str) -> None:
+        """Use another theme.
+
+        Raises:
+            UsageError: there is no such theme.
+        """
+        if name not in self.available_themes:
+            raise UsageError(f"there is no theme {name!r}", "none has this name", f"themes: {', '.join(self.themes)}")
+        self.theme = name
+
+    @property
     def view(self) -> View:
         """The view in front."""
         return self.screen_stack[0].query_one(f"#{self.trail[-1].view}", View)
@@ -248,20 +306,30 @@ class ConsoleApp(Traveling):
         """Open a view, or in it the detail of a subject (``region:web``); with a plain word, the view filtered by it.
 
         Raises:
-            UsageError: there is no such view.
+            UsageError: there is no such view, or the name of a map is that of a region and of a guest.
+            NotFound: there is no map of this name.
         """
         if not self.is_view(name):
             known = ", ".join(view.name for view in self.VIEWS)
-            raise UsageError(f"there is no view {name!r}", "", f"views: {known}")
+            raise UsageError(f"there is no view {name!r}", "none has this name", f"views: {known}")
         name = self.ALIASES.get(name, name)
         kind = subject.partition(":")[0]
-        if name in DETAILS:
+        if name in {"pfn", "host"}:
+            known, rest = map_words(name, self.snapshot, subject)
+            self._go([Place(name, known)])
+            self.view.aim(rest)
+        elif name in DETAILS:
             self._go([*self._root_of(name), Place(name, f"{name}:{subject}")])
-        elif kind in DETAILS and name != "pfn":
+        elif kind in DETAILS:
             self._go([Place(name), Place(kind, subject)])
         else:
             self._go([Place(name, subject)])
         self.journal.append((name, subject))
+
+    def open_goal(self, view: str, subject: str = "", page: int | None = None) -> None:
+        """Go one step deeper: to a view of a subject, and there to a page of its map; Escape comes back."""
+        self.drill(Place(view, subject))
+        self.view.aim(page)
 
     def _root_of(self, kind: str) -> list[Place]:
         name = "guests" if kind == "reach" else f"{kind}s"
@@ -273,19 +341,29 @@ class ConsoleApp(Traveling):
 
     def open_named(self, name: str) -> None:
         """Open what a finding or an event is about, by its name alone."""
-        if self.snapshot is None:
-            return
-        for table_id in ("regions", "guests", "grants", "windows", "devices"):
-            table = TABLES[table_id]
-            if any(table.key(item) == name for item in table.rows(self.snapshot)):
-                self.drill(Place(table_id.removesuffix("s"), f"{table_id.removesuffix('s')}:{name}"))
-                return
-        self.notify("it is no region, guest, grant or device of this snapshot", title=name, markup=False)
+        place = place_of(self.snapshot, name)
+        if place is not None:
+            self.drill(place)
+        elif self.snapshot is not None:
+            self.notify("this snapshot has no region, guest, grant or device of this name", title=name, markup=False)
+
+    def open_event(self, event: Event) -> None:
+        """Open what an event is about; the event itself where that is gone, or in front already."""
+        place = place_of(self.snapshot, event.subject)
+        if place is not None and place not in self.trail:
+            self.drill(place)
+        elif place is None and event.kind.startswith("handoff"):
+            self.open_view("handoff")
+        else:
+            self.drill(Place("event", f"event:{TABLES['events'].key(event)}"))
 
     def open_pfn(self, table_id: str, item: Any) -> None:
-        """Open the PFN map of a region, a guest, or the region of a grant."""
-        subject = f"region:{item.region}" if table_id == "grants" else subject_of(table_id, item)
-        self.drill(Place("pfn", subject))
+        """Open the map of an entity: its pages, its IOVA (of a device, its group's), or its place on the host map."""
+        goal = map_of(table_id, item)
+        if isinstance(goal, str):
+            self.notify(goal, markup=False)
+        else:
+            self.open_goal(*goal)
 
     def open_reach(self, target: str) -> None:
         """Open what a target is and who reaches it: a guest, a PFN, or ADDRESS@ a device, a guest or a region."""
@@ -296,9 +374,11 @@ class ConsoleApp(Traveling):
         self.open_view(self.VIEWS[number - 1].name)
 
     def action_leave(self) -> None:
-        """Clear the filter, or go back one step, or return to the present."""
+        """Clear the marks, or the filter, or go back one step, or return to the present."""
         table = self.view.current_table
-        if table is not None and table.rows.filter_text:
+        if table is not None and table.rows.marked:
+            table.clear_marks()
+        elif table is not None and table.rows.filter_text:
             table.set_filter("")
         elif len(self.trail) > 1:
             self._go(self.trail[:-1], back=True)
@@ -323,10 +403,12 @@ class ConsoleApp(Traveling):
             self.screen.set_focus(target, scroll_visible=False)
         self.show_state()
 
-    def on_virtual_table_opened(self, event: VirtualTable.Opened) -> None:
+    def on_virtual_table_row_opened(self, event: VirtualTable.RowOpened) -> None:
         """Open the detail of a row."""
         table_id, item = event.table.table.id, event.item
-        if table_id.removesuffix("s") in DETAILS:
+        if table_id == "events":
+            self.open_event(item)
+        elif table_id.removesuffix("s") in DETAILS:
             self.drill(Place(table_id.removesuffix("s"), subject_of(table_id, item)))
         elif table_id == "spans" and item.pfn is not None:
             self.open_reach(f"{item.pfn:#x}")
@@ -338,57 +420,6 @@ class ConsoleApp(Traveling):
                 self.drill(Place("guest", f"guest:{guest.name}"))
 
     # --- prompts and dialogs --------------------------------------------------------------------------------------
-
-    def on_virtual_table_changed(self) -> None:
-        """What the title says of the table may differ."""
-        self.show_state()
-
-    def on_virtual_table_wanted(self, event: VirtualTable.Wanted) -> None:
-        """Ask for a filter, a column to sort by, or the columns to show."""
-        table = event.table
-        if event.what == "filter":
-            self.query_one(Prompt).ask(table, table.rows.filter_text)
-            return
-        rows = table.rows
-        if event.what == "columns":
-
-            def show(names: list[str] | None) -> None:
-                if names:
-                    table.set_columns(names)
-
-            self.push_screen(Columns(table.table.fields, rows.fields), show)
-            return
-
-        def order(id: str | None) -> None:
-            if id is not None:
-                field = next((field for field in table.table.fields if field.id == id), None)
-                table.set_sort(field, reverse=field is rows.sort_field and not rows.reverse)
-
-        options = [(field.id, f"{field.title:<14} {fit(field.help, 40)}") for field in rows.fields]
-        current = rows.sort_field.id if rows.sort_field else ""
-        self.push_screen(Pick("Sort by", [*options, ("none", "as the snapshot has them")], current), order)
-
-    def action_command(self) -> None:
-        """Ask for a command."""
-        self.query_one(Prompt).ask(None)
-
-    def on_input_changed(self, event: Input.Changed) -> None:
-        """A filter works while it is typed."""
-        if isinstance(event.input, Prompt) and event.input.table is not None and event.input.display:
-            event.input.table.set_filter(event.value)
-
-    def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Keep the filter, or do what the command says; one that says nothing stays to be corrected."""
-        prompt = event.input
-        if not isinstance(prompt, Prompt):
-            return
-        prompt.leave()
-        if prompt.table is None:
-            try:
-                run_line(self, event.value)
-            except MemconsoleError as error:
-                self.notify(str(error), title="✖ Command", severity="error", markup=False)
-                prompt.ask(None, event.value)
 
     def begin_here(self, action_id: str) -> None:
         """Begin an action on whatever is chosen where the keys go."""
@@ -406,43 +437,32 @@ class ConsoleApp(Traveling):
         if active is None or self.screen is not self.screen_stack[0]:
             return
         why = self._reason(active.node, active.binding.id or "")
-        self.notify(why or "there is nothing it could work on", title=active.binding.description, markup=False)
+        self.notify(why or "it has nothing to work on here", title=active.binding.description, markup=False)
 
     @staticmethod
     def _reason(node: Any, binding_id: str) -> str:
         return str(node.why_not(binding_id)) if hasattr(node, "why_not") and binding_id != "pfn" else ""
 
     def action_keys(self) -> None:
-        """Show the keys that work here."""
-        groups: dict[str, dict[str, tuple[list[str], str, str]]] = {}
-        for active in self.screen_stack[0].active_bindings.values():
-            binding = active.binding
-            ours = binding.id or binding.action.startswith("macro(")
-            if not (ours and binding.description):
-                continue
-            where = "Everywhere" if active.node in {self, self.screen_stack[0]} else type(active.node).__name__
-            where = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", where)
-            text = binding.tooltip or binding.description
-            why = "" if active.enabled else self._reason(active.node, binding.id or "") or "no row is chosen"
-            group = groups.setdefault(where, {})
-            keys = group.setdefault(binding.id or text, ([], text, why))[0]
-            keys.append(self.get_key_display(binding))
-        lines = [
-            (
-                where,
-                [
-                    KeyHelp(" ".join(keys), text, why, id)
-                    for id, (keys, text, why) in sorted(group.items(), key=lambda pair: rank(pair[0]))
-                ],
-            )
-            for where, group in groups.items()
-        ]
-        self.push_screen(Help(lines))
+        """Show the keys that work here, and what the signs and words on the screen mean."""
+        base = self.screen_stack[0]
+        self.push_screen(Help(helped(base, self.view, self._reason)))
+
+    def action_mouse(self) -> None:
+        """Leave the mouse to the terminal, which marks and copies text with it, or take it back."""
+        self.mouse = not self.mouse
+        use_mouse(self, on=self.mouse)
+        words = "a click goes to tabs, keys, rows and pages" if self.mouse else "the terminal has the mouse"
+        self.notify(words, title=f"Mouse {'on' if self.mouse else 'off'}", timeout=3, markup=False)
 
     def get_system_commands(self, screen: Screen[Any]) -> list[SystemCommand]:
         """None: the palette has the console's own."""
         del screen
         return []
+
+    def leave_console(self) -> None:
+        """Leave, after a yes where leaving loses something."""
+        self.call_later(self.action_quit)
 
     async def action_quit(self) -> None:
         """Leave, after a yes where leaving loses something."""
@@ -458,34 +478,3 @@ class ConsoleApp(Traveling):
                 self.exit()
 
         self.push_screen(Confirm("Leave the console?", warning.splitlines(), "Leave"), decided)
-
-
-def run(
-    source: Source,
-    *,
-    macros: Sequence[Macro] | None = None,
-    interval: float = 1.0,
-    record_to: Path | None = None,
-    on_quit_warning: Callable[[], str] | None = None,
-) -> int:
-    """Open the console on a Source until the operator leaves; returns the exit code.
-
-    ``macros`` None stands for those in the macro directories; ``record_to`` records everything into a macro file.
-
-    Raises:
-        BadFile: ``console.toml`` cannot be used.
-    """
-    app = ConsoleApp(
-        source,
-        interval=interval,
-        known_macros=_discovered() if macros is None else macros,
-        record_to=record_to,
-        settings=settings_module.load(),
-        on_quit_warning=on_quit_warning,
-    )
-    asyncio.run(terminal.run(app))
-    return app.return_code or 0
-
-
-def _discovered() -> Sequence[Macro]:
-    return macros.discover()[0]

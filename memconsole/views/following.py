@@ -6,30 +6,39 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from textual import work
 from textual.message import Message
-from textual.worker import Worker, WorkerState, get_current_worker
+from textual.worker import get_current_worker
 
+from memconsole import unforeseen
+from memconsole.differ import settled
 from memconsole.errors import MemconsoleError
-from memconsole.model import Snapshot
+from memconsole.model import Finding, Part, Severity, Snapshot
+from memconsole.rates import rated
 from memconsole.source import Source
+from memconsole.views.alerting import Alerts
 from memconsole.views.painting import Painting
-from memconsole.views.refresh import settle
 
 GROUP = "follow"
+TOLD = 3
+"""New findings that are told one by one; of more, only how many there are."""
+ERROR_S, WARNING_S = 20.0, 8.0
+"""How long they stay on the screen."""
 
 
-class Arrived(Message):
+class SnapshotArrived(Message):
     """A Snapshot, made of the former one's objects where they are equal."""
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, snapshot: Snapshot, took_s: float = 0.0) -> None:
         super().__init__()
         self.snapshot = snapshot
+        self.took_s = took_s
 
 
-class Lost(Message):
+class SnapshotLost(Message):
     """The source could not give a Snapshot."""
 
     def __init__(self, error: str) -> None:
@@ -41,8 +50,11 @@ class Following(Painting):
     """An App that follows a Source.
 
     ``live`` is the Source that is followed, ``latest`` its last Snapshot, ``trouble`` why there is none newer,
-    ``arrived_ns`` when it came. ``source`` and ``snapshot`` are what is shown: the same, unless that is the past.
+    ``arrived_ns`` when it came, ``took_s`` how long it was waited for. ``source`` and ``snapshot`` are what is shown:
+    the same, unless that is the past. ``parts`` are what is asked for besides.
     """
+
+    parts: frozenset[Part] = frozenset()
 
     def __init__(self, source: Source, *, interval: float, clock: Callable[[], int] = time.time_ns) -> None:
         # Without this NO_COLOR would still get shades of grey.
@@ -54,10 +66,14 @@ class Following(Painting):
         self.clock = clock
         self.snapshot: Snapshot | None = None
         self.arrived_ns = clock()
+        self.took_s = 0.0
         self.trouble = ""
         self.paused = False
         self._asked_for = False
+        self.alerts = Alerts()
         self._wake = threading.Event()
+        self._used: Snapshot | None = None
+        """The last Snapshot that says what is used: rates are since then."""
 
     @work(thread=True, exclusive=True, group=GROUP, exit_on_error=False)
     def follow(self) -> None:
@@ -65,12 +81,13 @@ class Following(Painting):
         worker = get_current_worker()
         latest = self.latest
         while not worker.is_cancelled:
-            try:
-                latest = settle(latest, self.live.snapshot())
-            except (MemconsoleError, OSError) as error:
-                self.post_message(Lost(str(error)))
+            asked = time.monotonic()
+            found = unforeseen.attempt("the survey", "console", partial(self._newest, latest))
+            if isinstance(found, MemconsoleError):
+                self.post_message(SnapshotLost(str(found)))
             else:
-                self.post_message(Arrived(latest))
+                latest = found
+                self.post_message(SnapshotArrived(latest, time.monotonic() - asked))
             self._wake.wait(None if self.paused else self.interval)
             self._wake.clear()
 
@@ -79,15 +96,23 @@ class Following(Painting):
         self.workers.cancel_group(self, GROUP)
         self._wake.set()
 
-    def on_worker_state_changed(self, event: Worker.StateChanged) -> None:
-        """A fault in the source itself is shown like any other, and the source is asked again."""
-        if event.worker.group == GROUP and event.state is WorkerState.ERROR:
-            self.on_lost(Lost(f"{type(event.worker.error).__name__}: {event.worker.error}"))
-            self.set_timer(self.interval, self.follow)
+    def _newest(self, before: Snapshot | None) -> Snapshot:
+        found = rated(self._used, self.live.snapshot(self.parts))
+        if found.usage is not None:
+            self._used = found
+        return settled(before, found)
 
-    def on_arrived(self, event: Arrived) -> None:
+    def want(self, parts: frozenset[Part]) -> None:
+        """Ask for these parts from now on; at once where there is one among them that was not asked for."""
+        more, self.parts = parts - self.parts, parts
+        if more:
+            self._wake.set()
+
+    def on_snapshot_arrived(self, event: SnapshotArrived) -> None:
         """Show a Snapshot, unless the picture is to stand still."""
         self.latest, self.trouble, self.arrived_ns = event.snapshot, "", self.clock()
+        self.took_s = event.took_s
+        self.announce(self.alerts.note(event.snapshot))
         if self.source is not self.live or (self.paused and not self._asked_for):
             return
         if self.snapshot is None:
@@ -98,7 +123,23 @@ class Following(Painting):
         self.snapshot = event.snapshot
         self.show_snapshot()
 
-    def on_lost(self, event: Lost) -> None:
+    def announce(self, new: Sequence[Finding]) -> None:
+        """Tell of new findings, errors with the terminal's bell; it rings once for all that came together."""
+        for finding in new[:TOLD]:
+            error = finding.severity is Severity.ERROR
+            self.notify(
+                finding.observed,
+                title=f"{'✖ error' if error else '▲ warning'} {finding.id} {finding.subject}",
+                severity="error" if error else "warning",
+                timeout=ERROR_S if error else WARNING_S,
+                markup=False,
+            )
+        if len(new) > TOLD:
+            self.notify(f"{len(new) - TOLD:,} more new findings: see Audit", severity="warning", markup=False)
+        if any(finding.severity is Severity.ERROR for finding in new):
+            self.bell()
+
+    def on_snapshot_lost(self, event: SnapshotLost) -> None:
         """Say that what is shown grows old."""
         self.trouble = event.error
         self.show_state()

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from rich.console import Console
-
-from memconsole.errors import MemconsoleError
-from memconsole.source import Moment
+from memconsole.errors import MemconsoleError, NotFound
+from memconsole.source import PastSource
 from memconsole.views.app import ConsoleApp
-from memconsole.views.looks import THEME
-from memconsole.views.screens.pfnmap import PfnMap
+from memconsole.views.helping import screen_text
+from memconsole.views.screens.detail import DETAILS, Detail
+from memconsole.views.screens.mapview import MapView
 from memconsole.views.screens.reach import Reach
-from memconsole.views.settings import Settings
+from memconsole.views.settings import ConsoleSettings
+from memconsole.views.themes import DARK
 
 if TYPE_CHECKING:
     from memconsole.actions import Action
     from memconsole.extents import ExtentTable
-    from memconsole.model import Event, Outcome, Plan, Snapshot
+    from memconsole.model import Event, Outcome, Part, Plan, Snapshot
     from memconsole.source import Source
 
 Format = Literal["svg", "text"]
@@ -28,12 +27,12 @@ NEVER = 1e6
 """Seconds until the next Snapshot: a picture has one."""
 
 
-class Still:
-    """A Source that stands still: one Snapshot for ever, everything else from the source behind it."""
+class FrozenSource:
+    """A Source that stands still: one Snapshot for ever, with some parts; all else from the source behind it."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, parts: Collection[Part] = ()) -> None:
         self._source = source
-        self._snapshot = source.snapshot()
+        self._snapshot = source.snapshot(parts)
 
     @property
     def label(self) -> str:
@@ -45,7 +44,7 @@ class Still:
         """Why the source behind it is read-only."""
         return self._source.read_only
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, parts: Collection[Part] = ()) -> Snapshot:  # noqa: ARG002 - there is one
         """The Snapshot taken when this was made."""
         return self._snapshot
 
@@ -53,9 +52,9 @@ class Still:
         """The PFN map from the source behind it."""
         return self._source.extents(key)
 
-    def plan(self, action: Action) -> Plan:
+    def plan(self, action: Action, after: Sequence[Action] = ()) -> Plan:
         """The plan of the source behind it."""
-        return self._source.plan(action)
+        return self._source.plan(action, after)
 
     def apply(self, action: Action) -> Outcome:
         """Done by the source behind it."""
@@ -87,39 +86,51 @@ def render(
 
     Raises:
         UsageError: there is no such view.
+        NotFound: the subject is not there.
         MemconsoleError: the source has no Snapshot, or no PFN map of the subject.
     """
-    return asyncio.run(
-        _render(source if isinstance(source, Moment) else Still(source), view, format, size, subject or "")
-    )
+    still = source if isinstance(source, PastSource) else FrozenSource(source, _parts(view, subject or ""))
+    return asyncio.run(_render(still, view, format, size, subject or ""))
 
 
-async def _render(source: Still | Moment, view: str, format: Format, size: tuple[int, int], subject: str) -> str:
+def _parts(view: str, subject: str) -> frozenset[Part]:
+    """What a view shows that must be asked for."""
+    kind = subject.partition(":")[0]
+    shown = DETAILS.get(kind) or DETAILS.get(view)
+    found = [shown] if shown else [each.cls for each in ConsoleApp.VIEWS if each.name == view]
+    return frozenset(part for cls in found for part in cls.PARTS)
+
+
+async def _render(
+    source: FrozenSource | PastSource, view: str, format: Format, size: tuple[int, int], subject: str
+) -> str:
     taken = source.snapshot().taken_ns
-    app = ConsoleApp(source, interval=NEVER, clock=lambda: taken, settings=Settings(theme=THEME.name))
+    app = ConsoleApp(source, interval=NEVER, clock=lambda: taken, settings=ConsoleSettings(theme=DARK.name))
     app.animation_level = "none"
     async with app.run_test(size=size) as pilot:
         while app.snapshot is None:
             if app.return_code is not None:
-                raise MemconsoleError("the console ended before it showed anything")
+                raise MemconsoleError(
+                    "the view was not rendered", "the console ended before its first refresh", "see the log; try again"
+                )
             await pilot.pause(0.01)
         app.open_view(view, subject)
         await pilot.pause()
         front = app.view
-        if isinstance(front, (PfnMap, Reach)):
+        if isinstance(front, Detail) and front.item is None:
+            raise NotFound(f"there is no {subject}", "the snapshot has none of this name", f"see memconsole {view}")
+        if isinstance(front, (MapView, Reach)):
             for scan in [worker for worker in app.workers if worker.node is front]:
                 await scan.wait()
             await pilot.pause()
+            while isinstance(front, MapView) and front.scanning:
+                await pilot.pause(0.01)
+            app.show_state()
+            await pilot.pause()
             if front.error is not None:
                 raise front.error
-        return app.export_screenshot() if format == "svg" else _text(app, size)
+        return app.export_screenshot() if format == "svg" else _text(app)
 
 
-def _text(app: ConsoleApp, size: tuple[int, int]) -> str:
-    width, height = size
-    console = Console(
-        width=width, height=height, file=io.StringIO(), record=True, color_system=None, legacy_windows=False
-    )
-    console.print(app.screen._compositor.render_update(full=True))  # noqa: SLF001 - as export_screenshot does
-    lines = console.export_text().splitlines()
-    return "\n".join(line.rstrip() for line in lines) + "\n"
+def _text(app: ConsoleApp) -> str:
+    return "\n".join(line.rstrip() for line in screen_text(app.screen).splitlines()) + "\n"

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import datetime
-from typing import TYPE_CHECKING
+import textwrap
 
-from memconsole import recording
+from textual.content import Content
+
+from memconsole import readiness, recording
 from memconsole.model import Snapshot
-from memconsole.source import Moment
-from memconsole.units import format_duration
-from memconsole.views.widgets.bars import Part
-
-if TYPE_CHECKING:
-    from memconsole.views.app import ConsoleApp
+from memconsole.readiness import Verdict
+from memconsole.source import PastSource
+from memconsole.units import format_age
+from memconsole.views.console import Console
+from memconsole.views.widgets.bars import Part, plain
 
 SECOND = 1_000_000_000
+MISSED = 3
+"""Intervals without an answer after which what is shown is stale."""
 
 
-def headline(app: ConsoleApp) -> tuple[list[Part], list[Part]]:
+def headline(app: Console) -> tuple[list[Part], list[Part]]:
     """The parts at the left and at the right end."""
-    past = isinstance(app.source, Moment)
+    past = isinstance(app.source, PastSource)
     left: list[Part] = [(" memconsole ", "bold reverse $primary"), (" ", "")]
     if past:
         left += [(" PAST ", "bold reverse $accent"), (" ", "")]
@@ -36,28 +39,56 @@ def headline(app: ConsoleApp) -> tuple[list[Part], list[Part]]:
     if app.recording_from is not None:
         right.append((f" ● REC {len(app.journal) - app.recording_from} ", "bold $error"))
     right += [(f" ◌ {title}… ", "bold $accent") for title in app.busy]
+    if app.alerts.unseen:
+        right.append((f" ✖ {app.alerts.unseen} new ", "bold reverse $error"))
+    right.append(_ready(app.snapshot))
     right.append(_liveness(app))
     if app.snapshot is not None:
         right.append((f"{_moment(app, app.snapshot)} ", "bold $accent" if past else ""))
     return left, right
 
 
-def _liveness(app: ConsoleApp) -> Part:
-    if isinstance(app.source, Moment) and app.snapshot is not None:
+def _ready(snapshot: Snapshot | None) -> Part:
+    """The verdict on a handoff, which is in the header of every view."""
+    judged = readiness.verdict(snapshot.readiness) if snapshot is not None else Verdict.UNKNOWN
+    if judged is Verdict.READY:
+        return (" ✔ ready ", "$success")
+    return (" ✖ not ready ", "$error") if judged is Verdict.REFUSED else (" ? unchecked ", "$text-muted")
+
+
+def whole_seconds(age: int) -> str:
+    """An age in ns as people say it: in whole seconds."""
+    return format_age(age) if age >= SECOND else "under a second"
+
+
+def trouble_lines(app: Console, width: int) -> list[Content]:
+    """Why nothing newer came, what to do about it and how old the picture is; nothing while there is no trouble."""
+    if not app.trouble:
+        return []
+    old = f", {whole_seconds(max(app.clock() - app.arrived_ns, 0))} old" if app.snapshot is not None else ""
+    return [plain(part) for part in textwrap.wrap(f"✖ {app.trouble}{old}", max(width, 20))]
+
+
+def _liveness(app: Console) -> Part:
+    if isinstance(app.source, PastSource) and app.snapshot is not None:
         age = max(app.clock() - app.snapshot.taken_ns, 0)
-        return (f" ◂ {format_duration(age // SECOND * SECOND)} ago ", "bold reverse $accent")
+        return (f" ◂ {whole_seconds(age)} ago ", "bold reverse $accent")
     age = max(app.clock() - app.arrived_ns, 0)
-    if app.trouble:
-        old = f", {format_duration(age // SECOND * SECOND)} old" if app.snapshot is not None else ""
-        return (f" ✖ {app.trouble}{old} ", "bold reverse $error")
+    if app.trouble:  # which a line of its own tells in full
+        old = f"{whole_seconds(age)} old" if app.snapshot is not None else "no answer"
+        return (f" ✖ {old} ", "bold reverse $error")
     if app.snapshot is None:
         return (" ◌ waiting ", "$warning")
     if app.source.read_only == recording.REASON:
         return (" ■ recorded ", "$warning")
-    return (" ‖ paused ", "bold $warning") if app.paused else (" ● live ", "$success")
+    if app.paused:
+        return (f" ‖ paused, {whole_seconds(age)} old ", "bold $warning")
+    if age > MISSED * max(app.interval, app.took_s) * SECOND:
+        return (f" ▲ stale, {whole_seconds(age)} old ", "bold reverse $warning")
+    return (" ● live ", "$success")
 
 
-def _moment(app: ConsoleApp, snapshot: Snapshot) -> str:
+def _moment(app: Console, snapshot: Snapshot) -> str:
     taken = datetime.datetime.fromtimestamp(snapshot.taken_ns // SECOND, datetime.UTC)
     today = datetime.datetime.fromtimestamp(app.clock() // SECOND, datetime.UTC).date()
     return taken.strftime("%H:%M:%S UTC" if taken.date() == today else "%Y-%m-%d %H:%M:%S UTC")

@@ -1,34 +1,8 @@
-"""How values look: a glyph and a tone for each word, so that colour is never the only sign; and the console's theme."""
+"""How values look: a glyph and a tone for each word, so that colour is never the only sign."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
-
-from textual.theme import Theme
-
-THEME = Theme(
-    name="memconsole",
-    primary="#5fafff",
-    secondary="#87afd7",
-    accent="#ffaf5f",
-    warning="#ffd75f",
-    error="#ff5f5f",
-    success="#87d75f",
-    foreground="#d0d4dc",
-    background="#14171c",
-    surface="#1a1e25",
-    panel="#232933",
-    boost="#232933",
-    dark=True,
-    variables={
-        "border": "#3a4352",
-        "border-blurred": "#3a4352",
-        "block-cursor-background": "#2c4058",
-        "text-muted": "#8b95a5",
-        "text-disabled": "#6f7886",
-    },
-)
-"""The console's own colours; ``ansi-dark`` stands in where the terminal has only 16."""
 
 
 class Look(NamedTuple):
@@ -42,18 +16,15 @@ _WORDS = {
     "state": {
         "reserved": Look("○", ""),
         "mapped": Look("●", "good"),
-        "frozen": Look("◈", "calm"),
-        "preserved": Look("◆", "calm"),
         "restored": Look("◇", "calm"),
-        "released": Look("✕", "dim"),
         "starting": Look("◌", "warn"),
         "running": Look("▶", "good"),
         "paused": Look("‖", "warn"),
         "suspended": Look("‥", "warn"),
         "stopped": Look("■", "dim"),
         "gone": Look("✖", "bad"),
+        "silent": Look("?", "warn"),
         "offered": Look("◌", "warn"),
-        "revoked": Look("✕", "dim"),
     },
     "severity": {"error": Look("✖", "bad"), "warning": Look("▲", "warn"), "info": Look("·", "calm")},
     "level": {"yes": Look("✔", "good"), "partly": Look("▲", "warn"), "no": Look("✖", "bad")},
@@ -61,7 +32,21 @@ _WORDS = {
 PLAIN = Look()
 
 
-def look(field_id: str, value: Any) -> Look:
+def words_of(field_id: str) -> dict[str, Look]:
+    """The looks of a field's words."""
+    return _WORDS.get(field_id, {})
+
+
+def signs_of() -> list[tuple[str, str]]:
+    """Every glyph before a word, with the words it stands before."""
+    found: dict[str, list[str]] = {}
+    for words in _WORDS.values():
+        for word, look in words.items():
+            found.setdefault(look.glyph, []).append(word)
+    return [(glyph, ", ".join(words)) for glyph, words in found.items()]
+
+
+def value_look(field_id: str, value: Any) -> Look:
     """The look of one field's value."""
     words = _WORDS.get(field_id)
     if words is not None:

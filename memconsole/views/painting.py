@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 
 from textual import events
-from textual.app import App
 from textual.geometry import Size
 from textual.reactive import Reactive, reactive
 from textual.screen import Screen
-from textual.scroll_view import ScrollView
 from textual.widget import Widget
 from textual.widgets import ContentSwitcher
+
+from memconsole.views.ordering import Ordered
+from memconsole.views.private import Scrolled
 
 ROUNDS = 16
 """Rounds of the event loop that a key's frame waits: well under a millisecond where nothing else is to be done."""
@@ -35,22 +36,20 @@ class Views(ContentSwitcher):
     current: reactive[str | None] = reactive(None, init=False, repaint=False)
 
 
-class Sheet(ScrollView):
+class Sheet(Scrolled):
     """A ScrollView that is laid out and focused without being painted twice."""
 
     _frame_alone = False
     _scrolled_for: tuple[Size, Size, Size] | None = None
 
-    def _scroll_update(self, virtual_size: Size) -> None:
+    def scrolls_anew(self, virtual_size: Size) -> bool:
         """Leave the scrollbar alone where no size differs: every layout asks for it, and it is a frame of its own."""
-        sizes = (virtual_size, self.container_size, self.size)
-        if sizes != self._scrolled_for:
-            self._scrolled_for = sizes
-            super()._scroll_update(virtual_size)
+        before, self._scrolled_for = self._scrolled_for, (virtual_size, self.container_size, self.size)
+        return before != self._scrolled_for
 
-    def _get_component_classes(self) -> frozenset[str]:  # type: ignore[override]  # of this one, not of the class
-        """What is looked up in the style sheet besides the widget itself."""
-        return frozenset() if self._frame_alone else super()._get_component_classes()
+    def looks_parts_up(self) -> bool:
+        """Not where the frame alone may differ."""
+        return not self._frame_alone
 
     def watch_has_focus(self, has_focus: bool) -> None:
         """Look the frame up, if there is one: rules for the focus are of the frame alone, not of what it holds."""
@@ -60,24 +59,21 @@ class Sheet(ScrollView):
             self._frame_alone = False
 
 
-class Painting(App[None]):
+class Painting(Ordered):
     """An App that answers a key with one frame."""
 
     def get_default_screen(self) -> Screen[None]:
         """The screen below all dialogs."""
         return Base(id="_default")
 
-    async def on_event(self, event: events.Event) -> None:
+    async def hand_on(self, event: events.Key | events.Paste) -> None:
         """Hold the frame back until all that a key does has been done."""
-        if isinstance(event, events.Key) and not event.is_forwarded:
-            self._begin_batch()
-            self._let_go(ROUNDS)
-        await super().on_event(event)
+        self.hold_frames()
+        self._let_go(ROUNDS)
+        await super().hand_on(event)
 
     def _let_go(self, rounds: int) -> None:
         if rounds:
             asyncio.get_running_loop().call_soon(self._let_go, rounds - 1)
             return
-        self._end_batch()
-        if self._running:
-            self.screen.check_idle()
+        self.show_frames()

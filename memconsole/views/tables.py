@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from memconsole.fields import Field, Show, Table
-from memconsole.units import format_address, format_size
+from msgspec.structs import replace
+
+from memconsole.field import Field, Show, Table
+from memconsole.fields import TABLES
+from memconsole.model import Guest, GuestKind, Snapshot, ThreadUsage, Vcpu
+from memconsole.rates import percent, usage_of
+from memconsole.units import format_address, format_duration, format_percent, format_size
 
 
 def _known(show: Show) -> Show:
@@ -20,6 +26,13 @@ def _address(id: str, title: str, help: str, get: Any) -> Field:
     return Field(
         id, title, help, get, lambda value: "-" if value is None else format_address(value), "address", 14, True
     )
+
+
+def _of_thread(id: str, title: str, help: str, get: Callable[[ThreadUsage], Any], show: Show, *, width: int) -> Field:
+    def of_row(row: VcpuRow) -> Any:
+        return None if row.used is None else get(row.used)
+
+    return Field(id, title, help, of_row, _known(show), "", width, right=True, news=False)
 
 
 MAPPINGS = Table(
@@ -58,20 +71,140 @@ RAM = Table(
         _address("gpa", "GPA", "guest physical address, where it is known", lambda b: b.gpa),
         _size("size", "Size", "bytes", lambda b: b.size),
         _size("resident", "Resident", "bytes with a frame", lambda b: b.resident),
-        Field("region", "Region", "the region it is, where it is ours", lambda b: b.region or "-", width=18),
+        _size("huge", "By 2M", "bytes mapped by 2 MiB or more an entry", lambda b: b.huge),
+        Field("region", "Region", "region it belongs to, if any", lambda b: b.region or "-", width=18),
         _address("start", "HVA", "address in the process", lambda b: b.start),
         Field("backing", "Backing", "what backs the VMA", lambda b: b.backing or "anonymous", width=24),
     ),
 )
 
+
+class GlanceRow(NamedTuple):
+    """A guest, and how long it stood still in the last rehearsal or handoff, where that is known."""
+
+    guest: Guest
+    blackout_ns: int | None
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.guest.name
+
+    @property
+    def kind(self) -> GuestKind:
+        """What kind of guest it is."""
+        return self.guest.kind
+
+    @property
+    def pid(self) -> int | None:
+        """Its process."""
+        return self.guest.pid
+
+
+def glance_rows(snapshot: Snapshot) -> list[GlanceRow]:
+    """The guests with their last blackouts."""
+    made = snapshot.handoff.guests if snapshot.handoff is not None else ()
+    known = {each.name: each.blackout_ns for each in made}
+    return [GlanceRow(guest, known.get(guest.name)) for guest in snapshot.guests]
+
+
+def _of_guest(field: Field) -> Field:
+    """A column of guests for the Overview's rows; names have less room there."""
+    get = field.get
+    return replace(field, get=lambda row: get(row.guest), width=14 if field.id == "name" else field.width)
+
+
+GLANCE = Table(
+    "guests",
+    "Guests",
+    glance_rows,
+    lambda row: str(row.name),
+    (
+        *(_of_guest(field) for field in TABLES["guests"].fields),
+        Field(
+            "blackout",
+            "Blackout",
+            "how long it stood still in the last rehearsal or handoff",
+            lambda row: row.blackout_ns,
+            _known(format_duration),
+            "time",
+            8,
+            right=True,
+        ),
+    ),
+    lambda row: TABLES["guests"].plain(row.guest),
+)
+
+
+class VcpuRow(NamedTuple):
+    """A vCPU, what its thread uses, where that was asked for and is known, and the CPUs its manager pins it to."""
+
+    vcpu: Vcpu
+    used: ThreadUsage | None
+    pinned: str | None = None
+
+
+def vcpus(guest: Guest) -> list[VcpuRow]:
+    """A guest's vCPUs with what their threads use."""
+    usage = usage_of(guest)
+    used = {(each.index, each.tid): each for each in usage.vcpus} if usage is not None else {}
+    known = guest.seen.vcpus or () if guest.seen is not None else ()
+    pinned = {each.tid: each.cpus for each in guest.managed.vcpus} if guest.managed is not None else {}
+    return [VcpuRow(vcpu, used.get((vcpu.index, vcpu.tid or 0)), pinned.get(vcpu.tid)) for vcpu in known]
+
+
 VCPUS = Table(
     "vcpus",
     "vCPUs",
-    lambda snapshot: [vcpu for guest in snapshot.guests if guest.seen for vcpu in guest.seen.vcpus],
-    lambda vcpu: str(vcpu.index),
+    lambda snapshot: [row for guest in snapshot.guests for row in vcpus(guest)],
+    lambda row: str(row.vcpu.index),
     (
-        Field("index", "vCPU", "its number", lambda v: v.index, width=6, right=True),
-        Field("tid", "Thread", "the thread that runs it", lambda v: v.tid or "-", width=10, right=True),
+        Field("index", "vCPU", "its number", lambda r: r.vcpu.index, width=6, right=True),
+        Field("tid", "Thread", "the thread that runs it", lambda r: r.vcpu.tid, width=10, right=True),
+        Field("name", "Name", "what its VMM calls the thread", lambda r: r.used and r.used.name, width=14),
+        _of_thread("cpu", "CPU %", "CPU it keeps busy, of one CPU", percent, format_percent, width=6),
+        _of_thread("cpu_time", "CPU time", "CPU time since it started", lambda t: t.cpu_ns, format_duration, width=8),
+        _of_thread("affinity", "CPUs", "CPUs it may run on", lambda t: t.cpus, str, width=10),
+        Field("nodes", "Nodes", "NUMA nodes of those CPUs", lambda r: r.used and r.used.nodes, width=6),
+        Field("pinned", "Pinned", "CPUs its manager pins it to", lambda r: r.pinned or None, width=8),
+    ),
+    lambda row: row.vcpu,
+)
+
+CELLS = Table(
+    "cells",
+    "NUMA cells",
+    lambda snapshot: [cell for guest in snapshot.guests if guest.managed for cell in guest.managed.cells],
+    lambda cell: str(cell.id),
+    (
+        Field("id", "Cell", "the NUMA node as the guest sees it", lambda c: c.id, width=4, right=True),
+        _size("size", "Size", "bytes", lambda c: c.size),
+        Field("cpus", "vCPUs", "its vCPUs", lambda c: c.cpus, width=16),
+    ),
+)
+
+MODULES = Table(
+    "modules",
+    "Memory devices",
+    lambda snapshot: [each for guest in snapshot.guests if guest.managed for each in guest.managed.modules],
+    lambda module: f"{module.model}:{module.gpa}:{module.size}",
+    (
+        Field("model", "Model", "dimm, nvdimm, virtio-mem, virtio-pmem", lambda m: m.model, width=12),
+        _address("gpa", "GPA", "guest physical address, where it is known", lambda m: m.gpa),
+        _size("size", "Size", "bytes", lambda m: m.size),
+        Field("node", "Cell", "the NUMA node as the guest sees it", lambda m: m.node, width=4, right=True),
+        Field("source", "Source", "file or device behind it", lambda m: m.source, width=30),
+    ),
+)
+
+DISKS = Table(
+    "disks",
+    "Disks",
+    lambda snapshot: [disk for guest in snapshot.guests if guest.managed for disk in guest.managed.disks],
+    lambda disk: disk.target,
+    (
+        Field("target", "Disk", "its name on the guest's bus", lambda d: d.target, width=8),
+        Field("source", "Source", "file, device or volume behind it", lambda d: d.source, width=60),
     ),
 )
 
@@ -96,8 +229,10 @@ IOMMUS = Table(
     lambda iommu: iommu.name,
     (
         Field("name", "IOMMU", "its name", lambda i: i.name, width=12),
-        Field("kind", "Kind", "who made it", lambda i: i.kind, width=14),
-        Field("devices", "Devices", "how many it translates for", lambda i: len(i.devices), width=8, right=True),
+        Field("kind", "Kind", "vendor or driver of the unit", lambda i: i.kind, width=14),
+        Field(
+            "devices", "Devices", "number of devices it translates for", lambda i: len(i.devices), width=8, right=True
+        ),
         Field("detail", "Detail", "version and capabilities", lambda i: i.detail or "-", width=40),
     ),
 )
@@ -108,7 +243,7 @@ IOMEM = Table(
     lambda snapshot: snapshot.iomem,
     lambda item: f"{item.start:x}-{item.end:x}:{item.depth}:{item.name}",
     (
-        Field("name", "What", "who has the range", lambda r: "  " * r.depth + r.name, width=34),
+        Field("name", "What", "owner of the range", lambda r: "  " * r.depth + r.name, width=34),
         _address("start", "Start", "first physical address", lambda r: r.start),
         _address("end", "End", "address behind it", lambda r: r.end),
         _size("size", "Size", "bytes", lambda r: r.end - r.start),

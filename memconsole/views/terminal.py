@@ -7,30 +7,44 @@ writer for ever. What is written goes nowhere instead, so that the app can end i
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import os
 import signal
+from collections.abc import Iterator
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
 from typing import IO, Any
 
 from textual.app import App
-from textual.drivers.linux_driver import LinuxDriver
+
+from memconsole import escaping
+from memconsole.views import glyphs
+from memconsole.views.private import Driver
+
+_LOG_BYTES = 1 << 20
 
 
 class Outlet:
-    """A terminal's file as the driver's writer uses it; when it is gone this process gets SIGHUP, and writes vanish."""
+    """A terminal's file as the driver's writer uses it; when it is gone this process gets SIGHUP, and writes vanish.
 
-    def __init__(self, file: IO[str]) -> None:
-        self._file = file
+    With ``only_ascii`` glyphs that the terminal has not are written as their twins in ASCII.
+    """
+
+    def __init__(self, file: IO[str], *, only_ascii: bool = False) -> None:
+        self._terminal = file
+        self._only_ascii = only_ascii
         self._gone = False
 
     def fileno(self) -> int:
         """The terminal's file descriptor."""
-        return self._file.fileno()
+        return self._terminal.fileno()
 
     def write(self, text: str) -> int:
         """Write, or lose, a text."""
         if not self._gone:
             try:
-                return self._file.write(text)
+                self._terminal.write(glyphs.plain(text) if self._only_ascii else text)
             except OSError:
                 self._lose()
         return len(text)
@@ -39,7 +53,7 @@ class Outlet:
         """Have it written, or lost."""
         if not self._gone:
             try:
-                self._file.flush()
+                self._terminal.flush()
             except OSError:
                 self._lose()
 
@@ -48,16 +62,17 @@ class Outlet:
         os.kill(os.getpid(), signal.SIGHUP)
 
 
-class Terminal(LinuxDriver):
+class Terminal(Driver):
     """The driver, which outlives its terminal for as long as the app needs to end."""
 
-    def __init__(self, app: App[Any], *, debug: bool = False, mouse: bool = True, size: Any = None) -> None:
-        super().__init__(app, debug=debug, mouse=mouse, size=size)
-        self._file: Any = Outlet(self._file)
+    def outlet(self, file: IO[str], app: App[Any]) -> Outlet:
+        """What loses what is written once the terminal is gone."""
+        setting = getattr(getattr(app, "settings", None), "glyphs", "")
+        return Outlet(file, only_ascii=glyphs.only_ascii(setting, encoding=getattr(file, "encoding", None) or "ascii"))
 
 
-async def run(app: App[Any]) -> None:
-    """Run the app; a closed terminal (SIGHUP) and SIGTERM end it in order, whatever it would lose."""
+async def run(app: App[Any], *, mouse: bool = True) -> None:
+    """Run the app, with the mouse or without; a closed terminal (SIGHUP) and SIGTERM end it in order."""
     loop = asyncio.get_running_loop()
 
     def end(number: int, _: object) -> None:
@@ -66,7 +81,28 @@ async def run(app: App[Any]) -> None:
     # Plain handlers: those of the loop would leave the default ones behind, and what follows wants its own.
     before = {number: signal.signal(number, end) for number in (signal.SIGHUP, signal.SIGTERM)}
     try:
-        await app.run_async()
+        await app.run_async(mouse=mouse)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """Have the log written to a file while the terminal is the console's; the former half of it is kept beside."""
+    log = logging.getLogger("memconsole")
+    handler: logging.Handler
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handler = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1, encoding="utf-8", delay=True)
+    except OSError:  # a home that cannot be written to: the notices in the console are all there is
+        handler = logging.NullHandler()
+    handler.setFormatter(escaping.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    log.addHandler(handler)
+    before, log.propagate = log.propagate, False
+    try:
+        yield
+    finally:
+        log.propagate = before
+        log.removeHandler(handler)
+        handler.close()

@@ -1,7 +1,7 @@
 """The app's memory: it walks through what the Source recorded, one Snapshot at a time.
 
-In the past ``source`` is a :class:`~memconsole.source.Moment` of the live one, so that whatever asks it sees nothing
-but what was recorded and is refused every Action; the live one is still followed. ``neighbour`` is the Snapshot
+In the past ``source`` is a :class:`~memconsole.source.PastSource` of the live one, so that whatever asks it sees
+nothing but what was recorded and is refused every Action; the live one is still followed. ``neighbour`` is the Snapshot
 recorded before the one that is shown: a view that shows both, in this order, marks what changed between them.
 """
 
@@ -10,28 +10,65 @@ from __future__ import annotations
 import bisect
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import ClassVar
+from functools import partial
+from typing import ClassVar, NamedTuple
 
 from textual import work
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.message import Message
 
-from memconsole.errors import MemconsoleError
-from memconsole.model import Snapshot
-from memconsole.source import Moment, nothing_at
+from memconsole import unforeseen
+from memconsole.differ import settled
+from memconsole.errors import MemconsoleError, NotFound
+from memconsole.model import Event, Snapshot
+from memconsole.rates import rated
+from memconsole.source import PastSource, nothing_at
 from memconsole.units import parse_time
-from memconsole.views.doing import Doing
-from memconsole.views.refresh import settle
+from memconsole.views.bound import bound
+from memconsole.views.manifold import Manifold
+from memconsole.views.widgets.timebar import TimeBar
 
 KEPT = 8
 """Snapshots kept, so that a step to and fro asks for none again."""
+
+
+class Wish(NamedTuple):
+    """Where in the past one wants to be: so many Snapshots on, at a time, or so many events on.
+
+    Times in ns since the epoch; those of ``happened`` are when events were.
+    """
+
+    steps: int
+    aim: int | None
+    seek: int
+    happened: Sequence[int]
+
+    def place(self, times: Sequence[int], taken: int | None) -> int:
+        """The place among ``times`` (that of what is shown is ``taken``, None: the present); behind all: the present.
+
+        Raises:
+            NotFound: no event was before.
+        """
+        if self.aim is not None:
+            return bisect.bisect_right(times, self.aim) - 1
+        here = bisect.bisect_left(times, taken) if taken is not None else len(times)
+        if not self.seek:
+            return max(here + self.steps, 0)
+        told = {bisect.bisect_left(times, at) for at in self.happened if at >= times[0]} - {len(times)}
+        if self.seek > 0:
+            behind = sorted(place for place in told if place > here)
+            return behind[self.seek - 1] if self.seek <= len(behind) else len(times)
+        before = sorted(place for place in told if place < here)
+        if not before:
+            raise NotFound("no event was recorded before", "none that is known was then", "[ goes a snapshot back")
+        return before[max(self.seek, -len(before))]
 
 
 class Traveled(Message):
     """A recorded Snapshot came, with the one before it; or none, where the present begins."""
 
     def __init__(
-        self, journey: int, times: list[int], taken: int, moment: Moment | None, neighbour: Snapshot | None
+        self, journey: int, times: list[int], taken: int, moment: PastSource | None, neighbour: Snapshot | None
     ) -> None:
         super().__init__()
         self.journey = journey
@@ -49,14 +86,16 @@ class Strayed(Message):
         self.error = error
 
 
-class Traveling(Doing):
+class Traveling(Manifold):
     """An App that can show the past."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("left_square_bracket", "travel(-1)", "Earlier", show=False, id="earlier", tooltip="the past, a step"),
-        Binding("right_square_bracket", "travel(1)", "Later", show=False, id="later", tooltip="a step to the present"),
-        Binding("left_curly_bracket", "travel(-60)", "Much earlier", show=False, id="much-earlier"),
-        Binding("right_curly_bracket", "present", "Present", show=False, id="present", tooltip="back to the present"),
+        bound("earlier", "travel(-1)", "Earlier", show=False, tooltip="show the snapshot before this one"),
+        bound("later", "travel(1)", "Later", show=False, tooltip="show the snapshot after this one"),
+        bound("much-earlier", "travel(-60)", "Much earlier", show=False),
+        bound("event-before", "travel_events(-1)", "Event before", show=False, tooltip="to the event before"),
+        bound("event-after", "travel_events(1)", "Event behind", show=False, tooltip="to the event behind"),
+        bound("present", "present", "Present", show=False, tooltip="back to the present"),
     ]
 
     neighbour: Snapshot | None = None
@@ -64,6 +103,8 @@ class Traveling(Doing):
     _taken: int | None = None
     _steps = 0
     _aim: int | None = None
+    _seek = 0
+    """Events to go back, or forth."""
     _underway = False
     _journey = 0
 
@@ -75,23 +116,51 @@ class Traveling(Doing):
     def action_travel(self, by: int) -> None:
         """Go so many recorded Snapshots back, or forth; steps asked for while one is under way are taken at once."""
         if by > 0 and not self.away and not self._underway:
-            self.notify("there is nothing later to show", title="This is the present", timeout=2, markup=False)
+            self.notify("there is no later snapshot", title="This is the present", timeout=2, markup=False)
             return
         self._steps += by
         self._depart()
 
+    def action_travel_events(self, by: int) -> None:
+        """Go to the first Snapshot recorded with the event before what is shown, or behind it."""
+        if by > 0 and not self.away and not self._underway:
+            self.notify("there is no later event", title="This is the present", timeout=2, markup=False)
+            return
+        self._seek += by
+        self._depart()
+
+    @property
+    def known_events(self) -> Sequence[Event]:
+        """What happened, as far as the present says, and what is shown."""
+        known = {event.seq: event for shown in (self.snapshot, self.latest) if shown for event in shown.events}
+        return sorted(known.values(), key=lambda event: event.seq)
+
+    def show_history(self, bar: TimeBar) -> None:
+        """Show the bar of history, in the past alone."""
+        bar.display = self.away
+        if self.away and self.snapshot is not None:
+            bar.show_past(self._times, self.known_events, self.snapshot.taken_ns, self.clock())
+
+    def on_time_bar_chosen(self, event: TimeBar.Chosen) -> None:
+        """Go to the moment that was clicked at."""
+        self.travel_to_moment(event.at_ns)
+
+    def travel_to_moment(self, at_ns: int) -> None:
+        """Go to the last Snapshot recorded until a moment, ns since the epoch."""
+        self._aim, self._steps, self._seek = at_ns, 0, 0
+        self._depart()
+
     def travel_to(self, text: str) -> None:
-        """Go to the last Snapshot recorded until a time (``-5m``, ``14:03:12``).
+        """Go to the last Snapshot recorded until a time (``-5m``, ``@-5m``, ``14:03:12``).
 
         Raises:
             UsageError: it is no time.
         """
-        self._aim, self._steps = parse_time(text, self.clock()), 0
-        self._depart()
+        self.travel_to_moment(parse_time(text.strip().removeprefix("@"), self.clock()))
 
     def action_present(self) -> None:
         """Show what is now."""
-        self._steps, self._aim = 0, None
+        self._steps, self._aim, self._seek = 0, None, 0
         self._journey += 1
         if self.away:
             self._arrive_now()
@@ -99,29 +168,27 @@ class Traveling(Doing):
     def _depart(self) -> None:
         if not self._underway:
             self._underway = True
-            steps, self._steps = self._steps, 0
-            aim, self._aim = self._aim, None
-            self._travel(self._journey, self._times, self._taken, steps, aim)
+            wish = Wish(self._steps, self._aim, self._seek, tuple(event.at_ns for event in self.known_events))
+            self._steps, self._aim, self._seek = 0, None, 0
+            self._travel(self._journey, self._times, self._taken, wish)
 
     @work(thread=True, group="travel", exit_on_error=False)
-    def _travel(self, journey: int, known: Sequence[int], taken: int | None, steps: int, aim: int | None) -> None:
-        try:
-            times = [*known, *self.live.history(known[-1] if known else 0)]
-            if not times or (aim is not None and aim < times[0]):
-                raise nothing_at(times)
-            if aim is not None:
-                at = bisect.bisect_right(times, aim) - 1
-            else:
-                at = max((bisect.bisect_left(times, taken) if taken is not None else len(times)) + steps, 0)
-            if at >= len(times):
-                self.post_message(Traveled(journey, times, 0, None, None))
-                return
-            before = self._recorded(times[at - 1]) if at else None
-            found = self._recorded(times[at])
-            moment = Moment(self.live, settle(before, found))
-            self.post_message(Traveled(journey, times, times[at], moment, before))
-        except (MemconsoleError, OSError) as error:
-            self.post_message(Strayed(error))
+    def _travel(self, journey: int, known: Sequence[int], taken: int | None, wish: Wish) -> None:
+        found = unforeseen.attempt("the past", "console", partial(self._traveled, journey, known, taken, wish))
+        self.post_message(Strayed(found) if isinstance(found, MemconsoleError) else found)
+
+    def _traveled(self, journey: int, known: Sequence[int], taken: int | None, wish: Wish) -> Traveled:
+        """Where a journey leads."""
+        times = [*known, *self.live.history(known[-1] if known else 0)]
+        if not times or (wish.aim is not None and wish.aim < times[0]):
+            raise nothing_at(times)
+        at = wish.place(times, taken)
+        if at >= len(times):
+            return Traveled(journey, times, 0, None, None)
+        before = self._recorded(times[at - 1]) if at else None
+        found = rated(before, self._recorded(times[at]))
+        moment = PastSource(self.live, settled(before, found))
+        return Traveled(journey, times, times[at], moment, before)
 
     def _recorded(self, taken: int) -> Snapshot:
         """A recorded Snapshot, kept for a while; called by one thread at a time."""
@@ -139,19 +206,19 @@ class Traveling(Doing):
         if event.journey != self._journey:  # the operator turned back meanwhile
             return
         if event.moment is None:
-            self._steps, self._aim = 0, None
+            self._steps, self._aim, self._seek = 0, None, 0
             self._arrive_now()
             return
         self.source, self._taken, self.neighbour = event.moment, event.taken, event.neighbour
         self.snapshot = event.moment.snapshot()
         self.show_snapshot()
-        if self._steps or self._aim is not None:
+        if self._steps or self._seek or self._aim is not None:
             self._depart()
 
     def on_strayed(self, event: Strayed) -> None:
         """Say why the past cannot be shown; what is shown stays."""
         self._underway = False
-        self._times, self._steps, self._aim = (), 0, None
+        self._times, self._steps, self._aim, self._seek = (), 0, None, 0
         self.notify(str(event.error), title="✖ The past", severity="warning", markup=False)
 
     def _arrive_now(self) -> None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from textual.containers import Container
 from textual.strip import Strip
 
-from memconsole.model import Snapshot
+from memconsole.model import Part, Snapshot
+from memconsole.views.console import Console
+from memconsole.views.widgets.bars import plain
 from memconsole.views.widgets.table import VirtualTable
 
 if TYPE_CHECKING:
     from textual.geometry import Region
     from textual.widget import Widget
-
-    from memconsole.views.app import ConsoleApp
 
 
 class View(Container):
@@ -23,6 +24,9 @@ class View(Container):
     """
 
     DEFAULT_CSS = "View { height: 1fr; width: 1fr; }"
+
+    PARTS: ClassVar[frozenset[Part]] = frozenset()
+    """What of a Snapshot it shows that must be asked for."""
 
     subject = ""
 
@@ -34,22 +38,40 @@ class View(Container):
         return [strip] * crop.height
 
     @property
-    def console(self) -> ConsoleApp:
+    def console(self) -> Console:
         """The app, which has the Source, the Snapshot and ``open_view``."""
-        return cast("ConsoleApp", self.app)
+        return cast("Console", self.app)
 
     @property
     def room(self) -> int:
         """Columns there are for a view; known before it is laid out, when ``size`` is still nothing."""
         return self.app.size.width
 
+    @property
+    def parts(self) -> frozenset[Part]:
+        """What of a Snapshot it shows at present that must be asked for."""
+        return self.PARTS
+
     def about(self, subject: str) -> None:
         """Be about this subject (``region:NAME``, ``guest:NAME``...; empty for none); :meth:`show` follows."""
         self.subject = subject
 
+    def aim(self, target: str | int | None) -> None:
+        """Go to a place within the subject (of a map: a page, or what a person would type), if there is one."""
+
     def show(self, snapshot: Snapshot) -> None:
         """Show a Snapshot; cheap when nothing changed."""
         raise NotImplementedError
+
+    @property
+    def help_title(self) -> str:
+        """What the help calls the keys that are the view's own."""
+        return "This view"
+
+    @property
+    def legend(self) -> Sequence[tuple[str, str]]:
+        """Glyphs of its own, each with what it says; the help lists those that are on the screen."""
+        return ()
 
     @property
     def status(self) -> str:
@@ -72,19 +94,25 @@ class View(Container):
 
 
 def entitle(widget: Widget, title: str) -> None:
-    """Write a title into a widget's frame, which is painted again only when it differs."""
-    if widget.border_title != title:
-        widget.border_title = title
+    """Write a title into a widget's frame, as text without markup; it is painted again only when it differs."""
+    markup = plain(title).markup
+    if widget.border_title != markup:
+        widget.border_title = markup
 
 
 def table_status(table: VirtualTable) -> str:
-    """How many rows, in what order, by what filter: ``12 of 10,000 · by Size ▼ · /web``."""
+    """How many rows, in what order, by what filter: ``12 of 10,000 · by Size ▼ · /web``; or what is wrong with it."""
     rows = table.rows
+    if table.complaint:
+        return f"✖ {table.complaint}"
     words = [f"{len(rows):,} of {rows.total:,}" if rows.filter_text else f"{rows.total:,}"]
     if rows.sort_field is not None:
         words.append(f"by {rows.sort_field.title} {'▼' if rows.reverse else '▲'}")
     if rows.filter_text:
         words.append(f"/{rows.filter_text}")
+    if rows.marked:
+        hidden = rows.hidden_marks
+        words.append(f"{len(rows.marked):,} marked" + (f", {hidden:,} of them not shown" if hidden else ""))
     return " · ".join(words)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -12,10 +13,10 @@ from harness import ROOT, Result, span
 from labs import said
 from msgspec.structs import replace
 
-from memconsole.backend import findings
 from memconsole.backend.dma import check
-from memconsole.backend.dma.owners import Owners
+from memconsole.backend.dma.frame_owners import Owners
 from memconsole.backend.kernel import vtd
+from memconsole.backend.observe import findings
 from memconsole.extents import Extent, ExtentTable, Flag, Part
 from memconsole.model import Finding, Survival
 
@@ -48,7 +49,7 @@ def bench_dump() -> list[Result]:
     begin = time.perf_counter_ns()
     with growth() as grown, vtd.parse(pieces, BDF) as table:
         took = time.perf_counter_ns() - begin
-        rows, kept, peak = len(table), table.nbytes, grown()
+        rows, kept, peak = len(table), os.fstat(table.fd).st_size, grown()
     begin = time.perf_counter_ns()
     for piece in pieces:
         piece.count(b"\n")
@@ -70,7 +71,7 @@ def bench_dump() -> list[Result]:
 def bench_map() -> list[Result]:
     """``map --dma`` of 1 GiB of populated memory in the lab, against IOMMU_IOAS_MAP_FILE of as many pages."""
     rows = []
-    for each in said("dma_cost", "dma", "1024", str(ROUNDS), memory="4G", timeout=900):
+    for each in said("dma_cost", "dma", "1024", str(ROUNDS), memory="4G"):
         floor, name = min(each["bare_ns"]) / 1e6, f"map --dma of 1G, {each['page']} pages"
         rows += [
             Result(f"{name}: its step, against IOMMU_IOAS_MAP_FILE", min(each["step_ns"]) / 1e6, "ms", floor, 1.1),
@@ -110,7 +111,7 @@ def bench_audit() -> list[Result]:
             known = ((grant.region, region) for grant, region in zip(grants, regions, strict=True))
             owners = functools.cache(lambda: stack.enter_context(Owners(known)))
             for grant, region, device in zip(grants, regions, devices, strict=True):
-                found += check.judged(BDF, [grant], device, {grant.id: Part(region, 0, region.end, 0)}, owners)
+                found += check.table_findings(BDF, [grant], device, {grant.id: Part(region, 0, region.end, 0)}, owners)
         return found
 
     rows, results = sum(map(len, regions)), []

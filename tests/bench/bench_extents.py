@@ -46,7 +46,9 @@ def scan_against_floor(pid: int, address: int, size: int, shape: str, goal: floa
     On one CPU it is the median of CPU time, which does not count what else the host does; on all CPUs the least of
     time that passed. Both reuse the memory of the round before.
     """
-    library, bare, scans = floors(), [], []
+    library = floors()
+    bare: list[float] = []
+    scans: list[float] = []
     fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY)
 
     def cost(clock: Callable[[], int], function: Callable[[], object]) -> float:

@@ -8,7 +8,7 @@ import os
 from harness import Result, span
 from memory_floors import memory_floors
 
-from memconsole.backend.lazy import MINOR, Handed, Service
+from memconsole.backend.exports.userfault import MINOR, FaultService, KeptUffd
 from memconsole.units import format_size
 
 ROUNDS = 7
@@ -23,8 +23,8 @@ def per_fault(size: int, batch: int, *, ours: bool) -> float:
     board = os.memfd_create("board", os.MFD_CLOEXEC)
     try:
         if ours:
-            handed = Handed("g1", "bench", os.getpid(), 0, address, size, 0, 4096, MINOR, True)
-            service = Service(handed, uffd, fd, board, batch)
+            handed = KeptUffd("g1", "bench", os.getpid(), 0, address, size, 0, 4096, MINOR, True)
+            service = FaultService(handed, uffd, fd, board, batch)
             took = library.floor_touch(address, size, batch)
             while service.read().minor < size // batch:  # the last one is counted when its page is there
                 pass

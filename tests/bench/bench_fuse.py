@@ -6,14 +6,16 @@ import contextlib
 import ctypes
 import mmap
 import os
+import subprocess
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from harness import Result, floors, holder, span, timed
 
 from memconsole.backend.exports.fuse import FuseTree, MapPart
-from memconsole.extents import ExtentTable
+from memconsole.extents import Extent, ExtentTable
 from memconsole.units import format_size
 
 ROUNDS = 7
@@ -32,10 +34,12 @@ def mounted() -> Iterator[FuseTree | None]:
                 print(f"bench_fuse: {tree.status().capability().why}")
                 yield None
             else:
-                tree.add_guest("bench")
+                for name in ("guests", "guests/bench", "guests/bench/ram"):
+                    tree.directory(name)
                 yield tree
         finally:
-            tree.unmount(lazy=True)
+            tree.close()
+            subprocess.run(["umount", "--lazy", point], check=True)
 
 
 @contextlib.contextmanager
@@ -76,7 +80,7 @@ def differing(tree: FuseTree, size: int) -> int:
     return sum(a != b for a, b in zip(wanted, found, strict=True))
 
 
-def pages(table: ExtentTable) -> Iterator:
+def pages(table: ExtentTable) -> Iterator[Extent]:
     """The rows of a table cut into pages: flags that differ cut runs elsewhere."""
     for row in table.rows(0, len(table)):
         for page in range(row.count):
@@ -116,7 +120,8 @@ def read_whole(path: Path) -> None:
 
 def bench_pfnmap() -> list[Result]:
     """`pfnmap` of a guest, opened and read, against the scan of its memory in this process; in turns."""
-    size, results = span("4G"), []
+    size = span("4G")
+    results: list[Result] = []
     for shape, stride in (("touched", 1), ("scattered", 7)):
         with mounted() as tree, holder(size, stride) as (pid, _):
             if tree is None:
@@ -128,8 +133,8 @@ def bench_pfnmap() -> list[Result]:
                 path = tree.set_pfnmap("bench", [MapPart(fd, 0, size, 0)])
                 scans, texts = [], []
                 for _ in range(ROUNDS):
-                    scans.append(timed(lambda fd=fd: ExtentTable.scan_fd(fd, size)))
-                    texts.append(timed(lambda path=path: read_whole(path)))
+                    scans.append(timed(partial(ExtentTable.scan_fd, fd, size)))
+                    texts.append(timed(partial(read_whole, path)))
                 with ExtentTable.scan_fd(fd, size) as table:
                     rows = len(table)
             finally:

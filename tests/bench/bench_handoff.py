@@ -35,8 +35,7 @@ def _blackouts(turns: list[str], memory: str) -> list[dict[str, Any]]:
     """What each turn of the scenario ``blackout`` came to, in order."""
     need()
     _build_floor()
-    timeout = 120 + 120 * len(turns)
-    return said("blackout", "blackout", str(FLOOR), *turns, memory=memory, timeout=timeout, early=EARLY)
+    return said("blackout", "blackout", str(FLOOR), *turns, memory=memory, early=EARLY)
 
 
 def _of_turn(found: list[dict[str, Any]], turn: str) -> list[dict[str, Any]]:
@@ -45,13 +44,13 @@ def _of_turn(found: list[dict[str, Any]], turn: str) -> list[dict[str, Any]]:
 
 def _least(found: list[dict[str, Any]], turn: str) -> float:
     """The shortest blackout of one kind of turn, in s: what else the machine does only ever makes a boot longer."""
-    return min(each["ns"] for each in _of_turn(found, turn)) / 1e9
+    return min(int(each["ns"]) for each in _of_turn(found, turn)) / 1e9
 
 
 def _own(found: list[dict[str, Any]], turn: str) -> float:
     """The least that memconsole's own phases took of such blackouts, in s: all but the jump and the boot."""
     spans = (
-        [phase["end_ns"] - phase["start_ns"] for phase in each["phases"] if phase["blackout"] and _is_own(phase)]
+        [int(phase["end_ns"] - phase["start_ns"]) for phase in each["phases"] if phase["blackout"] and _is_own(phase)]
         for each in _of_turn(found, turn)
     )
     return min(sum(each) for each in spans) / 1e9
@@ -81,7 +80,7 @@ def bench_size() -> list[Result]:
 def bench_cost() -> list[Result]:
     """What a GiB costs to preserve, to retrieve, and to compare afterwards, in folios of 4 KiB and of 2 MiB."""
     rows = []
-    for each in said("carry_cost", "cost", str(COST_MB), memory="4G", timeout=400):
+    for each in said("carry_cost", "cost", str(COST_MB), memory="4G"):
         took = {
             "preserve, the first time": each["preserve_ns"][0],
             "preserve": min(each["preserve_ns"][1:]),

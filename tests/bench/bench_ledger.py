@@ -13,9 +13,10 @@ from pathlib import Path
 import msgspec
 from harness import BUILD, ROOT, Result
 
-from memconsole.backend.custody import KeeperCustody
-from memconsole.backend.history import History, Recorder
-from memconsole.backend.ledger import Kind, Ledger
+from memconsole.backend.custody.holder import KeeperCustody
+from memconsole.backend.history.store import History
+from memconsole.backend.history.writer import Recorder
+from memconsole.backend.ledger.log import Ledger, RecordKind
 from memconsole.model import Snapshot
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -48,7 +49,7 @@ def bench_append() -> list[Result]:
 
         floor, _ = median(durable, 500)
     log = Ledger.create("bench")
-    p50, p99 = median(lambda: log.append(Kind.INTENT, RECORD), 50_000)
+    p50, p99 = median(lambda: log.append(RecordKind.INTENT, RECORD), 50_000)
     begin = time.perf_counter_ns()
     again = Ledger.open(os.dup(log.fd))
     replayed = (time.perf_counter_ns() - begin) / 1e6
@@ -122,7 +123,7 @@ def busy_host(count: int) -> Iterator[Snapshot]:
 
 
 def bench_history() -> list[Result]:
-    """A day at one snapshot a second, from 20 minutes of it (files are of five minutes, so it scales)."""
+    """A day at one snapshot a second, from 20 minutes of it (chapters are of five minutes, so it scales)."""
     seconds = 1200
     snapshots = list(busy_host(seconds))
     with tempfile.TemporaryDirectory() as directory:
@@ -133,7 +134,7 @@ def bench_history() -> list[Result]:
         took = (time.perf_counter_ns() - begin) / 1e6 / seconds
         recorder.close()
         history = History(Path(directory))
-        day = history.nbytes() / seconds * 86_400 / (1 << 20)
+        day = history.path.stat().st_size / seconds * 86_400 / (1 << 20)
         begin = time.perf_counter_ns()
         history.at(snapshots[299].taken_ns)
         worst = (time.perf_counter_ns() - begin) / 1e6

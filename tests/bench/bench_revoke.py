@@ -9,6 +9,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from harness import Result, span
 from labs import said
@@ -16,6 +18,7 @@ from memory_floors import memory_floors
 
 from memconsole import actions as do
 from memconsole.backend.control import Control, embedded
+from memconsole.backend.ledger.state import Recorded
 from memconsole.backend.revoke import move
 from memconsole.units import format_size
 
@@ -71,13 +74,13 @@ def bench_copy_out() -> list[Result]:
 def bench_protect() -> list[Result]:
     """The protect rung of 1 GiB in the lab, against UFFDIO_RWPROTECT of the range; that against no guest's."""
     rows = []
-    for each in said("protect_cost", "protect", "1024", str(ROUNDS), memory="4G", timeout=600):
+    for each in said("protect_cost", "protect", "1024", str(ROUNDS), memory="4G"):
         # Of 2 MiB pages a gigabyte is 512 entries: what is measured there is what does not grow with the range.
         call, goal = min(each["call_ns"]) / 1e6, 1.3 if each["page"] == "4K" else None
         name = f"protect of 1G, {each['page']} pages"
         rows += [
             Result(f"{name}, against UFFDIO_RWPROTECT of it", min(each["bar_ns"]) / 1e6, "ms", call, goal),
-            Result(f"{name}, with the proof that nobody reaches it", min(each["rung_ns"]) / 1e6, "ms", call),
+            Result(f"{name}, with the proof that no process reaches it", min(each["rung_ns"]) / 1e6, "ms", call),
             Result(
                 f"UFFDIO_RWPROTECT of it, {each['page']} pages, against no guest's",
                 call,
@@ -91,21 +94,18 @@ def bench_protect() -> list[Result]:
 @contextlib.contextmanager
 def _timed(took: list[int]) -> Iterator[None]:
     """Time of the copy itself, then of the whole move, into ``took``."""
-    copy, whole = move._copy, move.move
+    copy, whole = move._copy, move.move_segment
 
-    def timed_copy(*arguments: int, **options: bool) -> None:
+    def timed_copy(*arguments: Any, **options: Any) -> None:
         began = time.perf_counter_ns()
         copy(*arguments, **options)
         took.append(time.perf_counter_ns() - began)
 
-    def timed_move(*arguments: object) -> move.End:
+    def timed_move(*arguments: Any) -> Recorded[move.MoveResult]:
         began = time.perf_counter_ns()
-        end = whole(*arguments)  # type: ignore[arg-type]
+        end = yield from whole(*arguments)
         took.append(time.perf_counter_ns() - began)
         return end
 
-    move._copy, move.move = timed_copy, timed_move
-    try:
+    with mock.patch.multiple(move, _copy=timed_copy, move_segment=timed_move):
         yield
-    finally:
-        move._copy, move.move = copy, whole

@@ -12,7 +12,7 @@ from harness import ROOT, Result
 
 from memconsole import actions
 from memconsole.backend.control import Control
-from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.custody.holder import KeeperCustody
 
 sys.path.insert(0, str(ROOT / "tests"))
 

@@ -2,7 +2,8 @@
 
 Floor and measurement take turns, and both find their bytecode compiled, as an installed package's is. The goal is the
 time of ``python -c 'import msgspec, psutil'`` twice, plus the survey, which reads /proc and /sys and is timed warm, so
-it is taken off what a lone snapshot needs. With a control process the survey is made there; nothing is taken off.
+it is taken off what a lone snapshot needs. With a control process the survey is made there; nothing is taken off. What
+is used is paid for by who asks: ``--usage`` imports psutil and reads more, and its row says how much that is.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ def bench_snapshot() -> list[Result]:
     with tempfile.TemporaryDirectory() as bytecode, running(SERVICE) as path:
         command = (str(Path(sys.executable).with_name("memconsole")), "--socket")
         with contextlib.closing(embedded(read_only="a bench")) as control:
-            floor, lone, served, survey = in_turns(
+            floor, lone, used, served, survey = in_turns(
                 process(FLOOR, bytecode),
                 process((*command, str(path.with_name("nobody")), "snapshot"), bytecode),
+                process((*command, str(path.with_name("nobody")), "snapshot", "--usage"), bytecode),
                 process((*command, str(path), "snapshot"), bytecode),
                 control.snapshot,
             )
@@ -58,5 +60,6 @@ def bench_snapshot() -> list[Result]:
         Result("survey of this host", survey, "ms"),
         Result("memconsole snapshot, survey and all", lone, "ms", floor),
         Result("memconsole snapshot, less the survey", lone - survey, "ms", floor, 2),
+        Result("memconsole snapshot --usage, against one without", used, "ms", lone),
         Result("memconsole snapshot of a control process", served, "ms", floor, 2),
     ]

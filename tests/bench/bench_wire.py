@@ -14,7 +14,7 @@ from pathlib import Path
 from harness import Result
 
 from memconsole.backend.wire.client import Client
-from memconsole.backend.wire.client import Connection as Raw
+from memconsole.backend.wire.client import ClientConnection as Raw
 from memconsole.extents import ExtentTable
 
 SECONDS = 3.0
@@ -24,8 +24,8 @@ SERVICE = """
 import sys
 from pathlib import Path
 from memconsole.backend.control import Control
-from memconsole.backend.custody import OwnCustody
-from memconsole.backend.wire.embedded import serve_in_thread
+from memconsole.backend.custody.holder import OwnCustody
+from memconsole.backend.wire.serving import serve_in_thread
 sys.setswitchinterval(0.001)
 control = Control(Path(sys.argv[1]), OwnCustody())
 serving = serve_in_thread(control, sys.argv[1] + "/control")
@@ -37,7 +37,7 @@ control.close()
 
 TABLES = """
 import os, sys
-from memconsole.backend.wire.embedded import serve_in_thread
+from memconsole.backend.wire.serving import serve_in_thread
 from memconsole.extents import Extent, ExtentTable
 sys.path.insert(0, sys.argv[2])
 from support.served import ServedSource

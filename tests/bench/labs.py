@@ -9,9 +9,9 @@ from typing import Any
 
 from harness import ROOT, Skip
 
-sys.path[:0] = [str(ROOT / "tests" / "support")]
+sys.path[:0] = [str(ROOT / "tests")]
 
-import lab  # noqa: E402 - found by the line before
+from support import lab  # noqa: E402 - found by the line before
 
 RESUME = lab.RESUME
 
@@ -27,7 +27,6 @@ def said(
     verdict: str,
     *arguments: str,
     memory: str,
-    timeout: float,
     early: str = "",
 ) -> list[dict[str, Any]]:
     """The verdicts of one name of a scenario, in order.
@@ -37,6 +36,6 @@ def said(
     """
     need()
     with tempfile.TemporaryDirectory(prefix="mc-bench-") as share:
-        run = lab.run(scenario, Path(share), memory=memory, timeout=timeout, early=early, arguments=arguments)
+        run = lab.run(scenario, Path(share), memory=memory, processors=2, packed=True, early=early, arguments=arguments)
         run.check()
     return [each for each in run.said if each["name"] == verdict]

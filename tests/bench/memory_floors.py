@@ -19,7 +19,6 @@ def memory_floors() -> ctypes.CDLL:
     size, number = ctypes.c_uint64, ctypes.c_int
     library.floor_memcpy.argtypes = [size, ctypes.c_uint]
     library.floor_empty.argtypes = [size]
-    library.floor_register.argtypes = library.floor_unregister.argtypes = None
     library.floor_touch.argtypes = [size, size, size]
     library.floor_serve.argtypes = [number, size]
     for function in (library.floor_memcpy, library.floor_empty, library.floor_touch):

@@ -129,7 +129,10 @@ static int start_child(void)
 	if (pipe(ask) || pipe(say))
 		return -errno;
 	if (!fork()) {
+		/* a parent that died before this: the end of its pipe ends the child as well */
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		close(ask[1]);
+		close(say[0]);
 		while (read(ask[0], &order, 1) == 1) {
 			got = sigsetjmp(back, 1);
 			got = got ? -1000 - got : touch(map, NULL);
@@ -247,6 +250,7 @@ static int obey(const char *order)
 	if (IS("grow")) return took(ftruncate(file, size * 2));
 	if (IS("same-size")) return took(ftruncate(file, size));
 	if (IS("allocate")) return took(fallocate(file, 0, 0, size * 2));
+	if (IS("allocate-inside")) return took(fallocate(file, FALLOC_FL_KEEP_SIZE, 0, PAGE));
 	if (IS("punch")) return took(fallocate(file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, PAGE));
 	if (IS("remove-pages")) return took(madvise(map, PAGE, MADV_REMOVE));
 	if (IS("seal")) return took(fcntl(file, F_ADD_SEALS, F_SEAL_SHRINK));

@@ -34,6 +34,7 @@
 #include <unistd.h>
 
 #include "agent.h"
+#include "hostile_fds.h"
 
 #define PAGE 4096
 #define WORD 8
@@ -57,44 +58,6 @@ static char *rings, *sqes, *ringed;	/* ringed: where the fixed buffer was mapped
 static void on_signal(int sig)
 {
 	siglongjmp(back, sig);
-}
-
-static void die(const char *what)
-{
-	perror(what);
-	exit(1);
-}
-
-/* --- fds from one process to another ------------------------------------------------------------------------ */
-
-static void give(int to, int what)
-{
-	char control[CMSG_SPACE(sizeof(int))] = { 0 }, byte = 'f';
-	struct iovec iov = { &byte, 1 };
-	struct msghdr m = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof(control) };
-	struct cmsghdr *c = CMSG_FIRSTHDR(&m);
-
-	c->cmsg_level = SOL_SOCKET;
-	c->cmsg_type = SCM_RIGHTS;
-	c->cmsg_len = CMSG_LEN(sizeof(int));
-	memcpy(CMSG_DATA(c), &what, sizeof(int));
-	if (sendmsg(to, &m, 0) < 0)
-		die("sendmsg");
-}
-
-static int take(int from, void *bytes, size_t size, ssize_t *got)
-{
-	char control[CMSG_SPACE(sizeof(int))];
-	struct iovec iov = { bytes, size };
-	struct msghdr m = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof(control) };
-	struct cmsghdr *c;
-	int found = -1;
-
-	*got = recvmsg(from, &m, 0);
-	c = *got > 0 ? CMSG_FIRSTHDR(&m) : NULL;
-	if (c && c->cmsg_type == SCM_RIGHTS)
-		memcpy(&found, CMSG_DATA(c), sizeof(int));
-	return found;
 }
 
 /* --- ways in ------------------------------------------------------------------------------------------------- */

@@ -12,8 +12,8 @@ from support.guests import AgentProcess
 
 from memconsole import actions as do
 from memconsole import joined
-from memconsole.backend import tables
 from memconsole.backend.control import Control
+from memconsole.backend.observe import pfn_tables
 from memconsole.errors import NotFound
 from memconsole.joined import Frame, Joined
 from memconsole.model import Severity
@@ -34,7 +34,7 @@ def found(control: Control) -> list[tuple[str, str]]:
 
 def moved(control: Control, name: str, pages: int) -> None:
     """Empty the first pages of a region, and fill them again once others have the frames."""
-    with control._desk.borrowed(name) as fds:
+    with control._desk.borrowed_fds(name) as fds:
         libc = ctypes.CDLL(None, use_errno=True)
         assert libc.fallocate(fds[0], PUNCH_KEEP_SIZE, ctypes.c_long(0), ctypes.c_long(pages * PAGE)) == 0
         other = os.memfd_create("other", os.MFD_CLOEXEC)
@@ -48,7 +48,7 @@ def test_frames_that_changed_are_found_until_the_region_lies_in_another_file(
 ) -> None:
     if os.geteuid() != 0:
         pytest.skip("frames are shown to root alone")
-    monkeypatch.setattr(tables, "FRESH_S", 0)
+    monkeypatch.setattr(pfn_tables, "FRESH_S", 0)
     control.apply(do.Reserve("web", 8 * M, prefault=True))
     for _ in range(2):
         control.extents("region:web").close()
@@ -57,7 +57,7 @@ def test_frames_that_changed_are_found_until_the_region_lies_in_another_file(
     control.extents("region:web").close()
     (finding,) = control.snapshot().findings
     assert (finding.id, finding.subject, finding.severity) == ("region-moved", "web", Severity.INFO)
-    assert "12K" in finding.what
+    assert "12K" in finding.observed
     control.extents("region:web").close()
     assert found(control) == [("region-moved", "web")]
 
@@ -83,7 +83,7 @@ def test_a_frame_is_followed_to_the_process_and_from_its_address_back(control: C
         assert process.do(f"wait {id}") == id
         assert process.do(f"write {id} x") == "done"
         snapshot = control.snapshot()
-        whole = joined.ask(snapshot, control, "db")
+        whole = joined.resolve_target(snapshot, control, "db")
         assert isinstance(whole, Joined)
         assert sum(span.size for span in whole.spans) == M
         mapping = grant(snapshot, id).seen[0]
@@ -91,7 +91,7 @@ def test_a_frame_is_followed_to_the_process_and_from_its_address_back(control: C
             row = table[table.lookup(5) or 0]
             pfn = row.pfn + 5 - row.offset
         for target in (f"{pfn:#x}", f"{5 * PAGE:#x}@region:web"):
-            frame = joined.ask(snapshot, control, target)
+            frame = joined.resolve_target(snapshot, control, target)
             assert isinstance(frame, Frame)
             assert (frame.region, frame.offset, frame.guests) == ("web", 5 * PAGE, (("db", 0x10005000),))
             assert {(each.kind, each.who, each.address) for each in frame.reached} >= {
@@ -99,4 +99,4 @@ def test_a_frame_is_followed_to_the_process_and_from_its_address_back(control: C
                 ("process", str(process.pid), mapping.start + 5 * PAGE),
             }
     with pytest.raises(NotFound):
-        joined.ask(snapshot, control, "0x7ffffff000@web")
+        joined.resolve_target(snapshot, control, "0x7ffffff000@web")

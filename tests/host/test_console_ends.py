@@ -13,11 +13,12 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from support.guests import until
 from support.services import MEMCONSOLE
+from support.waiting import LONG_S, until
 
 from memconsole import actions
 from memconsole.backend.wire.client import Client
@@ -67,7 +68,7 @@ class Terminal:
     def clean(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(10)
+        self.process.wait(LONG_S)
         self.hang_up()
 
 
@@ -94,7 +95,7 @@ def answering(path: Path) -> Client:
             found.append(Client(path))
         return bool(found)
 
-    until(answers, "the console answers", 30)
+    until(answers, "the console answers")
     return found[0]
 
 
@@ -129,11 +130,15 @@ def test_guests_end_with_their_console(directory: Path, terminals: list[Terminal
         terminal.process.send_signal(number)
         if how == "SIGHUP twice":
             terminal.process.send_signal(number)
-    status = terminal.process.wait(30)
+    status = terminal.process.wait(LONG_S)
     assert status == 128 + (signal.SIGTERM if how == "SIGTERM" else signal.SIGHUP), terminal.said[-2000:]
     assert not alive(guest.pid)
     assert not (directory / "run" / "control").exists()
     assert list(Path("/run").glob(f"memconsole-{terminal.process.pid}-*")) == []
+
+
+def shows(terminal: Terminal, text: bytes) -> bool:
+    return text in terminal.said
 
 
 def test_consoles_that_start_at_once_share_one_control_process(directory: Path, terminals: list[Terminal]) -> None:
@@ -141,12 +146,13 @@ def test_consoles_that_start_at_once_share_one_control_process(directory: Path, 
     with contextlib.closing(answering(directory / "run" / "control")) as client:
         client.apply(actions.Reserve("shared", M))
         for terminal in terminals:
-            until(lambda terminal=terminal: b"live" in terminal.said, "every console is up", 30)
+            until(partial(shows, terminal, b"live"), "every console is up")
         served = int((directory / "run" / "serve.lock").read_text())
         assert served in {terminal.process.pid for terminal in terminals}
         assert all(b"cannot reach" not in terminal.said for terminal in terminals)
         for terminal in terminals:
-            until(lambda terminal=terminal: b"shared" in terminal.said, "every console sees the region", 30)
+            os.write(terminal.master, b"2")
+            until(partial(shows, terminal, b"shared"), "every console sees the region")
 
 
 def test_a_second_console_does_not_disturb_the_socket_of_the_first(directory: Path, terminals: list[Terminal]) -> None:
@@ -157,6 +163,6 @@ def test_a_second_console_does_not_disturb_the_socket_of_the_first(directory: Pa
     terminals.append(Terminal([*console(directory), "--embedded"]))
     until(lambda: b"is served already" in terminals[1].said, "the second says why it cannot be reached")
     terminals[1].process.send_signal(signal.SIGTERM)
-    terminals[1].process.wait(30)
+    terminals[1].process.wait(LONG_S)
     assert path.stat().st_ino == inode
     answering(path).close()

@@ -14,7 +14,7 @@ from support.trees import Tree
 
 from memconsole import actions as do
 from memconsole.backend.control import Control, embedded
-from memconsole.backend.guests.qemu import BINARY
+from memconsole.backend.guests.commandline import BINARY
 from memconsole.backend.handoff import bootplan, devices
 from memconsole.backend.handoff.manifest import Manifest
 from memconsole.backend.handoff.report import Clock
@@ -151,13 +151,13 @@ def test_a_window_that_is_gone_after_a_handoff_keeps_its_guest_waiting(control: 
         windows=(grant,),
         report=HandoffReport("run", HandoffState.RUNNING, 0, "", ""),
     )
-    back = devices.back(control._desk, described, Clock(now, []))
-    assert ([each.back for each in back.windows], back.findings, back.waiting) == ([True], (), set())
+    back = devices.rebuild_devices(control._desk, described, Clock(now, []))
+    assert ([each.back for each in back.windows], back.findings, back.waiting) == ([True], (), frozenset())
     Path(control._root, f"sys/bus/pci/devices/{FREE}/resource0").unlink()
-    gone = devices.back(control._desk, described, Clock(now, []))
+    gone = devices.rebuild_devices(control._desk, described, Clock(now, []))
     (found,) = gone.findings
     assert (found.id, found.severity, found.subject) == ("handoff-window", Severity.ERROR, f"{FREE}:0")
-    assert "resource0" in found.what
+    assert "resource0" in found.observed
     assert "guest resume vm" in found.remedy
     assert gone.waiting == {"vm"}
 

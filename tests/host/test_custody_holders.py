@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,13 +14,15 @@ from pathlib import Path
 
 import pytest
 from support import keepers
+from support.custodies import fd_store_works, file_with, get, put
 from support.notify import Manager
+from support.waiting import until
 
 from memconsole import native
-from memconsole.backend.custody import Custody, KeeperCustody, OwnCustody
-from memconsole.backend.fdstore import SystemdCustody, inherited
-from memconsole.backend.refill import RefilledCustody
-from memconsole.errors import Gone, MemconsoleError, NotFound, Refused, UsageError
+from memconsole.backend.custody.holder import Custody, KeeperCustody, OwnCustody
+from memconsole.backend.custody.respawn import RespawningKeeper
+from memconsole.backend.custody.systemd import SystemdCustody
+from memconsole.errors import Gone, MemconsoleError, NotFound, Refused, Silent, UsageError
 
 
 @pytest.fixture
@@ -47,20 +49,9 @@ def kept(_: Path) -> Iterator[Custody]:
 @contextlib.contextmanager
 def refilled(_: Path) -> Iterator[Custody]:
     with keepers.running(native.program("memconsole-keeper")) as run:
-        custody = RefilledCustody(run.path.parent)
+        custody = RespawningKeeper(run.path.parent)
         yield custody
         custody.close()
-
-
-def fd_store_works() -> bool:
-    fd = os.memfd_create("probe")
-    try:
-        fcntl.fcntl(fd, 1027, fd)
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
-    return True
 
 
 @contextlib.contextmanager
@@ -79,26 +70,6 @@ def custody(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Custody]
     make: Callable[[Path], contextlib.AbstractContextManager[Custody]] = request.param
     with make(tmp_path) as made:
         yield made
-
-
-def file_with(text: bytes) -> int:
-    fd = os.memfd_create("test", os.MFD_CLOEXEC)
-    os.write(fd, text)
-    return fd
-
-
-def put(custody: Custody, name: str, text: bytes, payload: bytes = b"") -> None:
-    fd = file_with(text)
-    custody.put(name, fd, payload)
-    os.close(fd)
-
-
-def get(custody: Custody, name: str) -> tuple[bytes, bytes]:
-    fd, payload = custody.get(name)
-    assert not os.get_inheritable(fd)
-    text = os.pread(fd, 1 << 16, 0)
-    os.close(fd)
-    return text, payload
 
 
 def open_files() -> int:
@@ -202,7 +173,7 @@ def test_threads_share_one_connection(keeper: keepers.Running) -> None:
 CHILD = """
 import os, sys, time
 from pathlib import Path
-from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.custody.holder import KeeperCustody
 custody = KeeperCustody(Path(sys.argv[1]))
 n = 0
 while True:
@@ -234,7 +205,7 @@ def test_a_client_killed_at_any_moment_loses_nothing_it_was_told_is_kept(keeper:
 
 def test_started_it_outlives_its_starter_and_is_found_again(tmp_path: Path) -> None:
     starter = (
-        "import sys, os; from pathlib import Path; from memconsole.backend.custody import KeeperCustody\n"
+        "import sys, os; from pathlib import Path; from memconsole.backend.custody.holder import KeeperCustody\n"
         "custody = KeeperCustody.start(Path(sys.argv[1])); custody.put('a', os.memfd_create('x'), b'kept')\n"
         "print(custody.pid, flush=True); os.kill(os.getpid(), 9)"
     )
@@ -293,7 +264,7 @@ def test_a_keeper_that_ended_is_said_and_another_in_its_place_is_not_taken_for_i
     second = KeeperCustody.start(tmp_path)
     try:
         assert second.names() == []
-        with pytest.raises(Gone, match="does not hold what it held"):
+        with pytest.raises(Gone, match="does not hold its memory"):
             first.names()
     finally:
         second.end()
@@ -304,7 +275,7 @@ def test_a_keeper_that_ended_is_said_and_another_in_its_place_is_not_taken_for_i
 def test_a_keeper_that_ended_is_replaced_with_copies_and_what_nobody_else_had_is_named(keeper: keepers.Running) -> None:
     with contextlib.closing(KeeperCustody(keeper.path)) as before:
         put(before, "was there", b"contents", b"payload")
-        with contextlib.closing(RefilledCustody(keeper.path.parent)) as custody:
+        with contextlib.closing(RespawningKeeper(keeper.path.parent)) as custody:
             put(custody, "mine", b"mine")
             put(before, "somebody's", b"gone")
             assert custody.names() == ["mine", "somebody's", "was there"]
@@ -316,7 +287,7 @@ def test_a_keeper_that_ended_is_replaced_with_copies_and_what_nobody_else_had_is
             os.close(fd)
             (said,) = custody.troubles()
             assert f"pid {keeper.process.pid}, ended" in said
-            assert said.endswith("holds 2 descriptors anew, and somebody's are lost")
+            assert said.endswith("holds 2 descriptors again, and somebody's are lost")
             custody.check()
             assert len(custody.troubles()) == 1
             with contextlib.closing(KeeperCustody(keeper.path)) as last:
@@ -326,9 +297,57 @@ def test_a_keeper_that_ended_is_replaced_with_copies_and_what_nobody_else_had_is
 def test_a_connection_that_broke_is_made_anew(keeper: keepers.Running) -> None:
     custody = KeeperCustody(keeper.path)
     put(custody, "a", b"x")
-    custody.close()
+    assert custody._socket is not None
+    custody._socket.shutdown(socket.SHUT_RDWR)
+    with pytest.raises(Gone):
+        custody.names()
     assert get(custody, "a") == (b"x", b"")
     custody.close()
+    with pytest.raises(Gone, match="closed its connection"):
+        custody.names()
+
+
+def test_a_stopped_keeper_is_silent_and_answers_again_once_it_goes_on(keeper: keepers.Running) -> None:
+    with contextlib.closing(KeeperCustody(keeper.path, timeout=0.2)) as custody:
+        put(custody, "a", b"x")
+        os.kill(custody.pid, signal.SIGSTOP)
+        try:
+            for _ in range(3):  # the connection is made anew, and greeted no more than it was answered
+                with pytest.raises(Silent, match=f"pid {custody.pid} does not answer") as silent:
+                    custody.check()
+                assert silent.value.code == "CustodySilent"
+        finally:
+            os.kill(custody.pid, signal.SIGCONT)
+        until(lambda: answers(custody), "the keeper answers again")
+        assert get(custody, "a") == (b"x", b"")
+
+
+def test_a_stopped_keeper_is_not_replaced_by_one_that_holds_nothing(tmp_path: Path) -> None:
+    with contextlib.closing(RespawningKeeper(tmp_path)) as custody:
+        pid = custody.pid
+        put(custody, "a", b"x")
+        custody._keeper._timeout = 0.2
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(Silent):
+                custody.names()
+            with pytest.raises(Silent):
+                KeeperCustody.start(tmp_path, timeout=0.2)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        custody._keeper._timeout = 10.0
+        until(lambda: answers(custody), "the keeper answers again")
+        assert custody.names() == ["a"]
+        assert (custody.pid, custody.troubles()) == (pid, [])
+        with contextlib.closing(KeeperCustody(tmp_path / "keeper")) as last:
+            last.end(holding=True)
+
+
+def answers(custody: KeeperCustody | RespawningKeeper) -> bool:
+    with contextlib.suppress(Silent):
+        custody.check()
+        return True
+    return False
 
 
 @pytest.mark.parametrize("reachable", [False, True], ids=["by the socket's mode", "by its credentials"])
@@ -363,120 +382,3 @@ def test_another_user_is_denied_by_name(keeper: keepers.Running, reachable: bool
     custody = KeeperCustody(keeper.path)
     assert custody.status().clients == 1
     custody.close()
-
-
-@pytest.fixture
-def manager(tmp_path: Path) -> Iterator[Manager]:
-    if not fd_store_works():
-        pytest.skip("this kernel has no F_DUPFD_QUERY (Linux 6.10)")
-    made = Manager(tmp_path)
-    yield made
-    made.close()
-
-
-def test_the_service_manager_gives_everything_back(manager: Manager) -> None:
-    first = SystemdCustody([], manager.environ)
-    put(first, "region:web:0", b"contents", b"old")
-    fd, _ = first.get("region:web:0")
-    first.put("region:web:0", fd, b"new")
-    os.close(fd)
-    put(first, "ledger", b"log")
-    put(first, "gone", b"")
-    first.drop("gone")
-    first.close()
-    assert len(manager.store) == 4
-    again = SystemdCustody(manager.give_back(), manager.environ)
-    assert again.names() == ["ledger", "region:web:0"]
-    assert get(again, "region:web:0") == (b"contents", b"new")
-    assert again.lost == []
-    again.close()
-
-
-@pytest.mark.parametrize("messages", range(1, 5))
-def test_killed_between_any_two_messages_the_old_or_the_new_is_given_back(manager: Manager, messages: int) -> None:
-    first = SystemdCustody([], manager.environ)
-    put(first, "a", b"old", b"old")
-    sent = 0
-    real = first._notify
-
-    def notify(text: str, fds: list[int] | None = None) -> None:
-        nonlocal sent
-        sent += 1
-        if sent == messages:
-            raise Gone("killed here")
-        real(text, fds)
-
-    first._notify = notify  # type: ignore[method-assign]
-    with pytest.raises(Gone, match="killed here"):
-        put(first, "a", b"new", b"new")
-    first._notify = real  # type: ignore[method-assign]
-    first._barrier()
-    again = SystemdCustody(manager.give_back(), manager.environ)
-    assert get(again, "a") == ((b"old", b"old") if messages <= 2 else (b"new", b"new"))
-    assert len(manager.store) == 2
-    again.close()
-    first.close()
-
-
-def test_what_the_manager_lost_is_named(manager: Manager) -> None:
-    first = SystemdCustody([], manager.environ)
-    put(first, "a", b"x")
-    put(first, "b", b"y")
-    first.close()
-    given = manager.give_back()
-    missing = next(entry for entry in given if entry[0].startswith("mc.f."))
-    given.remove(missing)
-    os.close(missing[1])
-    given.append(("mc.e.99", file_with(b"MCENTRY1 but torn")))
-    again = SystemdCustody(given, manager.environ)
-    assert sorted(again.lost) == ["a", "mc.e.99"]
-    assert again.names() == ["b"]
-    again.close()
-
-
-def test_a_full_fd_store_is_refused_before_anything_is_sent(tmp_path: Path, manager: Manager) -> None:
-    custody = SystemdCustody([], {**manager.environ, "FDSTORE": "4"})
-    put(custody, "a", b"")
-    put(custody, "b", b"")
-    with pytest.raises(Refused) as caught:
-        put(custody, "c", b"")
-    assert caught.value.code == "CustodyFull"
-    assert len(manager.store) == 4
-    custody.close()
-
-
-def test_without_an_fd_store_it_is_refused_by_name() -> None:
-    with pytest.raises(Refused) as caught:
-        SystemdCustody([], {"NOTIFY_SOCKET": "/run/systemd/notify"})
-    assert caught.value.code == "CustodyMissing"
-
-
-def test_inherited_fds_have_names_and_are_taken_once() -> None:
-    script = (
-        "import os; from memconsole.backend.fdstore import inherited\n"
-        "os.environ['LISTEN_PID'] = str(os.getpid())\n"
-        "print([(name, os.read(fd, 9)) for name, fd in inherited()], inherited(), os.get_inheritable(3))"
-    )
-    fds = [file_with(b"one"), file_with(b"two")]
-    for fd in fds:
-        os.lseek(fd, 0, 0)
-
-    def place() -> None:
-        high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in fds]
-        for n, fd in enumerate(high):
-            os.dup2(fd, 3 + n)
-
-    environ = {**os.environ, "LISTEN_FDS": "2", "LISTEN_FDNAMES": "control:mc.f.1"}
-    ran = subprocess.run(
-        [sys.executable, "-c", script],
-        env=environ,
-        close_fds=False,
-        preexec_fn=place,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    for fd in fds:
-        os.close(fd)
-    assert ran.stdout == "[('control', b'one'), ('mc.f.1', b'two')] [] False\n", ran.stderr
-    assert inherited({"LISTEN_PID": "1", "LISTEN_FDS": "3"}) == []

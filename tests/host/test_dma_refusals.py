@@ -9,15 +9,13 @@ from contextlib import closing
 import pytest
 from support.controls import M, runtime_dir
 from support.guests import AgentProcess
+from support.iommu_host import BESIDE, BRIDGED, BUSY, FREE, add_devices
 from support.trees import Tree
 
 from memconsole import actions as do
 from memconsole.backend.control import Control, embedded
-from memconsole.backend.guests.qemu import BINARY
+from memconsole.backend.guests.commandline import BINARY
 from memconsole.errors import Refused
-
-FREE, BUSY, BESIDE, BRIDGED = (f"0000:00:0{number}.0" for number in range(4, 8))
-MSI = (0xFEE00000, 0xFEEFFFFF, "msi")
 
 
 @pytest.fixture
@@ -27,16 +25,7 @@ def tree() -> Iterator[Tree]:
         made = Tree(directory / "host")
         made.link("/proc", "/proc")
         made.write("/sys/devices/system/cpu/online", "0\n")
-        made.write("/dev/iommu", "")
-        made.directory("/sys/bus/pci/drivers/vfio-pci")
-        for group in range(4):
-            made.group(group, "DMA", [MSI])
-        made.pci(FREE, ids=(1, 1), class_code=0xFF0000, group=0)
-        made.pci(BUSY, ids=(1, 2), class_code=0x020000, driver="e1000", group=1)
-        made.pci(BESIDE, ids=(1, 3), class_code=0xFF0000, group=2)
-        made.pci("0000:00:08.0", ids=(1, 4), class_code=0x010000, driver="ahci", group=2)
-        made.pci(BRIDGED, ids=(1, 5), class_code=0xFF0000, driver="vfio-pci", group=3)
-        made.pci("0000:00:09.0", ids=(1, 6), class_code=0x060400, driver="shpchp", group=3)
+        add_devices(made)
         yield made
 
 
@@ -89,7 +78,7 @@ def test_a_driver_that_does_not_take_the_device_leaves_nothing(control: Control,
     override = f"/sys/bus/pci/devices/{FREE}/driver_override"
     tree.write(override, "(null)\n")
     tree.write("/sys/bus/pci/drivers_probe", "")
-    with pytest.raises(Exception, match="does not take"):
+    with pytest.raises(Exception, match="does not bind device"):
         control.apply(do.Map("ram", "driver", gpa=0, dma=FREE))
     assert (tree.root / override[1:]).read_text().startswith("\n"), "no driver is preferred any more"
     assert control.snapshot().grants == ()

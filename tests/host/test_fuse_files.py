@@ -9,11 +9,13 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from support.guests import region, until
+from support.guests import region
 from support.memory import need_frames
-from support.mounts import NOBODY, Attacker, hostile, trees
+from support.mounts import NOBODY, Attacker, add_guest, hostile, trees
+from support.waiting import until
 
 from memconsole.backend.exports.fuse import FuseTree, MapPart
 from memconsole.errors import NotFound, UsageError
@@ -27,7 +29,7 @@ LETTERS = "PSFXDWH"
 @pytest.fixture
 def tree() -> Iterator[FuseTree]:
     with trees() as tree:
-        tree.add_guest("web", NOBODY, NOBODY)
+        add_guest(tree, "web", NOBODY, NOBODY)
         yield tree
 
 
@@ -174,10 +176,51 @@ def test_a_pfnmap_that_is_open_stays_as_it_was_while_the_memory_changes(tree: Fu
         assert {row[0] for row in last} < {row[0] for row in parse(old)}
 
 
-def test_only_so_many_scans_of_a_guest_are_held(tree: FuseTree) -> None:
+def test_a_pfnmap_has_the_size_of_its_text_for_who_asks_before_opening_it(tree: FuseTree, tmp_path: Path) -> None:
+    need_frames()
+    with every_other(2000) as fd:
+        path = tree.set_pfnmap("web", [MapPart(fd, 0, 4000 * PAGE, None)])
+        assert path.stat().st_size == 2001 * LINE, "nobody has opened it yet"
+        wanted = path.read_bytes()
+        archive = subprocess.run(["tar", "-cf", "-", "-C", path.parent, path.name], capture_output=True, check=True)
+        assert archive.stderr == b""
+        unpacked = subprocess.run(["tar", "-xOf", "-"], input=archive.stdout, capture_output=True, check=True)
+        assert unpacked.stdout == wanted
+        copy = tmp_path / "copy"
+        subprocess.run(["cp", path, copy], check=True)
+        assert copy.read_bytes() == wanted
+        counted = subprocess.run(["wc", "-c", path], capture_output=True, check=True).stdout
+        assert int(counted.split()[0]) == len(wanted)
+        os.ftruncate(fd, 0)
+        until(lambda: path.stat().st_size == LINE, "a size that was told is not told for long")
+        assert parse(path.read_bytes()) == []
+    with region(2 * PAGE) as other:
+        os.pwrite(other, b"x", 0)
+        tree.set_pfnmap("web", [MapPart(other, 0, 2 * PAGE, None)])
+        assert path.stat().st_size == 2 * LINE, "the size of what it lists now"
+        tree.revoke("guests/web/pfnmap")
+        assert path.stat().st_mode & 0o777 == 0
+
+
+def test_many_ask_for_the_size_of_a_pfnmap_at_once_and_all_are_told(tree: FuseTree) -> None:
+    need_frames()
+    with every_other(4096) as fd:
+        for _ in range(5):
+            path = tree.set_pfnmap("web", [MapPart(fd, 0, 8192 * PAGE, None)])
+            asked = [subprocess.Popen(["stat", "-c", "%s", path], stdout=subprocess.PIPE) for _ in range(8)]
+            assert {int(each.communicate()[0]) for each in asked} == {4097 * LINE}
+
+
+def test_only_so_many_scans_of_a_guest_are_held_and_root_may_have_more(tree: FuseTree) -> None:
     with region(64 * PAGE) as fd, contextlib.ExitStack() as stack:
-        path = tree.set_pfnmap("web", [MapPart(fd, 0, 64 * PAGE, None)])
-        for _ in range(8):
+        path = tree.set_pfnmap("web", [MapPart(fd, 0, 64 * PAGE, None)], NOBODY, NOBODY)
+        for opened, said in ((8, ""), (9, "Too many open files")):  # paste opens all of its files before it reads any
+            pasted = subprocess.run(
+                ["paste", *[path] * opened], user=NOBODY, group=NOBODY, capture_output=True, text=True, check=False
+            )
+            assert (pasted.returncode != 0, said in pasted.stderr) == (bool(said), True), pasted.stderr
+        until(lambda: tree.status().handles == 0, "the files of paste are closed")
+        for _ in range(16):
             stack.enter_context(path.open("rb"))
         with pytest.raises(OSError, match="Too many open files"), path.open("rb"):
             pass
@@ -219,7 +262,7 @@ def test_a_revoked_text_is_neither_opened_nor_read_on(tree: FuseTree) -> None:
         pass
 
 
-def test_state_and_windows(tree: FuseTree, tmp_path) -> None:
+def test_state_and_windows(tree: FuseTree, tmp_path: Path) -> None:
     with region(PAGE) as fd:
         os.pwrite(fd, b"vcpu", 0)
         path = tree.set_state("web", "vcpu0", fd)
@@ -265,7 +308,7 @@ def test_bad_parts_are_refused(tree: FuseTree) -> None:
             with pytest.raises(UsageError):
                 tree.set_pfnmap("web", parts)
         for part in (MapPart(fd, 1, PAGE, None), MapPart(fd, 0, 0, None), MapPart(fd, 0, PAGE, 5)):
-            with pytest.raises(Exception, match="lengths do not add up"):
+            with pytest.raises(Exception, match="lengths in the request do not add up"):
                 tree.set_pfnmap("web", [part])
     with pytest.raises(NotFound):
         tree.set_status("none", b"")

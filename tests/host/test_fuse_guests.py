@@ -11,10 +11,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support.guests import frames, own_frames, region, until
-from support.mounts import NOBODY, Mount, mounts
+from support.guests import frames, own_frames, region
+from support.mounts import NOBODY, Mount, add_guest, mounts
+from support.waiting import LONG_S, until
 
 from memconsole.backend.exports.fuse import FuseTree
 
@@ -31,7 +33,7 @@ def mount() -> Iterator[Mount]:
 def show(tree: FuseTree, fd: int, uid: int = 0) -> Path:
     if tree.status().passthrough:
         pytest.skip(tree.status().capability().why)
-    tree.add_guest("web", uid, uid)
+    add_guest(tree, "web", uid, uid)
     return tree.add_ram("web", "ram0", fd, uid=uid, gid=uid)
 
 
@@ -41,17 +43,17 @@ class Qemu:
     def __init__(self, path: Path, directory: Path) -> None:
         self._socket_path = directory / "qmp"
         self._inode = path.stat().st_ino
-        backend = f"memory-backend-file,id=ram,size={RAM},mem-path={path},share=on"
+        backend = f"memory-backend-file,id=ram,size={RAM},mem-path={path},share=on,align=2M"
         command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg"]
         command += ["-machine", "q35,memory-backend=ram", "-m", f"size={RAM}B", "-object", backend]
         self.process = subprocess.Popen([*command, "-qmp", f"unix:{self._socket_path},server=on,wait=off"])
         until(lambda: self.process.poll() is not None or self.goes_on(), "QEMU's monitor")
         self.pid = self.process.pid
 
-    def execute(self, *commands: str) -> list[dict]:
+    def execute(self, *commands: str) -> list[dict[str, Any]]:
         """Each command's reply; a connection for all of them."""
         with socket.socket(socket.AF_UNIX) as monitor:
-            monitor.settimeout(30)
+            monitor.settimeout(LONG_S)
             monitor.connect(str(self._socket_path))
             with monitor.makefile("rw") as lines:
                 lines.readline()
@@ -65,7 +67,7 @@ class Qemu:
         return replies[1:]
 
     def running(self) -> bool:
-        return self.process.poll() is None and self.execute("query-status")[0]["return"]["running"]
+        return self.process.poll() is None and bool(self.execute("query-status")[0]["return"]["running"])
 
     def goes_on(self) -> bool:
         """As ``running``, of a QEMU that may not listen yet, or end while it is asked."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import stat
@@ -9,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.guests import frames, own_frames, region, until
-from support.mounts import NOBODY, STRANGER, Attacker, hostile, trees
+from support.guests import fd_links, frames, own_frames, region
+from support.mounts import NOBODY, STRANGER, Attacker, add_guest, hostile, trees
+from support.waiting import until
 
-from memconsole.backend.exports.fuse import FuseTree, Kind, Revoked
+from memconsole.backend.exports.fuse import EntryKind, FuseTree, OpenAfterRevoke
 from memconsole.errors import NotFound, Refused, UsageError
 
 SIZE = 2 << 20
@@ -22,7 +24,7 @@ WORD = "contents"
 @pytest.fixture
 def tree() -> Iterator[FuseTree]:
     with trees() as tree:
-        tree.add_guest("web", NOBODY, NOBODY)
+        add_guest(tree, "web", NOBODY, NOBODY)
         yield tree
 
 
@@ -78,7 +80,7 @@ def test_a_mapping_has_the_memfds_frames(tree: FuseTree, memfd: int, path: Path,
         pfn = frames(attacker.pid, address + page * 4096, 1)[0]
         assert pfn in {0, ours[page]}
     assert frames(attacker.pid, address, 1) == ours[:1] != [0]
-    entry = next(entry for entry in tree.list() if entry.kind is Kind.RAM)
+    entry = next(entry for entry in tree.list() if entry.kind is EntryKind.RAM)
     assert entry.inode == inode == path.stat().st_ino
     assert path.stat().st_dev == tree.status().device
 
@@ -98,8 +100,7 @@ def test_no_way_to_change_what_is_not_its_own(tree: FuseTree, memfd: int, path: 
         "truncate": "EPERM",
         "grow": "EPERM",
         "open-trunc": "EPERM",
-        "allocate": "EPERM",
-        "punch": "EPERM",
+        "allocate": "ENOSPC",
         "seal": "EINVAL",
         "chmod": "EPERM",
         "chown": "EPERM",
@@ -119,12 +120,43 @@ def test_no_way_to_change_what_is_not_its_own(tree: FuseTree, memfd: int, path: 
     assert os.fstat(memfd).st_size == path.stat().st_size == SIZE
     assert path.stat().st_uid == NOBODY
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert [entry.path for entry in tree.list() if entry.kind is Kind.RAM] == ["guests/web/ram/ram0"]
+    assert [entry.path for entry in tree.list() if entry.kind is EntryKind.RAM] == ["guests/web/ram/ram0"]
+
+
+def test_parts_are_given_back_and_put_in_place_inside_the_file(memfd: int, path: Path, attacker: Attacker) -> None:
+    os.posix_fallocate(memfd, 0, SIZE)
+    assert path.stat().st_blocks * 512 == SIZE
+    attacker.do("open")
+    attacker.do("map")
+    assert attacker.do("punch") == "ok"
+    assert os.fstat(memfd).st_blocks * 512 == SIZE - 4096
+    assert attacker.do("load").strip() == "ok"  # zeros
+    assert attacker.do("allocate-inside") == "ok"
+    assert os.fstat(memfd).st_blocks * 512 == SIZE
+    assert path.stat().st_size == SIZE
+
+
+def test_a_file_is_as_new_as_what_is_written_to_it_unseen(memfd: int, path: Path) -> None:
+    with mmap.mmap(memfd, SIZE) as memory:
+        first = path.stat().st_mtime_ns
+        memory[0] = 1
+        until(lambda: path.stat().st_mtime_ns > first, "a later time, once what the kernel knows has aged")
+
+
+def test_memory_that_two_files_show_counts_once_and_is_used_as_far_as_it_has_frames(
+    tree: FuseTree, memfd: int, path: Path
+) -> None:
+    tree.add_region("ram0", memfd)
+    os.posix_fallocate(memfd, 0, SIZE // 2)
+    space = os.statvfs(path)
+    assert space.f_blocks * space.f_frsize == SIZE
+    resident = os.fstat(memfd).st_blocks * 512
+    assert space.f_bfree * space.f_frsize == space.f_bavail * space.f_frsize == SIZE - resident
 
 
 def test_a_guest_reaches_no_other_guests_memory(tree: FuseTree, attacker: Attacker) -> None:
     with region(SIZE) as fd:
-        tree.add_guest("db", STRANGER, STRANGER)
+        add_guest(tree, "db", STRANGER, STRANGER)
         other = tree.add_ram("db", "ram0", fd, uid=STRANGER, gid=STRANGER, mode=0o666)
         secret = tree.add_region("ram0", fd)
         assert attacker.do(f"try {other}") == "EACCES"
@@ -155,7 +187,7 @@ def test_a_read_only_grant_is_read_only_even_for_root(tree: FuseTree, memfd: int
 def test_a_revoked_file_is_opened_by_nobody(tree: FuseTree, path: Path, built: Path, attacker: Attacker) -> None:
     attacker.do("open")
     attacker.do("map")
-    assert tree.revoke("guests/web/ram/ram0") == Revoked(open=1, cut=True)
+    assert tree.revoke("guests/web/ram/ram0") == OpenAfterRevoke(open=1, cut=True)
     assert [attacker.do(order) for order in ("open", "open-ro")] == ["EACCES"] * 2
     assert [attacker.do(order) for order in ("read", "write", "self-fd")] == ["EIO"] * 3
     with Attacker(built, path, 0) as root:
@@ -189,7 +221,7 @@ def test_open_files_are_counted_wherever_they_are(tree: FuseTree, attacker: Atta
     assert opened(tree) == 1, "a child shares the description"
     assert attacker.do("post") == "ok"
     assert opened(tree) == 1, "a descriptor in flight is in no table of any process"
-    assert tree.revoke("guests/web/ram/ram0") == Revoked(open=1, cut=True)
+    assert tree.revoke("guests/web/ram/ram0") == OpenAfterRevoke(open=1, cut=True)
     assert attacker.do("fetch") == "ok"
     assert attacker.do("read") == "EIO"
     os.kill(attacker.pid, signal.SIGKILL)
@@ -210,13 +242,13 @@ def test_remove_takes_a_guest_away_and_its_name_can_be_used_again(
     with pytest.raises(Refused) as refused:
         tree.remove("guests/web")
     assert refused.value.code == "NotEmpty"
-    assert tree.remove("guests/web", recursive=True) == Revoked(open=1, cut=True)
+    assert tree.remove("guests/web", recursive=True) == OpenAfterRevoke(open=1, cut=True)
     assert attacker.do("read") == "EIO"
     assert attacker.do("open-ro") == "ENOENT"
     assert not path.exists()
     with region(SIZE) as fd:
         os.pwrite(fd, b"another!", 0)
-        tree.add_guest("web", NOBODY, NOBODY)
+        add_guest(tree, "web", NOBODY, NOBODY)
         tree.add_ram("web", "ram0", fd, uid=NOBODY, gid=NOBODY)
         assert attacker.do("read") == "EIO"
         assert attacker.do("open") == "ok"
@@ -248,7 +280,7 @@ def test_what_is_no_memory_or_no_path_is_refused(tree: FuseTree, memfd: int) -> 
             tree.add_ram("web", "empty", empty)
     finally:
         os.close(empty)
-    assert not [entry for entry in tree.list() if entry.kind is Kind.RAM]
+    assert not [entry for entry in tree.list() if entry.kind is EntryKind.RAM]
 
 
 def test_owner_and_mode_can_be_given_to_another(tree: FuseTree, memfd: int, path: Path, attacker: Attacker) -> None:
@@ -261,9 +293,14 @@ def test_owner_and_mode_can_be_given_to_another(tree: FuseTree, memfd: int, path
 
 
 def test_the_revoked_memory_is_not_kept_by_the_server(tree: FuseTree, attacker: Attacker) -> None:
-    """No fd of the server's holds a RAM file's memfd, so that its owner can prove that nobody does."""
-    held = [str(link.readlink()) for link in Path(f"/proc/{tree.pid}/fd").iterdir()]
-    assert not [link for link in held if "memfd:" in link]
+    """No fd of the server's holds a revoked file's memfd, so that its owner can prove that nobody does."""
+
+    def held() -> list[str]:
+        return [said for said in fd_links(tree.pid).values() if "memfd:" in said]
+
+    assert len(held()) == 1  # which is asked for its blocks, and emptied in parts
+    tree.revoke("guests/web/ram/ram0")
+    assert held() == []
 
 
 def test_a_thousand_opens_leave_nothing(tree: FuseTree, path: Path) -> None:

@@ -8,8 +8,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from support.guests import region, until
-from support.mounts import NOBODY, Attacker, hostile, mounts
+from support.guests import region
+from support.mounts import NOBODY, Attacker, add_guest, hostile, mounts, unmount
+from support.waiting import LONG_S, until
 
 from memconsole.backend.exports.fuse import FuseTree, MapPart
 from memconsole.errors import Gone, Refused
@@ -45,7 +46,7 @@ def connect(path: Path) -> FuseTree:
 
 
 def use(tree: FuseTree, fd: int, built: Path) -> None:
-    tree.add_guest("web", NOBODY, NOBODY)
+    add_guest(tree, "web", NOBODY, NOBODY)
     path = tree.add_ram("web", "ram0", fd, uid=NOBODY, gid=NOBODY)
     status = tree.set_status("web", b"{}" * 9000, NOBODY, NOBODY)
     pfnmap = tree.set_pfnmap("web", [MapPart(fd, 0, SIZE, 0), MapPart(fd, 4096, 8192, None)])
@@ -69,7 +70,7 @@ def use(tree: FuseTree, fd: int, built: Path) -> None:
 
 def unmounted(tree: FuseTree) -> bool:
     try:
-        tree.unmount()
+        unmount(tree)
     except Refused as refused:
         if refused.code != "MountBusy":
             raise
@@ -79,7 +80,7 @@ def unmounted(tree: FuseTree) -> bool:
 
 def test_a_whole_life_under_sanitizers(program: Path) -> None:
     with mounts() as mount, region(SIZE) as fd:
-        command = [program, "-f", mount.runtime / "fuse", mount.point]
+        command = [str(program), "-f", str(mount.runtime / "fuse"), str(mount.point)]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
             try:
                 tree = connect(mount.runtime / "fuse")
@@ -92,7 +93,7 @@ def test_a_whole_life_under_sanitizers(program: Path) -> None:
                 for _ in range(3):
                     use(tree, fd, built)
                 until(lambda: unmounted(tree), "files are let go of: a close is answered before its RELEASE is")
-                said = server.communicate(timeout=60)[1]
+                said = server.communicate(timeout=LONG_S)[1]
             finally:
                 server.kill()
         assert server.returncode == 0, said

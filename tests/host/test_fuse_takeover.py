@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from support.guests import region, until
-from support.mounts import NOBODY, Attacker, Mount, abort, hostile, mounts, wait_gone
+from support.guests import region
+from support.mounts import NOBODY, Attacker, Mount, abort, add_guest, hostile, mounts, unmount, wait_gone
+from support.waiting import LONG_S, until
 
 from memconsole.backend.exports.fuse import FuseTree
 from memconsole.errors import Gone, MemconsoleError, Refused
@@ -23,7 +25,8 @@ import os, sys, time
 from pathlib import Path
 from memconsole.backend.exports.fuse import FuseTree
 tree = FuseTree.start(Path(sys.argv[1]), Path(sys.argv[2]))
-tree.add_guest("web", 65534, 65534)
+for name in ("guests", "guests/web", "guests/web/ram"):
+    tree.directory(name, uid=65534, gid=65534, mode=0o550)
 fd = os.memfd_create("ram", os.MFD_ALLOW_SEALING)
 os.ftruncate(fd, 1 << 20)
 os.pwrite(fd, b"contents", 0)
@@ -50,7 +53,7 @@ def memfd() -> Iterator[int]:
 def fill(tree: FuseTree, fd: int) -> Path:
     if tree.status().passthrough:
         pytest.skip(tree.status().capability().why)
-    tree.add_guest("web", NOBODY, NOBODY)
+    add_guest(tree, "web", NOBODY, NOBODY)
     return tree.add_ram("web", "ram0", fd, uid=NOBODY, gid=NOBODY)
 
 
@@ -139,14 +142,18 @@ def test_a_mount_in_use_is_not_unmounted_unless_told_to(mount: Mount, memfd: int
         guest.do("close")
         for _ in range(2):
             with pytest.raises(Refused) as refused:
-                tree.unmount()
+                unmount(tree)
             assert refused.value.code == "MountBusy", "a mapping keeps it busy"
         os.kill(tree.pid, signal.SIGTERM)
         assert tree.status().pid == tree.pid, "nor does a signal end it"
-        tree.unmount(lazy=True)
+        unmount(tree, lazy=True)
         wait_gone(tree.pid)
         assert guest.do("load") == "ok contents"
     assert not list(mount.point.iterdir())
+
+
+def is_unused(tree: FuseTree) -> bool:
+    return tree.status().handles == 0
 
 
 def test_an_unused_mount_is_unmounted_and_its_server_ends(mount: Mount, memfd: int) -> None:
@@ -154,9 +161,9 @@ def test_an_unused_mount_is_unmounted_and_its_server_ends(mount: Mount, memfd: i
         tree = mount.start()
         path = fill(tree, memfd)
         assert path.read_bytes()[:8] == b"contents"
-        until(lambda tree=tree: tree.status().handles == 0, "it is unused")
+        until(partial(is_unused, tree), "it is unused")
         if end == "unmount":
-            tree.unmount()
+            unmount(tree)
         elif end == "umount":
             subprocess.run(["umount", mount.point], check=True)
         else:
@@ -202,7 +209,7 @@ def test_a_stopped_server_hangs_nobody_for_good(mount: Mount, memfd: int) -> Non
     os.kill(tree.pid, signal.SIGSTOP)
     with subprocess.Popen(["stat", path], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as stuck:
         abort(mount.servers[0][1])
-        assert stuck.wait(20) != 0
+        assert stuck.wait(LONG_S) != 0
     os.kill(tree.pid, signal.SIGKILL)
     wait_gone(tree.pid)
 

@@ -8,15 +8,16 @@ import os
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
-from support.guests import given, hubs, own_frames, region, until
+from support.guests import given, hubs, own_frames, region, sweep
+from support.waiting import LONG_S, until
 
 from memconsole.backend.exports.fd import Hub
-from memconsole.backend.guests import qemu
+from memconsole.backend.guests import commandline
 from memconsole.backend.guests.base import Restart
 from memconsole.backend.guests.canary import CanaryGuest
 from memconsole.backend.guests.handle import Handle
@@ -107,7 +108,7 @@ def test_a_canary_goes_on_in_another_process(hub: Hub, state: int, runs_as: str,
         assert guest.offer(home, 10)
         assert guest.offer(second, 10)
         until(lambda: checked(guest) > 4 * 512, "two sweeps")
-        assert guest.sweep(10) == (2 * (M // 4096 - 4), 0)
+        assert sweep(guest, 10) == (2 * (M // 4096 - 4), 0)
         assert guest.blackout() == (0, 0)
         for turn in (1, 2):
             guest.save(state, 10)
@@ -128,7 +129,7 @@ def test_a_canary_goes_on_in_another_process(hub: Hub, state: int, runs_as: str,
                 assert beats(guest) == stood
                 guest.resume()
             goes_on(guest, stood, 512)
-            assert guest.sweep(10) == (2 * (M // 4096 - 4), 0)
+            assert sweep(guest, 10) == (2 * (M // 4096 - 4), 0)
             restored, blackout = guest.blackout()
             assert restored == turn
             assert 0 < blackout < 60_000_000_000
@@ -148,7 +149,7 @@ def test_a_saved_canary_can_be_let_go_on_where_it_is(hub: Hub, state: int, runs_
             stood = beats(guest)
             guest.resume()
             until(lambda: beats(guest) > stood + 10, "beats")
-            assert guest.sweep(10) == (M // 4096 - 4, 0)
+            assert sweep(guest, 10) == (M // 4096 - 4, 0)
             assert guest.blackout() == (0, 0)
     finally:
         guest.kill()
@@ -176,7 +177,7 @@ def test_a_restored_canary_waits_for_what_it_was_not_given(hub: Hub, state: int,
         assert guest.state() is GuestState.PAUSED
         assert guest.offer(home, 10)
         until(lambda: beats(guest) > stood + 10, "beats")
-        assert guest.sweep(10) == (2 * (M // 4096 - 4), 0)
+        assert sweep(guest, 10) == (2 * (M // 4096 - 4), 0)
 
 
 def test_a_restored_canary_notices_that_its_memory_is_not_what_it_was(
@@ -197,14 +198,14 @@ def test_a_restored_canary_notices_that_its_memory_is_not_what_it_was(
             with started(again, {"state": state, "region:a": memory}, tmp_path / "log") as process:
                 heir = CanaryGuest.adopt("bird", process.pid, process.start_ticks, hub, [home])
                 assert hub.connected("bird", 30)
-                swept = heir.sweep(10)[1]
+                swept = sweep(heir, 10)[1]
                 progress = heir.progress()  # after the sweep: what that did not find any more, a beat had found
                 assert progress is not None
                 assert swept in expected or progress.wrong in expected
                 heir.close()
 
 
-SPOILED = {
+SPOILED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "no state": (lambda raw: b"\0" * len(raw), "it is no canary's state"),
     "another version": (lambda raw: raw[:8] + b"\2" + raw[9:], "of a version this canary does not know"),
     "truncated": (lambda raw: raw[:-1], "truncated"),
@@ -228,7 +229,7 @@ def test_a_spoiled_state_is_refused_by_name(hub: Hub, state: int, tmp_path: Path
     os.pwrite(state, raw, 0)
     log = tmp_path / "again"
     with started(again, {"state": state}, log) as process:
-        assert process.wait(30)
+        assert process.wait(LONG_S)
     assert log.read_text().startswith("bird: it cannot go on: its state: ")
     assert why in log.read_text()
 
@@ -266,11 +267,15 @@ def count(fd: int) -> int:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Sequence[str]:
-    if shutil.which(qemu.BINARY) is None:
-        pytest.skip(f"{qemu.BINARY} is not installed")
+    if shutil.which(commandline.BINARY) is None:
+        pytest.skip(f"{commandline.BINARY} is not installed")
     image = tmp_path / "disk"
     image.write_bytes(BOOT_SECTOR.ljust(M, b"\0"))
     return ["-drive", f"file={image},format=raw,if=ide,readonly=off", "-boot", "c"]
+
+
+def answered(ask: Callable[[], object], awaited: str) -> bool:
+    return awaited in json.dumps({"return": ask()})
 
 
 def converse(again: Restart, directory: Path) -> None:
@@ -281,7 +286,7 @@ def converse(again: Restart, directory: Path) -> None:
             message = json.loads(line)
 
             ask = partial(monitor.execute, message["execute"], message.get("arguments"), within=30)
-            until(lambda ask=ask, awaited=awaited: awaited in json.dumps({"return": ask()}), line)
+            until(partial(answered, ask, awaited), line)
     finally:
         monitor.close()
 
@@ -294,7 +299,7 @@ def test_qemu_counts_on_from_the_same_value(state: int, disk: Sequence[str], tmp
         stack.callback(guest.close)
         process = stack.enter_context(Handle(guest.pid, guest.start_ticks, child=True))
         stack.callback(process.kill)
-        until(lambda: count(fd) > 1000, "the guest's counting", 60)
+        until(lambda: count(fd) > 1000, "the guest's counting")
         for turn in range(2):
             guest.save(state, 60)
             stood, frames = count(fd), own_frames(fd, RAM)
@@ -323,7 +328,7 @@ def test_a_saved_qemu_can_be_let_go_on_where_it_is(state: int, disk: Sequence[st
     with region(RAM) as fd, given(fd, "g-1", RAM) as ram:
         guest = QemuGuest.start("vm", ram, tmp_path, args=disk)
         try:
-            until(lambda: count(fd) > 1000, "the guest's counting", 60)
+            until(lambda: count(fd) > 1000, "the guest's counting")
             guest.save(state, 60)
             assert guest.state() is GuestState.PAUSED
             stood = count(fd)
@@ -340,7 +345,7 @@ def test_a_qemu_that_cannot_be_migrated_says_so_and_runs_on(state: int, disk: Se
     with region(RAM) as fd, given(fd, "g-1", RAM) as ram:
         guest = QemuGuest.start("vm", ram, tmp_path, args=[*disk, *unfit])
         try:
-            until(lambda: count(fd) > 1000, "the guest's counting", 60)
+            until(lambda: count(fd) > 1000, "the guest's counting")
             with pytest.raises(GuestError, match="ivshmem"):
                 guest.save(state, 60)
             guest.resume()

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.guests import frames, given, hubs, mapping_of, own_frames, region, until
+from support.guests import collapse, fd_links, frames, given, hubs, mapping_of, own_frames, read, region
+from support.waiting import until
 
 from memconsole.backend.exports.fd import Hub
 from memconsole.backend.guests.canary import CanaryGuest
 from memconsole.backend.guests.handle import Handle
+from memconsole.backend.kernel import procmaps
 from memconsole.backend.stores import memfd
 from memconsole.errors import Gone, GuestError, Refused
 from memconsole.model import Access, GuestState
@@ -74,7 +76,9 @@ def sweep(guest: CanaryGuest, pages: int) -> None:
     until(lambda: (now := guest.progress()) is not None and now.checked > goal, "a sweep")
 
 
-def test_it_runs_in_its_grant_and_checks_every_page(canary: tuple[CanaryGuest, Hub], request) -> None:
+def test_it_runs_in_its_grant_and_checks_every_page(
+    canary: tuple[CanaryGuest, Hub], request: pytest.FixtureRequest
+) -> None:
     guest, hub = canary
     assert guest.state() is GuestState.PAUSED
     assert guest.agent()
@@ -95,6 +99,18 @@ def test_it_runs_in_its_grant_and_checks_every_page(canary: tuple[CanaryGuest, H
         assert len(pairs) >= 252
         assert all(pfn == own for pfn, own in pairs)
         assert why(guest) == ""
+
+
+def test_it_maps_its_memory_by_huge_pages(canary: tuple[CanaryGuest, Hub]) -> None:
+    guest, _ = canary
+    with region(8 * M) as fd, given(fd, "bird-1", 8 * M) as offer:
+        collapse(fd, 8 * M)
+        assert guest.offer(offer, 30)
+        runs_on(guest)
+        start, _ = mapping_of(guest.pid, os.fstat(fd).st_ino)
+        read(guest.pid, start, 8 * M)
+        assert procmaps.paged("/", guest.pid)[start].huge == 8 * M
+        assert guest.request_unmap("bird-1", 30)
 
 
 def test_it_counts_every_wrong_byte(canary: tuple[CanaryGuest, Hub]) -> None:
@@ -119,12 +135,12 @@ def test_it_gives_a_grant_back_and_goes_on_where_it_stood(canary: tuple[CanaryGu
         with given(fd, "g-1", M) as offer:
             guest.offer(offer, 10)
             sweep(guest, 256)
-            assert guest.ask_unmap("g-1", 10)
+            assert guest.request_unmap("g-1", 10)
             assert hub.mapped("bird") == set()
             stood = beats(guest)
             assert guest.state() is GuestState.PAUSED
             assert str(os.fstat(fd).st_ino) not in Path(f"/proc/{guest.pid}/maps").read_text().split()
-            assert not any("memconsole" in str(link.readlink()) for link in Path(f"/proc/{guest.pid}/fd").iterdir())
+            assert not any("memconsole" in said for said in fd_links(guest.pid).values())
         with mmap.mmap(fd, M) as memory:
             kept = bytes(memory)
         assert any(kept)
@@ -141,7 +157,7 @@ def test_it_notices_that_it_was_given_other_memory_back(canary: tuple[CanaryGues
         with given(fd, "g-1", M) as offer:
             guest.offer(offer, 10)
             sweep(guest, 256)
-            guest.ask_unmap("g-1", 10)
+            guest.request_unmap("g-1", 10)
         with given(other, "g-2", M) as offer:
             guest.offer(offer, 10)
             assert wrong(guest) >= PAGE
@@ -179,18 +195,20 @@ def test_a_commanded_pause_is_no_gap_and_another_is(canary: tuple[CanaryGuest, H
 
 def test_memory_taken_by_force_stops_it_and_it_says_so(canary: tuple[CanaryGuest, Hub]) -> None:
     guest, _ = canary
-    (fd,) = memfd.reserve("test", M)
+    (fd,) = memfd.reserve_segments("test", M)
     with given(fd, "g-1", M) as offer:
         guest.offer(offer, 10)
         runs_on(guest)
         os.ftruncate(fd, 0)
         until(lambda: _state(guest) is GuestState.STOPPED, "its end")
         assert why(guest)
-        assert guest.ask_unmap("g-1", 10)
+        assert guest.request_unmap("g-1", 10)
     os.close(fd)
 
 
-def test_a_guest_that_leaves_its_memory_never_runs_again(canary: tuple[CanaryGuest, Hub], request) -> None:
+def test_a_guest_that_leaves_its_memory_never_runs_again(
+    canary: tuple[CanaryGuest, Hub], request: pytest.FixtureRequest
+) -> None:
     guest, _ = canary
     with region(M) as fd, given(fd, "g-1", M) as offer:
         guest.offer(offer, 10)
@@ -232,7 +250,7 @@ def test_two_grants_are_two_ranges_and_a_read_only_one_is_never_written(canary: 
             for offer in (home, second, third):
                 assert guest.offer(offer, 10)
             sweep(guest, 1024)
-            assert guest.ask_unmap("g-2", 10)
+            assert guest.request_unmap("g-2", 10)
             runs_on(guest)
             assert hub.mapped("bird") == {"g-1", "g-3"}
         with mmap.mmap(more, M) as memory, mmap.mmap(readable, M) as untouched:
@@ -249,7 +267,9 @@ def test_two_grants_are_two_ranges_and_a_read_only_one_is_never_written(canary: 
         (2 * M, 0, "out of range"),
     ],
 )
-def test_a_grant_it_cannot_map_is_refused_and_withdrawn(canary, length: int, gpa: int, why: str) -> None:
+def test_a_grant_it_cannot_map_is_refused_and_withdrawn(
+    canary: tuple[CanaryGuest, Hub], length: int, gpa: int, why: str
+) -> None:
     guest, hub = canary
     with region(M) as fd, given(fd, "g-1", length, gpa=gpa) as offer:
         with pytest.raises(GuestError, match=why):

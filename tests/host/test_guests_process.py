@@ -14,12 +14,29 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.guests import AgentProcess, given, greet, hubs, hung_up, knock, open_fds, region, until
+from support.guests import (
+    HUGE,
+    AgentProcess,
+    collapse,
+    given,
+    greet,
+    hubs,
+    hung_up,
+    knock,
+    mapping_of,
+    open_fds,
+    read,
+    region,
+)
+from support.waiting import LONG_S, until
 
 from memconsole import agent as wire
 from memconsole.backend.exports.fd import Hub
+from memconsole.backend.guests.base import Offer
 from memconsole.backend.guests.handle import stat
 from memconsole.backend.guests.process import ProcessGuest
+from memconsole.backend.kernel import procmaps
+from memconsole.backend.stores import memfd
 from memconsole.errors import Gone, GuestError, NotFound, Refused
 from memconsole.model import Access, GuestState
 
@@ -63,9 +80,29 @@ def test_a_process_maps_a_grant_and_shares_its_bytes(database: tuple[ProcessGues
         assert process.do("read db-1 5") == "hello"
         assert process.do("write db-1 world") == "done"
         assert os.pread(fd, 5, 0) == b"world"
-        assert guest.ask_unmap("db-1", 30)
+        assert guest.request_unmap("db-1", 30)
         assert process.do("grants") == "none"
         assert os.pread(fd, 5, 0) == b"world"
+
+
+@pytest.mark.parametrize("access", [Access.RW, Access.RO])
+def test_a_process_maps_by_huge_pages(database: tuple[ProcessGuest, AgentProcess], access: Access) -> None:
+    guest, process = database
+    with region(8 * M) as fd:
+        collapse(fd, 8 * M)
+        mine = memfd.segment_fd(fd, access)
+        for offset in (0, 2 * M, 2 * M + 4096):
+            length = 4 * M + 8192
+            offer = Offer(f"db-{offset}", mine, offset, length, access, 0)
+            assert guest.offer(offer, 30)
+            start, mapped = mapping_of(process.pid, os.fstat(fd).st_ino)
+            assert mapped == length
+            assert (start - offset) % HUGE == 0
+            read(process.pid, start, length)
+            whole = (offset + length) // HUGE * HUGE - -(-offset // HUGE) * HUGE
+            assert procmaps.paged("/", process.pid)[start].huge == whole
+            assert guest.request_unmap(offer.grant, 30)
+        os.close(mine)
 
 
 def test_a_read_only_grant_is_read_only(database: tuple[ProcessGuest, AgentProcess]) -> None:
@@ -73,7 +110,7 @@ def test_a_read_only_grant_is_read_only(database: tuple[ProcessGuest, AgentProce
     with region(M) as fd, given(fd, "db-1", M, access=Access.RO) as offer:
         assert guest.offer(offer, 30)
         assert process.do("write db-1 world").startswith("refused")
-        assert guest.ask_unmap("db-1", 30)
+        assert guest.request_unmap("db-1", 30)
 
 
 def test_a_process_that_uses_the_memory_says_that_it_cannot(database: tuple[ProcessGuest, AgentProcess]) -> None:
@@ -81,10 +118,10 @@ def test_a_process_that_uses_the_memory_says_that_it_cannot(database: tuple[Proc
     with region(M) as fd, given(fd, "db-1", M) as offer:
         assert guest.offer(offer, 30)
         assert process.do("hold db-1") == "done"
-        assert not guest.ask_unmap("db-1", 30)
+        assert not guest.request_unmap("db-1", 30)
         assert process.do("write db-1 still") == "done"
         assert process.do("let-go") == "done"
-        assert guest.ask_unmap("db-1", 30)
+        assert guest.request_unmap("db-1", 30)
 
 
 def test_a_grant_too_long_for_its_file_is_refused(database: tuple[ProcessGuest, AgentProcess]) -> None:
@@ -101,9 +138,9 @@ def test_a_grant_waits_for_an_agent_that_comes_later(hub: Hub) -> None:
         assert not mine.offer(offer, 1)
         assert not mine.offer(never, 1)
         # Never sent, so there is nothing to unmap.
-        assert mine.ask_unmap("db-2", 1)
+        assert mine.request_unmap("db-2", 1)
         with wire.Agent(hub.path) as agent:
-            assert agent.wait("db-1", 30).writable
+            assert agent.wait("db-1", LONG_S).writable
             until(lambda: hub.mapped("db") == {"db-1"}, "the answer")
             assert set(agent.grants) == {"db-1"}
     mine.close()
@@ -121,7 +158,7 @@ def test_an_agent_comes_back_to_a_new_control_process_with_what_it_has(make_hub:
         adopted = ProcessGuest.adopt("db", process.pid, guest.start_ticks, second, [offer])
         assert second.connected("db", 30)
         until(lambda: second.mapped("db") == {"db-1"}, "HELLO")
-        assert adopted.ask_unmap("db-1", 30)
+        assert adopted.request_unmap("db-1", 30)
         adopted.close()
         assert process.finish() == 0
 
@@ -132,7 +169,7 @@ def test_the_agent_lets_its_process_refuse() -> None:
         guest = ProcessGuest.attach("db", os.getpid(), hub)
         asked = []
 
-        def refuse(grant: wire.Grant) -> None:
+        def refuse(grant: wire.MappedGrant) -> None:
             asked.append(grant.id)
             if len(asked) == 1:
                 raise RuntimeError("not now")
@@ -141,8 +178,8 @@ def test_the_agent_lets_its_process_refuse() -> None:
             assert hub.connected("db", 30)
             assert guest.offer(offer, 30)
             assert agent.grants["db-1"].gpa is None
-            assert not guest.ask_unmap("db-1", 30)
-            assert guest.ask_unmap("db-1", 30)
+            assert not guest.request_unmap("db-1", 30)
+            assert guest.request_unmap("db-1", 30)
             assert asked == ["db-1", "db-1"]
         guest.close()
 
@@ -177,7 +214,7 @@ def test_a_name_and_a_process_are_one_guest_each(hub: Hub, me: str) -> None:
     with AgentProcess(hub.path) as process, pytest.raises(Refused):
         ProcessGuest.attach(me, process.pid, hub)
     with pytest.raises(NotFound):
-        hub.ask_unmap("nobody", "g", 1)
+        hub.request_unmap("nobody", "g", 1)
 
 
 def test_a_process_that_is_no_guest_is_turned_away(hub: Hub) -> None:
@@ -206,7 +243,6 @@ GARBAGE = {
     "short": b"MC",
     "noise": os.urandom(200),
     "another version": wire.HEAD.pack(wire.MAGIC, 2, 1, 0, 16),
-    "an unknown type": wire.HEAD.pack(wire.MAGIC, 1, 99, 0, 16),
     "a false length": wire.HEAD.pack(wire.MAGIC, 1, 1, 0, 17),
     "too long": wire.HEAD.pack(wire.MAGIC, 1, 1, 0, 9000) + bytes(8984),
     "an answer before HELLO": wire.pack(wire.Type.DONE, 1, bytes(wire.DONE.size)),
@@ -219,7 +255,9 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("packet", GARBAGE.values(), ids=GARBAGE.keys())
-def test_garbage_ends_that_connection_only(hub: Hub, me: str, database, packet: bytes) -> None:
+def test_garbage_ends_that_connection_only(
+    hub: Hub, me: str, database: tuple[ProcessGuest, AgentProcess], packet: bytes
+) -> None:
     guest, process = database
     connection = knock(hub.path)
     if packet:
@@ -231,7 +269,7 @@ def test_garbage_ends_that_connection_only(hub: Hub, me: str, database, packet: 
     with region(M) as fd, given(fd, "db-1", M) as offer:
         assert guest.offer(offer, 30)
         assert process.do("grants") == "db-1"
-        assert guest.ask_unmap("db-1", 30)
+        assert guest.request_unmap("db-1", 30)
     with knock(hub.path) as again:
         greet(again)
         assert hub.connected(me, 30)
@@ -318,7 +356,7 @@ class Controller:
     def accept(self) -> list[str]:
         """Take its connection; what it says it holds."""
         self.connection, _ = self.listener.accept()
-        self.connection.settimeout(30)
+        self.connection.settimeout(LONG_S)
         hello = wire.unpack(self.connection.recv(wire.MAX_MESSAGE))
         return [wire.unpack_name(raw) for (raw,) in wire.NAME.iter_unpack(hello.body[wire.HELLO.size :])]
 
@@ -355,7 +393,7 @@ class Controller:
 def test_an_agent_shows_no_grant_whose_uffd_is_not_in_custody(tmp_path: Path) -> None:
     path = str(tmp_path / "agents")
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, region(M) as fd:
-        listener.settimeout(30)
+        listener.settimeout(LONG_S)
         listener.bind(path)
         listener.listen()
         control = Controller(listener)
@@ -371,7 +409,7 @@ def test_an_agent_shows_no_grant_whose_uffd_is_not_in_custody(tmp_path: Path) ->
             assert control.taken(first) == errno.ECANCELED
             assert agent.grants == {}
             assert control.taken(control.offer("g", fd)) == 0
-            agent.wait("g", 30).memory[:5] = b"hello"
+            agent.wait("g", LONG_S).memory[:5] = b"hello"
             assert os.pread(fd, 5, 0) == b"hello"
             control.connection.close()
             assert control.accept() == ["g"]
@@ -405,7 +443,7 @@ def test_a_guest_that_does_not_read_cannot_make_us_queue_without_end(hub: Hub, m
         assert len(peer.asked) <= 256
 
 
-def test_a_guest_gets_its_own_grants_only(hub: Hub, me: str, database) -> None:
+def test_a_guest_gets_its_own_grants_only(hub: Hub, me: str, database: tuple[ProcessGuest, AgentProcess]) -> None:
     guest, process = database
     with (
         knock(hub.path) as connection,
@@ -421,7 +459,7 @@ def test_a_guest_gets_its_own_grants_only(hub: Hub, me: str, database) -> None:
         connection.setblocking(False)
         with pytest.raises(BlockingIOError):
             connection.recv(wire.MAX_MESSAGE)
-        assert guest.ask_unmap("db-1", 30)
+        assert guest.request_unmap("db-1", 30)
 
 
 def test_nothing_is_left_open(make_hub: Callable[[], Hub]) -> None:

@@ -10,22 +10,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.guests import frames, given, mapping_of, open_fds, own_frames, region, until
+from support.guests import HUGE, collapse, frames, given, mapping_of, open_fds, own_frames, read, region
+from support.waiting import until
 
-from memconsole.backend.guests import qemu
+from memconsole.backend.guests import commandline, qemu
 from memconsole.backend.guests.base import Offer
 from memconsole.backend.guests.handle import Handle
 from memconsole.backend.guests.qemu import QemuGuest
+from memconsole.backend.kernel import procmaps
 from memconsole.errors import Gone, GuestError
 from memconsole.model import Access, GuestState
 
-RAM = 32 << 20
+M = 1 << 20
+RAM = 32 * M
 
 
 @pytest.fixture(autouse=True)
 def _qemu() -> None:
-    if shutil.which(qemu.BINARY) is None:
-        pytest.skip(f"{qemu.BINARY} is not installed")
+    if shutil.which(commandline.BINARY) is None:
+        pytest.skip(f"{commandline.BINARY} is not installed")
 
 
 @pytest.fixture
@@ -64,7 +67,7 @@ def test_it_pauses_resumes_and_answers_for_its_state(guest: QemuGuest, ram: Offe
     assert guest.agent()
     assert guest.offer(ram, 1)
     assert not guest.offer(Offer("other", ram.fd, 0, RAM, Access.RW, None), 1)
-    assert not guest.ask_unmap("vm-1", 1)
+    assert not guest.request_unmap("vm-1", 1)
     assert guest.progress() is None
 
 
@@ -131,19 +134,49 @@ def test_the_user_may_override_what_we_chose(ram: Offer, tmp_path: Path) -> None
 
 
 def test_a_missing_qemu_is_an_error_with_a_remedy(ram: Offer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qemu, "BINARY", "qemu-system-nowhere")
+    monkeypatch.setattr(commandline, "BINARY", "qemu-system-nowhere")
     with pytest.raises(GuestError) as caught:
         QemuGuest.start("vm", ram, tmp_path)
     assert "install qemu-system-nowhere" in caught.value.remedy
 
 
 def test_a_device_passed_through_is_seen_in_its_command_line() -> None:
-    again = QemuGuest.again("vm", 1 << 20, Path("/x"), ("-s",), "state", "ram", devices=("iommu:vm", "vfio:0"))
-    assert again.words[-7:] == (
+    args = ("-accel", "tcg")
+    again = QemuGuest.again("vm", 1 << 20, Path("/x"), args, "state", "ram", devices=("iommu:vm", "vfio:0"))
+    assert again.words[-8:] == (
         "-object", "iommufd,id=memconsole,fd=4", "-device", "vfio-pci,id=memconsole-0,iommufd=memconsole,fd=5",
-        "-s", "-incoming", "defer",
+        *args, "-incoming", "defer",
     )  # fmt: skip
     assert again.fds == (("ram", 3), ("iommu:vm", 4), ("vfio:0", 5), ("state", 6))
-    assert qemu.given_a_device(again.words)
-    assert qemu.given_a_device(["qemu", "--device", '{"driver": "vfio-pci", "host": "0000:00:04.0"}'])
-    assert not qemu.given_a_device(["qemu", "-name", "vfio-pci", "-device", "virtio-net"])
+    assert commandline.given_a_device(again.words)
+
+
+def test_its_ram_is_mapped_by_huge_pages(tmp_path: Path) -> None:
+    """2 MiB of frames that lie together are one entry of QEMU's page tables, at whatever size its RAM ends."""
+    for size in (64 * M, 64 * M + 8192):
+        with region(size) as fd, given(fd, "vm-1", size) as offer:
+            whole = size - size % HUGE
+            collapse(fd, whole)
+            guest = QemuGuest.start("vm", offer, tmp_path, args=["-S"])
+            try:
+                start, length = mapping_of(guest.pid, os.fstat(fd).st_ino)
+                assert length == size
+                read(guest.pid, start, whole)
+                assert procmaps.paged("/", guest.pid)[start].huge == whole
+            finally:
+                guest.stop(30)
+                guest.close()
+
+
+@pytest.mark.parametrize("words", [["-accel", "tcg,thread=single"], ["-machine", "pc,accel=tcg"]])
+def test_the_operators_own_accelerator_is_the_only_one(words: list[str], ram: Offer, tmp_path: Path) -> None:
+    guest = QemuGuest.start("vm", ram, tmp_path, args=words)
+    try:
+        assert guest.state() is GuestState.RUNNING
+        started = Path(f"/proc/{guest.pid}/cmdline").read_text(encoding="utf-8").split("\0")
+        assert [word for word in started if word in {"-accel", "tcg,thread=single"}] == (
+            words if words[0] == "-accel" else []
+        )
+    finally:
+        guest.stop(30)
+        guest.close()

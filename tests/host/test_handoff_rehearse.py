@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.controls import goes_on, grant, guest, runtime_dir
+from support.controls import goes_on, grant, guest, raised, runtime_dir
+from support.faultpoints import fault_points
 from support.firmware import STATUS, firmware
-from support.guests import until
+from support.waiting import LONG_S, until
 
 from memconsole.actions import (
     GuestPause,
@@ -34,12 +35,12 @@ from memconsole.actions import (
 )
 from memconsole.backend import steps
 from memconsole.backend.control import Control
-from memconsole.backend.custody import KeeperCustody
-from memconsole.backend.guests.qemu import BINARY
-from memconsole.backend.handoff import bootplan, manifest, vmm
+from memconsole.backend.custody.holder import KeeperCustody
+from memconsole.backend.guests.commandline import BINARY
+from memconsole.backend.handoff import bootplan, manifest, save_restore
 from memconsole.cli.handing import told
 from memconsole.errors import MemconsoleError, Refused
-from memconsole.model import Faults, GuestState, HandoffState, Rung
+from memconsole.model import Faults, GuestState, HandoffReport, HandoffState, Rung
 from memconsole.native import program
 
 M = 1 << 20
@@ -130,7 +131,11 @@ def test_every_guest_is_another_process_on_the_same_memory(place: Path) -> None:
         assert left(place) == []
 
 
-def report(found: Control):
+def runs(control: Control, name: str) -> bool:
+    return guest(control.snapshot(), name).state is GuestState.RUNNING
+
+
+def report(found: Control) -> HandoffReport:
     made = found.snapshot().handoff
     assert made is not None
     return made
@@ -174,7 +179,7 @@ def test_a_guest_that_cannot_be_saved_stops_it_and_all_go_on(place: Path, monkey
     with contextlib.closing(begin(place)) as found:
         before = pids(found)
 
-        monkeypatch.setattr("memconsole.backend.handoff.vmm.save", refuse)
+        monkeypatch.setattr("memconsole.backend.handoff.save_restore.save", refuse)
         with pytest.raises(MemconsoleError, match="it cannot be saved"):
             found.apply(HandoffRehearse())
         assert pids(found) == before
@@ -194,7 +199,7 @@ def test_a_paused_guest_stays_paused_whether_it_fails_or_not(place: Path, monkey
         for fails in (True, False):
             with monkeypatch.context() as patch:
                 if fails:
-                    patch.setattr(vmm, "revival", refuse)
+                    patch.setattr(save_restore, "restart_of_live", refuse)
                 with pytest.raises(MemconsoleError, match="said the test") if fails else contextlib.nullcontext():
                     found.apply(HandoffRehearse())
             assert (pids(found) == before) is fails
@@ -211,7 +216,7 @@ def test_a_suspended_guest_stays_suspended_whatever_happens_and_counts_on_once_i
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def counted(found: Control) -> tuple[int, int]:
-        (fd,) = found.lend("vm")
+        (fd,) = found.open_readonly("vm")
         try:
             return struct.unpack("<I8xI", os.pread(fd, 16, STATUS))
         finally:
@@ -229,7 +234,7 @@ def test_a_suspended_guest_stays_suspended_whatever_happens_and_counts_on_once_i
         with pytest.raises(Refused, match="is suspended"):
             found.apply(GuestPause("vm"))
         with monkeypatch.context() as patch:
-            patch.setattr(vmm, "revival", refuse)
+            patch.setattr(save_restore, "restart_of_live", refuse)
             with pytest.raises(MemconsoleError, match="said the test"):
                 found.apply(HandoffRehearse())
         assert is_as_it_was(found)
@@ -250,7 +255,7 @@ def test_a_suspended_guest_stays_suspended_whatever_happens_and_counts_on_once_i
 def test_a_terminal_sees_the_phases_until_guests_stand_still(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said, save = "", vmm.save
+    said, save = "", save_restore.save
 
     def seen() -> bool:
         nonlocal said
@@ -262,25 +267,25 @@ def test_a_terminal_sees_the_phases_until_guests_stand_still(
         return save(*arguments)
 
     with contextlib.closing(begin(place)) as found:
-        monkeypatch.setattr(vmm, "save", save_then)
+        monkeypatch.setattr(save_restore, "save", save_then)
         with told(found):
             found.apply(HandoffRehearse())
         assert all(each.back for each in report(found).guests)
     lines = [line.split(" s  ")[1] for line in (said + capsys.readouterr().err).splitlines()]
-    assert lines == ["look for everything that could fail", "stop the guests"]
+    assert lines == ["check every condition", "stop the guests"]
 
 
 def test_a_guest_that_did_not_come_back_is_kept_and_can_be_resumed_later(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with contextlib.closing(begin(place)) as found:
-        revival, missing = vmm.revival, place / "canary"
+        revival, missing = save_restore.restart_of_live, place / "canary"
 
         def elsewhere(*arguments: Any, **named: Any) -> Any:
             start, say = revival(*arguments, **named)
             return (replace(start, words=(str(missing), *start.words[1:])) if start.guest == "two" else start), say
 
-        monkeypatch.setattr(vmm, "revival", elsewhere)
+        monkeypatch.setattr(save_restore, "restart_of_live", elsewhere)
         found.apply(HandoffRehearse())
         goes_on(found, "one")
         shown = found.snapshot()
@@ -339,11 +344,11 @@ def test_killed_while_it_resumes_one_by_hand_it_is_resumed_once(place: Path, mon
         found.apply(GuestStart("four", memory=M))
         found.apply(HandoffRehearse())
         monkeypatch.undo()
-        points = steps.fault_points(found.plan(GuestResume("one")))
+        points = fault_points(found.plan(GuestResume("one")))
     for name, point in zip([*SIZES, "three", "four"], points, strict=True):
         dies(place, f"control.apply(GuestResume({name!r}))", point)
         with contextlib.closing(control(place)) as after:
-            until(lambda name=name: guest(after.snapshot(), name).state is GuestState.RUNNING, f"{name} at {point}")
+            until(partial(runs, after, name), f"{name} at {point}")
             goes_on(after, name)
             assert f"state:{name}" not in left(place)
 
@@ -354,7 +359,7 @@ def test_a_lazy_grant_is_an_ordinary_one_afterwards(place: Path) -> None:
         lazy = found.apply(Map("more", "one", gpa=1 << 30, lazy=True)).subject
         until(lambda: (grant(found.snapshot(), lazy).faults or Faults(served=False)).present > 0, "it faults")
         (told,) = [each for each in found.plan(HandoffRehearse()).conditions if each.id == "lazy-granted"]
-        assert (told.ok, told.evidence) == (False, f"{lazy} of one")
+        assert (told.ok, told.observed) == (False, f"lazy grants: {lazy} of one")
         found.apply(HandoffRehearse())
         goes_on(found, "one")
         after = grant(found.snapshot(), lazy)
@@ -384,7 +389,7 @@ import sys
 from pathlib import Path
 from memconsole.actions import GuestResume, HandoffRehearse
 from memconsole.backend.control import Control
-from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.custody.holder import KeeperCustody
 directory = Path(sys.argv[1])
 control = Control(directory, KeeperCustody(directory / "keeper"))
 """
@@ -395,7 +400,7 @@ def another(place: Path, does: str, fault: str) -> subprocess.CompletedProcess[s
     """Another control process over the same directory takes over, and does something, unless a fault ends it."""
     words = [sys.executable, "-c", f"{ANOTHER}{does}", str(place)]
     env = os.environ | {steps.FAULT_VARIABLE: fault}
-    return subprocess.run(words, env=env, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(words, env=env, capture_output=True, text=True, timeout=LONG_S, check=False)
 
 
 def dies(place: Path, does: str, fault: str) -> None:
@@ -412,19 +417,19 @@ def all_are_back(place: Path) -> None:
         for name in SIZES:
             goes_on(after, name)
         assert left(place) == []
-        assert [each for each in after.snapshot().findings if each.severity != "info"] == []
+        assert [each for each in raised(after.snapshot()) if each.severity != "info"] == []
 
 
 def test_killed_at_every_point_every_guest_goes_on(place: Path) -> None:
     """The one that dies is another process; whoever comes after it finds every guest running, or starts it."""
     with contextlib.closing(begin(place)) as found:
-        points = steps.fault_points(found.plan(HandoffRehearse()))
+        points = fault_points(found.plan(HandoffRehearse()))
     assert len(set(points)) == len(points) >= 16
     for point in points:
         dies(place, REHEARSES, point)
         with contextlib.closing(control(place)) as after:
             for name in SIZES:
-                until(lambda name=name: guest(after.snapshot(), name).state is GuestState.RUNNING, f"{name} at {point}")
+                until(partial(runs, after, name), f"{name} at {point}")
                 goes_on(after, name)
             assert left(place) == [], point
             assert not after.plan(HandoffRehearse()).refusals
@@ -452,7 +457,9 @@ def test_killed_at_every_point_of_starting_them_guests_go_on_once(place: Path, t
     env = os.environ | {steps.FAULT_VARIABLE: f"@{seen}"}
     words = [program("memconsole-resume"), "--rehearse", "--runtime", str(place)]
     with (tmp_path / "log").open("wb") as log:  # a pipe would be waited for by the VMMs that are left behind
-        while (code := subprocess.run(words, env=env, stdout=log, stderr=log, timeout=60, check=False).returncode) < 0:
+        while (
+            code := subprocess.run(words, env=env, stdout=log, stderr=log, timeout=LONG_S, check=False).returncode
+        ) < 0:
             assert code == -signal.SIGKILL
     assert (code, (tmp_path / "log").read_text()) == (0, "")
     assert {f"resume.start.{name}.after" for name in SIZES} < set(seen.read_text().splitlines())

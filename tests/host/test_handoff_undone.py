@@ -12,11 +12,12 @@ from typing import Self
 
 import pytest
 from support.controls import goes_on, runtime_dir
+from support.faultpoints import fault_points
 
 from memconsole.actions import GuestStart, HandoffRun
 from memconsole.backend import steps
 from memconsole.backend.control import Control
-from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.custody.holder import KeeperCustody
 from memconsole.backend.handoff import bootplan, check, image, luo, manifest
 from memconsole.errors import KernelRefused, MemconsoleError
 from memconsole.model import HandoffState
@@ -55,10 +56,10 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was loaded and unloaded, in order."""
     done: list[str] = []
     PlayedSession.preserved = []
-    monkeypatch.setattr(luo, "Session", PlayedSession)
+    monkeypatch.setattr(luo, "LuoSession", PlayedSession)
     monkeypatch.setattr(image, "load", lambda *_: done.append("load"))
     monkeypatch.setattr(image, "unload", lambda: done.append("unload"))
-    monkeypatch.setattr(check, "check", lambda _: ())
+    monkeypatch.setattr(check, "check_conditions", lambda _: ())
     return done
 
 
@@ -118,7 +119,7 @@ def test_a_failure_at_any_step_undoes_those_before_it(
     control: Control, loaded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(control._desk.custody, "jump", lambda: None)
-    points = [point for point in steps.fault_points(control.plan(HandoffRun())) if point.endswith("before")]
+    points = [point for point in fault_points(control.plan(HandoffRun())) if point.endswith("before")]
     assert len(points) >= 10
     before = held(control)
     for point in points:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import mmap
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -17,8 +17,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.machines import machines
+from support.waiting import LONG_S
 
-from memconsole.backend.doctor import doctor
+from memconsole.backend.diagnose.doctor import doctor
 from memconsole.backend.kernel import (
     census,
     dax,
@@ -33,8 +35,10 @@ from memconsole.backend.kernel import (
     probes,
     procmaps,
 )
+from memconsole.backend.kernel.kvm import Machine
 from memconsole.backend.kernel.record import record
 from memconsole.errors import Gone, NotFound, UsageError
+from memconsole.model import Vcpu
 
 MIB = 1 << 20
 SECONDS = 20
@@ -49,7 +53,9 @@ def tool(name: str) -> str:
 
 
 def said(*words: str) -> str:
-    return subprocess.run([tool(words[0]), *words[1:]], capture_output=True, text=True, check=True, timeout=60).stdout
+    return subprocess.run(
+        [tool(words[0]), *words[1:]], capture_output=True, text=True, check=True, timeout=LONG_S
+    ).stdout
 
 
 @contextmanager
@@ -60,6 +66,11 @@ def memfd(name: str, size: int) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def vcpus_of(machine: Machine) -> tuple[Vcpu, ...]:
+    assert machine.seen.vcpus is not None
+    return machine.seen.vcpus
 
 
 @contextmanager
@@ -166,23 +177,38 @@ def test_a_process_that_is_gone_is_gone() -> None:
         census.process("/", child.pid)
 
 
-def test_a_memfd_is_seen_with_its_seals_holders_and_frames() -> None:
+def test_a_memfd_is_seen_with_its_holders_and_frames() -> None:
     with memfd("seen by tests", 8 * MIB) as fd, closing(mmap.mmap(fd, 8 * MIB)) as view:
         view[: 2 * MIB] = b"x" * (2 * MIB)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         with idle(fd) as child:
             taken = census.take()
             status = os.fstat(fd)
-            (found,) = [item for item in memfds.memfds(taken) if item.inode == status.st_ino]
-            assert (found.device, found.name) == (status.st_dev, "seen by tests")
-            assert (found.size, found.resident, found.page_size) == (8 * MIB, 2 * MIB, 4096)
-            assert found.seals == ("seal", "grow")
-            assert (os.getpid(), fd) in found.holders
-            assert (child, fd) in found.holders
-            assert found.mappers == [os.getpid()]
+            held = memfds.holders(taken, {(status.st_dev, status.st_ino)})
+            assert {(os.getpid(), fd), (child, fd)} <= set(held)
+            assert [pid for pid, _ in held].count(child) == 1
+            assert {pid for pid, _ in held} == {os.getpid(), child}  # the mapping has a descriptor of its own
+            assert memfds.inode("/", taken.processes[child].place, fd) == status.st_ino
             ((pid, vma),) = taken.mappings({(status.st_dev, status.st_ino)})
             assert (pid, vma.size, vma.shared) == (os.getpid(), 8 * MIB, True)
             assert procmaps.resident("/", pid, [vma]) == [2 * MIB]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "file"])
+def test_an_fd_that_leads_elsewhere_once_it_is_looked_at_is_no_memfd(kind: str, tmp_path: Path) -> None:
+    """A pipe whose writer is gone would hold up who opens it, and a socket cannot be opened."""
+    with memfd("goes away", MIB) as gone, memfd("stays", MIB) as stays:
+        taken = census.take()
+        objects = {(status.st_dev, status.st_ino) for status in map(os.fstat, (gone, stays))}
+        if kind == "pipe":
+            other, write = os.pipe()
+            os.close(write)
+        elif kind == "socket":
+            other = socket.socket(socket.AF_UNIX).detach()
+        else:
+            other = os.open(tmp_path / "a", os.O_RDWR | os.O_CREAT, 0o600)
+        os.dup2(other, gone)
+        os.close(other)
+        assert memfds.holders(taken, objects) == [(os.getpid(), stays)]
 
 
 def test_private_memory_is_counted_as_smaps_counts_it() -> None:
@@ -214,12 +240,59 @@ def qemu() -> Iterator[int]:
             child.kill()
 
 
+SOCKETS = """
+import json, socket, sys
+with socket.socket(socket.AF_UNIX) as link:
+    link.connect(sys.argv[1])
+    lines = link.makefile("rw")
+    lines.readline()
+    for word in ("qmp_capabilities", "query-cpus-fast"):
+        lines.write(json.dumps({"execute": word}) + "\\n")
+        lines.flush()
+        said = json.loads(lines.readline())
+print(json.dumps([each["thread-id"] for each in said["return"]]))
+"""
+
+
+@pytest.mark.parametrize("named", ["on", "off"])
+def test_vcpu_threads_are_those_qemu_itself_names_whatever_their_apic_ids(named: str, tmp_path: Path) -> None:
+    """Three cores a socket: APIC ids have a gap. Where threads have no names the kernel says who ran a vCPU."""
+    program = tool("qemu-system-x86_64")
+    try:
+        probes.kvm()
+    except NotFound as error:
+        pytest.skip(str(error))
+    words = [
+        *(program, "-S", "-display", "none", "-nodefaults", "-smp", "6,sockets=2,cores=3", "-m", "64M"),
+        *("-machine", "q35,accel=kvm", "-cpu", "qemu64,arch-capabilities=off"),
+        *("-name", f"six,debug-threads={named}", "-qmp", f"unix:{tmp_path}/qmp,server=on,wait=off"),
+    ]
+    with subprocess.Popen(words, stdin=subprocess.DEVNULL) as child:
+        try:
+            deadline = time.monotonic() + SECONDS
+            while not (tmp_path / "qmp").exists():
+                assert child.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            answer = said(sys.executable, "-c", SOCKETS, str(tmp_path / "qmp"))
+            (machine,) = (each for each in machines(census.take()) if each.pid == child.pid)
+            found = [(vcpu.index, vcpu.tid) for vcpu in vcpus_of(machine)]
+            assert [index for index, _ in found] == [0, 1, 2, 4, 5, 6]
+            threads = json.loads(answer)
+            if named == "on":
+                assert [tid for _, tid in found] == threads
+            else:
+                assert all(tid in {None, threads[at]} for at, (_, tid) in enumerate(found))
+        finally:
+            child.kill()
+
+
 def settled(pid: int) -> kvm.Machine:
     """The machine of a QEMU that has started both of its vCPUs."""
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
-        found = {machine.pid: machine for machine in kvm.machines(census.take())}.get(pid)
-        if found and len(found.seen.vcpus) == 2 and all(vcpu.tid for vcpu in found.seen.vcpus):
+        found = {machine.pid: machine for machine in machines(census.take())}.get(pid)
+        if found and len(vcpus_of(found)) == 2 and all(vcpu.tid for vcpu in vcpus_of(found)):
             return found
         time.sleep(0.1)
     pytest.fail("QEMU did not start its vCPUs")
@@ -230,11 +303,9 @@ def test_a_real_vm_is_found_with_its_vcpus_and_ram(qemu: int) -> None:
     assert found.name == "witness"
     assert found.seen.comm.startswith("qemu-system")
     names = {int(path.parent.name): path.read_text() for path in Path(f"/proc/{qemu}/task").glob("*/comm")}
-    assert [names[vcpu.tid or 0] for vcpu in found.seen.vcpus] == ["CPU 0/KVM\n", "CPU 1/KVM\n"]
+    assert [names[vcpu.tid or 0] for vcpu in vcpus_of(found)] == ["CPU 0/KVM\n", "CPU 1/KVM\n"]
     (block,) = [block for block in found.seen.ram if block.backing.startswith("/memfd:")]
     assert block.size == 64 * MIB
-    (backing,) = [item for item in memfds.memfds(census.take()) if qemu in item.mappers]
-    assert (backing.size, backing.resident) == (64 * MIB, block.resident)
 
 
 def test_a_recording_reads_like_the_host_it_was_taken_on(qemu: int, tmp_path: Path) -> None:
@@ -259,13 +330,14 @@ def test_a_recording_reads_like_the_host_it_was_taken_on(qemu: int, tmp_path: Pa
             "doctor": {found.id: found.level for found in doctor(root) if found.id in FROM_FILES},
             "vms": [
                 (machine.name, machine.command, machine.seen.vcpus, machine.vmas)
-                for machine in kvm.machines(census.take(root))
+                for machine in machines(census.take(root))
                 if machine.pid == qemu
             ],
             "memfds": {
-                (item.device, item.inode, item.name)
-                for item in memfds.memfds(census.take(root))
-                if qemu in item.mappers or any(pid == qemu for pid, _ in item.holders)
+                (fd, link, memfds.inode(root, process.place, fd))
+                for process in [census.take(root).processes[qemu]]
+                for fd, link in process.fds.items()
+                if link.startswith("/memfd:")
             },
         }
         for root in (Path("/"), place)
@@ -281,7 +353,7 @@ def test_a_recording_reads_like_the_host_it_was_taken_on(qemu: int, tmp_path: Pa
 
 ORDINARY = """
 import ctypes, json, os, msgspec
-from memconsole.backend import doctor as examine
+from memconsole.backend.diagnose import doctor as examine
 from memconsole.backend.kernel import census, iomem, probes, tree
 from memconsole.errors import Denied
 import memconsole.native
@@ -304,11 +376,52 @@ print(json.dumps({
 """
 
 
+HIDDEN = """
+import ctypes, json, os, sys
+from memconsole.backend.kernel import census
+from memconsole.backend.observe.survey import SurveyInput, survey
+survey(SurveyInput())  # what it imports may lie where only root can read
+if child := os.fork():  # whose threads would stay in the mount namespace they began in
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.unshare(0x00020000) == 0 and libc.mount(None, b"/", None, 1 << 14 | 1 << 18, None) == 0
+assert libc.mount(b"proc", b"/proc", b"proc", 0, f"hidepid={sys.argv[1]}".encode()) == 0, ctypes.get_errno()
+os.setgroups([])
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+libc.prctl(4, 1, 0, 0, 0)
+taken = census.take()
+print(json.dumps({
+    "own": os.getpid() in taken.processes and bool(taken.processes[os.getpid()].maps),
+    "init": 1 in taken.processes,
+    "hidden": len(taken.hidden),
+    "unseen": taken.unseen,
+    "gaps": [[gap.source, gap.why, gap.remedy] for gap in survey(SurveyInput()).gaps if gap.source.startswith("/proc")],
+}))
+"""
+
+
+@pytest.mark.parametrize("hidepid", [1, 2])
+def test_where_proc_hides_the_processes_of_others_ones_own_are_read_and_that_is_said(hidepid: int) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount and become another user")
+    words = [sys.executable, "-c", HIDDEN, str(hidepid)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False, cwd=Path.cwd())
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["own"]
+    assert not found["init"]
+    assert (found["hidden"] > 0) == (hidepid == 1)
+    assert ("hidepid" in found["unseen"]) == (hidepid == 2)
+    (gap,) = (gap for gap in found["gaps"] if gap[0] in {"/proc", "/proc/PID/{fd,maps}"})
+    assert "root" in gap[2]
+
+
 def test_an_ordinary_user_is_told_what_is_not_shown() -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
     done = subprocess.run(
-        [sys.executable, "-c", ORDINARY], capture_output=True, text=True, timeout=60, check=False, cwd=Path.cwd()
+        [sys.executable, "-c", ORDINARY], capture_output=True, text=True, timeout=LONG_S, check=False, cwd=Path.cwd()
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -10,17 +10,17 @@ import time
 
 import pytest
 
-from memconsole.backend.ledger import Ledger
+from memconsole.backend.ledger.log import Ledger
 
 WRITER = """
 import os, sys
-from memconsole.backend.ledger import Kind, Ledger
+from memconsole.backend.ledger.log import RecordKind, Ledger
 log = Ledger.open(int(sys.argv[1]))
 while True:
-    seq = log.append(Kind.EVENT, bytes([log.next_seq % 251]) * (log.next_seq % 90))
+    seq = log.append(RecordKind.EVENT, bytes([log.next_seq % 251]) * (log.next_seq % 90))
     os.write(1, b"%d\\n" % seq)
     if seq % 500 == 0:
-        log.compact([(Kind.STATE, b"")])
+        log.compact([(RecordKind.STATE, b"")])
 """
 
 

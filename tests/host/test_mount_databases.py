@@ -63,6 +63,17 @@ for line in sys.stdin:
         db.execute("BEGIN")
         db.execute("DELETE FROM t")
         db.execute("ROLLBACK")
+    elif line.startswith("fill "):  # up to so many pages, with more than there is room for
+        db.execute("PRAGMA max_page_count=" + line.split()[1]).fetchall()
+        db.execute("BEGIN")
+        try:
+            db.executemany("INSERT INTO t (v) VALUES (?)", [("x" * 200,)] * (2 * size // 200))
+            db.execute("COMMIT")
+            print("done", flush=True)
+        except sqlite3.OperationalError as error:
+            print(error.sqlite_errorname, error, flush=True)
+        if db.in_transaction:
+            db.execute("ROLLBACK")
     assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     print(db.execute("SELECT count(*) FROM t WHERE length(v) = 200").fetchone()[0], flush=True)
 """
@@ -150,3 +161,19 @@ def test_a_database_works_is_shown_goes_on_and_is_revoked(
     assert other.do("count") == "3000", "the contents stayed"
     assert other.do("work") == "4000"
     assert other.finish() == 0
+
+
+def test_a_full_sqlite_says_that_it_is_full_where_it_knows_its_size(place: Place, tmp_path: Path) -> None:
+    """As docs/service.md says it; what was committed before is whole either way."""
+    place.client.apply(do.Reserve("db", SIZE))
+    with place.owners("db").open("r+b") as file:
+        file.write(fresh("sqlite", tmp_path))
+    database = join(place, "sqlite", "web")
+    assert database.do("work") == "1000"
+    assert database.do(f"fill {SIZE // 4096}") == "SQLITE_FULL database or disk is full"
+    assert database.line() == "1000"
+    assert database.do("work") == "2000"
+    said = database.do("fill 1000000")
+    assert said.startswith("SQLITE_IOERR")
+    assert said.endswith("disk I/O error")
+    assert database.line() == "2000"

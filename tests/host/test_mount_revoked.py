@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.guests import until
 from support.hostile import SECRET, Accomplice, accomplices, no_fresh_files
-from support.mounted import SIZE, Place, places, unexpected
+from support.mounted import SIZE, Place, patience, places, unexpected
 from support.mounts import NOBODY, Attacker, hostile
+from support.waiting import until
 
 from memconsole import actions as do
 from memconsole.model import RevokeOutcome, RevokeReport, Rung
@@ -64,7 +64,7 @@ def spread(attacker: Attacker, accomplice: Accomplice) -> None:
 
 
 def revoke(place: Place, at_most: Rung) -> RevokeReport:
-    report = place.client.apply(do.Revoke("g1", within=2.0, at_most=at_most)).revoke
+    report = place.client.apply(do.Revoke("g1", within=patience(at_most), at_most=at_most)).revoke
     assert report is not None
     shown = place.shown()
     assert shown.grants == ()

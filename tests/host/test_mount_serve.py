@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,21 +13,22 @@ from pathlib import Path
 
 import pytest
 from support import controls
-from support.guests import until
+from support.guests import fd_links
 from support.mounted import SIZE, Place, places, unexpected
-from support.mounts import NOBODY, STRANGER, end_at, mounted_below, wait_gone
+from support.mounts import NOBODY, STRANGER, end_at, mounted_below, unmount, wait_gone
 from support.services import services
+from support.waiting import LONG_S, until
 
 from memconsole import actions as do
-from memconsole.backend.exports.fuse import FuseTree, Kind
+from memconsole.backend.exports.fuse import EntryKind, FuseTree
+from memconsole.backend.guests.handle import stat
 from memconsole.cli import main
 from memconsole.errors import ExitCode, GuestError, MemconsoleError, Refused
-from memconsole.model import Access, GrantState, Progress, RevokeOutcome, Rung
+from memconsole.model import Access, GrantState, GuestState, Progress, RevokeOutcome, Rung
 
 M = controls.M
 ELSEWHERE = ["--user", "--map-root-user", "--mount"]
-NOTHING = Progress("", 0, 0, 0, 0, 0)
-RAM = 32 * M
+NOTHING = Progress("process", 0, 0, 0, 0, 0)
 
 
 @pytest.fixture
@@ -49,6 +48,7 @@ def test_a_process_maps_its_grant_by_path_without_an_agent(place: Place) -> None
     shown = place.shown()
     grant, guest = shown.grants[0], controls.guest(shown, "web")
     assert grant.state is GrantState.MAPPED
+    assert grant.export == "file"
     assert [(seen.pid, seen.end - seen.start, seen.offset) for seen in grant.seen] == [(user.pid, SIZE, 0)]
     assert controls.region(shown, "pool").seen is not None
     assert controls.region(shown, "pool").seen.mappers == (user.pid,)  # type: ignore[union-attr]
@@ -56,8 +56,15 @@ def test_a_process_maps_its_grant_by_path_without_an_agent(place: Place) -> None
     assert [(block.region, block.size) for block in guest.seen.ram if block.region] == [("pool", SIZE)]
     assert not unexpected(shown)
     assert place.owners("pool").read_bytes()[:5] == b"hello"
-    status = json.loads((path.parents[1] / "status").read_text())
-    assert (status["guest"]["name"], status["grants"][0]["seen"][0]["pid"]) == ("web", user.pid)
+
+    kept = path.parents[1] / "status"
+
+    def told() -> list[int]:
+        status = json.loads(kept.read_text())
+        assert status["guest"]["name"] == "web"
+        return [seen["pid"] for seen in status["grants"][0]["seen"]]
+
+    until(lambda: kept.exists() and told() == [user.pid], "its status follows")
     assert (path.parents[1] / "pfnmap").read_text().strip()
     assert user.do("unmap") == "done"
     assert place.shown().grants[0].state is GrantState.OFFERED
@@ -69,6 +76,7 @@ def test_what_is_no_whole_region_is_no_file_and_goes_by_fd(place: Place) -> None
     place.client.apply(do.GuestAttach("web", user.pid))
     place.client.apply(do.Map("pool", "web", length=M, access=Access.RO))
     assert not place.path("web", "pool").exists()
+    assert place.shown().grants[0].export == "fd"
     assert place.owners("pool").stat().st_size == SIZE
     place.revoke()
     place.client.apply(do.Map("pool", "web", access=Access.RO))
@@ -113,6 +121,71 @@ def test_a_file_that_is_only_open_is_no_way_back(place: Place) -> None:
     assert place.owners("pool").read_bytes()[:6] == b"secret"
 
 
+def test_a_file_that_is_mounted_elsewhere_under_another_name_is_the_same_file(place: Place) -> None:
+    """As a container gets one: its maps and its descriptors show that name, and no path of the mount."""
+    user, other = place.user(), place.user(0)
+    path, image = place.grant(user), place.service.directory / "vm.img"
+    image.touch()
+    subprocess.run(["mount", "--bind", path, image], check=True, timeout=60)
+    place.at_end(lambda: subprocess.run(["umount", "-l", image], check=True, timeout=60))
+    assert [other.do("open", image), other.do("map"), other.do("write", "secret")] == ["done"] * 3
+    assert str(image) in Path(f"/proc/{other.pid}/maps").read_text()
+    shown = place.shown()
+    assert controls.region(shown, "pool").seen.mappers == (other.pid,)  # type: ignore[union-attr]
+    (finding,) = (each for each in shown.findings if each.id == "mapping-unknown")
+    assert str(other.pid) in finding.observed
+    assert "guests/web/ram/pool" in finding.evidence
+    assert other.do("unmap") == "done"
+    with pytest.raises(GuestError, match=f"held by {other.pid}"):
+        place.revoke(at_most=Rung.ASK)
+    assert place.revoke().outcome in {RevokeOutcome.PROVED, RevokeOutcome.CUT}
+    mapped = other.do("map")
+    assert mapped != "done" or other.do("read") == "", "there is nothing behind it"
+    assert place.owners("pool").read_bytes()[:6] == b"secret"
+
+
+GOES_ON = """
+import ctypes, os, sys, threading, time
+from memconsole.agent import Agent
+agent = Agent(sys.argv[1])
+view = memoryview(agent.wait("g1", 60).memory)[:8]
+def work():
+    count = 0
+    while True:
+        count += 1
+        view[:] = count.to_bytes(8, "little")
+        time.sleep(0.01)
+threading.Thread(target=work).start()
+print("mapped", flush=True)
+ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93, "riscv64": 93}[os.uname().machine], 0)
+"""
+"""A process that takes a grant, and whose first thread leaves while another one writes on."""
+
+
+def test_a_guest_whose_first_thread_has_left_is_there_and_is_revoked_from(place: Place) -> None:
+    words = [sys.executable, "-c", GOES_ON, str(place.service.runtime / "agents")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as child:
+        place.at_end(child.kill)
+        assert child.stdout is not None
+        place.client.apply(do.Reserve("pool", SIZE))
+        place.client.apply(do.GuestAttach("db", child.pid))
+        place.client.apply(do.Map("pool", "db"))
+        assert child.stdout.readline() == "mapped\n"
+        until(lambda: stat(child.pid)[0] == "Z", "its first thread has left")
+        shown = place.shown()
+        assert controls.guest(shown, "db").state is GuestState.RUNNING
+        assert [seen.pid for seen in shown.grants[0].seen] == [child.pid]
+        assert not [each for each in shown.findings if each.id.startswith(("guest-", "grant-", "mapping-"))]
+        place.restart()
+        assert controls.guest(place.shown(), "db").state is GuestState.RUNNING, "the next service has it again"
+        report = place.revoke()
+        assert report.rung in {Rung.COPY, Rung.KILL}
+        assert report.outcome in {RevokeOutcome.PROVED, RevokeOutcome.CUT}
+        until(lambda: child.poll() is not None, "it found nothing behind what it mapped, or was ended")
+    assert int.from_bytes(place.owners("pool").read_bytes()[:8], "little") > 0, "the contents are whole"
+    assert not unexpected(place.shown())
+
+
 def test_a_file_in_flight_is_no_way_back_from_a_guest_of_ours_either(place: Place) -> None:
     """A canary gives back what it maps; who opened its file, and hid that, must not keep it."""
     root = place.user(0)
@@ -137,10 +210,8 @@ def test_service_and_server_die_and_the_tree_comes_back(place: Place) -> None:
     assert path.stat().st_ino == inode, "the server went on"
     assert place.shown().grants[0].state is GrantState.MAPPED
     old = place.kill_server()
-    place.shown()
-    assert path.exists(), "the service mounted anew"
-    with contextlib.closing(FuseTree(place.service.runtime / "fuse")) as tree:
-        assert tree.pid != old
+    place.mounted_anew(old)
+    until(path.exists, "its file is there again")
     shown = place.shown()
     assert [seen.pid for seen in shown.grants[0].seen] == [user.pid], "a mapping made under the dead server"
     assert not unexpected(shown)
@@ -164,7 +235,7 @@ def test_a_revoke_whose_service_dies_ends_on_the_mount_too(place: Place, point: 
     with pytest.raises(MemconsoleError):
         place.revoke()
     assert place.service.process is not None
-    assert place.service.process.wait(30) == -signal.SIGKILL
+    assert place.service.process.wait(LONG_S) == -signal.SIGKILL
     assert place.user(0).do("open", path) == "Permission denied", "not even root, from the first rung on"
     place.restart()
     shown = place.shown()
@@ -192,15 +263,13 @@ def test_the_owner_of_a_file_follows_the_process(place: Place) -> None:
         daemon.stdin.write("\n")
         daemon.stdin.flush()
         assert daemon.stdout.readline() == "2\n"
-        place.shown()
-        assert path.stat().st_uid == NOBODY
+        until(lambda: path.stat().st_uid == NOBODY, "the file follows its process to its user")
         daemon.kill()
 
 
 def test_a_rehearsal_leaves_every_file_as_it_was(place: Place) -> None:
     place.client.apply(do.GuestStart("web", memory=16 * M))
     path = place.path("web", "web")
-    place.shown()
     before = path.stat()
     place.client.apply(do.HandoffRehearse())
     after = path.stat()
@@ -218,8 +287,6 @@ def test_a_rehearsal_leaves_every_file_as_it_was(place: Place) -> None:
 def test_another_process_takes_the_place_of_one_that_ended(place: Place) -> None:
     """The grant and its file stay when a database ends; the next one of the same name has them."""
     user, next_user = place.user(), place.user()
-    for each in (user, next_user):
-        until(lambda each=each: each.do("nothing") == "done", "it runs as its user")  # type: ignore[misc]
     place.client.apply(do.Reserve("pool", SIZE))
     place.client.apply(do.GuestAttach("db", user.pid))
     with pytest.raises(Refused):
@@ -241,67 +308,6 @@ def test_another_process_takes_the_place_of_one_that_ended(place: Place) -> None
     assert controls.guest(shown, "db").pid == next_user.pid
     assert shown.grants[0].state is GrantState.MAPPED
     assert not unexpected(shown)
-
-
-def qmp(path: Path, command: str) -> dict:
-    with socket.socket(socket.AF_UNIX) as monitor:
-        monitor.settimeout(30)
-        monitor.connect(str(path))
-        with monitor.makefile("rw") as lines:
-            lines.readline()
-            for each in ("qmp_capabilities", command):
-                lines.write(json.dumps({"execute": each}) + "\n")
-                lines.flush()
-                while "event" in (reply := json.loads(lines.readline())):
-                    pass
-    return reply["return"]
-
-
-def running(path: Path) -> bool:
-    try:
-        return bool(qmp(path, "query-status")["running"])
-    except (OSError, json.JSONDecodeError):
-        return False
-
-
-def test_a_stock_qemu_started_by_hand_on_the_path(place: Place) -> None:
-    """As docs/service.md has it: a shell is attached, gets its grant, and becomes QEMU."""
-    if shutil.which("qemu-system-x86_64") is None:
-        pytest.skip("qemu-system-x86_64 is not installed")
-    monitor = place.service.directory / "qmp"
-    path = place.path("vm", "vmram")
-    words = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg"]
-    words += ["-machine", "q35,memory-backend=ram", "-m", f"size={RAM}B", "-qmp", f"unix:{monitor},server=on,wait=off"]
-    words += ["-object", f"memory-backend-file,id=ram,size={RAM},mem-path={path},share=on"]
-    with subprocess.Popen(["sh", "-c", 'read go; exec "$@"', "sh", *words], stdin=subprocess.PIPE, text=True) as qemu:
-        try:
-            place.client.apply(do.Reserve("vmram", RAM))
-            place.client.apply(do.GuestAttach("vm", qemu.pid))
-            place.client.apply(do.Map("vmram", "vm", gpa=0))
-            assert qemu.stdin is not None
-            qemu.stdin.write("\n")
-            qemu.stdin.flush()
-            until(lambda: running(monitor), "QEMU's monitor")
-            shown = place.shown()
-            assert shown.grants[0].state is GrantState.MAPPED
-            guest = controls.guest(shown, "vm")
-            assert guest.seen is not None
-            assert [(block.region, block.gpa) for block in guest.seen.ram if block.region] == [("vmram", 0)]
-            place.restart()
-            place.kill_server()
-            place.restart()
-            qmp(monitor, "system_reset")
-            assert running(monitor), "it keeps its memory"
-            shown = place.shown()
-            assert [seen.pid for seen in shown.grants[0].seen] == [qemu.pid]
-            assert not unexpected(shown)
-            assert place.revoke().rung in {Rung.COPY, Rung.KILL}
-            with contextlib.suppress(OSError, json.JSONDecodeError):
-                qmp(monitor, "system_reset")
-            assert qemu.wait(30) == -signal.SIGBUS
-            assert place.shown().grants == ()
-        finally:
-            qemu.kill()
 
 
 def test_a_mount_never_hides_the_service(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -327,7 +333,7 @@ def test_a_mount_at_a_file_is_refused_before_anything_begins(tmp_path: Path, cap
 
 
 def test_the_tree_lies_beside_the_sockets_by_default(place: Place) -> None:
-    """``serve --mount`` with nothing else, and DESIGN's own place for the tree."""
+    """``serve --mount`` with nothing else shows the tree in the runtime directory."""
     service = place.service
     place.stop()
     service.start("--mount")
@@ -342,8 +348,8 @@ def test_the_tree_lies_beside_the_sockets_by_default(place: Place) -> None:
     assert user.do("open", service.runtime / "mount/tree/guests/web/ram/pool") == "Permission denied", "one way in"
     old = place.kill_server()
     assert user.do("open", path) == "Transport endpoint is not connected"
-    place.shown()
-    assert user.do("open", path) == "done", "mounted anew, in the same place"
+    place.mounted_anew(old)
+    until(lambda: user.do("open", path) == "done", "mounted anew, in the same place")
     place.stop()
     assert user.do("open", path) == "done", "without the service"
     service.start("--mount")
@@ -360,8 +366,11 @@ def test_the_tree_lies_beside_the_sockets_by_default(place: Place) -> None:
 def test_what_somebody_unmounts_is_mounted_again(place: Place) -> None:
     for name in ("guests", "regions"):
         subprocess.run(["umount", place.point / name], check=True)
-    place.shown()
-    assert [path.name for path in mounted_below(place.point)] == ["regions", "guests"]
+
+    def again() -> bool:
+        return [path.name for path in mounted_below(place.point)] == ["regions", "guests"]
+
+    until(again, "they are mounted again")
 
 
 def test_a_mount_in_use_stays_whole_when_its_server_is_told_to_end(place: Place) -> None:
@@ -373,7 +382,7 @@ def test_a_mount_in_use_stays_whole_when_its_server_is_told_to_end(place: Place)
         place.stop()
         user.do("close")
         with pytest.raises(Refused, match="in use"):
-            tree.unmount()
+            unmount(tree)
         os.kill(tree.pid, signal.SIGTERM)
         assert tree.status().entries
         assert mounted_below(place.point) == before
@@ -386,7 +395,7 @@ def test_a_mount_in_use_stays_whole_when_its_server_is_told_to_end(place: Place)
 
 def _unmounts(tree: FuseTree) -> bool:
     try:
-        tree.unmount()
+        unmount(tree)
     except Refused:
         return False
     return True
@@ -402,7 +411,7 @@ def test_files_of_others_are_not_hidden(place: Place) -> None:
     findings = {finding.id: finding for finding in place.shown().findings}
     assert "would hide photo" in findings["mount-behind"].evidence
     (other / "guests/photo").unlink()
-    assert "mount-behind" not in {finding.id for finding in place.shown().findings}
+    until(lambda: "mount-behind" not in {finding.id for finding in place.shown().findings})
     assert (other / "regions").is_mount()
 
 
@@ -418,15 +427,15 @@ def test_where_the_kernel_passes_no_memory_through_the_mount_says_so_and_fds_rem
         shown = client.snapshot()
         service.guests.add(controls.guest(shown, "web").pid or 0)
         (finding,) = [finding for finding in shown.findings if finding.id.startswith("mount-")]
-        assert (finding.id, finding.what) == (
+        assert (finding.id, finding.observed) == (
             "mount-without-ram",
             "the mount shows no memory: passing memory through needs CAP_SYS_ADMIN",
         )
         assert "fd export" in finding.remedy
         with contextlib.closing(FuseTree(service.runtime / "fuse")) as tree:
             kinds = {entry.path: entry.kind for entry in tree.list()}
-        assert kinds["guests/web/ram"] is Kind.DIR
-        assert Kind.RAM not in kinds.values()
+        assert kinds["guests/web/ram"] is EntryKind.DIR
+        assert EntryKind.RAM not in kinds.values()
         until(
             lambda: (controls.guest(client.snapshot(), "web").progress or NOTHING).beats > 5, "it runs on what it has"
         )
@@ -438,3 +447,35 @@ def test_the_doctor_says_that_memory_can_be_files(place: Place, capfd: pytest.Ca
     checks = json.loads(capfd.readouterr().out)
     found = checks if isinstance(checks, list) else checks["capabilities"]
     assert next(each["level"] for each in found if each["id"] == "fuse-passthrough") == "yes"
+
+
+def truncate(place: Place, region: str, size: int) -> None:
+    """As a guest can that has the region's descriptor."""
+    assert place.service.process is not None
+    for link, said in fd_links(place.service.process.pid).items():
+        if f"/memfd:memconsole:{region}:0" in said:
+            os.truncate(link, size)
+            return
+    raise AssertionError(f"the service does not hold {region}")
+
+
+@pytest.mark.parametrize("left", [0, M])
+def test_a_guest_that_truncates_its_memory_is_named_and_harms_no_other(place: Place, left: int) -> None:
+    bad, good = place.user(), place.user(STRANGER)
+    place.grant(bad)
+    truncate(place, "pool", left)
+    path = place.grant(good, name="good", region="other")
+    assert [good.do("open", path), good.do("map"), good.do("write", "hello")] == ["done"] * 3
+    found = {finding.id: finding for finding in place.shown().findings}
+    assert "mount-behind" not in found
+    assert found["region-truncated"].subject == "pool"
+    assert "guest web truncated it" in found["region-truncated"].observed
+    place.mounted_anew(place.kill_server())
+    until(path.exists, "its file is there again")
+    place.shown()
+    assert "mount-behind" not in {finding.id for finding in place.shown().findings}
+    place.restart()
+    assert "region-truncated" in {finding.id for finding in place.shown().findings}
+    assert place.client.apply(do.Revoke("g1")).revoke is not None
+    place.client.apply(do.Release("pool"))
+    assert "region-truncated" not in {finding.id for finding in place.shown().findings}

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 from support import hostile
 from support.controls import controls, region
-from support.guests import until
 from support.hostile import LATER, PINS, SECRET, Hostile, accomplices, no_fresh_files
+from support.waiting import until
 
 from memconsole import actions as do
-from memconsole.backend import reach
 from memconsole.backend.control import Control
 from memconsole.backend.guests.handle import stat
+from memconsole.backend.kernel import census
+from memconsole.backend.observe import reach
 from memconsole.errors import GuestError
 from memconsole.extents import digest_fd
 from memconsole.model import RevokeOutcome, RevokeReport, Rung
@@ -194,16 +195,23 @@ time.sleep(1000)
 """
 
 
-@pytest.mark.parametrize(("way", "keeps"), [("own", True), ("ghost", True), ("shown", False), ("stranger", False)])
-def test_a_thread_that_keeps_a_descriptor_of_its_own_is_seen(program: Path, way: str, *, keeps: bool) -> None:
-    """In a table of its own (CLONE_FILES), or when the first thread of its process has ended and shows none."""
+@pytest.mark.parametrize(
+    ("way", "keeps", "holds"),
+    [("own", True, False), ("ghost", False, True), ("shown", False, True), ("stranger", False, False)],
+)
+def test_a_thread_that_keeps_a_descriptor_of_its_own_is_seen(
+    program: Path, way: str, *, keeps: bool, holds: bool
+) -> None:
+    """In a table of its own (CLONE_FILES); a process whose first thread has ended holds it as any other does."""
     with subprocess.Popen([sys.executable, "-c", THREADS, way], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
             if way == "ghost":
                 until(lambda: stat(process.pid)[0] == "Z", "its first thread has ended")
-            assert (process.pid in reach.keepers(frozenset())) == keeps
+            assert (process.pid in reach.possible_keepers(frozenset())) == keeps
+            links = census.take().processes[process.pid].fds.values()
+            assert any(link.startswith("/memfd:memconsole:loot") for link in links) == holds
         finally:
             process.kill()
 

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import pytest
 from support import controls
 from support.firmware import firmware
-from support.guests import until
 from support.services import Service, services
+from support.waiting import LONG_S, until
 
 from memconsole import actions as do
-from memconsole.backend.guests.qemu import BINARY
+from memconsole.backend.guests.commandline import BINARY
 from memconsole.backend.steps import FAULT_VARIABLE
 from memconsole.errors import GuestError, MemconsoleError, Refused
 from memconsole.model import Guest, GuestState, RevokeOutcome, RevokeReport, Rung, Snapshot
@@ -101,7 +101,7 @@ def test_it_is_saved_ends_and_goes_on_with_its_region(place: Place) -> None:
     assert place.findings() == {"guest-aside"}
     assert place.shown().grants == ()
     place.client.apply(do.Reserve("other", RAM))
-    with pytest.raises(Refused, match="waits for another memory"):
+    with pytest.raises(Refused, match="waits for other memory"):
         place.client.apply(do.Map("other", "vm"))
     place.restart()
     place.come_back()
@@ -141,7 +141,7 @@ def test_a_service_that_dies_in_the_ask_has_it_done_by_the_next(place: Place, po
     with pytest.raises(MemconsoleError):
         place.revoke()
     assert place.service.process is not None
-    assert place.service.process.wait(60) == -signal.SIGKILL
+    assert place.service.process.wait(LONG_S) == -signal.SIGKILL
     place.restart()
     assert place.shown().grants == ()
     until(lambda: ended(place.pid), "QEMU ends")

@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import pytest
 from support.controls import controls
-from support.guests import open_fds, until
+from support.guests import open_fds
+from support.waiting import until
 
 from memconsole import actions as do
 from memconsole.backend.control import Control
@@ -142,7 +143,7 @@ def test_no_page_is_reached_by_two_owners(tmp_path: Path, capsys: pytest.Capture
         assert total.grants >= sum(turns.values()) >= REGIONS
         assert min(total.looks, total.faults, total.forks) > 0
         assert {rung for rung, _ in turns} <= {Rung.ASK, Rung.COPY}
-    assert open_fds() == before
+    until(lambda: open_fds() == before, "questions under way have ended, and what they were asked by is closed")
     with capsys.disabled():
         ends = ", ".join(f"{count} {outcome} after {rung}" for (rung, outcome), count in sorted(turns.items()))
         print(f"\nstorm: {took:.0f} s, {CROWD} processes, {total.forks} forks, {ends}; {total.looks} looks, "

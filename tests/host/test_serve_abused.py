@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.guests import until
+from support.controls import raised
+from support.guests import fd_links
 from support.served import Raw
 from support.services import Service, services
+from support.waiting import until
 
 from memconsole import actions
 from memconsole.backend.wire import protocol
@@ -97,9 +99,7 @@ def test_a_ledger_that_cannot_grow_refuses_and_loses_nothing(service: Service) -
         client.apply(actions.Reserve("web", M))
         client.apply(actions.Reserve("spare", M))
         soft, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
-        ledger = next(
-            path for path in Path(f"/proc/{process.pid}/fd").iterdir() if "memconsole-ledger" in str(path.readlink())
-        )
+        ledger = next(path for path, said in fd_links(process.pid).items() if "memconsole-ledger" in said)
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (ledger.stat().st_size, hard))
         done = 0
         code = ""
@@ -120,7 +120,7 @@ def test_a_ledger_that_cannot_grow_refuses_and_loses_nothing(service: Service) -
     with contextlib.closing(service.client()) as client:
         shown = client.snapshot()
         assert {region.name for region in shown.regions} == names | {"later"}
-        assert shown.findings == ()
+        assert raised(shown) == []
 
 
 @pytest.fixture
@@ -164,11 +164,12 @@ def test_a_client_of_another_version_is_told_and_loses_nothing(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service.start()
+    spoken = protocol.PROTOCOL
     monkeypatch.setattr(protocol, "PROTOCOL", 99)
     with pytest.raises(WireError) as caught:
         Client(service.path)
     assert caught.value.code == "ProtocolVersion"
-    assert "99 and 1" in caught.value.what
+    assert f"99 and {spoken}" in caught.value.what
     assert "upgrade" in caught.value.remedy
     monkeypatch.undo()
     service.client().close()

@@ -13,14 +13,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.guests import until
+from support.controls import raised
+from support.faultpoints import fault_points
 from support.services import Service, services
+from support.waiting import LONG_S, until
 
 from memconsole import actions
 from memconsole.actions import Action
-from memconsole.backend.control import LEDGER
-from memconsole.backend.custody import KeeperCustody
-from memconsole.backend.steps import FAULT_VARIABLE, fault_points
+from memconsole.backend.custody.holder import KeeperCustody
+from memconsole.backend.ledger.writer import LEDGER
+from memconsole.backend.steps import FAULT_VARIABLE
 from memconsole.backend.wire.client import Client
 from memconsole.errors import Gone, NoControl
 from memconsole.model import GuestKind, Severity, Snapshot
@@ -117,7 +119,7 @@ def cut(service: Service, client: Client, action: Action) -> None:
     with pytest.raises(NoControl) as caught:
         client.apply(action)
     assert caught.value.code == "ControlDied"
-    service.process.communicate(timeout=30)
+    service.process.communicate(timeout=LONG_S)
     assert service.process.returncode == -signal.SIGKILL
 
 
@@ -180,13 +182,13 @@ def test_a_keeper_that_is_killed_is_replaced_by_one_that_holds_the_same(service:
             assert keeper.pid != pid
             assert keeper.names() == sorted([*held, "region:new:0"])
         assert [region.name for region in client.snapshot().regions] == ["watch", "new"]
-        (found,) = [found for found in client.snapshot().findings if found.severity is not Severity.INFO]
-        assert (found.id, f"pid {pid}" in found.what, "lost" in found.what) == ("custody-replaced", True, False)
+        (found,) = [found for found in raised(client.snapshot()) if found.severity is not Severity.INFO]
+        assert (found.id, f"pid {pid}" in found.observed, "lost" in found.observed) == ("custody-replaced", True, False)
     service.end(signal.SIGKILL)  # the new one is as good as the old one
     service.start()
     with contextlib.closing(service.client()) as client:
         assert [region.name for region in client.snapshot().regions] == ["watch", "new"]
-        assert [found for found in client.snapshot().findings if found.severity is not Severity.INFO] == []
+        assert [found for found in raised(client.snapshot()) if found.severity is not Severity.INFO] == []
         canary.look(client)
         service.guests.add(canary.pid or 0)
 
@@ -204,7 +206,7 @@ def test_where_no_other_keeper_can_be_the_loss_is_told_until_one_can(service: Se
         place.mkdir()
         canary.look(client)
         (found,) = [found for found in client.snapshot().findings if found.severity is Severity.ERROR]
-        assert (found.id, "nobody but this process" in found.what) == ("custody-gone", True)
+        assert (found.id, "only this process holds the regions" in found.observed) == ("custody-gone", True)
         with pytest.raises(Gone):
             client.apply(actions.Reserve("new", M))
         place.rmdir()

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.guests import until
+from support.controls import raised
 from support.notify import Manager
 from support.services import Service, services
+from support.waiting import LONG_S, until
 
 from memconsole import actions
-from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.custody.holder import KeeperCustody
 from memconsole.errors import Gone
 from memconsole.model import Guest
 from memconsole.source import Source
@@ -93,7 +94,7 @@ def test_killed_it_finds_everything_in_the_fd_store_again(service: Service, mana
                 until(lambda: (found := watcher(client)).agent and found.progress is not None, "the canary came back")
                 after = client.snapshot()
                 assert [region.segments for region in after.regions] == [region.segments for region in before.regions]
-                assert after.findings == ()
+                assert raised(after) == []
                 found = watcher(client)
                 assert found.pid == guest.pid
                 assert found.progress is not None
@@ -149,7 +150,7 @@ def test_units_are_understood_by_systemd_and_leave_guests_alone(service: Service
     try:
         verified = subprocess.run(
             ["systemd-analyze", "verify", "--man=no", *sorted(service.directory.glob("memconsole.*"))],
-            check=False, capture_output=True, text=True, timeout=60,
+            check=False, capture_output=True, text=True, timeout=LONG_S,
         )  # fmt: skip
     except FileNotFoundError:
         pytest.skip("systemd-analyze is not installed")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.waiting import LONG_S
 
 from memconsole import actions
 from memconsole.backend.wire.client import Client
@@ -19,7 +20,7 @@ SERVICE = """
 import sys, time
 sys.path.insert(0, "tests")
 from support.served import ServedSource
-from memconsole.backend.wire.embedded import serve_in_thread
+from memconsole.backend.wire.serving import serve_in_thread
 class Slow(ServedSource):
     def apply(self, action, *, peer=""):
         print("applying", flush=True)
@@ -67,7 +68,7 @@ def test_kill_ends_calls_and_streams_by_name_and_the_next_one_is_found(tmp_path:
             thread.start()
         assert process.stdout is not None
         assert process.stdout.readline() == "applying\n"
-        assert watching.wait(10)
+        assert watching.wait(LONG_S)
         process.kill()
         for thread in threads:
             thread.join(10)

@@ -10,15 +10,15 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.services import Service, services
+from support.waiting import LONG_S, until
 
 from memconsole import actions
-from memconsole.backend.history import History
+from memconsole.backend.history.store import History
 from memconsole.errors import NotFound
 from memconsole.model import GuestState, Snapshot
 
@@ -29,13 +29,6 @@ M = 1 << 20
 def service() -> Iterator[Service]:
     with services() as made:
         yield made
-
-
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.01)
 
 
 def beats(snapshot: Snapshot, name: str) -> int:
@@ -75,13 +68,13 @@ def test_whatever_ends_it_guests_and_memory_stay(service: Service, number: int) 
 
 def test_the_background_one_answers_before_the_command_returns(service: Service) -> None:
     words = service.command("serve", "--state-dir", str(service.state), "--record", "0.25")
-    assert subprocess.run(words, check=False, capture_output=True, timeout=30).returncode == 0
+    assert subprocess.run(words, check=False, capture_output=True, timeout=LONG_S).returncode == 0
     pid = int((service.runtime / "serve.lock").read_text())
     try:
         with contextlib.closing(service.client()) as client:
             assert client.snapshot().host.name
         until(lambda: len(History(service.state / "history").times()) > 1)
-        again = subprocess.run(words, check=False, capture_output=True, text=True, timeout=30)
+        again = subprocess.run(words, check=False, capture_output=True, text=True, timeout=LONG_S)
         assert again.returncode == 3
         assert f"by process {pid}" in again.stderr
     finally:
@@ -105,7 +98,7 @@ def test_a_second_one_on_the_same_state_or_socket_is_refused(service: Service) -
         ["--socket", str(service.path), "serve", "--state-dir", str(service.directory / "other-state")],
     ):
         command = [*service.command()[:3], *words, "--foreground"]
-        second = subprocess.run(command, check=False, capture_output=True, text=True, timeout=30)
+        second = subprocess.run(command, check=False, capture_output=True, text=True, timeout=LONG_S)
         assert second.returncode == 3, second.stderr
         assert "is served already" in second.stderr
     with contextlib.closing(service.client()) as client:
@@ -121,7 +114,7 @@ def test_a_state_of_a_newer_version_is_left_alone(service: Service) -> None:
         database.execute("PRAGMA user_version = 99")
     before = trail.read_bytes()
     process = service.start(wait=False)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=LONG_S)
     assert process.returncode == 1
     assert "newer" in err
     assert trail.read_bytes() == before
@@ -131,7 +124,7 @@ def test_the_service_manager_is_told(service: Service) -> None:
     address = str(service.directory / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(address)
-        manager.settimeout(20)
+        manager.settimeout(LONG_S)
         service.start("--custody", "keeper", env={"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "300000"}, wait=False)
         assert manager.recv(100) == b"READY=1"
         with contextlib.closing(service.client()):

@@ -76,6 +76,36 @@ static void ask_for_a_part(const struct mc_table *t)
 	mc_table_free(back);
 }
 
+/* Of two tables laid over each other every page is one of theirs, and labels of its frames do not change where it is. */
+static void ask_for_labels(const struct mc_table *t, const struct mc_table *other)
+{
+	struct mc_table *both, *marked;
+	uint8_t looks[3] = { 0, 1, 63 }, look[40];
+	uint64_t most[40], cells = 1 + any(40);
+
+	CHECK(!mc_table_new(&both, t->page_size, &fail) && !mc_table_new(&marked, t->page_size, &fail));
+	CHECK(!mc_table_overlay(both, t, other, &fail));
+	for (uint64_t i = 0; i < both->rows; i++) {
+		int64_t over = mc_lookup(other, both->offset[i]), under = mc_lookup(t, both->offset[i]);
+		const struct mc_table *from = over >= 0 ? other : t;
+		int64_t row = over >= 0 ? over : under;
+
+		CHECK(row >= 0 && both->flags[i] == from->flags[row]);
+		CHECK(both->pfn[i] == from->pfn[row] + (both->offset[i] - from->offset[row]) * mc_step(from->flags[row]));
+	}
+	CHECK(!mc_table_flagged(marked, both, MC_HUGE, &fail) && marked->rows <= both->rows);
+	mc_table_free(marked);
+	CHECK(!mc_table_new(&marked, t->page_size, &fail));
+	CHECK(!mc_table_label(marked, both, other, &fail));
+	for (uint64_t i = 0; i < marked->rows; i++)
+		CHECK(marked->flags[i] & MC_PRESENT && mc_lookup(both, marked->offset[i]) >= 0);
+	CHECK(!mc_bin_labels(both, any(1000), any(1 << 20), cells, looks, 1 + (uint32_t)any(3), any(4), look, most, &fail));
+	for (uint64_t i = 0; i < cells; i++)
+		CHECK(look[i] == 0 || look[i] == 1 || look[i] == 63);
+	mc_table_free(both);
+	mc_table_free(marked);
+}
+
 /* What is counted in ranges and what lies outside of them is together what differs at most. */
 static void ask_for_counts(const struct mc_table *t, const struct mc_table *other, uint64_t pages)
 {
@@ -140,6 +170,7 @@ static void ask_everything(struct mc_table *t, struct mc_table *other)
 	if (t->page_size == other->page_size) {
 		CHECK(!mc_diff(t, other, &changes, &fail));
 		ask_for_counts(t, other, changes.pages);
+		ask_for_labels(t, other);
 	}
 	ask_for_a_part(t);
 	ask_by_frame(t, stats.present);
@@ -188,6 +219,18 @@ static int memfd_of(const uint8_t *bytes, uint64_t length, bool sealed)
 	return fd;
 }
 
+/* What is sealed outlives the table it was shared from. */
+static void share_and_close(struct mc_table *original)
+{
+	struct mc_table *again, *sealed;
+
+	CHECK(!mc_table_seal(&sealed, original, &fail));
+	CHECK(!mc_table_share(&again, sealed, &fail));
+	mc_table_free(sealed);
+	CHECK(again->mapped == original->mapped && !memcmp(again->map, original->map, again->mapped));
+	mc_table_free(again);
+}
+
 static bool open_spoiled(uint64_t round, struct mc_table *original)
 {
 	uint8_t *bytes = malloc(original->mapped), *exact;
@@ -224,6 +267,7 @@ static void fuzz(uint64_t rounds)
 		struct mc_table *original = random_table(any(40));
 
 		ask_everything(original, original);
+		share_and_close(original);
 		accepted += open_spoiled(round, original);
 		mc_table_free(original);
 	}
@@ -339,6 +383,15 @@ static void digest_holes(void)
 	close(pagemap);
 }
 
+static void moments(void)
+{
+	struct mc_moment first, second;
+
+	mc_moment(&first);
+	mc_moment(&second);
+	CHECK(first.boottime_ns && first.boottime_ns <= second.boottime_ns && first.ticks <= second.ticks);
+}
+
 int main(int argc, char **argv)
 {
 	if (argc != 3) {
@@ -348,6 +401,7 @@ int main(int argc, char **argv)
 	state = strtoull(argv[2], NULL, 0);
 	fuzz(strtoull(argv[1], NULL, 0));
 	fuzz_dumps(400 + strtoull(argv[1], NULL, 0) / 5);	/* enough that both ways are taken */
+	moments();
 	if (geteuid() == 0)
 		scan_self();
 	if (geteuid() == 0)

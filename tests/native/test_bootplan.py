@@ -14,14 +14,14 @@ import msgspec
 import pytest
 
 from memconsole.backend.handoff import bootplan
-from memconsole.backend.handoff.bootplan import Hold, Moment, Plan, Say, Start, Verify
+from memconsole.backend.handoff.bootplan import BootPlan, ClockReading, Hold, MonitorLines, Start, Verify
 from memconsole.errors import BadFile, UsageError
 
 DRIVER = Path(__file__).with_name("bootplan_driver.c")
 FLAGS = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-g", "-O1", "-fsanitize=address,undefined"]
 HEADER = 48
 
-PLAN = Plan(
+PLAN = BootPlan(
     (
         Hold("memconsole:web", 1, "region:web:0", b"\0payload\xff"),
         Hold("memconsole:web", 2**64 - 1, "region:web:1"),
@@ -32,8 +32,8 @@ PLAN = Plan(
         Start("web", ("/usr/bin/canary", "", "--größe"), "/run/x", "/run/x/log", (("region:web:0", 3), ("s", 1023))),
         Start("db", ("qemu",), "/", "/dev/null", (), 107, 64055),
     ),
-    (Say("db", "/run/x/qmp", (('{"execute":"cont"}', "return"), ("a", "b")), 1234),),
-    Moment(1, 2, 3),
+    (MonitorLines("db", "/run/x/qmp", (('{"execute":"cont"}', "return"), ("a", "b")), 1234),),
+    ClockReading(1, 2, 3),
 )
 
 
@@ -66,7 +66,7 @@ def _hex(value: str | bytes) -> str:
     return (value.encode() if isinstance(value, str) else value).hex() or "-"
 
 
-def described(plan: Plan) -> list[str]:
+def described(plan: BootPlan) -> list[str]:
     """A plan as the driver says it."""
     lines = [f"plan {plan.written.ticks} {plan.written.boottime_ns} {plan.written.realtime_ns}"]
     lines += [_hold(hold) for hold in plan.holds]
@@ -100,10 +100,10 @@ def resealed(plan: bytes) -> bytes:
 def test_c_reads_what_python_writes_and_so_does_python(driver: Path) -> None:
     raw = bootplan.encode(PLAN)
     second_part = raw.ljust(bootplan.end(raw), b"\0") + b'{"regions":[]}'
-    empty = bootplan.encode(Plan(()))
+    empty = bootplan.encode(BootPlan(()))
     assert read(driver, [raw, second_part, empty]) == [described(PLAN), described(PLAN), ["plan 0 0 0"]]
     assert bootplan.decode(raw) == bootplan.decode(second_part) == PLAN
-    assert bootplan.decode(empty) == Plan(())
+    assert bootplan.decode(empty) == BootPlan(())
     assert bootplan.end(raw) % 4096 == 0
 
 
@@ -143,16 +143,34 @@ def test_a_plan_of_another_version_is_held_and_nothing_of_it_is_started(driver: 
         bootplan.decode(other)
 
 
-def test_a_record_nobody_knows_makes_the_plan_one_that_is_only_held(driver: Path) -> None:
-    body = struct.pack("<IHH", 16, 99, 0)
-    unknown = b"MCRC" + struct.pack("<I", zlib.crc32(body)) + body
-    raw = bytearray(bootplan.encode(PLAN) + unknown)
+def _record(kind: int, body: bytes) -> bytes:
+    rest = struct.pack("<IHH", 16 + len(body), kind, 0) + body
+    return b"MCRC" + struct.pack("<I", zlib.crc32(rest)) + rest + bytes(-len(body) % 8)
+
+
+def test_what_a_newer_version_adds_is_passed_over_and_the_rest_done(driver: Path) -> None:
+    raw = bytearray(bootplan.encode(PLAN) + _record(99, b"") + _record(100, b"later"))
+    struct.pack_into("<II", raw, 16, len(raw), 9)
+    other = resealed(bytes(raw))
+    hold = bootplan.encode(BootPlan(PLAN.holds[:1]))
+    length = struct.unpack_from("<I", hold, HEADER + 8)[0]
+    longer = hold[:HEADER] + _record(1, hold[HEADER + 16 : HEADER + length] + b"later")
+    longer = resealed(longer[:16] + struct.pack("<I", len(longer)) + longer[20:])
+    assert read(driver, [other, longer]) == [described(PLAN), ["plan 0 0 0", _hold(PLAN.holds[0])]]
+    assert bootplan.decode(other) == PLAN
+    assert bootplan.decode(longer) == BootPlan(PLAN.holds[:1])
+
+
+def test_a_record_that_is_not_whole_makes_the_plan_one_that_is_only_held(driver: Path) -> None:
+    broken = bytearray(_record(99, b"later"))
+    broken[17] ^= 1
+    raw = bytearray(bootplan.encode(PLAN) + broken)
     struct.pack_into("<II", raw, 16, len(raw), 8)
     other = resealed(bytes(raw))
     ((_, fault, *holds),) = read(driver, [other])
-    assert fault == "fault it has a record nobody knows"
+    assert fault == "fault it has a record that is not whole"
     assert holds == [_hold(hold) for hold in PLAN.holds]
-    with pytest.raises(BadFile, match="a record nobody knows"):
+    with pytest.raises(BadFile, match="a record that is not whole"):
         bootplan.decode(other)
 
 
@@ -161,7 +179,9 @@ def test_random_bodies_behind_good_checksums_do_no_harm(driver: Path) -> None:
     cases = []
     for _ in range(3000):
         kind = rng.choice([1, 2, 3, 4])
-        good = bootplan.encode(rng.choice([Plan(PLAN.holds), Plan((), PLAN.verifies), Plan((), (), PLAN.starts), PLAN]))
+        good = bootplan.encode(
+            rng.choice([BootPlan(PLAN.holds), BootPlan((), PLAN.verifies), BootPlan((), (), PLAN.starts), PLAN])
+        )
         body = bytearray(good[HEADER + 16 :][: rng.randrange(200)])
         for _ in range(rng.choice([0, 1, 3, 20])):
             if body:
@@ -191,28 +211,28 @@ def test_random_bytes_are_no_plan(driver: Path) -> None:
 @pytest.mark.parametrize(
     "plan",
     [
-        Plan((Hold("", 1, "a"),)),
-        Plan((Hold("s" * 64, 1, "a"),)),
-        Plan((Hold("s", 1, "a\0b"),)),
-        Plan((Hold("s", 1, "a" * 201),)),
-        Plan((Hold("s", 2**64, "a"),)),
-        Plan((Hold("s", 1, "a", b"x" * 4097),)),
-        Plan((), (Verify("a", 1, "00"),)),
-        Plan((), (), (Start("g", (), "/", "/log"),)),
-        Plan((), (), (Start("g", ("x",), "/", "/log", (("a", 2),)),)),
-        Plan((), (), (Start("g", ("x",), "/", "/log", (("a", 1024),)),)),
-        Plan((), (), (Start("g", ("x" * 65535,) * 20, "/", "/log"),)),
-        Plan((), (), (), (Say("g", "/qmp", (("", "x"),)),)),
+        BootPlan((Hold("", 1, "a"),)),
+        BootPlan((Hold("s" * 64, 1, "a"),)),
+        BootPlan((Hold("s", 1, "a\0b"),)),
+        BootPlan((Hold("s", 1, "a" * 201),)),
+        BootPlan((Hold("s", 2**64, "a"),)),
+        BootPlan((Hold("s", 1, "a", b"x" * 4097),)),
+        BootPlan((), (Verify("a", 1, "00"),)),
+        BootPlan((), (), (Start("g", (), "/", "/log"),)),
+        BootPlan((), (), (Start("g", ("x",), "/", "/log", (("a", 2),)),)),
+        BootPlan((), (), (Start("g", ("x",), "/", "/log", (("a", 1024),)),)),
+        BootPlan((), (), (Start("g", ("x" * 65535,) * 20, "/", "/log"),)),
+        BootPlan((), (), (), (MonitorLines("g", "/qmp", (("", "x"),)),)),
     ],
 )
-def test_what_cannot_stand_in_a_plan_is_refused_when_it_is_written(plan: Plan) -> None:
+def test_what_cannot_stand_in_a_plan_is_refused_when_it_is_written(plan: BootPlan) -> None:
     with pytest.raises(UsageError):
         bootplan.encode(plan)
 
 
 def test_time_goes_on_over_a_kexec_by_the_processors_counter() -> None:
-    first, second = Moment(1000, 10_000, 5_000_000_000), Moment(3000, 12_000, 5_000_002_000)
-    after, later = Moment(9000, 500, 6_000_000_000), Moment(9600, 1100, 6_000_000_600)
+    first, second = ClockReading(1000, 10_000, 5_000_000_000), ClockReading(3000, 12_000, 5_000_002_000)
+    after, later = ClockReading(9000, 500, 6_000_000_000), ClockReading(9600, 1100, 6_000_000_600)
     assert bootplan.between(second, after, [(first, second), (after, later)]) == 6000
     assert bootplan.between(second, after, []) == 6_000_000_000 - 5_000_002_000
     assert bootplan.between(msgspec.structs.replace(second, ticks=0), after, [(first, second)]) == 999_998_000

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.waiting import LONG_S
 
 from memconsole import agent as wire
 from memconsole.agent import Type
@@ -50,10 +51,10 @@ class Canary:
         self.directory = Path(tempfile.mkdtemp(prefix="mc-"))
         path = self.directory / "agents"
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.listener.settimeout(30)
+        self.listener.settimeout(LONG_S)
         self.listener.bind(str(path))
         self.listener.listen()
-        command = [program, "--socket", path, "--name", "bird", *(["--as", runs_as] if runs_as else [])]
+        command = [str(program), "--socket", str(path), "--name", "bird", *(["--as", runs_as] if runs_as else [])]
         command += [] if state is None else ["--restore", str(state)]
         command += [word for grant, fd in given.items() for word in ("--give", f"{grant}={fd}")]
         fds = [*given.values()] if state is None else [state, *given.values()]
@@ -64,7 +65,7 @@ class Canary:
     def accept(self) -> list[str]:
         """Take its connection and what it says it holds."""
         self.connection, _ = self.listener.accept()
-        self.connection.settimeout(30)
+        self.connection.settimeout(LONG_S)
         hello = wire.unpack(self.connection.recv(wire.MAX_MESSAGE))
         assert hello.type is Type.HELLO
         _, count = wire.HELLO.unpack_from(hello.body)
@@ -119,7 +120,7 @@ class Canary:
     def sweep(self) -> None:
         """Wait until every page was checked once more."""
         goal = self.report()[2] + M // PAGE
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + LONG_S
         while self.report()[2] < goal:
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -127,7 +128,7 @@ class Canary:
     def end(self) -> tuple[int, str]:
         """SIGTERM; its exit status and what the sanitizers said."""
         self.process.send_signal(signal.SIGTERM)
-        _, said = self.process.communicate(timeout=30)
+        _, said = self.process.communicate(timeout=LONG_S)
         return self.process.returncode, said.decode()
 
     def close(self) -> None:
@@ -173,8 +174,64 @@ def test_it_beats_checks_and_ends_cleanly(canary: Canary, memory: int) -> None:
 
 def test_stop_ends_it(canary: Canary) -> None:
     assert canary.ask(Type.STOP) == (0,)
-    _, said = canary.process.communicate(timeout=30)
+    _, said = canary.process.communicate(timeout=LONG_S)
     assert (canary.process.returncode, said) == (0, b"bird: runs as process\n")
+
+
+def test_it_answers_a_type_it_does_not_know_and_goes_on(canary: Canary, memory: int) -> None:
+    assert canary.grant("g", memory) == 0
+    canary.connection.send(wire.HEAD.pack(wire.MAGIC, wire.VERSION, 99, 5, wire.HEAD.size + 8) + bytes(8))
+    answer = wire.unpack(canary.connection.recv(wire.MAX_MESSAGE))
+    assert (answer.type, answer.id, wire.DONE.unpack(answer.body)[0]) == (Type.DONE, 5, errno.EOPNOTSUPP)
+    assert canary.report()[0] == 1
+    ended_well(canary)
+
+
+def worked(pid: int) -> float:
+    """Seconds of a processor that a process had."""
+    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def until_worked(pid: int, more: float) -> None:
+    goal, deadline = worked(pid) + more, time.monotonic() + 300
+    while worked(pid) < goal:
+        assert time.monotonic() < deadline, "it gets no processor"
+        time.sleep(0.05)
+
+
+HUNG_S = 5.0
+"""HUNG_NS (native/canary.c)."""
+
+
+def test_a_vcpu_that_has_no_processor_is_late_and_one_that_has_it_and_never_comes_back_is_hung(
+    program: Path, memory: int
+) -> None:
+    done = subprocess.run([program, "--probe"], capture_output=True, text=True, check=False)
+    if not done.stdout.startswith("kvm"):
+        pytest.skip(f"KVM does not run this guest here: {done.stdout}")
+    canary = Canary(program, "kvm")
+    canary.connection.settimeout(300)
+    try:
+        assert canary.grant("g", memory) == 0
+        canary.sweep()
+        with mmap.mmap(memory, M) as ram:
+            end_of_beat = ram.find(b"\xe6\x77", PAGE, 3 * PAGE) + 2  # out %al, $BEAT_PORT: there the vCPU goes on
+            code = ram[end_of_beat : end_of_beat + 2]
+            for comes_back in (True, False):
+                ram[end_of_beat : end_of_beat + 2] = b"\xeb\xfe"  # to itself
+                until_worked(canary.process.pid, 1.0)
+                os.kill(canary.process.pid, signal.SIGSTOP)
+                time.sleep(HUNG_S + 1)
+                os.kill(canary.process.pid, signal.SIGCONT)
+                if comes_back:
+                    ram[end_of_beat : end_of_beat + 2] = code
+                    canary.sweep()
+                    assert canary.report()[0] == 1
+        assert canary.report()[0] == 3
+        assert worked(canary.process.pid) > HUNG_S
+    finally:
+        canary.close()
 
 
 @pytest.mark.parametrize(
@@ -326,12 +383,13 @@ def test_a_state_with_anything_in_it_is_refused_or_lived_with(
         raw[12:16] = bytes(4)
         raw[12:16] = zlib.crc32(raw).to_bytes(4, "little")
         os.pwrite(state, raw, 0)
-        command = [program, "--socket", "/nowhere", "--name", "bird", "--restore", str(state), "--give", f"g={memory}"]
+        command = [str(program), "--socket", "/nowhere", "--name", "bird", "--restore", str(state)]
+        command += ["--give", f"g={memory}"]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, pass_fds=[state, memory])
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.15)
         process.terminate()
-        said = process.communicate(timeout=30)[1].decode()
+        said = process.communicate(timeout=LONG_S)[1].decode()
         assert process.returncode in {0, 1, -signal.SIGTERM}, said
         assert "Sanitizer" not in said
         assert "runtime error" not in said

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Never
 
 import pytest
 from support.memory import PAGE, holder, mapped, memfd, need_frames, page_types, read_pagemap
 
 from memconsole.errors import BadFile, Denied, Gone, KernelRefused, UsageError
-from memconsole.extents import Change, ChangeKind, Extent, ExtentTable, Flag, digest_fd, digest_region
+from memconsole.extents import ChangeKind, Extent, ExtentTable, Flag, PageChange, digest_fd, digest_region
 
 MIB = 1 << 20
+F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h; not in Python 3.11's fcntl
 BITS = {63: Flag.PRESENT, 62: Flag.SWAP, 61: Flag.FILE, 57: Flag.UFFD_WP, 56: Flag.EXCLUSIVE, 55: Flag.SOFT_DIRTY}
 
 
@@ -33,7 +36,7 @@ def expected_pages(entries: list[int], base: int = 0) -> dict[int, tuple[int, in
     }
 
 
-def test_a_scan_says_of_every_page_what_the_pagemap_says():
+def test_a_scan_says_of_every_page_what_the_pagemap_says() -> None:
     need_frames()
     with (
         memfd(8 * MIB) as fd,
@@ -45,7 +48,7 @@ def test_a_scan_says_of_every_page_what_the_pagemap_says():
         assert table.stats()[:4] == (2048, 702, 0, 1346)
 
 
-def test_a_range_of_several_chunks_that_begins_in_the_middle_of_one():
+def test_a_range_of_several_chunks_that_begins_in_the_middle_of_one() -> None:
     """Pages on both sides of every multiple of 512 MiB, where threads hand over to each other."""
     need_frames()
     size = 1280 * MIB
@@ -65,7 +68,7 @@ def test_a_range_of_several_chunks_that_begins_in_the_middle_of_one():
             }
 
 
-def test_page_types_sees_the_same_frames():
+def test_page_types_sees_the_same_frames() -> None:
     need_frames()
     tool = page_types()
     with memfd(4 * MIB) as fd, holder(fd, 4 * MIB, "0-1024") as (process, address):
@@ -83,7 +86,7 @@ def test_page_types_sees_the_same_frames():
             assert {page: pfn for page, (pfn, _) in pages_of(table).items()} == listed
 
 
-def test_anonymous_huge_pages_are_told_from_small_ones():
+def test_anonymous_huge_pages_are_told_from_small_ones() -> None:
     need_frames()
     if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
         pytest.skip("transparent huge pages are off")
@@ -105,7 +108,7 @@ def test_anonymous_huge_pages_are_told_from_small_ones():
             assert all(row.offset < 1024 for row in table.rows() if row.flags & Flag.HUGE)
 
 
-def test_a_hugetlb_memfd_is_scanned_and_digested_without_being_filled():
+def test_a_hugetlb_memfd_is_scanned_and_digested_without_being_filled() -> None:
     need_frames()
     pool = Path("/proc/sys/vm/nr_hugepages")
     before = pool.read_text()
@@ -126,7 +129,7 @@ def test_a_hugetlb_memfd_is_scanned_and_digested_without_being_filled():
         pool.write_text(before)
 
 
-def test_a_file_scan_fills_no_hole_and_agrees_with_the_process_that_maps_it():
+def test_a_file_scan_fills_no_hole_and_agrees_with_the_process_that_maps_it() -> None:
     need_frames()
     with (
         memfd(6 * MIB) as fd,
@@ -140,7 +143,7 @@ def test_a_file_scan_fills_no_hole_and_agrees_with_the_process_that_maps_it():
         assert all(change.kind is ChangeKind.FLAGS for change in mapping.diff(file))
 
 
-def test_kpageflags_and_counts_are_folded_over_rows():
+def test_kpageflags_and_counts_are_folded_over_rows() -> None:
     need_frames()
     with (
         memfd(MIB) as fd,
@@ -149,12 +152,12 @@ def test_kpageflags_and_counts_are_folded_over_rows():
         ExtentTable.scan(process.pid, address, MIB) as table,
     ):
         assert memory[0] == 1  # a second mapping of the first page, and of what the kernel maps around it
-        flags, counts = table.join_page_flags(), table.join_page_counts(0, 1)
+        flags, counts = table.page_flags(), table.join_page_counts(0, 1)
         assert len(flags) == len(table)
-        assert all(folded.every >> 14 & 1 for folded in flags)  # KPF_SWAPBACKED: shmem
+        assert all(word >> 14 & 1 for word in flags)  # KPF_SWAPBACKED: shmem
         assert counts[0].most == 2
     with ExtentTable.from_rows([Extent(0, 5 << 5, 3, Flag.SWAP)]) as swapped:
-        assert swapped.join_page_flags() == [(0, 0, 0, 0)]
+        assert swapped.page_flags() == [0]
 
 
 PRESENT, SWAP, FILE, GUARD = 1 << 63, 1 << 62, 1 << 61, 1 << 58
@@ -169,7 +172,7 @@ def scan_entries(tmp_path: Path, entries: list[int]) -> list[Extent]:
         return table.rows()
 
 
-def test_swapped_pages_keep_type_and_slot_and_merge_by_slot(tmp_path):
+def test_swapped_pages_keep_type_and_slot_and_merge_by_slot(tmp_path: Path) -> None:
     slots = [SWAP | 2 | slot << 5 for slot in (100, 101, 102, 200)]
     assert scan_entries(tmp_path, [0, *slots, SWAP | FILE | 3 | 201 << 5]) == [
         Extent(1, 2 | 100 << 5, 3, Flag.SWAP),
@@ -178,24 +181,24 @@ def test_swapped_pages_keep_type_and_slot_and_merge_by_slot(tmp_path):
     ]
 
 
-def test_guards_and_page_table_markers_are_absent(tmp_path):
+def test_guards_and_page_table_markers_are_absent(tmp_path: Path) -> None:
     marker = SWAP | 31 | 4 << 5
     assert scan_entries(tmp_path, [marker, SWAP | GUARD | 31 | 8 << 5, GUARD, 1 << 55, PRESENT | 9]) == [
         Extent(4, 9, 1, Flag.PRESENT)
     ]
 
 
-def test_without_pagemap_scan_no_page_is_huge(tmp_path):
+def test_without_pagemap_scan_no_page_is_huge(tmp_path: Path) -> None:
     assert scan_entries(tmp_path, [PRESENT | 1024 + i for i in range(1024)]) == [Extent(0, 1024, 1024, Flag.PRESENT)]
 
 
 @pytest.mark.parametrize("entry", [PRESENT, PRESENT | FILE | 1 << 56, SWAP])
-def test_a_frame_number_of_zero_is_a_hidden_one(tmp_path, entry):
+def test_a_frame_number_of_zero_is_a_hidden_one(tmp_path: Path, entry: int) -> None:
     with pytest.raises(Denied):
         scan_entries(tmp_path, [PRESENT | 5, entry])
 
 
-def test_a_process_that_is_gone_or_has_no_memory():
+def test_a_process_that_is_gone_or_has_no_memory() -> None:
     with memfd(MIB) as fd, holder(fd, MIB, "0-1") as (process, address):
         pagemap = os.open(f"/proc/{process.pid}/pagemap", os.O_RDONLY)
         try:
@@ -211,7 +214,7 @@ def test_a_process_that_is_gone_or_has_no_memory():
         ExtentTable.scan(2, 0, PAGE)  # a kernel thread
 
 
-def test_a_process_that_exits_during_a_scan_is_an_error_and_not_half_a_table():
+def test_a_process_that_exits_during_a_scan_is_an_error_and_not_half_a_table() -> None:
     need_frames()
     size = 8 << 30
     with memfd(size) as fd:
@@ -229,7 +232,7 @@ def test_a_process_that_exits_during_a_scan_is_an_error_and_not_half_a_table():
     pytest.fail("no scan was caught by the exit of its process")
 
 
-def test_without_capability_frames_are_denied_by_name():
+def test_without_capability_frames_are_denied_by_name() -> None:
     need_frames()
     code = """
 import ctypes, mmap, os
@@ -265,19 +268,19 @@ for pid in (os.getpid(), 1):
         (0, PAGE, -1),
     ],
 )
-def test_ranges_that_mean_nothing(start, length, base):
+def test_ranges_that_mean_nothing(start: int, length: int, base: int) -> None:
     with pytest.raises(UsageError):
         ExtentTable.scan(os.getpid(), start, length, base=base)
 
 
-def test_a_range_behind_the_address_space_and_an_empty_one():
+def test_a_range_behind_the_address_space_and_an_empty_one() -> None:
     with pytest.raises(UsageError, match="beyond"):
         ExtentTable.scan(os.getpid(), 1 << 56, PAGE)
     with ExtentTable.scan(os.getpid(), 0, 0) as table:
         assert (len(table), table.pages, table.rows()) == (0, 0, [])
 
 
-def test_files_that_cannot_be_scanned():
+def test_files_that_cannot_be_scanned() -> None:
     reader, writer = os.pipe()
     try:
         with pytest.raises(KernelRefused):
@@ -289,7 +292,7 @@ def test_files_that_cannot_be_scanned():
         ExtentTable.scan_fd(fd, 100)
 
 
-def test_a_table_travels_by_fd_sealed_and_by_bytes():
+def test_a_table_travels_by_fd_sealed_and_by_bytes() -> None:
     rows = [
         Extent(0, 100, 5, Flag.PRESENT),
         Extent(9, 50, 1, Flag.PRESENT | Flag.HUGE),
@@ -297,18 +300,43 @@ def test_a_table_travels_by_fd_sealed_and_by_bytes():
     ]
     with ExtentTable.from_rows(rows, pages=20) as table:
         assert table.rows() == rows == list(table)
-        assert table.nbytes == 64 + 24 * 3 == os.fstat(table.fd).st_size
+        assert os.fstat(table.fd).st_size == 64 + 24 * 3
         for change in (lambda: os.ftruncate(table.fd, 0), lambda: os.pwrite(table.fd, b"x", 0)):
             with pytest.raises(PermissionError):
                 change()
-        with ExtentTable.from_fd(table.fd) as mapped_in_place, ExtentTable.from_bytes(table.to_bytes()) as copied:
-            for other in (mapped_in_place, copied):
+        with table.share() as shared:
+            assert (shared.rows(), shared.pages, shared.page_size) == (rows, 20, 4096)
+            assert os.fstat(shared.fd).st_ino == os.fstat(table.fd).st_ino
+        assert table.rows() == rows
+        with ExtentTable.from_fd(table.fd) as by_fd, ExtentTable.from_bytes(table.to_bytes()) as by_bytes:
+            for other in (by_fd, by_bytes):
                 assert other.to_bytes() == table.to_bytes()
                 assert (other.rows(), other.pages, other.page_size) == (rows, 20, 4096)
-            assert os.fstat(mapped_in_place.fd).st_ino == os.fstat(table.fd).st_ino
 
 
-def test_a_table_in_a_plain_file_is_copied(tmp_path):
+@pytest.mark.parametrize("seals", ["as ours are", "against everything but the mapping"])
+def test_a_table_stays_what_was_checked_whatever_its_maker_still_has_mapped(seals: str) -> None:
+    with ExtentTable.from_rows([Extent(1, 5, 10, Flag.PRESENT)], pages=1000) as table:
+        good = table.to_bytes()
+        rows = table.rows()
+    fd = os.memfd_create("table", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, len(good))
+        with mmap.mmap(fd, len(good)) as kept:
+            kept[:] = good
+            final = fcntl.F_SEAL_SEAL if seals == "as ours are" else 0
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE | final)
+            with ExtentTable.from_fd(fd) as taken:
+                kept[64:] = b"\xff" * (len(good) - 64)  # every column, beyond what the table covers
+                assert taken.rows() == rows
+                assert taken.to_bytes() == good
+            with pytest.raises(BadFile):
+                ExtentTable.from_fd(fd)
+    finally:
+        os.close(fd)
+
+
+def test_a_table_in_a_plain_file_is_copied(tmp_path: Path) -> None:
     with ExtentTable.from_rows([Extent(3, 4, 5, Flag.PRESENT)]) as table:
         path = tmp_path / "table"
         path.write_bytes(table.to_bytes())
@@ -317,7 +345,7 @@ def test_a_table_in_a_plain_file_is_copied(tmp_path):
             assert copied.rows() == table.rows()
 
 
-def test_every_truncation_and_every_flipped_bit_is_noticed():
+def test_every_truncation_and_every_flipped_bit_is_noticed() -> None:
     with ExtentTable.from_rows([Extent(3, 4, 5, Flag.PRESENT), Extent(30, 4, 5, Flag.PRESENT)]) as table:
         good = table.to_bytes()
     for cut in range(len(good)):
@@ -334,7 +362,7 @@ def test_every_truncation_and_every_flipped_bit_is_noticed():
         ExtentTable.from_bytes(b"\x7fELF" + bytes(200))
 
 
-def test_moved_appeared_vanished_and_flags_by_hand():
+def test_moved_appeared_vanished_and_flags_by_hand() -> None:
     old = [Extent(0, 100, 10, 1), Extent(20, 200, 4, 1), Extent(40, 300, 1, 1)]
     new = [
         Extent(0, 100, 4, 1),
@@ -345,14 +373,14 @@ def test_moved_appeared_vanished_and_flags_by_hand():
     ]
     with ExtentTable.from_rows(old) as before, ExtentTable.from_rows(new) as after:
         assert before.diff(after) == [
-            Change(ChangeKind.MOVED, 4, 2, 104, 900, 1, 1),
-            Change(ChangeKind.FLAGS, 20, 4, 200, 200, 1, 65),
-            Change(ChangeKind.VANISHED, 40, 1, 300, 0, 1, 0),
-            Change(ChangeKind.APPEARED, 50, 1, 0, 7, 0, 1),
+            PageChange(ChangeKind.MOVED, 4, 2, 104, 900, 1, 1),
+            PageChange(ChangeKind.FLAGS, 20, 4, 200, 200, 1, 65),
+            PageChange(ChangeKind.VANISHED, 40, 1, 300, 0, 1, 0),
+            PageChange(ChangeKind.APPEARED, 50, 1, 0, 7, 0, 1),
         ]
 
 
-def test_a_closed_table_refuses_every_use():
+def test_a_closed_table_refuses_every_use() -> None:
     table = ExtentTable.from_rows([Extent(0, 1, 1, 1)])
     table.close()
     table.close()
@@ -362,7 +390,7 @@ def test_a_closed_table_refuses_every_use():
     assert repr(table) == "<ExtentTable closed>"
 
 
-def test_a_digest_does_not_depend_on_threads_or_holes():
+def test_a_digest_does_not_depend_on_threads_or_holes() -> None:
     with memfd(5 * MIB + 123) as fd:
         os.pwrite(fd, os.urandom(MIB), 3 * MIB - 77)
         sparse = {digest_fd(fd, threads) for threads in (1, 2, 7)}
@@ -381,8 +409,8 @@ def test_a_digest_does_not_depend_on_threads_or_holes():
             digest_region(fd, 0, MIB, threads=1000)
 
 
-def test_no_permission_is_denied_before_anything_is_read(monkeypatch):
-    def refuse(*_args):
+def test_no_permission_is_denied_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: object) -> Never:
         raise PermissionError(13, "no")
 
     monkeypatch.setattr(os, "open", refuse)
@@ -390,7 +418,7 @@ def test_no_permission_is_denied_before_anything_is_read(monkeypatch):
         ExtentTable.scan(os.getpid(), 0, PAGE)
 
 
-def test_a_thousand_tables_leave_nothing_behind():
+def test_a_thousand_tables_leave_nothing_behind() -> None:
     def held() -> tuple[int, int]:
         maps = Path("/proc/self/maps").read_text().splitlines()
         return len(list(Path("/proc/self/fd").iterdir())), sum("memconsole-extents" in line for line in maps)
@@ -415,3 +443,19 @@ def test_a_thousand_tables_leave_nothing_behind():
     use_tables(1000)
     assert held() == before
     assert resident() - pages < 512  # 2 MiB: one row leaked a table would be more
+
+
+def test_a_table_that_grows_while_a_file_of_many_parts_is_scanned_stays_whole() -> None:
+    """Each part is mapped for itself: what the table gets meanwhile must not lie where the next one, or the end, is."""
+    pages = 40_000
+    fd = os.memfd_create("parts", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, pages * 4096)
+        for page in range(0, pages, 2):
+            os.pwrite(fd, b"x", page * 4096)
+        with ExtentTable.scan_fd(fd, pages * 4096) as table:
+            assert table.stats().present == pages // 2
+            assert [row.offset for row in table] == list(range(0, pages, 2))
+            assert len(table.digest()) == 32
+    finally:
+        os.close(fd)

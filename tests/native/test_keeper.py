@@ -17,6 +17,7 @@ from typing import Self
 
 import pytest
 from support import keepers
+from support.waiting import LONG_S
 
 PUT, GET, DROP, LIST, STAT, QUIT, JUMP, LAND = range(1, 9)
 OK, BAD_MESSAGE, BAD_VERSION, BAD_OP, BAD_NAME, BAD_FDS, TOO_LONG, NOT_FOUND = range(8)
@@ -45,7 +46,7 @@ class Client:
 
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.socket.settimeout(10)
+        self.socket.settimeout(LONG_S)
         self.socket.connect(str(path))
         self.greeting = self.receive()
 
@@ -223,7 +224,7 @@ def test_connections_are_bounded_and_the_next_one_is_told(keeper: keepers.Runnin
 
 def test_a_client_that_does_not_read_is_cut_off_and_others_are_served(keeper: keepers.Running) -> None:
     with Client(keeper.path) as deaf, Client(keeper.path) as other:
-        deaf.socket.settimeout(5)
+        deaf.socket.settimeout(LONG_S)
         sent = 0
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             while deaf.socket.send(HEAD.pack(1, STAT, 0, 0, 0, 0)):
@@ -255,7 +256,10 @@ def test_a_signal_ends_it_only_if_it_holds_nothing(program: Path, number: signal
             keeper.process.send_signal(number)
             status, err = keeper.ended()
         assert status == 0
-        assert err.splitlines() in ([], [f"memconsole-keeper: signal {int(number)} ignored: 1 descriptors are held"])
+        assert err.splitlines() in (
+            [],
+            [f"memconsole-keeper: signal {int(number)} is ignored: it holds 1 descriptors, whose memory would be lost"],
+        )
 
 
 def test_a_jump_the_kernel_refuses_is_answered_with_why_and_everything_is_still_held(keeper: keepers.Running) -> None:
@@ -296,7 +300,7 @@ def test_a_socket_left_by_a_dead_keeper_is_taken(program: Path, tmp_path: Path) 
     stale.bind(str(path))
     stale.close()
     process = subprocess.Popen([program, path], stdin=subprocess.DEVNULL)
-    assert process.wait(30) == 0  # in the background now
+    assert process.wait(LONG_S) == 0  # in the background now
     with Client(path) as client:
         pid = client.status()["pid"]
         assert os.getsid(pid) == pid

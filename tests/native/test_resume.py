@@ -18,20 +18,19 @@ from typing import Self
 
 import pytest
 from support import keepers
-from support.guests import given, hubs, own_frames, region, until
+from support.guests import given, hubs, own_frames, region, sweep
+from support.resume_program import FLAGS, SOURCES
+from support.waiting import LONG_S, until
 
-from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.custody.holder import KeeperCustody
 from memconsole.backend.guests.canary import CanaryGuest
 from memconsole.backend.guests.handle import Handle
 from memconsole.backend.handoff import bootplan
-from memconsole.backend.handoff.bootplan import Hold, Plan, Resume, Resumed, Say, Start, Verify
+from memconsole.backend.handoff.bootplan import BootPlan, Hold, MonitorLines, Resume, Resumed, Start, Verify
 from memconsole.backend.steps import FAULT_VARIABLE
 from memconsole.errors import NotFound
 from memconsole.extents import ExtentTable
 
-NATIVE = Path(__file__).parents[2] / "memconsole" / "native"
-SOURCES = [NATIVE / name for name in ("resume.c", "resume_custody.c", "extents.c", "pagescan.c", "runs.c", "query.c")]
-FLAGS = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-g", "-O1", "-pthread", "-fsanitize=address,undefined"]
 M = 1 << 20
 PHASES = ["begun", "planned", "retrieved", "verified", "started", "resumed"]
 STAYS = "import time; print('up', flush=True); time.sleep(600)"
@@ -86,7 +85,7 @@ class Stage:
     def log(self, guest: str) -> str:
         return (self.directory / "guests" / guest / "log").read_text()
 
-    def resume(self, plan: Plan | bytes) -> tuple[int, str, Resume]:
+    def resume(self, plan: BootPlan | bytes) -> tuple[int, str, Resume]:
         self.put(bootplan.MANIFEST, plan if isinstance(plan, bytes) else bootplan.encode(plan))
         with contextlib.suppress(NotFound):
             self.custody.drop(bootplan.RESUME)
@@ -105,15 +104,15 @@ class Stage:
 
     def run(self, fault: str = "") -> tuple[int, str]:
         """One start of it, which dies at a fault point, or in turn at each that is not in a file yet (``@FILE``)."""
-        command = [self._program, "--rehearse", "--runtime", self._runtime]
+        command = [str(self._program), "--rehearse", "--runtime", str(self._runtime)]
         env = os.environ | ({FAULT_VARIABLE: fault} if fault else {})
         with tempfile.TemporaryFile("w+") as err:  # a pipe would be waited for by what it leaves behind when it dies
-            done = subprocess.run(command, stdout=err, stderr=err, env=env, timeout=120, check=False)
+            done = subprocess.run(command, stdout=err, stderr=err, env=env, timeout=LONG_S, check=False)
             err.seek(0)
-            done.stderr = err.read()
-        assert "runtime error" not in done.stderr
-        assert "Sanitizer" not in done.stderr
-        return done.returncode, done.stderr
+            said = err.read()
+        assert "runtime error" not in said
+        assert "Sanitizer" not in said
+        return done.returncode, said
 
 
 @pytest.fixture
@@ -137,10 +136,10 @@ def test_without_a_manifest_there_is_nothing_to_adopt(stage: Stage) -> None:
 
 
 def test_without_a_keeper_a_rehearsal_fails(program: Path, tmp_path: Path) -> None:
-    command = [program, "--rehearse", "--runtime", tmp_path]
+    command = [str(program), "--rehearse", "--runtime", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "keeper: No such file or directory" in done.stderr
+    assert "for the plan: No such file or directory" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -166,7 +165,7 @@ time.sleep(600)
     start = stage.start("vm", sys.executable, "-c", code, fds={"a": 4, "b": 3})
     start = Start(start.guest, start.words, start.directory, start.log, (*start.fds, ("a", 900)))
     holds = (Hold("s", 1, "a"), Hold("s", 2, "b"))
-    assert stage.resume(Plan(holds, (), (start,)))[0] == 0
+    assert stage.resume(BootPlan(holds, (), (start,)))[0] == 0
     until(lambda: stage.log("vm").endswith("\n"), "its words")
     assert stage.log("vm").split() == [
         *("first", "second", "first", "0", "1", "2", "3", "4", "900"),
@@ -183,14 +182,14 @@ def test_a_vmm_runs_as_whom_the_plan_says(stage: Stage) -> None:
     for parent in stage.directory.parents[:-2]:
         parent.chmod(parent.stat().st_mode | 0o111)
     start = stage.start("vm", "/usr/bin/env", "python3", "-c", code, uid=65534, gid=65534)
-    assert stage.resume(Plan((), (), (start,)))[0] == 0
+    assert stage.resume(BootPlan((), (), (start,)))[0] == 0
     until(lambda: stage.log("vm").endswith("\n"), "its words")
     assert stage.log("vm") == "(65534, 65534, 65534) (65534, 65534, 65534) []\n"
 
 
 def test_the_record_says_who_runs_and_when(stage: Stage) -> None:
     stage.put("a")
-    code, err, resume = stage.resume(Plan((Hold("s", 1, "a"),), (), (stage.start("vm", fds={"a": 3}),)))
+    code, err, resume = stage.resume(BootPlan((Hold("s", 1, "a"),), (), (stage.start("vm", fds={"a": 3}),)))
     assert (code, err, resume.findings, resume.held, resume.mode) == (0, "", (), ("a",), "rehearse")
     assert [phase.name for phase in resume.phases] == PHASES
     moments = [phase.at.boottime_ns for phase in resume.phases]
@@ -205,7 +204,7 @@ def test_the_record_says_who_runs_and_when(stage: Stage) -> None:
 def test_a_guest_without_all_of_its_memory_is_held_and_the_others_run(stage: Stage) -> None:
     stage.put("a")
     starts = (stage.start("whole", fds={"a": 3}), stage.start("half", fds={"a": 3, "b": 4}))
-    code, err, resume = stage.resume(Plan((Hold("s", 1, "a"), Hold("s", 2, "b")), (), starts))
+    code, err, resume = stage.resume(BootPlan((Hold("s", 1, "a"), Hold("s", 2, "b")), (), starts))
     assert code == 4
     assert of(resume, "whole").state == "started"
     assert (of(resume, "half").state, of(resume, "half").pid) == ("held", 0)
@@ -216,7 +215,7 @@ def test_a_guest_without_all_of_its_memory_is_held_and_the_others_run(stage: Sta
 
 def test_a_broken_plan_starts_nothing(stage: Stage) -> None:
     stage.put("a", b"kept")
-    raw = bytearray(bootplan.encode(Plan((Hold("s", 1, "a"),), (), (stage.start("vm", fds={"a": 3}),))))
+    raw = bytearray(bootplan.encode(BootPlan((Hold("s", 1, "a"),), (), (stage.start("vm", fds={"a": 3}),))))
     raw[-1] ^= 1
     code, _, resume = stage.resume(bytes(raw))
     assert (code, resume.guests, resume.held) == (4, (), ("a",))
@@ -236,9 +235,9 @@ def test_a_vmm_that_cannot_start_or_ends_at_once_is_held_and_says_why(stage: Sta
         stage.start("dies", "/bin/sh", "-c", "kill -9 $$"),
         stage.start("stays"),
     )
-    code, _, resume = stage.resume(Plan((), (), starts))
+    code, _, resume = stage.resume(BootPlan((), (), starts))
     assert code == 4
-    assert of(resume, "nowhere").why == "/nowhere/vmm: No such file or directory"
+    assert of(resume, "nowhere").why == "its VMM /nowhere/vmm cannot be started: No such file or directory"
     assert of(resume, "fails").why == f"its VMM ended with status 7; see {starts[1].log}"
     assert of(resume, "dies").why == f"its VMM was killed by signal 9; see {starts[2].log}"
     assert [found.state for found in resume.guests] == ["held", "held", "held", "started"]
@@ -254,11 +253,11 @@ def test_pages_are_compared_and_in_a_rehearsal_may_have_moved(stage: Stage) -> N
         digest = table.digest()
     os.close(fd)
     holds, starts = (Hold("s", 1, "ram"),), (stage.start("vm", fds={"ram": 3}),)
-    assert stage.resume(Plan(holds, (Verify("ram", 16 * M, digest),), starts))[2].findings == ()
-    code, _, resume = stage.resume(Plan(holds, (Verify("ram", 16 * M, "00" * 16),), starts))
+    assert stage.resume(BootPlan(holds, (Verify("ram", 16 * M, digest),), starts))[2].findings == ()
+    code, _, resume = stage.resume(BootPlan(holds, (Verify("ram", 16 * M, "00" * 16),), starts))
     assert (code, ids(resume)) == (4, [("pages-moved", "ram")])
     assert of(resume, "vm").state == "started"
-    code, _, resume = stage.resume(Plan(holds, (Verify("ram", 16 * M + 1, digest),), starts))
+    code, _, resume = stage.resume(BootPlan(holds, (Verify("ram", 16 * M + 1, digest),), starts))
     assert [finding.text for finding in resume.findings] == ["the size is not whole pages"]
 
 
@@ -329,8 +328,8 @@ def test_a_monitor_is_talked_to_until_it_says_what_is_awaited(stage: Stage, how:
         closer.start()
     else:
         monitor = Monitor(path, answers)
-    say = Say("vm", str(path), LINES, 400 if why else 30_000)
-    code, _, resume = stage.resume(Plan((), (), (stage.start("vm"),), (say,)))
+    say = MonitorLines("vm", str(path), LINES, 400 if why else 30_000)
+    code, _, resume = stage.resume(BootPlan((), (), (stage.start("vm"),), (say,)))
     found = of(resume, "vm")
     if why:
         assert (code, found.state) == (4, "started")
@@ -348,10 +347,33 @@ def test_a_monitor_is_talked_to_until_it_says_what_is_awaited(stage: Stage, how:
         monitor.end()
 
 
+BUSY = """
+import socket, sys, time
+ends = time.monotonic() + 5
+while time.monotonic() < ends:
+    pass
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+connection = listener.accept()[0]
+connection.sendall(b"greeting\\n")
+for line in connection.makefile():
+    connection.sendall(b'{"return": {"status": "running"}}\\n')
+time.sleep(600)
+"""
+
+
+def test_a_vmm_that_is_busy_is_waited_for_longer_than_one_that_sleeps(stage: Stage) -> None:
+    path = stage.directory / "qmp"
+    start = stage.start("vm", sys.executable, "-c", BUSY, str(path))
+    code, _, resume = stage.resume(BootPlan((), (), (start,), (MonitorLines("vm", str(path), LINES, 3000),)))
+    assert (code, of(resume, "vm").state, of(resume, "vm").why) == (0, "resumed", "")
+
+
 def test_a_vmm_that_ends_before_its_monitor_is_there_is_not_waited_for(stage: Stage) -> None:
-    say = Say("vm", str(stage.directory / "qmp"), LINES, 120_000)
+    say = MonitorLines("vm", str(stage.directory / "qmp"), LINES, 120_000)
     start = stage.start("vm", sys.executable, "-c", "raise SystemExit(3)")
-    code, _, resume = stage.resume(Plan((), (), (start,), (say,)))
+    code, _, resume = stage.resume(BootPlan((), (), (start,), (say,)))
     assert code == 4
     assert (of(resume, "vm").state, of(resume, "vm").pid) == ("held", 0)
     assert of(resume, "vm").why.startswith("its VMM ended with status 3")
@@ -379,13 +401,13 @@ def test_a_canary_goes_on_through_a_rehearsal(stage: Stage) -> None:
         guest.close()
         start = Start("bird", again.words, str(stage.directory), str(stage.directory / "log"), again.fds)
         holds = (Hold("memconsole:bird", 1, "region:bird:0"), Hold("memconsole:manifest", 2, "state:bird"))
-        code, err, resume = stage.resume(Plan(holds, (), (start,)))
+        code, err, resume = stage.resume(BootPlan(holds, (), (start,)))
         assert (code, err) == (0, "")
         found = of(resume, "bird")
         guest = CanaryGuest.adopt("bird", found.pid, found.start_ticks, hub, [offer])
         stack.callback(guest.close)
         assert hub.connected("bird", 30)
-        assert guest.sweep(10) == (M // 4096 - 4, 0)
+        assert sweep(guest, 10) == (M // 4096 - 4, 0)
         until(lambda: (now := guest.progress()) is not None and now.beats > stood.beats, "beats")
         assert guest.blackout()[0] == 1
         os.kill(found.pid, signal.SIGKILL)
@@ -394,7 +416,9 @@ def test_a_canary_goes_on_through_a_rehearsal(stage: Stage) -> None:
 def test_the_record_is_json_whatever_a_monitor_says(stage: Stage) -> None:
     path = stage.directory / "qmp"
     monitor = Monitor(path, ['{"error": "\\"quoted\\" \\\\ \x01 \x1f"}'])
-    code, _, resume = stage.resume(Plan((), (), (stage.start("vm"),), (Say("vm", str(path), LINES, 30_000),)))
+    code, _, resume = stage.resume(
+        BootPlan((), (), (stage.start("vm"),), (MonitorLines("vm", str(path), LINES, 30_000),))
+    )
     assert code == 4
     assert json.dumps(of(resume, "vm").why)
     assert "quoted" in of(resume, "vm").why
@@ -413,9 +437,10 @@ def vmms(stage: Stage, guest: str) -> list[int]:
 
 def test_killed_at_each_of_its_points_it_starts_no_vmm_twice_and_goes_on(stage: Stage, tmp_path: Path) -> None:
     stage.put("a")
-    plan = Plan((Hold("s", 1, "a"),), (), (stage.start("one", fds={"a": 3}), stage.start("two")))
+    plan = BootPlan((Hold("s", 1, "a"),), (), (stage.start("one", fds={"a": 3}), stage.start("two")))
     stage.put(bootplan.MANIFEST, bootplan.encode(plan))
-    seen, first = tmp_path / "points", {}
+    seen = tmp_path / "points"
+    first: dict[str, int] = {}
     while (code := stage.run(f"@{seen}")[0]) == -signal.SIGKILL:
         for guest in ("one", "two"):
             pids = vmms(stage, guest)
@@ -439,8 +464,8 @@ def test_a_vmm_that_only_waited_is_started_anew_and_one_that_was_told_to_go_on_i
     lines = (LINES[0], ('{"execute": "cont"}', "return"), LINES[1])
     path = stage.directory / "qmp"
     answers: list[str | None] = ['{"return": {}}', '{"return": {}}', '{"return": {"status": "running"}}']
-    say = Say("vm", str(path), lines, 30_000)
-    stage.put(bootplan.MANIFEST, bootplan.encode(Plan((), (), (stage.start("vm"),), (say,))))
+    say = MonitorLines("vm", str(path), lines, 30_000)
+    stage.put(bootplan.MANIFEST, bootplan.encode(BootPlan((), (), (stage.start("vm"),), (say,))))
     before = Monitor(path, answers)
     assert stage.run(f"resume.say.vm.{int(told)}")[0] == -signal.SIGKILL
     before.end()
@@ -456,7 +481,7 @@ def test_a_vmm_that_only_waited_is_started_anew_and_one_that_was_told_to_go_on_i
 
 
 def test_a_vmm_that_ended_between_two_starts_is_held_because_its_state_is_behind_it(stage: Stage) -> None:
-    stage.put(bootplan.MANIFEST, bootplan.encode(Plan((), (), (stage.start("vm"),))))
+    stage.put(bootplan.MANIFEST, bootplan.encode(BootPlan((), (), (stage.start("vm"),))))
     assert stage.run("resume.started.reached")[0] == -signal.SIGKILL
     (pid,) = vmms(stage, "vm")
     os.kill(pid, signal.SIGKILL)

@@ -16,19 +16,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import lab_guest as lab
-from guests import Obedient
-from lab_host import fresh
-from services import Service
-
 from memconsole import actions as do
-from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.custody.holder import KeeperCustody
 from memconsole.backend.kernel import vtd
 from memconsole.backend.steps import FAULT_VARIABLE
 from memconsole.backend.wire.client import Client
 from memconsole.errors import MemconsoleError, NoControl
 from memconsole.extents import ExtentTable
 from memconsole.model import Grant
+from support import lab_guest as lab
+from support.guests import Obedient
+from support.lab_host import PATIENCE, heard
+from support.services import Service
+from support.waiting import LONG_S
 
 BDF = "0000:00:04.0"
 PAGE = 4096
@@ -64,9 +64,9 @@ for line in sys.stdin:
     words = line.split()
     said = "done"
     if words[0] == "wait":
-        agent.wait(words[1], 60)
+        agent.wait(words[1], 300)
     elif words[0] == "window":
-        memory = agent.wait(words[1], 60).memory
+        memory = agent.wait(words[1], 300).memory
         with memory.cast("I") as registers:  # below 0x80 it knows accesses of four bytes only
             said = hex(registers[0])
         state["bar"] = memory.cast("Q")
@@ -117,7 +117,7 @@ def dies(service: Service, client: Client, action: do.Action) -> bool:
         client.apply(action)
     except MemconsoleError:
         assert service.process is not None
-        return service.process.wait(60) == -9
+        return service.process.wait(LONG_S) == -9
     return False
 
 
@@ -156,9 +156,17 @@ def frames(table: ExtentTable, gpa: int, access: str) -> Pages:
 
 
 def found(client: Client) -> list[tuple[str, str]]:
-    """The findings about devices, as of now."""
-    findings = fresh(client).findings
+    """The findings about devices, as of now, once everybody has answered."""
+    findings = heard(client).findings
     return [(each.id, each.subject) for each in findings if each.id.startswith(("dma", "device", "frame"))]
+
+
+def found_at_last(client: Client, wanted: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The findings about devices, once they are those; what was found last where they never are."""
+    deadline = time.monotonic() + PATIENCE
+    while (told := found(client)) != wanted and time.monotonic() < deadline:
+        time.sleep(1)
+    return told
 
 
 def revoked_while_it_runs(service: Service, client: Client, guest: Guest, want: Pages) -> Pages:

@@ -10,7 +10,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from shutil import rmtree
@@ -19,8 +18,11 @@ from typing import Self
 from memconsole import agent as wire
 from memconsole.backend.exports.fd import Hub
 from memconsole.backend.guests.base import Offer
+from memconsole.backend.guests.canary import CanaryGuest
+from memconsole.backend.kernel.census import links
 from memconsole.backend.stores import memfd
 from memconsole.model import Access
+from support.waiting import LONG_S
 
 
 @contextlib.contextmanager
@@ -46,29 +48,21 @@ def hubs() -> Iterator[Callable[[], Hub]]:
 @contextlib.contextmanager
 def region(size: int, **options: bool) -> Iterator[int]:
     """A region of one segment."""
-    (fd,) = memfd.reserve("test", size, **options)
+    (fd,) = memfd.reserve_segments("test", size, **options)
     try:
         yield fd
     finally:
-        memfd.free([fd])
+        memfd.free_segments([fd])
 
 
 @contextlib.contextmanager
 def given(fd: int, grant: str, length: int, *, access: Access = Access.RW, gpa: int | None = 0) -> Iterator[Offer]:
     """A grant of a region's first bytes."""
-    mine = memfd.give(fd, access)
+    mine = memfd.segment_fd(fd, access)
     try:
         yield Offer(grant, mine, 0, length, access, gpa)
     finally:
         os.close(mine)
-
-
-def until(condition: Callable[[], bool], what: str, within: float = 30.0) -> None:
-    """Wait for something that will happen; the limit is only there to end a test that hangs."""
-    deadline = time.monotonic() + within
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain: {what}"
-        time.sleep(0.02)
 
 
 class Obedient:
@@ -78,8 +72,9 @@ class Obedient:
     """
 
     def __init__(self, command: Sequence[str | Path], pass_fds: Sequence[int] = ()) -> None:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, pass_fds=pass_fds, **pipes)
+        self.process = subprocess.Popen(
+            command, pass_fds=pass_fds, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self.pid = self.process.pid
 
     def do(self, *words: object) -> str:
@@ -132,7 +127,7 @@ for line in sys.stdin:
         except TypeError as error:
             said = f"refused {error}"
     elif words[0] == "wait":
-        said = agent.wait(words[1], 30).id
+        said = agent.wait(words[1], 600).id
     elif words[0] == "hold":
         view = agent.grants[words[1]].memory[:10]
         said = "done"
@@ -156,6 +151,15 @@ for line in sys.stdin:
         place = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         ctypes.CDLL(None).munmap(ctypes.c_void_p(place), ctypes.c_size_t(len(memory)))
         said = "done"
+    elif words[0] == "spin":  # for so many seconds, and no other thread gets its turn
+        import time
+        sys.setswitchinterval(1e6)
+        print("spins", flush=True)
+        ends = time.monotonic() + float(words[1])
+        while time.monotonic() < ends:
+            pass
+        sys.setswitchinterval(0.005)
+        said = "done"
     elif words[0] == "look":
         said = ctypes.string_at(spread, 6).decode()
     elif words[0] == "grants":
@@ -172,10 +176,16 @@ class AgentProcess(Obedient):
         super().__init__([sys.executable, "-c", AGENT, str(path)])
 
 
+def sweep(guest: CanaryGuest, within: float) -> tuple[int, int]:
+    """Have a canary check every page at once: how many were checked, and how many bytes are wrong."""
+    answer = guest._ask(wire.Type.SWEEP, within, patient=True)
+    return answer.pages, answer.wrong
+
+
 def knock(path: Path) -> socket.socket:
     """A bare connection to an agents socket, from this process."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    connection.settimeout(30)
+    connection.settimeout(LONG_S)
     connection.connect(str(path))
     return connection
 
@@ -196,9 +206,47 @@ def hung_up(connection: socket.socket) -> bool:
     return True
 
 
+def fd_links(pid: int) -> dict[Path, str]:
+    """The open fds of a process that lives on: their links in /proc, and what they say; some go meanwhile."""
+    return {Path(f"/proc/{pid}/fd/{fd}"): said for fd, said in links("/", pid).items()}
+
+
 def open_fds() -> list[str]:
     """The numbers of this process's open fds."""
     return sorted(path.name for path in Path("/proc/self/fd").iterdir())
+
+
+HUGE = 2 << 20
+
+
+def collapse(fd: int, size: int) -> None:
+    """Fill the first bytes of a memfd, and have the kernel put them into huge pages, whatever its settings are."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    room = libc.mmap(None, size + HUGE, mmap.PROT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    at = -(-room // HUGE) * HUGE
+    shared, fixed, collapses = mmap.MAP_SHARED, 0x10, 25
+    assert libc.mmap(at, size, mmap.PROT_READ | mmap.PROT_WRITE, shared | fixed, fd, 0) == at
+    ctypes.memset(at, 0, size)
+    refused = libc.madvise(at, size, collapses)
+    libc.munmap(room, size + HUGE)
+    if refused:
+        import pytest  # scenarios of the lab import this module, and have none
+
+        pytest.skip(f"this kernel makes no huge pages of a memfd: {os.strerror(ctypes.get_errno())}")
+
+
+def read(pid: int, start: int, size: int) -> None:
+    """Have a process fault its memory in, at each page, as an access of its own would."""
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+        for at in range(start, start + size, 4096):
+            memory.seek(at)
+            memory.read(1)
 
 
 def frames(pid: int | str, address: int, pages: int) -> list[int]:

@@ -23,8 +23,8 @@ def build(directory: Path) -> Path:
     """Compile it."""
     program = directory / "hostile_revoke"
     strict = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror"]
-    source = TREE / "tests/host/hostile_revoke.c"
-    subprocess.run(["cc", *strict, "-I", TREE / "memconsole/native", "-o", program, source], check=True)
+    sources = [TREE / "tests/host" / name for name in ("hostile_revoke.c", "hostile_fds.c")]
+    subprocess.run(["cc", *strict, "-I", TREE / "memconsole/native", "-o", program, *sources], check=True)
     return program
 
 

@@ -23,9 +23,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
+
+from support import lab_kernel, lab_python, lab_watch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCENARIOS = ROOT / "tests" / "vm" / "scenarios"
@@ -36,9 +38,11 @@ RESUME = f"{ROOT}/memconsole/native/bin/memconsole-resume > /run/early.log 2>&1;
 """What a lab host begins with where guests are handed over, as its unit would have it."""
 SYSTEMD = f". {ROOT}/tests/support/lab_systemd.sh"
 """What a lab host begins with that goes on as systemd, with this project's units; the scenario is a service of it."""
-BOOT_S, BOOTS = 180.0, 3
-"""Seconds until the first kernel has a userland, and how often it is booted: now and then TCG on a busy machine loses
-an interrupt, and the kernel waits for it before any of our code runs."""
+BOOTS, RUNS = 4, 2
+"""How often the lab is booted until its first kernel has a userland (no code of ours ran before), and how often a run
+is begun whose QEMU crashed, or that went deaf (lab_watch.py)."""
+repeated: list[str] = []
+"""What was begun again, and why; tests/vm/conftest.py takes it into the summary."""
 COMMAND_LINE = "console=ttyS0 panic=-1 quiet kho=on liveupdate=on intel_iommu=on no_timer_check"
 
 INIT = """#!/bin/busybox sh
@@ -71,7 +75,7 @@ class Verdicts:
 
     def of(self, name: str) -> dict[str, Any]:
         """The last verdict of this name; a run that never gave it fails here, with the end of its console."""
-        for verdict in reversed(self.said):
+        for verdict in self.said[::-1]:
             if verdict["name"] == name:
                 return verdict
         raise AssertionError(f"the lab never said {name!r}; its console ends:\n{self.console[-4000:]}")
@@ -99,8 +103,9 @@ def kernel() -> Path | None:
 
 def lacking() -> str:
     """Why there is no lab here, and what to do about it; empty where there is one."""
-    if not BUSYBOX.is_file() or shutil.which("qemu-system-x86_64") is None:
-        return "the lab wants qemu-system-x86_64 and a static /bin/busybox: tools/install_debian.sh installs them"
+    if not BUSYBOX.is_file() or shutil.which("qemu-system-x86_64") is None or lab_python.MKE2FS is None:
+        wants = "qemu-system-x86_64, mke2fs and a static /bin/busybox"
+        return f"the lab wants {wants}: tools/install_debian.sh installs them"
     found = kernel()
     if found is None:
         return "the lab has no kernel: `make lab` builds one, or set MEMCONSOLE_LAB_KERNEL"
@@ -143,6 +148,8 @@ def prepare(
     share: Path,
     *,
     memory: str = "2G",
+    processors: int = 1,
+    packed: bool = False,
     append: str = "",
     serial: str = "stdio",
     iommu: str = IOMMU,
@@ -152,16 +159,18 @@ def prepare(
     early: str = "",
 ) -> list[str]:
     """The QEMU command that boots the lab over a shared directory, which is filled; see :func:`run`."""
-    image = the_kernel()
+    kernel = the_kernel()
     share.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(image, share / "bzImage")
+    shutil.copyfile(kernel if packed else lab_kernel.image(kernel, cache()), share / "bzImage")
     (share / "initrd").write_bytes(initrd())
+    lab_python.give(cache(), share)
     words = " ".join([str(SCENARIOS / f"{scenario}.py"), *arguments])
     (share / "start").write_text(
         ": > /run/lab/booted\n"
+        f"{lab_watch.COUNTS}"
         "export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8\n"
-        f"export PYTHONPATH={ROOT}/tests/support PYTHONDONTWRITEBYTECODE=1 TERM=dumb\n"
-        f"{early}\n"
+        f"export PYTHONPATH={ROOT}/tests PYTHONDONTWRITEBYTECODE=1 TERM=dumb\n"
+        f"{lab_python.MOUNTS}\n{early}\n"
         ". /run/lab/scenario\n"
     )
     (share / "scenario").write_text(f"cd {ROOT}; {sys.executable} {words}\nsync; /bin/busybox poweroff -f\n")
@@ -178,7 +187,7 @@ def prepare(
             "-m",
             memory,
             "-smp",
-            "2",
+            str(processors),
         ),
         *("-nographic", "-nodefaults", "-no-reboot", "-serial", serial),
         *("-device", iommu, "-device", "edu,addr=4,dma_mask=0xffffffffffff"),
@@ -191,11 +200,14 @@ def prepare(
 
 
 @contextlib.contextmanager
-def _started(command: list[str], console: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+def _started(command: list[str], console: Path) -> Iterator[subprocess.Popen[bytes]]:
     """QEMU, which does not outlive this."""
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, start_new_session=True
-    ) as qemu:
+    with (
+        console.open("wb", buffering=0) as file,
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        ) as qemu,
+    ):
         try:
             yield qemu
         finally:
@@ -203,29 +215,34 @@ def _started(command: list[str], console: IO[bytes]) -> Iterator[subprocess.Pope
                 os.killpg(qemu.pid, signal.SIGKILL)
 
 
-def _wait(qemu: subprocess.Popen[bytes], timeout: float, console: IO[bytes]) -> None:
-    try:
-        qemu.wait(timeout)
-    except subprocess.TimeoutExpired:
-        console.write(f"\nlab: no end within {timeout} s\n".encode())
+def _once(command: list[str], share: Path) -> str:
+    """One boot of the lab, until it ends; why this was no end of its own, else nothing."""
+    with _started(command, share / "console") as qemu:
+        why = lab_watch.Watch(qemu, share).ends()
+        if not why and qemu.returncode < 0:
+            return f"QEMU was ended by signal {-qemu.returncode}"
+    return why or ("" if (share / "booted").exists() else "the first kernel had no userland")
 
 
-def _boots(qemu: subprocess.Popen[bytes], mark: Path) -> bool:
-    """Whether the first kernel reaches its userland, or QEMU ends, in time."""
-    deadline = time.monotonic() + BOOT_S
-    while not mark.exists() and qemu.poll() is None:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
+def _said(share: Path) -> list[dict[str, Any]]:
+    verdicts = share / "verdicts"
+    return [json.loads(line) for line in verdicts.read_text().splitlines()] if verdicts.exists() else []
+
+
+def _may_be_repeated(share: Path, why: str, booted: int, ran: int) -> bool:
+    """Whether it is the emulation that failed, and has not too often: never after something went wrong in the lab."""
+    if not why or why == lab_watch.SILENT or not all(verdict["ok"] for verdict in _said(share)):
+        return False
+    return ran < RUNS if ran else booted < BOOTS
 
 
 def run(
     scenario: str,
     share: Path,
     *,
-    timeout: float = 180,
     memory: str = "2G",
+    processors: int = 1,
+    packed: bool = False,
     append: str = "",
     iommu: str = IOMMU,
     devices: Sequence[str] = (),
@@ -233,7 +250,11 @@ def run(
     arguments: Sequence[str] = (),
     early: str = "",
 ) -> Verdicts:
-    """Boot the lab, run a scenario through its stages, return what it said; it has ``timeout`` seconds from its boot.
+    """Boot the lab, run a scenario through its stages, return what it said; it has time while it says something.
+
+    One processor does the same for two thirds of the work: where two are emulated, each spins whenever the other has a
+    lock and does not run. ``processors=2`` is for what processors do to each other. The kernel is ``packed`` as
+    it came, or need not be unpacked (lab_kernel.py).
 
     ``iommu``, ``devices`` and ``options`` are QEMU's, ``arguments`` the scenario's; ``early`` is a line of shell that
     every stage begins with, before any Python.
@@ -242,6 +263,8 @@ def run(
         scenario,
         share,
         memory=memory,
+        processors=processors,
+        packed=packed,
         append=append,
         iommu=iommu,
         devices=devices,
@@ -249,16 +272,25 @@ def run(
         arguments=arguments,
         early=early,
     )
+    filled = set(share.iterdir())
     began = time.monotonic()
-    log = share / "console"
-    with log.open("wb", buffering=0) as console:
-        for more in reversed(range(BOOTS)):
-            with _started(command, console) as qemu:
-                if not more or _boots(qemu, share / "booted"):
-                    _wait(qemu, timeout, console)
-                    break
-                console.write(f"\nlab: no userland within {BOOT_S} s, booted once more\n".encode())
-    verdicts = share / "verdicts"
-    said = [json.loads(line) for line in verdicts.read_text().splitlines()] if verdicts.exists() else []
+    tries: list[str] = []
+    booted = ran = 0
+    while True:
+        why = _once(command, share)
+        booted += 1
+        ran += (share / "booted").exists()
+        if not _may_be_repeated(share, why, booted, ran):
+            break
+        tries.append(f"{scenario} {' '.join(arguments)}: {why}; its console ended: {_console(share)[-400:]!r}")
+        for path in set(share.iterdir()) - filled:
+            path.unlink()
+    repeated.extend(tries)
+    said = _said(share)
     stages = max((verdict["stage"] for verdict in said), default=0)
-    return Verdicts(said, log.read_text(errors="replace"), share, time.monotonic() - began, stages)
+    console = "\n".join([*tries, _console(share), *([f"lab: {why}"] if why else [])])
+    return Verdicts(said, console, share, time.monotonic() - began, stages)
+
+
+def _console(share: Path) -> str:
+    return (share / "console").read_text(errors="replace")

@@ -17,6 +17,8 @@ from typing import Any
 
 SHARE = Path("/run/lab")
 LOGS = (SHARE, Path("/run"), Path("/run/state"))
+RUNTIME = Path("/run/memconsole")
+"""Each guest's VMM has a log of its own there."""
 SYS_REBOOT = 169
 SYS_KEXEC_FILE_LOAD = 320
 REBOOT_MAGIC = (0xFEE1DEAD, 672274793)
@@ -35,7 +37,7 @@ def stage() -> int:
     return int(match[1]) if match else 0
 
 
-def say(name: str, ok: bool = True, **details: Any) -> None:
+def say(name: str, ok: object = True, **details: Any) -> None:
     """One verdict; ``ok`` false fails the run."""
     line = json.dumps({"name": name, "ok": bool(ok), "stage": stage(), "at": time.monotonic(), **details}, default=str)
     with (SHARE / "verdicts").open("a", encoding="utf-8") as file:
@@ -62,6 +64,16 @@ def load(line: str | None = None, image: str = "bzImage") -> None:
         os.close(initrd)
 
 
+def image_of(payload: bytes, path: str) -> str:
+    """The path of an image as the lab's kernel has it, with another payload."""
+    image = (SHARE / "bzImage").read_bytes()
+    start = (image[0x1F1] + 1) * 512 + int.from_bytes(image[0x248:0x24C], "little")
+    made = bytearray(image[:start]) + payload
+    made[0x24C:0x250] = len(payload).to_bytes(4, "little")
+    Path(path).write_bytes(made)
+    return path
+
+
 def jump() -> None:
     """Boot the loaded kernel; returns only by raising."""
     os.sync()
@@ -76,8 +88,9 @@ def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType 
 
 
 def _logs() -> dict[str, str]:
-    """How each log ends, and the kernel's own."""
-    found = {str(path): path for directory in LOGS for path in directory.glob("*.log")}
+    """How each log ends, the VMMs' too, and the kernel's own."""
+    logs = [*(path for directory in LOGS for path in directory.glob("*.log")), *RUNTIME.glob("*/*/log")]
+    found = {str(path): path for path in logs}
     dmesg = subprocess.run(["dmesg"], capture_output=True, text=True, check=False).stdout
     return {name: path.read_text(errors="replace")[-3000:] for name, path in found.items()} | {"dmesg": dmesg[-1500:]}
 

@@ -8,23 +8,26 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-
-import lab_guest as lab
 
 from memconsole import paths
 from memconsole.actions import Action, HandoffRun
 from memconsole.backend import control, steps
 from memconsole.backend.control import Control
-from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.custody.holder import KeeperCustody
 from memconsole.backend.wire.client import Client
-from memconsole.errors import MemconsoleError, Refused
+from memconsole.errors import MemconsoleError, NoControl, Refused
 from memconsole.model import Guest, GuestState, Plan, Progress, Snapshot
+from support import lab_guest as lab
+from support.waiting import until
 
 TOOL = str(Path(sys.executable).parent / "memconsole")
 STATE = "/run/state"
-PATIENCE = 120.0
+RECORD_S = 30
+"""Seconds between recorded Snapshots: one that is taken every second takes half of an emulated processor."""
+PATIENCE = 900.0
+"""Seconds for what will happen: every instruction is emulated, maybe by a busy machine."""
 MADV_POPULATE_WRITE = 23
 SHMEM_THP = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
@@ -34,7 +37,19 @@ def serve(*words: str, fault: str = "", tool: Sequence[str] = (TOOL,)) -> Client
     done = _started(words, fault, tool)
     if done.returncode:
         raise AssertionError(f"serve: {done.returncode}: {done.stderr}")
-    return Client(paths.control_socket())
+    return connected()
+
+
+def connected() -> Client:
+    """A client of a control process that runs, which may be slow to greet: an operator would try once more, too."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return Client(paths.control_socket())
+        except NoControl:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
 
 
 def try_to_serve(fault: str) -> Client | None:
@@ -44,7 +59,7 @@ def try_to_serve(fault: str) -> Client | None:
 
 def _started(words: Sequence[str], fault: str, tool: Sequence[str]) -> subprocess.CompletedProcess[str]:
     env = os.environ | ({steps.FAULT_VARIABLE: fault} if fault else {})
-    command = [*tool, "serve", "--state-dir", STATE, *words]
+    command = [*tool, "serve", "--state-dir", STATE, "--record", str(RECORD_S), *words]
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
@@ -104,8 +119,8 @@ def held() -> list[str]:
 
 def plan(client: Client, action: Action) -> Plan:
     """A plan; unpacking an image takes its time where a processor is emulated by a busy one, and is done once."""
-    for _ in range(5):
-        with contextlib.suppress(Refused):  # its deadline
+    for _ in range(20):
+        with contextlib.suppress(Refused, NoControl):  # its deadline, and its client's
             return client.plan(action)
     return client.plan(action)
 
@@ -129,9 +144,20 @@ def fresh(client: Client) -> Snapshot:
     return snapshot
 
 
+def heard(client: Client) -> Snapshot:
+    """A Snapshot to which everybody answered, who may be late on a machine that is busy; else the last one."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        snapshot = fresh(client)
+        late = any(each.id.endswith(("-silent", "-unseen")) for each in snapshot.findings)
+        if not late or time.monotonic() > deadline:
+            return snapshot
+        time.sleep(0.5)
+
+
 def findings(client: Client) -> list[tuple[str, str]]:
     """What is wrong now, by id and in words."""
-    return [(each.id, each.what) for each in fresh(client).findings if each.severity != "info"]
+    return [(each.id, each.observed) for each in heard(client).findings if each.severity != "info"]
 
 
 def beaten(client: Client, name: str, least: int = 0) -> Progress:
@@ -148,18 +174,9 @@ def beaten(client: Client, name: str, least: int = 0) -> Progress:
     raise AssertionError(f"{name} does not count: {guest(client.snapshot(), name)}")
 
 
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for something that will happen."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"waited in vain: {what}")
-        time.sleep(0.1)
-
-
 def runs(client: Client, name: str) -> None:
     """Wait until a guest says that it runs."""
-    until(lambda: guest(client.snapshot(), name).state is GuestState.RUNNING, f"{name} runs")
+    until(lambda: guest(client.snapshot(), name).state is GuestState.RUNNING, f"{name} runs", PATIENCE)
 
 
 def early() -> tuple[str, str]:

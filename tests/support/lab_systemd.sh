@@ -2,13 +2,19 @@
 # LAB_SYSTEMD: a directory with the files of another version (dpkg -x), which take the place of this machine's.
 # LAB_DROPIN: lines for a drop-in of memconsole-resume.service, from the second kernel on.
 
-root=$(dirname "$(dirname "$PYTHONPATH")")
+root=$(dirname "$PYTHONPATH")
 bin=$(dirname "$(sed -n 's/^cd [^;]*; \([^ ]*\) .*/\1/p' /run/lab/scenario)")
-[ -n "$LAB_SYSTEMD" ] && cp -a "$LAB_SYSTEMD"/lib/systemd/. /lib/systemd/ && cp -a "$LAB_SYSTEMD"/usr/. /usr/ &&
-	cp -a "$LAB_SYSTEMD"/bin/. /bin/
+# One that finds this believes that it is in a container, where a kexec is a cold reboot.
+rm -f /.dockerenv
+for files in lib usr bin; do
+	[ -n "$LAB_SYSTEMD" ] && [ -d "$LAB_SYSTEMD/$files" ] && cp -a "$LAB_SYSTEMD/$files/." "/$files/"
+done
 rm -rf /lib/systemd/system-generators/* /etc/systemd/system/* /lib/systemd/system/*.wants/*
 ln -sf "$bin/memconsole" /usr/bin/memconsole
 ln -sf "$root/memconsole/native/bin/memconsole-resume" /usr/bin/memconsole-resume
+
+# Newer ones mount a tmpfs over /tmp, which may be where the project lies.
+ln -sf /dev/null /etc/systemd/system/tmp.mount
 
 # docs/service.md
 cp "$root"/systemd/memconsole*.service "$root"/systemd/memconsole.socket /etc/systemd/system/
@@ -21,6 +27,8 @@ for unit in memconsole memconsole-resume; do
 	printf '[Service]\nStandardOutput=append:/run/lab/%s.log\nStandardError=inherit\n' $unit >/etc/systemd/system/$unit.service.d/log.conf
 done
 grep -q stage=1 /proc/cmdline || printf '[Service]\n%s\n' "$LAB_DROPIN" >/etc/systemd/system/memconsole-resume.service.d/lab.conf
+# As it is shipped, but for history: a Snapshot every second takes half of an emulated processor.
+printf 'ExecStart=\n%s --record 30\n' "$(grep ^ExecStart= "$root"/systemd/memconsole.service)" >>/etc/systemd/system/memconsole.service.d/log.conf
 cat >/etc/systemd/system/lab.service <<UNIT
 [Unit]
 After=memconsole.service

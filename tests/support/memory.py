@@ -66,8 +66,8 @@ def memfd(size: int, flags: int = 0) -> Iterator[int]:
 def holder(fd: int, size: int, *touched: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A process that maps ``size`` bytes of fd and touches page spans (``0-512``): the process, and the address."""
     command = [sys.executable, "-c", _HOLD, str(fd), str(size), *touched]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "pass_fds": (fd,)}
-    with subprocess.Popen(command, **pipes) as process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=(fd,)) as process:
+        assert process.stdout is not None
         try:
             yield process, int(process.stdout.readline())
         finally:

@@ -8,18 +8,21 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from support.guests import Obedient, own_frames, until
-from support.mounts import NOBODY, end_at, wait_gone
-from support.services import Service, services
 
 from memconsole import actions as do
 from memconsole.backend.exports.fuse import FuseTree
 from memconsole.backend.steps import FAULT_VARIABLE
 from memconsole.backend.wire.client import Client
+from memconsole.errors import Gone
 from memconsole.model import RevokeReport, Rung, Snapshot
+from support.guests import Obedient, own_frames
+from support.mounts import NOBODY, end_at, wait_gone
+from support.services import Service, services
+from support.waiting import until
 
 SIZE = 4 << 20
 
@@ -61,6 +64,11 @@ class User(Obedient):
         super().__init__([sys.executable, "-c", USER, str(uid)])
 
 
+def patience(at_most: Rung) -> float:
+    """Seconds a revoke is given: what must succeed may take its time, what is only asked for is refused at the end."""
+    return 2.0 if at_most is Rung.ASK else 60.0
+
+
 class Place:
     """A service with a mount, its client, and processes that end with the test."""
 
@@ -89,11 +97,14 @@ class Place:
         self.stop()
         self.start(fault)
 
+    def _after(self, time_ns: int) -> bool:
+        return self.client.snapshot().taken_ns > time_ns
+
     def shown(self) -> Snapshot:
-        """A Snapshot begun from now on, which the mount has followed: the one after one begun from now on."""
+        """A Snapshot begun from now on: the one after one taken from now on. The mount follows soon, by itself."""
         for _ in range(2):
             now = time.time_ns()
-            until(lambda now=now: self.client.snapshot().taken_ns > now, "a new Snapshot")  # type: ignore[misc]
+            until(partial(self._after, now), "a new Snapshot")
         return self.client.snapshot()
 
     def kill_server(self) -> int:
@@ -103,9 +114,27 @@ class Place:
             wait_gone(tree.pid)
             return tree.pid
 
+    def server(self) -> int:
+        """The PID of the mount's server; 0 while there is none."""
+        with contextlib.suppress(Gone), contextlib.closing(FuseTree(self.service.runtime / "fuse")) as tree:
+            return tree.pid
+        return 0
+
+    def mounted_anew(self, after: int) -> None:
+        """Wait until another server than the one ``after`` which it comes shows the tree."""
+        until(lambda: self.server() not in {0, after}, "another server mounts", 60.0)
+        until(self._shows, "the tree is shown")
+
+    def _shows(self) -> bool:
+        with contextlib.suppress(OSError):  # of a dead server
+            return (self.point / "guests").stat() is not None
+        return False
+
     def user(self, uid: int = NOBODY) -> User:
+        """A process that already runs as its user: what it is granted belongs to whom it is when it is attached."""
         user = User(uid)
         self._stack.callback(user.end)
+        assert user.do("nothing") == "done"
         return user
 
     def at_end(self, do: Callable[[], object]) -> None:
@@ -128,14 +157,13 @@ class Place:
 
     def grant(self, user: User, *, name: str = "web", region: str = "pool") -> Path:
         """A process becomes a guest with a whole region: the file."""
-        until(lambda: user.do("nothing") == "done", "the process runs as its user")
         self.client.apply(do.Reserve(region, SIZE))
         self.client.apply(do.GuestAttach(name, user.pid))
         self.client.apply(do.Map(region, name))
         return self.path(name, region)
 
     def revoke(self, grant: str = "g1", at_most: Rung = Rung.KILL) -> RevokeReport:
-        report = self.client.apply(do.Revoke(grant, within=2.0, at_most=at_most)).revoke
+        report = self.client.apply(do.Revoke(grant, within=patience(at_most), at_most=at_most)).revoke
         assert report is not None
         return report
 
@@ -159,4 +187,6 @@ def places() -> Iterator[Place]:
 
 
 def unexpected(snapshot: Snapshot) -> list[str]:
-    return [finding.what for finding in snapshot.findings if finding.id.startswith(("mapping-", "grant-", "mount-"))]
+    return [
+        finding.observed for finding in snapshot.findings if finding.id.startswith(("mapping-", "grant-", "mount-"))
+    ]

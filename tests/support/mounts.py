@@ -13,18 +13,19 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.guests import Obedient
 
+from memconsole.backend.exports import fuse
 from memconsole.backend.exports.fuse import FuseTree
 from memconsole.backend.kernel.mounts import mounts as mounted
 from memconsole.errors import Gone
 from memconsole.native import program
+from support.guests import Obedient
+from support.waiting import LONG_S, until
 
 NOBODY = 65534
 STRANGER = 65533
@@ -54,10 +55,7 @@ class Mount:
 
 def wait_gone(pid: int) -> None:
     """Until no thread of a process is left, which may still hold its files when the first one is a zombie."""
-    deadline = time.monotonic() + 20
-    while _lives(pid):
-        assert time.monotonic() < deadline, f"process {pid} does not end"
-        time.sleep(0.01)
+    until(lambda: not _lives(pid), f"the end of process {pid}")
 
 
 def _lives(pid: int) -> bool:
@@ -180,7 +178,7 @@ class Attacker(Obedient):
 
     def ends(self) -> int:
         """How it ends, which it is about to."""
-        return self.process.wait(20)
+        return self.process.wait(LONG_S)
 
 
 @contextlib.contextmanager
@@ -192,3 +190,18 @@ def file_user(path: Path, code: str, *arguments: str) -> Iterator[subprocess.Pop
             yield process
         finally:
             process.kill()
+
+
+def add_guest(tree: FuseTree, guest: str, uid: int = 0, gid: int = 0) -> Path:
+    """A guest's directory with its own directories in it, as the mount of a control process has them."""
+    tree.directory("guests", mode=0o755)
+    top = tree.directory(f"guests/{guest}", uid=uid, gid=gid, mode=0o550)
+    for name in ("ram", "state", "mmio"):
+        tree.directory(f"guests/{guest}/{name}", uid=uid, gid=gid, mode=0o550)
+    return top
+
+
+def unmount(tree: FuseTree, *, lazy: bool = False) -> None:
+    """Have the server unmount and end; with ``lazy`` even while files are open, which then give ENOTCONN."""
+    tree._request(fuse._FuseOp.QUIT, flags=int(lazy))
+    tree.close()

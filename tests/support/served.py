@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Self
 
 import msgspec
-from support.synthetic import NOW_NS, SyntheticSource
 
 from memconsole.actions import Action
 from memconsole.errors import NotFound
-from memconsole.model import Event, Outcome, Snapshot
+from memconsole.model import Event, Outcome, Part, Snapshot
+from support.synthetic import NOW_NS, SyntheticSource
+from support.waiting import LONG_S
 
 
 class ServedSource(SyntheticSource):
@@ -28,24 +29,24 @@ class ServedSource(SyntheticSource):
         self.peers: list[str] = []
         self.hold: threading.Event | None = None
         self.holding = False
-        self.on_snapshot: Callable[[], None] = lambda: None
+        self.on_snapshot: Callable[[], object] = lambda: None
 
     @property
     def surveys(self) -> int:
         return self.calls.count("snapshot")
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, parts: Collection[Part] = ()) -> Snapshot:
         self.on_snapshot()
-        return super().snapshot()
+        return super().snapshot(parts)
 
     def apply(self, action: Action, *, peer: str = "") -> Outcome:
         if self.hold is not None:
             self.holding = True
-            assert self.hold.wait(30)
+            assert self.hold.wait(LONG_S)
         self.peers.append(peer)
         return super().apply(action)
 
-    def lend(self, region: str, *, peer: str = "") -> tuple[int, ...]:
+    def open_readonly(self, region: str, *, peer: str = "") -> tuple[int, ...]:
         self.peers.append(peer)
         raise NotFound(f"{region} is synthetic")
 

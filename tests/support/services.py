@@ -13,9 +13,10 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.custody.holder import KeeperCustody
 from memconsole.backend.wire.client import Client
 from memconsole.errors import MemconsoleError
+from support.waiting import LONG_S
 
 MEMCONSOLE = [sys.executable, "-c", "import sys; from memconsole.cli import main; sys.exit(main())"]
 
@@ -51,7 +52,7 @@ class Service:
 
     def client(self) -> Client:
         """A client of the service, once it answers."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + LONG_S
         while True:
             try:
                 return Client(self.path)
@@ -67,7 +68,7 @@ class Service:
         """Signal the service and wait; its exit status and what it logged."""
         assert self.process is not None
         self.process.send_signal(number)
-        _, err = self.process.communicate(timeout=30)
+        _, err = self.process.communicate(timeout=LONG_S)
         return self.process.returncode, err
 
     def clean(self) -> None:

@@ -7,17 +7,16 @@ regions' maps), so that whatever joins them finds what it would find on a host.
 
 from __future__ import annotations
 
-import random
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from memconsole.actions import Action, cli_form, fields
-from memconsole.errors import MemconsoleError, NotFound, Refused
+from memconsole.errors import Refused
 from memconsole.model import (
     Access,
+    Condition,
     Danger,
     Device,
     Domain,
@@ -25,7 +24,6 @@ from memconsole.model import (
     Event,
     Faults,
     Finding,
-    Gap,
     Grant,
     GrantMapping,
     GrantState,
@@ -34,11 +32,13 @@ from memconsole.model import (
     GuestSeen,
     GuestState,
     Host,
+    HostUsage,
     HugePool,
     Iommu,
     Memory,
     Node,
     Outcome,
+    Part,
     Plan,
     Progress,
     RamBlock,
@@ -55,10 +55,14 @@ from memconsole.model import (
     Severity,
     Snapshot,
     TableRef,
+    ThreadUsage,
+    Unread,
+    Usage,
     Vcpu,
     Window,
 )
 from memconsole.source import nothing_at
+from support.synthetic_frames import extents_of, pages_of, rows_of
 
 if TYPE_CHECKING:
     from memconsole.extents import Extent, ExtentTable
@@ -67,16 +71,119 @@ NOW_NS = 1_790_000_000_000_000_000
 """The frozen clock: 2026-09-21 14:13:20 UTC."""
 
 PAGE = 4096
-HUGE_PAGES = 512
 MIB = 1 << 20
 GIB = 1 << 30
 TIB = 1 << 40
 HVA_BASE = 0x7F0000000000
 
-PRESENT, SWAP, FILE, EXCLUSIVE, HUGE = 1, 2, 4, 8, 64  # memconsole.extents.Flag, which needs the native core
-
 
 # --- Snapshots ----------------------------------------------------------------------------------------------------
+
+
+class _Held:
+    """Regions as they are reserved for guests that are known by name: grants, RAM and what each guest holds."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.pids = {name: 4000 + 7 * i for i, name in enumerate(names)}
+        self.regions: list[Region] = []
+        self.grants: list[Grant] = []
+        self._ram: dict[str, list[RamBlock]] = {}
+
+    def reserve(self, number: int, name: str, size: int, owner: str | None) -> None:
+        granted = self._grant(number, name, size, owner) if owner is not None else None
+        self.regions.append(_region(number, name, size, granted, self.pids.get(owner or "")))
+
+    def _grant(self, number: int, name: str, size: int, owner: str) -> str:
+        ram, hva = self._ram.setdefault(owner, []), HVA_BASE + (number << 40)
+        gpa = sum(block.size for block in ram)
+        mapping = GrantMapping(self.pids[owner], hva, hva + size, 0, "rw-s")
+        self.grants.append(
+            Grant(
+                f"g{number + 1}", name, owner, 0, size, Access.RW, GrantState.MAPPED, gpa,
+                created_ns=NOW_NS - 3_500_000_000_000, seen=(mapping,), lazy=number == 1,
+                faults=_faults(size) if number == 1 else None,
+            )
+        )  # fmt: skip
+        resident, backing = size // 10 * 9, f"/memfd:{name} (deleted)"
+        ram.append(RamBlock(hva, size, resident, gpa, name, backing, 0, resident, resident // 4 * 3, True))
+        return self.grants[-1].id
+
+    def guests(self, beats: int) -> tuple[Guest, ...]:
+        ids: dict[str, list[str]] = {}
+        for grant in self.grants:
+            ids.setdefault(grant.guest, []).append(grant.id)
+        return tuple(
+            _guest(i, name, pid, tuple(self._ram.get(name, ())), tuple(ids.get(name, ())), beats)
+            for i, (name, pid) in enumerate(self.pids.items())
+        )
+
+
+def _region(number: int, name: str, size: int, grant: str | None, pid: int | None) -> Region:
+    """A region; of one that is granted the guest of this PID has touched nine tenths."""
+    return Region(
+        name=name,
+        store="memfd",
+        size=size,
+        page_size=PAGE if number % 4 else 2 * MIB,
+        state=RegionState.MAPPED if grant is not None else RegionState.RESERVED,
+        node=number % 2,
+        created_ns=NOW_NS - 3_600_000_000_000 + number * 1_000_000,
+        segments=(Segment(inode=100 + number, device=1, size=size),),
+        grants=(grant,) if grant is not None else (),
+        seen=RegionSeen(
+            resident=size // 10 * 9 if grant is not None else 0,
+            seals=("grow", "seal"),
+            mappers=(pid,) if pid is not None else (),
+            runs=extents_of(size) if grant is not None else None,
+            huge=size // 2 if grant is not None else None,
+            scanned_ns=NOW_NS if grant is not None else None,
+        ),
+    )
+
+
+_MEMORY = Memory(
+    total=4 * TIB,
+    free=TIB,
+    available=2 * TIB,
+    shmem=2 * TIB,
+    huge_shmem=TIB,
+    shmem_thp="advise",
+    nodes=(Node(0, 2 * TIB, GIB * 600, "0-31"), Node(1, 2 * TIB, GIB * 424, "32-63")),
+    pools=(HugePool(2 * MIB, 1024, 512), HugePool(GIB, 16, 4)),
+)
+_IOMEM = (
+    Range(0x1000, 0x9F000, "System RAM"),
+    Range(0x100000, 0xBFFE0000, "System RAM"),
+    Range(0x1000000, 0x2000000, "Kernel code", 1),
+    Range(0xFE000000, 0xFF000000, "PCI Bus 0000:00"),
+    Range(0x100000000, 0x40000000000, "System RAM"),
+)
+
+
+def _domain(group: int, devices: Collection[Device]) -> Domain:
+    """A domain; of every other one the kernel shows the page tables."""
+    shown = group % 2 == 0
+    return Domain(
+        group=group,
+        kind=("DMA-FQ", "identity", "DMA", "blocked")[group % 4],
+        iommu="dmar0",
+        devices=tuple(d.bdf for d in devices if d.group == group),
+        reserved=(Reserved(0xFEE00000, 0xFEF00000, "msi"),),
+        mapped=group * 16 * MIB if shown else None,
+        extents=group * 3 if shown else None,
+        why_not="" if shown else "the kernel shows no page tables of this domain",
+    )
+
+
+def _finding(number: int, subject: str) -> Finding:
+    return Finding(
+        ("GrantNotMapped", "GuestGone")[number % 2],
+        (Severity.WARNING, Severity.ERROR)[number % 2],
+        subject,
+        "the ledger and the kernel differ",
+        "/proc/PID/maps",
+        "revoke the grant, or start the guest again",
+    )
 
 
 def snapshot(
@@ -95,129 +202,74 @@ def snapshot(
     With ``big`` there is one guest more, ``big``, whose region ``big-ram`` is 1 TiB.
     """
     names = [f"{('web', 'db', 'cache')[i % 3]}{i}" for i in range(guests)]
-    made_regions: list[Region] = []
-    made_grants: list[Grant] = []
-    ram: dict[str, list[RamBlock]] = {name: [] for name in names}
-    held: dict[str, list[str]] = {name: [] for name in names}
-    pids = {name: 4000 + 7 * i for i, name in enumerate(names)}
-
-    def reserve(number: int, name: str, size: int, owner: str | None) -> None:
-        grants: tuple[str, ...] = ()
-        if owner is not None:
-            gpa = sum(block.size for block in ram[owner])
-            hva = HVA_BASE + (number << 40)
-            mapping = GrantMapping(pids[owner], hva, hva + size, 0, "rw-s")
-            grants = (f"g{number + 1}",)
-            made_grants.append(
-                Grant(
-                    grants[0], name, owner, 0, size, Access.RW, GrantState.MAPPED, gpa,
-                    created_ns=NOW_NS - 3_500_000_000_000, seen=(mapping,), lazy=number == 1,
-                    faults=_faults(size) if number == 1 else None,
-                )
-            )  # fmt: skip
-            held[owner].append(grants[0])
-            ram[owner].append(RamBlock(hva, size, size // 10 * 9, gpa, name, f"/memfd:{name} (deleted)"))
-        made_regions.append(
-            Region(
-                name=name,
-                store="memfd",
-                size=size,
-                page_size=PAGE if number % 4 else 2 * MIB,
-                state=RegionState.MAPPED if owner is not None else RegionState.RESERVED,
-                node=number % 2,
-                created_ns=NOW_NS - 3_600_000_000_000 + number * 1_000_000,
-                segments=(Segment(inode=100 + number, device=1, size=size),),
-                grants=grants,
-                seen=RegionSeen(
-                    resident=size // 10 * 9 if owner is not None else 0,
-                    seals=("grow", "seal"),
-                    mappers=(pids[owner],) if owner is not None else (),
-                    runs=_extents_of(size) if owner is not None else None,
-                    huge=size // 2 if owner is not None else None,
-                    scanned_ns=NOW_NS if owner is not None else None,
-                ),
-            )
-        )
-
+    held = _Held(names)
     for i in range(regions):
         owner = names[i % guests] if guests and i % 7 != 6 else None
         name = f"{owner}-ram{i // guests}" if owner is not None else f"spare{i}"
-        reserve(i, name, (64 << (i % 5)) * MIB, owner)
+        held.reserve(i, name, (64 << (i % 5)) * MIB, owner)
     if big:
         names.append("big")
-        pids["big"] = 3999
-        ram["big"], held["big"] = [], []
-        reserve(regions, "big-ram", TIB, "big")
-
-    made_guests = tuple(
-        _guest(i, name, pids[name], tuple(ram[name]), tuple(held[name]), beats) for i, name in enumerate(names)
-    )
+        held.pids["big"] = 3999
+        held.reserve(regions, "big-ram", TIB, "big")
+    made_guests = held.guests(beats)
     devices, made_windows = _devices(windows)
+    granted = [f"region:{region.name}" for region in held.regions if region.grants]
     return Snapshot(
         taken_ns=NOW_NS,
         host=Host("host1", "7.3.4-synthetic", "x86_64", "7d0c1e52-0b9f-4a53-9a1c", 64, PAGE, 86_400.0, "0"),
-        memory=Memory(
-            total=4 * TIB,
-            free=TIB,
-            available=2 * TIB,
-            shmem=2 * TIB,
-            huge_shmem=TIB,
-            shmem_thp="advise",
-            nodes=(Node(0, 2 * TIB, GIB * 600, "0-31"), Node(1, 2 * TIB, GIB * 424, "32-63")),
-            pools=(HugePool(2 * MIB, 1024, 512), HugePool(GIB, 16, 4)),
-        ),
-        regions=tuple(made_regions),
+        memory=_MEMORY,
+        regions=tuple(held.regions),
         guests=made_guests,
-        grants=tuple(made_grants),
+        grants=tuple(held.grants),
         devices=devices,
         windows=made_windows,
         iommus=(Iommu("dmar0", "intel-iommu", tuple(d.bdf for d in devices), "version 1:0"),),
-        domains=tuple(
-            Domain(
-                group=i,
-                kind=("DMA-FQ", "identity", "DMA", "blocked")[i % 4],
-                iommu="dmar0",
-                devices=tuple(d.bdf for d in devices if d.group == i),
-                reserved=(Reserved(0xFEE00000, 0xFEF00000, "msi"),),
-                mapped=i * 16 * MIB if i % 2 == 0 else None,
-                extents=i * 3 if i % 2 == 0 else None,
-                why_not="" if i % 2 == 0 else "the kernel shows no page tables of this domain",
-            )
-            for i in range(domains)
-        ),
-        iomem=(
-            Range(0x1000, 0x9F000, "System RAM"),
-            Range(0x100000, 0xBFFE0000, "System RAM"),
-            Range(0x1000000, 0x2000000, "Kernel code", 1),
-            Range(0xFE000000, 0xFF000000, "PCI Bus 0000:00"),
-            Range(0x100000000, 0x40000000000, "System RAM"),
-        ),
-        findings=tuple(
-            Finding(
-                f"{('GrantNotMapped', 'GuestGone')[i % 2]}",
-                (Severity.WARNING, Severity.ERROR)[i % 2],
-                names[i % len(names)] if names else "host1",
-                "the ledger and the kernel differ",
-                "/proc/PID/maps",
-                "revoke the grant, or start the guest again",
-            )
-            for i in range(findings)
-        ),
-        gaps=(Gap("/sys/kernel/debug/iommu", "not mounted", "mount -t debugfs none /sys/kernel/debug"),),
+        domains=tuple(_domain(i, devices) for i in range(domains)),
+        iomem=_IOMEM,
+        findings=tuple(_finding(i, names[i % len(names)] if names else "host1") for i in range(findings)),
+        gaps=(Unread("/sys/kernel/debug/iommu", "not mounted", "mount -t debugfs none /sys/kernel/debug"),),
         events=tuple(
             Event(i + 1, NOW_NS - (events - i) * 1_000_000_000, "reserve", r.name, f"reserved {r.name}", "root (pid 1)")
-            for i, r in zip(range(events), made_regions, strict=False)
+            for i, r in zip(range(events), held.regions, strict=False)
         ),
-        tables=tuple(
-            TableRef(key, 0, PAGE)
-            for key in [f"region:{r.name}" for r in made_regions if r.grants] + [f"guest:{g.name}" for g in made_guests]
-        ),
+        tables=tuple(TableRef(key, 0, PAGE) for key in [*granted, *(f"guest:{g.name}" for g in made_guests)]),
     )
 
 
 def big_snapshot() -> Snapshot:
     """10,000 regions, 1,000 guests, and a guest ``big`` of 1 TiB (its table has 1,000,000 extents)."""
     return snapshot(9_999, 999, windows=200, domains=64, events=1000, findings=50, big=True)
+
+
+def with_usage(shown: Snapshot, seconds: float = 0) -> Snapshot:
+    """The Snapshot with what was used until so many seconds later: guest ``i`` keeps ``0.25 * i`` CPUs busy."""
+    past = round(seconds * 1e9)
+
+    def used(pid: int, start_ticks: int, busy: float) -> Usage:
+        return Usage(
+            pid, start_ticks, 10**12 + past, age_ns=7_200 * 10**9 + past, user_ns=10**10 + round(past * busy),
+            system_ns=10**9, threads=5, read=round(seconds * busy * MIB), written=0, cpus="0-3", nodes=(0,),
+        )  # fmt: skip
+
+    def of_guest(number: int, guest: Guest) -> Guest:
+        if guest.seen is None or guest.pid is None or guest.start_ticks is None:
+            return guest
+        mine = used(guest.pid, guest.start_ticks, 0.25 * number)
+        vcpus = tuple(
+            ThreadUsage(vcpu.index, vcpu.tid, f"CPU {vcpu.index}/KVM", round(past * 0.25 * number), "0-3", (0,))
+            for vcpu in guest.seen.vcpus or ()
+            if vcpu.tid is not None
+        )
+        return msgspec.structs.replace(
+            guest, seen=msgspec.structs.replace(guest.seen, usage=msgspec.structs.replace(mine, vcpus=vcpus))
+        )
+
+    host = HostUsage(
+        10**12 + past, user_ns=10**12 + 16 * past, system_ns=10**11, idle_ns=10**13 + 48 * past, guest_ns=10**11,
+        load=(16.25, 12.5, 8.0), service=used(900, 70, 0.05), service_rss=48 * MIB,
+    )  # fmt: skip
+    guests = tuple(of_guest(number, guest) for number, guest in enumerate(shown.guests))
+    return msgspec.structs.replace(shown, usage=host, guests=guests)
 
 
 def _guest(number: int, name: str, pid: int, ram: tuple[RamBlock, ...], grants: tuple[str, ...], beats: int) -> Guest:
@@ -271,77 +323,10 @@ def _devices(windows: int) -> tuple[tuple[Device, ...], tuple[Window, ...]]:
     return tuple(devices), tuple(made)
 
 
-# --- PFN maps -----------------------------------------------------------------------------------------------------
-
-
 def _faults(size: int) -> Faults:
     """A lazy grant of which a quarter was touched."""
     pages = size // 4 // (2 * MIB)
     return Faults(True, pages, pages // 3, size // 4, 37, 0, pages * 140_000, 2_700_000, 2 * MIB)
-
-
-def _extents_of(size: int) -> int:
-    """How many extents the map of a region of this size has."""
-    return 1_000_000 if size == TIB else max(1, size // (2 * MIB)) * 2
-
-
-def region_rows(name: str, size: int, *, shift: int = 0) -> Iterator[Extent]:
-    """The PFN map of a region: 2 MiB chunks, three of five huge, the others cut into 4 KiB runs, swap and holes.
-
-    They begin at page ``shift``; of a region of 1 TiB they are 1,000,000. No extent's frames continue another's.
-    """
-    from memconsole.extents import Extent
-
-    rng = random.Random(zlib.crc32(name.encode()))
-    chunks = size // (HUGE_PAGES * PAGE)
-    wanted = _extents_of(size)
-    done = 0
-    for chunk in range(chunks):
-        offset = shift + chunk * HUGE_PAGES
-        if chunk % 5 in {0, 2, 3} and chunk < chunks - 1:
-            done += 1
-            pfn = (1 << 20) + (rng.getrandbits(16) << 10)
-            yield Extent(offset, pfn, HUGE_PAGES, PRESENT | FILE | EXCLUSIVE | HUGE)
-            continue
-        pieces = min(HUGE_PAGES, max(1, wanted * (chunk + 1) // chunks - done))
-        length = HUGE_PAGES // pieces
-        done += pieces
-        for piece in range(pieces):
-            count = length if piece < pieces - 1 else HUGE_PAGES - length * (pieces - 1)
-            dice = rng.getrandbits(24)
-            there = max(1, count // 2) if dice & 0x30 == 0 else count  # the rest is absent, and has no row
-            if dice & 15 == 1:
-                yield Extent(offset, (dice >> 4) << 15, there, SWAP)
-            else:
-                yield Extent(offset, (1 << 27) + (dice << 10), there, PRESENT | FILE)
-            offset += count
-
-
-def _ram_of(shown: Snapshot, key: str) -> list[tuple[str, int, int]]:
-    """The parts (region, bytes, first page) the PFN map of ``region:NAME`` or ``guest:NAME`` is made of."""
-    kind, _, name = key.partition(":")
-    for region in shown.regions if kind == "region" else ():
-        if region.name == name:
-            return [(name, region.size, 0)]
-    for guest in shown.guests if kind == "guest" else ():
-        if guest.name == name and guest.seen is not None:
-            return [(str(block.region), block.size, (block.gpa or 0) // PAGE) for block in guest.seen.ram]
-    raise NotFound(f"there is no {key}", "", "see memconsole regions and memconsole guests")
-
-
-def rows_of(shown: Snapshot, key: str) -> Iterator[Extent]:
-    """The extents of ``region:NAME`` by offset, or of ``guest:NAME`` by gpa, as the Snapshot lays them out.
-
-    Raises:
-        NotFound: the Snapshot has no such region or guest.
-    """
-    for name, size, shift in _ram_of(shown, key):
-        yield from region_rows(name, size, shift=shift)
-
-
-def pages_of(shown: Snapshot, key: str) -> int:
-    """How many pages that map covers."""
-    return sum(size for _, size, _ in _ram_of(shown, key)) // PAGE
 
 
 # --- the Source ---------------------------------------------------------------------------------------------------
@@ -350,9 +335,10 @@ def pages_of(shown: Snapshot, key: str) -> int:
 class SyntheticSource:
     """A Source over one Snapshot, which tests change with :meth:`show`; ``applied`` lists the Actions in order.
 
-    ``refuse`` makes every plan carry these refusals; ``fail`` makes the named methods raise; ``on_apply`` turns the
-    Snapshot into the one after an Action (without it an Action only leaves an event). A table replaced with
-    :meth:`show_rows` is what the next :meth:`extents` returns. ``recorded`` is the history, oldest first.
+    ``refuse`` makes every plan carry these refusals, ``conditions`` that of a handoff these; ``fail`` makes the named
+    methods raise; ``on_apply`` turns the Snapshot into the one after an Action (without it an Action only leaves an
+    event). A table replaced with :meth:`show_rows` is what the next :meth:`extents` returns. ``recorded`` is the
+    history, oldest first.
     """
 
     def __init__(
@@ -368,8 +354,10 @@ class SyntheticSource:
         self._on_apply = on_apply
         self.applied: list[Action] = []
         self.calls: list[str] = []
+        self.asked_for: list[frozenset[Part]] = []
         self.refuse: tuple[Refusal, ...] = ()
-        self.fail: dict[str, MemconsoleError] = {}
+        self.conditions: tuple[Condition, ...] = ()
+        self.fail: dict[str, Exception] = {}
         self.recorded: list[Snapshot] = []
         self.closed = False
 
@@ -396,9 +384,10 @@ class SyntheticSource:
         if name in self.fail:
             raise self.fail[name]
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, parts: Collection[Part] = ()) -> Snapshot:
         """The present Snapshot, the same object until :meth:`show` or :meth:`apply`."""
         self._called("snapshot")
+        self.asked_for.append(frozenset(parts))
         return self._snapshot
 
     def extents(self, key: str) -> ExtentTable:
@@ -411,7 +400,7 @@ class SyntheticSource:
             return ExtentTable.from_rows(shown)
         return ExtentTable.from_rows(rows_of(self._snapshot, key), first=0, pages=pages_of(self._snapshot, key))
 
-    def plan(self, action: Action) -> Plan:
+    def plan(self, action: Action, after: Sequence[Action] = ()) -> Plan:
         """Two effects with their undo, the ``refuse``-d refusals, and the name to type where it destroys."""
         self._called("plan")
         spec = action.spec
@@ -425,6 +414,7 @@ class SyntheticSource:
                 Effect(f"{spec.id}.commit", f"{spec.id} {subject}", f"undo {spec.id} {subject}"),
             ),
             refusals=self.refuse,
+            conditions=self.conditions if spec.id == "handoff-run" else (),
             confirm=subject if spec.danger is Danger.DESTROYS else None,
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 GIB = 1 << 30
@@ -169,7 +169,18 @@ class Tree:
 
     def process(self, process: FakeProcess) -> None:
         """fs/proc/array.c, fs/proc/fd.c, fs/proc/task_mmu.c."""
-        base = f"/proc/{process.pid}"
+        self._task(f"/proc/{process.pid}", process)
+        for tid, name in process.tasks.items():
+            self.write(f"/proc/{process.pid}/task/{tid}/comm", f"{name}\n")
+
+    def left_by_its_first_thread(self, process: FakeProcess, tid: int) -> None:
+        """A process that goes on as thread ``tid``: its first one called pthread_exit, and has neither mm nor files."""
+        gone = replace(process, state="Z", rss=0, maps="", smaps="", command=(), fds={}, fdinfo={})
+        self.process(gone)
+        self._task(f"/proc/{process.pid}/task/{process.pid}", gone)
+        self._task(f"/proc/{process.pid}/task/{tid}", process)
+
+    def _task(self, base: str, process: FakeProcess) -> None:
         numbers = ["0"] * 52
         numbers[0], numbers[1], numbers[2], numbers[3] = str(process.pid), f"({process.comm})", process.state, "1"
         numbers[8] = str(0x00200040 if process.kernel else 0x400000)
@@ -184,8 +195,6 @@ class Tree:
             self.link(f"{base}/fd/{fd}", target)
         for fd, text in process.fdinfo.items():
             self.write(f"{base}/fdinfo/{fd}", text)
-        for tid, name in process.tasks.items():
-            self.write(f"{base}/task/{tid}/comm", f"{name}\n")
 
     def kho(self, *, incoming: Sequence[str] = (), scratch: Sequence[tuple[int, int]] = (), count: int = 0) -> None:
         """kernel/liveupdate/kexec_handover_debugfs.c, and drivers' entries in sub_fdts."""

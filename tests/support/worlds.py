@@ -12,23 +12,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from support import keepers
-from support.controls import ours, runtime_dir
-
 from memconsole import actions as do
 from memconsole import native
-from memconsole.backend.control import LEDGER, Control
-from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.control import Control
+from memconsole.backend.custody.holder import KeeperCustody
 from memconsole.backend.kernel import census
+from memconsole.backend.ledger.opening import LEDGER
 from memconsole.backend.steps import FAULT_VARIABLE
 from memconsole.errors import MemconsoleError
+from support import keepers
+from support.controls import ours, runtime_dir
+from support.waiting import LONG_S
 
 CHILD = f"""
 import json, os, sys
 from pathlib import Path
 from memconsole import actions
 from memconsole.backend.control import Control
-from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.custody.holder import KeeperCustody
 control = Control(Path(sys.argv[1]), KeeperCustody(Path(sys.argv[2])))
 for guest in sys.argv[5:]:
     assert control._desk.connected(guest)
@@ -43,7 +44,7 @@ import os, sys, time
 from pathlib import Path
 os.environ["{FAULT_VARIABLE}"] = sys.argv[3]
 from memconsole.backend.control import Control
-from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.custody.holder import KeeperCustody
 control = Control(Path(sys.argv[1]), KeeperCustody(Path(sys.argv[2])))
 print("waits", flush=True)
 sys.stdin.read()
@@ -65,20 +66,20 @@ class World(NamedTuple):
 
     def dies(self, action: do.Action, at: str, *connected: str) -> None:
         """Apply an action in a process of its own, once these guests' agents are back, that dies at a fault point."""
-        words = [sys.executable, "-c", CHILD, self.runtime, self.keeper, json.dumps(do.encode(action)), at, *connected]
+        places = str(self.runtime), str(self.keeper)
+        words = [sys.executable, "-c", CHILD, *places, json.dumps(do.encode(action)), at, *connected]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         assert done.returncode == -signal.SIGKILL, (at, done.stdout, done.stderr)
 
     def dies_when(self, happens: Callable[[], None], at: str) -> None:
         """Let something happen to one in a process of its own that kills itself at a fault point it is led to so."""
-        words = [sys.executable, "-c", WAITING, self.runtime, self.keeper, at]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        with subprocess.Popen(words, text=True, **pipes) as process:
+        words = [sys.executable, "-c", WAITING, str(self.runtime), str(self.keeper), at]
+        with subprocess.Popen(words, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
             try:
                 assert process.stdout is not None
                 assert process.stdout.readline() == "waits\n"
                 happens()
-                assert process.wait(60) == -signal.SIGKILL, at
+                assert process.wait(LONG_S) == -signal.SIGKILL, at
             finally:
                 process.kill()
 

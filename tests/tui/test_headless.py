@@ -31,7 +31,7 @@ def test_text_holds_what_the_snapshot_holds() -> None:
         assert region.name in text
 
 
-@pytest.mark.parametrize("size", [(80, 24), (132, 43)])
+@pytest.mark.parametrize("size", [(132, 43), (200, 60)])
 def test_working_sets_and_fault_rates_are_seen_without_looking_for_them(size: tuple[int, int]) -> None:
     (lazy,) = [grant for grant in snapshot().grants if grant.faults]
     assert lazy.faults is not None
@@ -70,6 +70,12 @@ def test_what_does_not_exist_is_an_error_by_name() -> None:
     source.fail["snapshot"] = NoControl("no control process answers")
     with pytest.raises(NoControl):
         render(source, "regions", "text")
+
+
+@pytest.mark.parametrize("subject", ["guest:nosuch", "region:nosuch", "grant:g99"])
+def test_a_subject_that_is_not_there_is_an_error_by_name(subject: str) -> None:
+    with pytest.raises(NotFound, match=f"there is no {subject}"):
+        render(SyntheticSource(), "guests", "text", subject=subject)
 
 
 def test_the_source_is_asked_for_one_snapshot_and_stays_open() -> None:

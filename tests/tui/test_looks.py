@@ -1,10 +1,13 @@
 """Pictures of the console at the sizes it must fit; renew them with ``--snapshot-update`` and look at every one."""
 
+from collections.abc import Callable
+
 import pytest
 import textual
-from support.console import SMALL, WIDE, console, until
+from support.console import SMALL, WIDE, console, plan_in, until
+from textual.pilot import Pilot
 
-from memconsole.views.screens.acting import Confirmation
+from memconsole.views.app import ConsoleApp
 
 PINNED = "8.2.8"
 pytestmark = pytest.mark.skipif(
@@ -12,7 +15,10 @@ pytestmark = pytest.mark.skipif(
     reason=f"the pictures are of textual {PINNED}, this is {textual.__version__}",
 )
 
-PICTURES = {
+Compare = Callable[..., bool]
+"""What pytest-textual-snapshot gives a test: whether the console still looks as on its picture."""
+
+PICTURES: dict[str, tuple[tuple[int, int], list[str]]] = {
     "overview": (WIDE, []),
     "overview-small": (SMALL, []),
     "regions": (WIDE, ["2", "down"]),
@@ -26,18 +32,20 @@ PICTURES = {
 }
 
 
-async def _arrive(pilot):
-    await until(pilot, lambda: pilot.app.snapshot is not None)
+async def _arrive(pilot: Pilot[None]) -> None:
+    app = pilot.app
+    assert isinstance(app, ConsoleApp)
+    await until(pilot, lambda: app.snapshot is not None)
 
 
 @pytest.mark.parametrize("name", sorted(PICTURES))
-def test_picture(snap_compare, monkeypatch, name):
+def test_picture(snap_compare: Compare, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("COLORTERM", "truecolor")
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     size, keys = PICTURES[name]
 
-    async def use(pilot):
+    async def use(pilot: Pilot[None]) -> None:
         await _arrive(pilot)
         for key in keys:
             await pilot.press(key)
@@ -45,23 +53,23 @@ def test_picture(snap_compare, monkeypatch, name):
     assert snap_compare(console(), terminal_size=size, run_before=use)
 
 
-def test_picture_of_a_confirmation(snap_compare, monkeypatch):
+def test_picture_of_a_confirmation(snap_compare: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLORTERM", "truecolor")
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
 
-    async def use(pilot):
+    async def use(pilot: Pilot[None]) -> None:
         await _arrive(pilot)
         await pilot.press("2", "X")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Confirmation) and pilot.app.screen._plan is not None)
+        await until(pilot, lambda: plan_in(pilot.app) is not None)
 
     assert snap_compare(console(), terminal_size=WIDE, run_before=use)
 
 
-def test_picture_without_colours(snap_compare, monkeypatch):
+def test_picture_without_colours(snap_compare: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
 
-    async def use(pilot):
+    async def use(pilot: Pilot[None]) -> None:
         await _arrive(pilot)
         await pilot.press("3", "down")
 

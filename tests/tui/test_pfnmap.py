@@ -13,17 +13,35 @@ from support.synthetic import NOW_NS, PAGE, SyntheticSource
 from textual.pilot import Pilot
 from textual.widgets import Input
 
-from memconsole.errors import Denied
+from memconsole.errors import Denied, NotFound
 from memconsole.extents import Extent, ExtentTable, Flag
+from memconsole.units import format_size
 from memconsole.views.app import ConsoleApp
 from memconsole.views.screens.pfnmap import PfnMap
 from memconsole.views.widgets import pagegrid
 from memconsole.views.widgets.facts import Lines
 from memconsole.views.widgets.heatmap import HeatMap
-from memconsole.views.widgets.pagegrid import Axis, Block, Grid, Kind, Marks, kind_of, looks, next_kind, next_run
+from memconsole.views.widgets.pagegrid import (
+    Axis,
+    Block,
+    Grid,
+    Marks,
+    PageKind,
+    cell_looks,
+    kind_of,
+    next_kind,
+    next_run,
+)
 
 HUGE, SMALL = Flag.PRESENT | Flag.HUGE, Flag.PRESENT | Flag.FILE
 SUBJECT = "guest:web0"
+
+
+def look_at(heat: HeatMap, page: int) -> int:
+    """The look that the cell of a page has on the screen; OUTSIDE if it is not there."""
+    row, column = heat._grid.place(page)
+    line = row - heat._top
+    return heat._rows[line][1][column] if 0 <= line < len(heat._rows) else pagegrid.OUTSIDE
 
 
 # --- the grid, as values ------------------------------------------------------------------------------------------
@@ -87,17 +105,28 @@ def test_a_cell_looks_like_most_of_its_pages() -> None:
         (0, 512, 512, HUGE), (512, 5000, 100, SMALL), (1024, 9000, 300, SMALL), (1536, 20000, 512, SMALL),
         (2048, 64, 400, Flag.SWAP), (2448, 30000, 10, SMALL), (2560, 40960, 256, HUGE),
     )  # fmt: skip
-    cells = looks(shown, [(0, 4096, 8)])
+    cells = cell_looks(shown, [(0, 4096, 8)])
     assert list(cells) == [
         pagegrid.HUGE, pagegrid.THIN, pagegrid.HALF, pagegrid.FULL,
         pagegrid.SWAP, pagegrid.PART_HUGE, pagegrid.ABSENT, pagegrid.ABSENT,
     ]  # fmt: skip
-    by_runs = looks(shown, [(0, 4096, 8)], by_runs=True)
+    by_runs = cell_looks(shown, [(0, 4096, 8)], by_runs=True)
     assert [pagegrid.ALL_LOOKS[look].glyph for look in by_runs] == ["0", "0", "0", "0", "1", "0", "·", "·"]
 
 
-def test_every_look_has_its_own_glyph() -> None:
-    glyphs = [look.glyph for look in pagegrid.ALL_LOOKS]
+TOGETHER = {
+    "kinds": pagegrid.LOOKS,
+    "runs": (*pagegrid.LOOKS[:2], *pagegrid.RUNS),
+    "uses": pagegrid.USES,
+    "letters": pagegrid.LETTERS,
+    "numbers": pagegrid.NUMBERS,
+    "answers": pagegrid.ANSWERS,
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_looks_that_are_seen_together_have_glyphs_of_their_own(name: str) -> None:
+    glyphs = [look.glyph for look in TOGETHER[name]]
     assert len(set(glyphs)) == len(glyphs)
     assert len(pagegrid.LOOKS) <= 16
 
@@ -118,7 +147,7 @@ def test_the_next_kind_and_run_are_those_a_walk_finds(parts: list[tuple[int, int
     shown = ExtentTable.from_rows(rows, first=0, pages=page)
     axis = Axis([Block(0, page)])
     here = data.draw(st.integers(0, page - 1))
-    kinds: list[Kind] = []
+    kinds: list[PageKind] = []
     numbers: list[int | None] = []
     for each in range(page):
         row = shown.lookup(each)
@@ -140,7 +169,7 @@ def test_marks_say_what_happened_to_each_page() -> None:
     assert marks.at(53) == ("moved", 1053)
     assert marks.at(205) == ("gone", 5005)
     assert marks.at(300) is not None
-    cells = looks(after, [(0, 512, 8)])
+    cells = cell_looks(after, [(0, 512, 8)])
     marks.draw(cells, [(0, 512, 8)])
     assert [pagegrid.LOOKS[look].id for look in cells[:1]] == ["moved"]
     assert pagegrid.LOOKS[cells[3]].id == "gone"
@@ -193,7 +222,7 @@ def expected(source: SyntheticSource, page: int) -> Extent | None:
 async def test_the_cursor_names_the_page_it_is_on(size: tuple[int, int]) -> None:
     source = SyntheticSource()
     async with opened(source, size=size) as (pilot, view):
-        for key in ("right", "down", "plus", "plus", "right", "plus", "n", "down", "full_stop", "comma", "left"):
+        for key in ("right", "down", "plus", "plus", "right", "plus", "e", "down", "full_stop", "comma", "left"):
             await pilot.press(key)
             await pilot.pause()
             page = view.map.cursor
@@ -203,7 +232,7 @@ async def test_the_cursor_names_the_page_it_is_on(size: tuple[int, int]) -> None
             if extent is not None and extent.flags & Flag.PRESENT:
                 assert f"{extent.pfn + page - extent.offset:#x}" in said
             else:
-                assert view.map.look_at(page) in {pagegrid.ABSENT, pagegrid.SWAP, pagegrid.HALF, pagegrid.THIN}
+                assert look_at(view.map, page) in {pagegrid.ABSENT, pagegrid.SWAP, pagegrid.HALF, pagegrid.THIN}
 
 
 async def test_the_facts_name_region_grant_and_process() -> None:
@@ -213,7 +242,7 @@ async def test_the_facts_name_region_grant_and_process() -> None:
         assert guest.seen is not None
         block = guest.seen.ram[1]
         assert block.gpa is not None
-        view.map.go((block.gpa + 0x3000) // PAGE)
+        view.map.go_to_page((block.gpa + 0x3000) // PAGE)
         await pilot.pause()
         said = facts(view)
         assert f"{block.region}+0x3000" in said
@@ -224,7 +253,7 @@ async def test_the_facts_name_region_grant_and_process() -> None:
 async def test_zooming_keeps_the_page_and_the_whole_comes_back() -> None:
     async with opened(SyntheticSource()) as (pilot, view):
         whole = view.map.cell_pages
-        view.map.go(100_003)
+        view.map.go_to_page(100_003)
         for _ in range(6):
             await pilot.press("plus")
             assert view.map.cursor == 100_003
@@ -232,7 +261,7 @@ async def test_zooming_keeps_the_page_and_the_whole_comes_back() -> None:
             assert first <= 100_003 < first + pages
         assert view.map.cell_pages == 1
         assert view.map.cell == (100_003, 1)
-        assert view.map.look_at(100_003) != pagegrid.OUTSIDE
+        assert look_at(view.map, 100_003) != pagegrid.OUTSIDE
         for _ in range(9):
             await pilot.press("minus")
         assert view.map.cursor == 100_003
@@ -253,7 +282,7 @@ async def test_panning_goes_through_every_page_once() -> None:
         assert seen == list(range(201))
         await pilot.press("end")
         assert view.map.cursor == 16383
-        assert view.map.look_at(16383) != pagegrid.OUTSIDE
+        assert look_at(view.map, 16383) != pagegrid.OUTSIDE
         view.map.action_move(1, 0)
         assert view.map.cursor == 16383
         await pilot.press("pageup", "home")
@@ -283,10 +312,44 @@ async def test_go_to_a_frame_an_address_and_an_hva() -> None:
 
 
 async def ask(pilot: Pilot[None], view: PfnMap, question: str) -> None:
-    await pilot.press("g")
+    await pilot.press("at")
     view.query_one(Input).value = question
     await pilot.press("enter")
     await pilot.pause()
+
+
+@pytest.mark.parametrize("size", [(60, 20), (80, 24), (132, 50)])
+async def test_what_is_typed_to_go_somewhere_is_seen(size: tuple[int, int]) -> None:
+    async with opened(SyntheticSource(), size=size) as (pilot, view):
+        await pilot.press("at", *"64M")
+        await pilot.pause()
+        line = view.query_one(Input)
+        shown = line.render_lines(line.size.region)
+        assert any("64M" in strip.text for strip in shown)
+        assert line.region.height == 1
+        await pilot.press("enter")
+        assert view.map.cursor == 16384
+
+
+async def test_the_title_says_the_cells_that_are_shown_after_another_layout() -> None:
+    async with opened(SyntheticSource(), size=(60, 20)) as (pilot, view):
+        title = view.query_one("#pfn-title", Lines)
+        for size in ((200, 60), (80, 24)):
+            before = view.map.cell_pages
+            await pilot.resize_terminal(*size)
+            await pilot.pause()
+            assert view.map.cell_pages != before
+            assert f" in {format_size(view.map.cell_pages * PAGE)} " in title.render().plain
+
+
+async def test_a_map_is_opened_by_a_bare_name_and_at_an_address() -> None:
+    async with opened(SyntheticSource(), subject="") as (pilot, view):
+        assert isinstance(pilot.app, ConsoleApp)
+        pilot.app.open_view("pfn", "web0 64M")
+        await scanned(pilot, view)
+        assert (view.subject, view.map.cursor) == (SUBJECT, 16384)
+        with pytest.raises(NotFound, match="nowhere"):
+            pilot.app.open_view("pfn", "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -313,21 +376,21 @@ async def test_a_second_scan_marks_what_moved_and_keeps_the_cursor() -> None:
         changed = [row for row in rows if row is not gone]
         changed[3] = moved._replace(pfn=0x5000000)
         source.show_rows(SUBJECT, changed)
-        view.map.go(moved.offset + 2)
+        view.map.go_to_page(moved.offset + 2)
         await pilot.press("r")
         await scanned(pilot, view)
         assert view.map.cursor == moved.offset + 2
-        assert view.map.look_at(view.map.cursor) == pagegrid.MOVED
+        assert look_at(view.map, view.map.cursor) == pagegrid.MOVED
         assert f"moved, was in {moved.pfn + 2:#x}" in facts(view)
         assert f"{0x5000002:#x}" in facts(view)
         assert f"moved {moved.count:,} came 0 gone {gone.count:,}" in view.query_one("#pfn-title", Lines).render().plain
-        view.map.go(gone.offset)
-        assert view.map.look_at(gone.offset) == pagegrid.GONE
+        view.map.go_to_page(gone.offset)
+        assert look_at(view.map, gone.offset) == pagegrid.GONE
         await pilot.press("v")
-        assert view.map.look_at(gone.offset) == pagegrid.ABSENT
+        assert look_at(view.map, gone.offset) == pagegrid.ABSENT
         await pilot.press("v", "r")
         await scanned(pilot, view)
-        assert view.map.look_at(gone.offset) == pagegrid.ABSENT
+        assert look_at(view.map, gone.offset) == pagegrid.ABSENT
 
 
 async def test_a_key_repaints_only_the_lines_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +416,8 @@ async def test_the_cursor_is_seen_without_colour(monkeypatch: pytest.MonkeyPatch
     async with opened(SyntheticSource(), size=(80, 24)) as (pilot, view):
         await pilot.press("right", "right")
         segments = list(view.map.render_line(0))
-        before = "".join(segment.text for segment in segments[: [bool(s.style.reverse) for s in segments].index(True)])
+        reversed_ = [segment.style is not None and bool(segment.style.reverse) for segment in segments]
+        before = "".join(segment.text for segment in segments[: reversed_.index(True)])
         assert len(before) == 15 + 2
 
 
@@ -375,7 +439,7 @@ async def test_without_a_subject_there_is_a_list_to_choose_from() -> None:
         await scanned(pilot, view)
         assert view.subject == f"guest:{source.snapshot().guests[1].name}"
         assert view.map.has_focus
-        await pilot.press("s")
+        await pilot.press("o")
         await pilot.pause()
         assert view.subject == ""
         assert view.current_table is not None
@@ -386,7 +450,7 @@ async def test_fragments_show_runs_and_the_legend_says_so() -> None:
     async with opened(SyntheticSource()) as (pilot, view):
         legend = view.query_one("#pfn-legend", Lines)
         assert "swapped" in legend.render().plain
-        await pilot.press("f")
+        await pilot.press("F")
         await pilot.pause()
         assert "or more runs" in legend.render().plain
         cells = {glyph for line in text(view) for glyph in line[15:79]}

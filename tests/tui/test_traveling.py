@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import pytest
 from msgspec.structs import replace
-from support.console import console, refreshed, running, shown, toasts, until
+from support.console import console, refreshed, running, shown, snapshot_of, toasts, until
 from support.synthetic import NOW_NS, SyntheticSource, snapshot
 
 from memconsole.errors import BadFile
 from memconsole.model import Snapshot
-from memconsole.source import Moment
+from memconsole.source import PastSource
+from memconsole.views.app import ConsoleApp
+from memconsole.views.headline import whole_seconds
 from memconsole.views.screens.pfnmap import PfnMap
 
 S = 10**9
@@ -31,8 +33,12 @@ def source() -> SyntheticSource:
     return made
 
 
-def regions_of(app: Any) -> int:
-    return len(app.snapshot.regions)
+def regions_of(app: ConsoleApp) -> int:
+    return len(snapshot_of(app).regions)
+
+
+def shows(app: ConsoleApp, time_ns: int) -> bool:
+    return snapshot_of(app).taken_ns == time_ns
 
 
 async def test_the_brackets_walk_and_the_header_says_when(source: SyntheticSource) -> None:
@@ -42,7 +48,7 @@ async def test_the_brackets_walk_and_the_header_says_when(source: SyntheticSourc
         assert "● live" in shown(app)
         for seconds, regions in ((-1, 5), (-100, 3), (-200, 3), (-300, 2)):
             await pilot.press(EARLIER)
-            await until(pilot, lambda seconds=seconds: app.snapshot.taken_ns == NOW_NS + seconds * S)
+            await until(pilot, partial(shows, app, NOW_NS + seconds * S))
             assert app.view.current_table is not None
             assert app.view.current_table.rows.total == regions
             assert "PAST" in shown(app)
@@ -53,11 +59,29 @@ async def test_the_brackets_walk_and_the_header_says_when(source: SyntheticSourc
         await pilot.pause()
         assert regions_of(app) == 2
         await pilot.press(LATER)
-        await until(pilot, lambda: app.snapshot.taken_ns == NOW_NS - 200 * S)
+        await until(pilot, lambda: snapshot_of(app).taken_ns == NOW_NS - 200 * S)
         await pilot.press(PRESENT)
         await until(pilot, lambda: not app.away)
         assert regions_of(app) == 6
         assert "● live" in shown(app)
+
+
+@pytest.mark.parametrize(
+    ("age", "said"),
+    [(0, "under a second"), (S - 1, "under a second"), (S, "1.0s"), (65 * S, "1m05s")],
+)
+def test_an_age_is_said_in_whole_seconds(age: int, said: str) -> None:
+    assert whole_seconds(age) == said
+
+
+async def test_a_moment_that_was_just_recorded_is_under_a_second_ago(source: SyntheticSource) -> None:
+    app = console(source)
+    app.clock = lambda: NOW_NS - S
+    async with running(app) as pilot:
+        await pilot.press(EARLIER)
+        await until(pilot, lambda: snapshot_of(app).taken_ns == NOW_NS - S)
+        await until(pilot, lambda: "under a second ago" in shown(app))
+        assert "0ns" not in shown(app)
 
 
 async def test_every_view_shows_the_past(source: SyntheticSource) -> None:
@@ -80,13 +104,13 @@ async def test_rows_are_marked_by_what_changed_since_the_one_before_whichever_wa
     app = console(source)
     async with running(app) as pilot:
         await pilot.press("2", EARLIER, EARLIER, EARLIER)
-        await until(pilot, lambda: app.snapshot.taken_ns == NOW_NS - 200 * S)
+        await until(pilot, lambda: snapshot_of(app).taken_ns == NOW_NS - 200 * S)
         table = app.view.current_table
         assert table is not None
         new = source.recorded[1].regions[2].name
         assert [key for key, before in table.rows.before.items() if before is None] == [new]
         await pilot.press(LATER)
-        await until(pilot, lambda: app.snapshot.taken_ns == NOW_NS - 100 * S)
+        await until(pilot, lambda: snapshot_of(app).taken_ns == NOW_NS - 100 * S)
         assert [key for key, before in table.rows.before.items() if before is None] == []
         await pilot.press("3")
         guests = app.view.current_table
@@ -161,13 +185,12 @@ async def test_a_time_can_be_named(source: SyntheticSource) -> None:
     async with running(app) as pilot:
         app.travel_to("-2m")
         await until(pilot, lambda: app.away)
-        assert app.snapshot is not None
-        assert app.snapshot.taken_ns == NOW_NS - 200 * S
+        assert snapshot_of(app).taken_ns == NOW_NS - 200 * S
         app.travel_to("14:12:00")
-        await until(pilot, lambda: app.snapshot.taken_ns == NOW_NS - 100 * S)
+        await until(pilot, lambda: snapshot_of(app).taken_ns == NOW_NS - 100 * S)
         app.travel_to("-9d")
         await until(pilot, lambda: "nothing is recorded" in toasts(app))
-        assert app.snapshot.taken_ns == NOW_NS - 100 * S
+        assert snapshot_of(app).taken_ns == NOW_NS - 100 * S
 
 
 async def test_where_nothing_is_recorded_it_is_said_and_the_present_stays() -> None:
@@ -209,7 +232,7 @@ async def test_a_pfn_map_is_not_shown_as_it_is_now(source: SyntheticSource) -> N
         await pilot.press(EARLIER)
         await until(pilot, lambda: view.error is not None)
         assert view.table is None
-        assert isinstance(app.source, Moment)
+        assert isinstance(app.source, PastSource)
         assert "no PFN map" in shown(app)
         await pilot.press(PRESENT)
         await until(pilot, lambda: view.table is not None)

@@ -8,17 +8,19 @@ import pytest
 from msgspec.structs import replace
 from support.synthetic import snapshot
 
-from memconsole.backend import findings
-from memconsole.backend.findings import RUNS_SLOW
 from memconsole.backend.kernel.procmaps import Vma
-from memconsole.backend.survey import Over
+from memconsole.backend.ledger import boots
+from memconsole.backend.observe import findings
+from memconsole.backend.observe.findings import RUNS_SLOW
+from memconsole.backend.observe.mappings import RegionMapping
+from memconsole.fields import TABLES
 from memconsole.model import (
     Faults,
+    Finding,
     GuestKind,
     GuestState,
     LiveSession,
     Progress,
-    RegionState,
     Severity,
     Snapshot,
     Survival,
@@ -40,7 +42,7 @@ def changed(table: str, **fields: object) -> Snapshot:
 
 def found(host: Snapshot) -> list[tuple[str, Severity, str]]:
     made = findings.find(host, [])
-    assert all(finding.what and finding.evidence and finding.remedy for finding in made)
+    assert all(finding.observed and finding.evidence and finding.remedy for finding in made)
     return [(finding.id, finding.severity, finding.subject) for finding in made]
 
 
@@ -77,7 +79,10 @@ REGION, GUEST, GRANT, WINDOW = HOST.regions[0].name, HOST.guests[0].name, HOST.g
         ),
         (lambda: changed("regions", seen__moved=8192), "region-moved", Severity.INFO, REGION),
         (
-            lambda: changed("regions", seen__moved=8192, state=RegionState.FROZEN),
+            lambda: replace(
+                changed("regions", seen__moved=8192),
+                grants=changed("grants", region=REGION, dma="0000:00:04.0").grants,
+            ),
             "region-moved",
             Severity.WARNING,
             REGION,
@@ -89,6 +94,12 @@ REGION, GUEST, GRANT, WINDOW = HOST.regions[0].name, HOST.guests[0].name, HOST.g
             GUEST,
         ),
         (lambda: changed("guests", state=GuestState.GONE), "guest-gone", Severity.WARNING, GUEST),
+        (
+            lambda: changed("guests", state=GuestState.GONE, ended=boots.KEXEC),
+            "guest-ended",
+            Severity.WARNING,
+            GUEST,
+        ),
         (lambda: changed("guests", state=GuestState.STOPPED), "guest-stopped", Severity.WARNING, GUEST),
         (lambda: changed("grants", seen=()), "grant-unmapped", Severity.WARNING, GRANT),
         (
@@ -123,6 +134,26 @@ def test_why_a_guest_cannot_go_on_is_in_its_own_words() -> None:
     assert stopped.evidence == "its own answer: the vCPU reached gpa 0x5000, where no RAM is"
 
 
+@pytest.mark.parametrize("state", [GuestState.GONE, GuestState.SILENT])
+def test_a_guest_without_a_process_has_no_number_that_is_none(state: GuestState) -> None:
+    host = changed("guests", state=state, pid=None)
+    told = [each for each in findings.find(host, []) if each.id in {"guest-gone", "guest-silent"}]
+    assert len(told) == 1
+    assert "its process" in f"{told[0].observed} {told[0].evidence}"
+    assert "None" not in f"{told[0]}"
+
+
+def test_findings_are_listed_errors_first_and_else_as_they_came() -> None:
+    came = tuple(
+        Finding(f"f{number}", severity, "web", "observed")
+        for number, severity in enumerate([Severity.INFO, Severity.ERROR, Severity.WARNING, Severity.ERROR])
+    )
+    listed = TABLES["findings"].rows(replace(HOST, findings=came))
+    assert [each.id for each in listed] == ["f1", "f3", "f2", "f0"]
+    sorted_host = replace(HOST, findings=tuple(listed))
+    assert TABLES["findings"].rows(sorted_host) is sorted_host.findings
+
+
 def test_a_vm_of_somebody_else_is_never_missed() -> None:
     host = changed("guests", kind=GuestKind.FOREIGN, state=GuestState.GONE)
     assert "guest-gone" not in [id for id, _, _ in found(host)]
@@ -130,9 +161,9 @@ def test_a_vm_of_somebody_else_is_never_missed() -> None:
 
 def test_a_stranger_s_mappings_of_a_region_are_one_error() -> None:
     vmas = [Vma(start, start + 4096, "rw-s", 0, 1, 5, "/memfd:x", deleted=True) for start in (0x1000, 0x8000)]
-    made = findings.find(replace(HOST, survival=Survival()), [Over("web", 77, vma, 0) for vma in vmas])
+    made = findings.find(replace(HOST, survival=Survival()), [RegionMapping("web", 77, vma, 0) for vma in vmas])
     assert [(finding.id, finding.subject) for finding in made] == [("mapping-unknown", "web")]
-    assert "77 maps 8K" in made[0].what
+    assert "77 maps 8K" in made[0].observed
 
 
 def test_without_live_update_it_does_not_matter_how_a_region_lies() -> None:
@@ -148,4 +179,4 @@ def test_a_session_that_strangers_alone_hold_is_named() -> None:
     )
     made = findings.find(replace(HOST, survival=Survival(sessions=sessions)), [], {5})
     assert [(finding.id, finding.subject) for finding in made] == [("session-outside-custody", "other")]
-    assert "process 77, 78" in made[0].what
+    assert "process 77, 78" in made[0].observed

@@ -13,8 +13,8 @@ from msgspec.structs import replace
 from support.trees import Tree
 
 from memconsole.backend.dma import check
-from memconsole.backend.dma.check import compare, told
-from memconsole.backend.dma.owners import WINDOW, Owners
+from memconsole.backend.dma.check import compare_tables, difference_findings
+from memconsole.backend.dma.frame_owners import WINDOW, Owners
 from memconsole.backend.kernel import pci
 from memconsole.extents import Extent, ExtentTable, Flag, Part
 from memconsole.model import Access, Grant, GrantState
@@ -38,12 +38,12 @@ def found(
         ExtentTable.from_rows(region, first=0, pages=64) as frames,
     ):
         parts = {grant.id: Part(frames, grant.offset // P, 0, 0) for grant in (ONE, TWO) if grant.id not in unread}
-        differences = compare([TWO, ONE], table, {"g1": None, "g2": None, **parts})
+        differences = compare_tables([TWO, ONE], table, {"g1": None, "g2": None, **parts})
         findings = [
-            *told(EDU, [ONE, TWO], differences),
+            *difference_findings(EDU, [ONE, TWO], differences),
             *check._targets(EDU, differences.unknown, stack.enter_context(owners()), {"ram"}),
         ]
-    assert all(finding.what and finding.evidence and finding.remedy for finding in findings)
+    assert all(finding.observed and finding.evidence and finding.remedy for finding in findings)
     return [(finding.id, finding.subject) for finding in findings]
 
 
@@ -98,15 +98,15 @@ def test_runs_are_cut_where_their_owner_changes(
         at += gap + count
     runs = [Extent(100 * n, pfn, count, RW) for n, (pfn, count) in enumerate(asked)]
     with Owners(tables) as owners:
-        pieces = list(owners.of(runs))
+        pieces = list(owners.pieces(runs))
     pages = [(piece.offset + n, piece.pfn + n, owner) for owner, piece in pieces for n in range(piece.count)]
     assert pages == [(run.offset + n, run.pfn + n, owned.get(run.pfn + n)) for run in runs for n in range(run.count)]
 
 
 def test_a_difference_says_how_much_and_where() -> None:
     with ExtentTable.from_rows([*TABLES, Extent(0x900, 1, 3, RW)]) as table:
-        (finding,) = told(EDU, [ONE, TWO], compare([ONE, TWO], table, {"g1": None, "g2": None}))
-    assert "12K" in finding.what
+        (finding,) = difference_findings(EDU, [ONE, TWO], compare_tables([ONE, TWO], table, {"g1": None, "g2": None}))
+    assert "12K" in finding.observed
     assert "0x00900000" in finding.evidence
     assert "PFN 0x1" in finding.evidence
 
@@ -122,11 +122,11 @@ def test_a_device_that_is_not_alone_in_its_group_is_named_and_bridges_do_not_cou
     tree.pci(EDU, ids=(0x1234, 0x11E8), class_code=0xFF0000, group=5)
     tree.pci("0000:00:1c.0", ids=(1, 2), class_code=0x060400, group=5)
     tree.pci("0000:01:00.0", ids=(1, 3), class_code=0x020000, group=6)
-    assert list(check._shared(pci.functions(tree.root), {EDU})) == []
+    assert list(check._shared_groups(pci.functions(tree.root), {EDU})) == []
     tree.pci("0000:02:00.0", ids=(1, 4), class_code=0x020000, group=5)
-    (finding,) = check._shared(pci.functions(tree.root), {EDU})
+    (finding,) = check._shared_groups(pci.functions(tree.root), {EDU})
     assert (finding.id, finding.subject) == ("device-shared", EDU)
-    assert "0000:02:00.0" in finding.what
+    assert "0000:02:00.0" in finding.observed
 
 
 def test_interrupts_that_are_not_remapped_are_named(tmp_path: Path) -> None:
@@ -142,5 +142,7 @@ def test_interrupts_that_are_not_remapped_are_named(tmp_path: Path) -> None:
 
 def test_a_device_nobody_holds_is_lost() -> None:
     given = [("vm", EDU)]
-    assert list(check._lost(given, {EDU: "vm"})) == []
-    assert [finding.id for held in ({}, {EDU: "other"}) for finding in check._lost(given, held)] == ["dma-lost"] * 2
+    assert list(check._lost_devices(given, {EDU: "vm"})) == []
+    assert [finding.id for held in ({}, {EDU: "other"}) for finding in check._lost_devices(given, held)] == [
+        "dma-lost"
+    ] * 2

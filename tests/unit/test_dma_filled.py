@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
+from support.desks import Live, desks, guest
 
-from memconsole.backend.dma.filled import compare, merged, within
+from memconsole.backend.dma import check
+from memconsole.backend.dma.vmm_check import compare, merged, within
+from memconsole.backend.kernel import patient
 from memconsole.extents import Extent, Flag
-from memconsole.model import Access, Grant, GrantState
+from memconsole.model import Access, Grant, GrantState, GuestKind
 
 EDU = "0000:00:04.0"
 RAM = Grant("g1", "vm", "vm", 0, 64 * 4096, Access.RW, GrantState.MAPPED, gpa=0, dma=EDU)
@@ -23,7 +30,7 @@ def run(page: int, pfn: int, pages: int) -> Extent:
 
 def found(*runs: Extent, grants: Sequence[Grant] = (RAM,), granted: Sequence[tuple[int, int]] = GRANTED) -> list[str]:
     findings = list(compare(EDU, grants, runs, granted, OWN))
-    assert all(finding.what and finding.evidence and finding.remedy for finding in findings)
+    assert all(finding.observed and finding.evidence and finding.remedy for finding in findings)
     return [finding.id for finding in findings]
 
 
@@ -51,7 +58,7 @@ def test_any_other_frame_is_found(other: Extent) -> None:
 
 def test_how_much_and_where_is_said() -> None:
     (finding,) = compare(EDU, [RAM], [run(0, 7000, 40), run(0x20000, 6998, 4)], GRANTED, OWN)
-    assert "8K" in finding.what.replace(" ", "").replace("iB", "")
+    assert "8K" in finding.observed.replace(" ", "").replace("iB", "")
     assert "0x20000000" in finding.evidence
 
 
@@ -73,3 +80,22 @@ def test_what_of_a_run_is_known_is_cut_to_it() -> None:
     assert list(within(run(0, 10, 2), known)) == [(10, 12)]
     assert list(within(run(0, 16, 14), known)) == []
     assert list(within(run(0, 59, 9), known)) == [(59, 60)]
+
+
+def test_a_vmm_whose_memory_map_is_locked_is_told_of_and_nothing_is_made_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = guest("vm", pid=os.getpid())
+    with (
+        desks(tmp_path, guests=(vm,), live=(Live("vm", GuestKind.QEMU, os.getpid()),)) as desk,
+        contextlib.ExitStack() as opened,
+    ):
+        look = check._TableReader(desk, (), opened)
+        assert check._vmm_filled(look, "vm", EDU, ()) == []
+        with monkeypatch.context() as locked:
+            locked.setitem(patient._blocked, os.getpid(), time.monotonic())
+            (finding,) = check._vmm_filled(look, "vm", EDU, ())
+        assert (finding.id, finding.subject) == ("dma-unseen", EDU)
+        assert f"process {os.getpid()} does not show its memory" in finding.observed
+        assert finding.remedy
+        assert check._vmm_filled(look, "vm", EDU, ()) == []

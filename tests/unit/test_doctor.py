@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.trees import Tree
 
-from memconsole.backend.doctor import CHECKS, doctor
+from memconsole.backend.diagnose.doctor import CHECKS, doctor
 from memconsole.model import Capability
 
 LIVE = {"root", "native", "pfns", "pagemap-scan", "kvm", "qemu", "userfaultfd"}
@@ -59,7 +59,7 @@ def test_a_bare_host_says_why_and_what_to_do(made: Tree) -> None:
     found = examine(made)
     assert {capability.level for capability in found.values()} == {"no"}
     assert all(capability.why and capability.remedy for capability in found.values() if capability.id != "dax")
-    assert found["fuse-passthrough"].remedy == "Linux 6.9 or later"
+    assert found["fuse-passthrough"].remedy == "use Linux 6.9 or later"
     assert "CONFIG_KEXEC_HANDOVER" in found["kho"].why
     assert "CONFIG_LIVEUPDATE" in found["luo"].why
     assert "shmem_enabled" in found["shmem-thp"].remedy
@@ -79,6 +79,39 @@ def test_a_disabled_kexec_and_an_unmounted_debugfs(made: Tree) -> None:
     found = examine(made)
     assert (found["kexec"].level, found["kexec"].why) == ("no", "kernel.kexec_load_disabled is 1")
     assert (found["kho"].level, found["kho"].remedy) == ("partly", "mount -t debugfs none /sys/kernel/debug")
+
+
+@pytest.mark.parametrize(
+    ("words", "level", "physical"),
+    [
+        ("none [integrity] confidentiality", "integrity", ("yes", "/proc/kcore")),
+        ("none integrity [confidentiality]", "confidentiality", ("no", "lockdown (confidentiality)")),
+    ],
+)
+def test_what_a_locked_down_kernel_forbids_is_said_by_that_name(
+    made: Tree, words: str, level: str, physical: tuple[str, str]
+) -> None:
+    config(made, "CONFIG_KEXEC_FILE=y\n")
+    for path in ("/proc/kcore", "/dev/mem", "/sys/kernel/debug/kho/out/fdt"):
+        made.write(path, b"")
+    made.write("/sys/kernel/security/lockdown", f"{words}\n")
+    found = examine(made)
+    assert (found["kexec"].level, found["debugfs"].level) == ("partly", "partly")
+    assert f"lockdown ({level})" in found["kexec"].why
+    assert "sign" in found["kexec"].remedy
+    assert "Secure Boot" in found["debugfs"].remedy
+    assert found["physical"].level == physical[0]
+    assert found["physical"].why.startswith(physical[1])
+
+
+@pytest.mark.parametrize("words", ["[none] integrity confidentiality\n", "", "what\n"])
+def test_a_kernel_that_is_not_locked_down_forbids_nothing(made: Tree, words: str) -> None:
+    config(made, "CONFIG_KEXEC_FILE=y\n")
+    made.write("/proc/kcore", b"")
+    made.write("/sys/kernel/debug/kho/out/fdt", b"")
+    made.write("/sys/kernel/security/lockdown", words)
+    found = examine(made)
+    assert {found[id].level for id in ("kexec", "debugfs", "physical")} == {"yes"}
 
 
 def test_a_source_that_cannot_be_read_is_a_verdict(made: Tree) -> None:

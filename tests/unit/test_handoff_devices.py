@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
+from support.handoffs import IMAGE
 from support.trees import Tree, intel_dump
 
-from memconsole.backend.handoff import devices, facts, passed
-from memconsole.backend.handoff.image import Image
+from memconsole.backend.handoff import device_facts, devices
 from memconsole.backend.kernel import vtd
 from memconsole.extents import ChangeKind, ExtentTable
 from memconsole.model import Device
 
+RELEASE = IMAGE.release
+MODULES = f"/lib/modules/{RELEASE}"
 BDF = "0000:00:04.0"
 EDU = Device(BDF, 0x1234, 0x11E8, 0xFF0000)
-IMAGE = Image("/boot/vmlinuz", 1, "7.3.4", "zstd", 1, 1, facts.ABIS, "", ("vfio_pci", "iommufd"))
 FILE = f"/sys/kernel/debug/iommu/intel/{BDF}/domain_translation_struct"
 
 
@@ -54,28 +55,33 @@ def test_every_difference_is_one(made: Tree, now: list[tuple[int, int, int, int]
 
 
 def test_what_devices_need_is_built_in_or_a_module_or_missing_or_not_known(made: Tree) -> None:
-    assert passed.missing(IMAGE, made.root) == ()
-    assert passed.missing(replace(IMAGE, modules=()), made.root) == ("vfio_pci", "iommufd")
-    assert passed.missing(replace(IMAGE, modules=None), made.root) is None
-    assert passed.missing(None, made.root) is None
+    assert device_facts.missing_modules(IMAGE, made.root) == ()
+    assert device_facts.missing_modules(replace(IMAGE, modules=()), made.root) == ("vfio_pci", "iommufd")
+    assert device_facts.missing_modules(replace(IMAGE, modules=None), made.root) is None
+    assert device_facts.missing_modules(None, made.root) is None
     made.write(
-        "/lib/modules/7.3.4/modules.dep", "kernel/drivers/vfio/pci/vfio-pci.ko.xz: kernel/drivers/vfio/vfio.ko.xz\n"
+        f"{MODULES}/modules.dep",
+        "kernel/drivers/vfio/pci/vfio-pci.ko.xz: kernel/drivers/vfio/vfio.ko.xz\n",
     )
-    assert passed.missing(replace(IMAGE, modules=()), made.root) == ("iommufd",)
-    made.write("/lib/modules/7.3.4/modules.builtin", "kernel/drivers/iommu/iommufd/iommufd.ko\n")
-    assert passed.missing(replace(IMAGE, modules=None), made.root) == ()
+    assert device_facts.missing_modules(replace(IMAGE, modules=()), made.root) == ("iommufd",)
+    made.write(f"{MODULES}/modules.builtin", "kernel/drivers/iommu/iommufd/iommufd.ko\n")
+    assert device_facts.missing_modules(replace(IMAGE, modules=None), made.root) == ()
 
 
 def test_who_takes_a_device_is_known_by_its_alias_unless_vfio_is_told_to(made: Tree) -> None:
     made.write(f"/sys/bus/pci/devices/{BDF}/modalias", "pci:v00001234d000011E8sv00001AF4sd00001100bc00scFFi00\n")
-    assert passed.takers(made.root, EDU, "7.3.4", "") == ()
+    assert device_facts.taking_modules(made.root, EDU, RELEASE, "") == ()
     aliases = [
         "alias pci:v00001234d000011E8sv*sd*bc*sc*i* edu_host",
         "alias pci:v00001234d000011E9sv*sd*bc*sc*i* another",
         "alias pci:v*d*sv*sd*bc01sc06i01* ahci",
         "alias vfio_pci:v*d*sv*sd*bc*sc*i* vfio_pci",
     ]
-    made.write("/lib/modules/7.3.4/modules.alias", "\n".join(aliases) + "\n")
-    assert passed.takers(made.root, EDU, "7.3.4", "quiet") == ("edu_host",)
-    assert passed.takers(made.root, EDU, "7.3.4", "vfio-pci.ids=8086:1,1234:11e8") == ()
-    assert passed.takers(made.root, EDU, "7.3.4", "quiet -- vfio-pci.ids=1234:11e8") == ("edu_host",)
+    made.write(f"{MODULES}/modules.alias", "\n".join(aliases) + "\n")
+    assert device_facts.taking_modules(made.root, EDU, RELEASE, "quiet") == ("edu_host",)
+    assert device_facts.taking_modules(made.root, EDU, RELEASE, "vfio-pci.ids=8086:1,1234:11e8") == ()
+    assert (
+        device_facts.taking_modules(made.root, EDU, RELEASE, 'dyndbg="a b" vfio_pci.ids="8086:1,1234:11E8:0:0"') == ()
+    )
+    for line in ("quiet -- vfio-pci.ids=1234:11e8", "vfio-pci.ids=11234:11e8,x", 'a="b vfio-pci.ids=1234:11e8"'):
+        assert device_facts.taking_modules(made.root, EDU, RELEASE, line) == ("edu_host",)

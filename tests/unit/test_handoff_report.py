@@ -11,24 +11,25 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from memconsole import timeline
-from memconsole.backend.handoff import bootplan, manifest, report
-from memconsole.backend.handoff.bootplan import Hold, Moment, Phase, Plan, Resume, Resumed
-from memconsole.backend.handoff.manifest import Manifest, Placed, Stopped
-from memconsole.backend.handoff.report import Clock, Progress
+from memconsole.backend.handoff import bootplan, clocks, manifest, report
+from memconsole.backend.handoff.bootplan import BootPlan, ClockReading, Hold, Resume, Resumed, ResumePhase
+from memconsole.backend.handoff.manifest import Manifest, PreservedRegion, SavedGuest
+from memconsole.backend.handoff.report import Clock, ReportWriter
 from memconsole.errors import BadFile
 from memconsole.model import (
     Access,
-    Carried,
-    CarriedDevice,
+    DeviceResult,
     Grant,
     GrantState,
     Guest,
+    GuestClock,
     GuestKind,
+    GuestResult,
     GuestState,
     HandoffReport,
     HandoffState,
-    Kept,
     Region,
+    RegionResult,
     RegionState,
     Segment,
 )
@@ -37,12 +38,12 @@ MS = 1_000_000
 GUEST = Guest("web", GuestKind.CANARY, GuestState.RUNNING, 7, 8, memory=64 << 20)
 REGION = Region("web", "memfd", 64 << 20, 4096, RegionState.RESERVED, segments=(Segment(1, 2, 64 << 20),))
 REPORT = HandoffReport(
-    "run", HandoffState.RUNNING, 10**18, "7.3.4", "7.3.5", guests=(Carried("web", GuestKind.CANARY, 64 << 20),)
+    "run", HandoffState.RUNNING, 10**18, "7.3.4", "7.3.5", guests=(GuestResult("web", GuestKind.CANARY, 64 << 20),)
 )
 
 
-def at(ms: float, ticks: int = 0) -> Moment:
-    return Moment(ticks or int(ms * 1000) + 1, int(ms * MS), 10**18 + int(ms * MS))
+def at(ms: float, ticks: int = 0) -> ClockReading:
+    return ClockReading(ticks or int(ms * 1000) + 1, int(ms * MS), 10**18 + int(ms * MS))
 
 
 def described() -> Manifest:
@@ -54,15 +55,15 @@ def described() -> Manifest:
         number=3,
         began=at(0),
         written=at(100),
-        regions=(Placed(REGION, "memconsole:web", (1,), ("00" * 16,), 5, 1000),),
-        guests=(Stopped(GUEST, "state:web", at(60)),),
+        regions=(PreservedRegion(REGION, "memconsole:web", (1,), ("00" * 16,), 5, 1000),),
+        guests=(SavedGuest(GUEST, "state:web", at(60)),),
         grants=(),
         windows=(),
         report=REPORT,
     )
 
 
-PLAN = Plan((Hold("memconsole:web", 1, "region:web:0", b"{}"),))
+PLAN = BootPlan((Hold("memconsole:web", 1, "region:web:0", b"{}"),))
 
 
 def written() -> bytes:
@@ -108,7 +109,7 @@ def test_another_version_is_named_and_says_which() -> None:
 
 def test_phases_follow_each_other_and_a_failure_ends_the_last() -> None:
     shown: list[HandoffReport] = []
-    progress = Progress(REPORT, shown.append)
+    progress = ReportWriter(REPORT, shown.append)
     for id in ("check", "preserve", "preserve", "pause"):
         progress.phase(id, id)
     progress.fail("it broke")
@@ -123,10 +124,10 @@ def test_phases_follow_each_other_and_a_failure_ends_the_last() -> None:
 
 def test_a_blackout_is_from_the_pause_to_what_the_monitor_said_over_the_kexec() -> None:
     # the second kernel's clocks begin anew; the processor's counter goes on at 1 tick a microsecond
-    back = Moment(2_060_001, 500 * MS, 10**18)
-    resume = Resume(1, "luo", (Phase("begun", back),), (Resumed("web", "started", 9, 10, at=back),), (), ())
+    back = ClockReading(2_060_001, 500 * MS, 10**18)
+    resume = Resume(1, "luo", (ResumePhase("begun", back),), (Resumed("web", "started", 9, 10, at=back),), (), ())
     clock = Clock(at(0), [(at(0), at(100))])
-    (carried,) = report.carried(REPORT.guests, described(), resume, clock)
+    (carried,) = report.guest_results(REPORT.guests, described(), resume, clock)
     assert carried.back
     assert carried.pid == 9
     assert carried.blackout_ns == 2_000 * MS
@@ -134,7 +135,7 @@ def test_a_blackout_is_from_the_pause_to_what_the_monitor_said_over_the_kexec() 
 
 def test_a_guest_that_is_held_has_no_blackout_and_says_why() -> None:
     resume = Resume(1, "luo", (), (Resumed("web", "held", why="no fd"),), (), ())
-    (carried,) = report.carried(REPORT.guests, described(), resume, Clock(at(0), []))
+    (carried,) = report.guest_results(REPORT.guests, described(), resume, Clock(at(0), []))
     assert (carried.back, carried.blackout_ns, carried.why) == (False, None, "no fd")
 
 
@@ -150,9 +151,9 @@ def whole() -> HandoffReport:
             report.phase("jump", "boot & go", 50 * MS, 950 * MS),
             report.phase("adopt", "adopt", 950 * MS, 1000 * MS, blackout=False),
         ),
-        guests=(Carried("web", GuestKind.CANARY, 1, back=True, blackout_ns=900 * MS, by="guest"),),
+        guests=(GuestResult("web", GuestKind.CANARY, 1, back=True, blackout_ns=900 * MS, by="guest"),),
     )
-    return report.filled(done, [("web", 800 * MS)])
+    return report.with_blackouts(done, [("web", 800 * MS)])
 
 
 def test_the_picture_is_to_scale_and_fits() -> None:
@@ -179,7 +180,7 @@ def test_all_of_the_svg_lies_in_its_frame_over_a_scale_of_time() -> None:
 
 def test_what_is_done_while_guests_stand_still_is_blackout() -> None:
     shown: list[HandoffReport] = []
-    progress = Progress(REPORT, shown.append)
+    progress = ReportWriter(REPORT, shown.append)
     for id in ("check", "place", "save", "place"):
         progress.phase(id, id)
     assert [phase.blackout for phase in shown[-1].phases] == [False, False, True, True]
@@ -190,7 +191,7 @@ def test_what_a_guest_says_of_itself_counts() -> None:
     assert (guest.blackout_ns, guest.by) == (800 * MS, "guest")
 
 
-DEVICE = CarriedDevice(
+DEVICE = DeviceResult(
     "0000:00:04.0", "web", 256, 3, "kernel", "rebuilt", 40 * MS, 960 * MS, True, "PRESERVE_FD: ENOENT"
 )
 
@@ -205,7 +206,7 @@ def test_a_device_is_in_the_picture_from_quiet_to_back() -> None:
 
 
 def test_a_guest_whose_devices_are_not_back_is_not_back() -> None:
-    (guest,) = report.held(whole(), {"web"}).guests
+    (guest,) = report.with_waiting(whole(), {"web"}).guests
     assert (guest.back, guest.blackout_ns) == (False, None)
     assert "devices" in guest.why
     assert "IOVA DIFFER" in timeline.device(replace(DEVICE, same=False))
@@ -218,10 +219,50 @@ def test_guests_of_memory_that_is_not_what_it_was_are_named() -> None:
         for number, (region, guest) in enumerate([("fine", "a"), ("moved", "b"), ("other", "c"), ("fine", "c")])
     ]
     regions = (
-        Kept("fine", 4096, 1, same=True, contents=True),
-        Kept("moved", 4096, 1, same=False),
-        Kept("other", 4096, 1, same=True, contents=False),
-        Kept("unseen", 4096, 1),
+        RegionResult("fine", 4096, 1, same=True, contents=True),
+        RegionResult("moved", 4096, 1, same=False),
+        RegionResult("other", 4096, 1, same=True, contents=False),
+        RegionResult("unseen", 4096, 1),
     )
-    assert report.spoiled(replace(REPORT, regions=regions), grants) == {"b", "c"}
-    assert report.spoiled(REPORT, grants) == set()
+    assert report.spoiled_guests(replace(REPORT, regions=regions), grants) == {"b", "c"}
+    assert report.spoiled_guests(REPORT, grants) == set()
+
+
+VM = GuestResult("vm", GuestKind.QEMU, 1, back=True, blackout_ns=900 * MS, by="its VMM")
+LATE = "late by 900.0ms until something in the guest sets it"
+
+
+@pytest.mark.parametrize(
+    ("clock", "said"),
+    [
+        (None, "not known yet"),
+        (
+            GuestClock(note="it has no channel"),
+            f"{LATE}: it has no channel",
+        ),
+        (
+            GuestClock(9900 * MS, 2 * MS, "its agent set the clock"),
+            "it was 9.9s late, and is right: its agent set the clock",
+        ),
+        (GuestClock(9900 * MS, 9900 * MS, "refused"), "it was 9.9s late, and is 9.9s late: refused"),
+        (
+            GuestClock(-2000 * MS, 0, "its agent set the clock"),
+            "it was 2.0s ahead, and is right: its agent set the clock",
+        ),
+        (
+            GuestClock(note="no agent", sources=("kvmclock", "vmclock", "one of a newer memconsole")),
+            f"{LATE}: no agent; its kvmclock continues from where it stood; its vmclock reports the break",
+        ),
+    ],
+)
+def test_what_became_of_a_guests_wall_clock(clock: GuestClock | None, said: str) -> None:
+    assert timeline.clock(replace(VM, clock=clock)) == said
+    assert timeline.clock(replace(VM, clock=clock, back=False)) == ""
+
+
+def test_what_is_told_of_a_clock_goes_into_its_own_report() -> None:
+    made = replace(whole(), guests=(*whole().guests, VM))
+    clock = GuestClock(note="its agent set the clock")
+    _, vm = clocks.with_clock(made, began_ns=made.began_ns, name="vm", clock=clock).guests
+    assert vm.clock == clock
+    assert clocks.with_clock(made, began_ns=2, name="vm", clock=clock) == made

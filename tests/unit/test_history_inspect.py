@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sqlite3
 from pathlib import Path
 
 import msgspec
@@ -9,10 +12,10 @@ import pytest
 from support import synthetic
 
 from memconsole import recording
-from memconsole.backend.audit import Audit
-from memconsole.backend.history import Recorder
-from memconsole.backend.inspect import describe
-from memconsole.backend.ledger import Kind, Ledger, Record
+from memconsole.backend.diagnose.inspect import describe
+from memconsole.backend.history.writer import Recorder
+from memconsole.backend.ledger.log import Ledger, Record, RecordKind
+from memconsole.backend.ledger.trail import AuditTrail
 from memconsole.errors import BadFile
 
 
@@ -20,25 +23,25 @@ from memconsole.errors import BadFile
 def files(tmp_path: Path) -> dict[str, Path]:
     """One file of each kind."""
     log = Ledger.create("boot-1", capacity=4096)
-    log.append(Kind.INTENT, {"name": "web"})
-    log.append(Kind.DONE, b"\xff")
+    log.append(RecordKind.INTENT, {"name": "web"})
+    log.append(RecordKind.DONE, b"\xff")
     log.append(99, b"1")
     (tmp_path / "ledger").write_bytes(log.image())
-    log.compact([(Kind.STATE, b"{}")])  # its superblock is the other one
+    log.compact([(RecordKind.STATE, b"{}")])  # its superblock is the other one
     (tmp_path / "compacted").write_bytes(log.image())
     log.close()
     recorder = Recorder(tmp_path / "history")
     for n in range(3):
         recorder.record(msgspec.structs.replace(synthetic.snapshot(3, 2), taken_ns=10 + n))
     recorder.close()
-    trail = Audit(tmp_path / "audit.db", "chain-1", "boot", 0)
-    trail.note(Record(1, Kind.EVENT, b'{"at_ns": 7}'))
+    trail = AuditTrail(tmp_path / "audit.db", "chain-1", "boot", 0)
+    trail.note(Record(1, RecordKind.EVENT, b'{"at_ns": 7}'))
     trail.close()
     recording.write(tmp_path / "snapshot.json", synthetic.snapshot(3, 2))
     return {
         "ledger": tmp_path / "ledger",
         "compacted": tmp_path / "compacted",
-        "history": next((tmp_path / "history").glob("*.history")),
+        "history": tmp_path / "history" / "snapshots.sqlite",
         "audit": tmp_path / "audit.db",
         "snapshot": tmp_path / "snapshot.json",
     }
@@ -68,17 +71,44 @@ def test_each_kind_is_recognised_and_whole(files: dict[str, Path]) -> None:
     assert found["snapshot"].facts["regions"] == 3
 
 
-@pytest.mark.parametrize("name", ["ledger", "history"])
-def test_damage_is_a_finding_and_what_stands_before_it_is_shown(files: dict[str, Path], name: str) -> None:
-    path = files[name]
+def test_damage_is_a_finding_and_what_stands_before_it_is_shown(files: dict[str, Path]) -> None:
+    path = files["ledger"]
     content = path.read_bytes()
     end = max(n for n, byte in enumerate(content) if byte)
     path.write_bytes(content[: end - 5] + bytes([content[end - 5] ^ 1]) + content[end - 4 :])
     found = describe(path)
     assert len(found.findings) == 1
-    assert len(found.facts["records"]) == 2 if name == "ledger" else found.facts["snapshots"] == 2
+    assert len(found.facts["records"]) == 2
     path.write_bytes(content[: end - 2])
     assert len(describe(path).findings) == 1
+
+
+def test_a_frame_that_is_damaged_costs_the_rest_of_its_chapter(files: dict[str, Path]) -> None:
+    with contextlib.closing(sqlite3.connect(files["history"])) as database:
+        database.execute("UPDATE frames SET payload = substr(payload, 1, length(payload) - 1) WHERE key = 11")
+        database.commit()
+    found = describe(files["history"])
+    assert found.facts["snapshots"] == 1
+    (finding,) = found.findings
+    assert "frame of 11" in finding.observed
+
+
+def test_a_database_is_looked_at_where_nothing_can_be_written(files: dict[str, Path], tmp_path: Path) -> None:
+    """On a medium that cannot be written to; and a view that never ends is not asked."""
+    content = files["history"].read_bytes()
+    copy = os.memfd_create("copy")
+    os.write(copy, content)
+    assert describe(Path(f"/proc/self/fd/{copy}")).facts["snapshots"] == 3
+    os.close(copy)
+    endless = "WITH RECURSIVE n (key) AS (SELECT 1 UNION ALL SELECT key + 1 FROM n) SELECT key, key AS chapter FROM n"
+    for name, application in (("frames", 0x4D434853), ("records", 0)):
+        path = tmp_path / f"{name}.sqlite"
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.execute(f"CREATE VIEW {name} AS {endless}")
+            database.execute(f"PRAGMA application_id = {application}")
+            database.execute("PRAGMA user_version = 2")
+        with pytest.raises(BadFile, match="no table"):
+            describe(path)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ class Shown:
 
 
 def asked(target: str, rows: Mapping[str, Sequence[Extent]] = ROWS, snapshot: Snapshot = SNAPSHOT) -> Joined | Frame:
-    return joined.ask(snapshot, Shown(rows), target)
+    return joined.resolve_target(snapshot, Shown(rows), target)
 
 
 def frame(target: str) -> Frame:
@@ -215,6 +215,18 @@ def test_a_frame_of_a_window_and_of_the_kernel() -> None:
     assert [gap.source for gap in kernel.unseen] == ["processes"]
 
 
+@pytest.mark.parametrize(
+    ("name", "kernels"), [("System RAM (kmem)", True), ("System RAM (virtio_mem)", True), ("System RAMs", False)]
+)
+def test_memory_that_a_driver_added_is_the_kernel_s_too(name: str, kernels: bool) -> None:
+    ranges = (Range(1 << 40, 2 << 40, "dax0.0"), Range(1 << 40, 2 << 40, name, 1))
+    found = asked(hex(1 << 28), snapshot=replace(SNAPSHOT, iomem=ranges))
+    assert isinstance(found, Frame)
+    assert found.where == ("dax0.0", name)
+    assert any(each.kind == "kernel" for each in found.reached) == kernels
+    assert any(gap.source == "processes" for gap in found.unseen) == kernels
+
+
 def test_what_could_not_be_had_is_named() -> None:
     found = asked("0x5011", {"region:ram": ROWS["region:ram"]})
     assert {gap.source for gap in found.unseen} == {"region:spare", "domain:7", "domain:9"}
@@ -225,7 +237,7 @@ def test_what_could_not_be_had_is_named() -> None:
 
 
 def test_a_long_answer_says_that_there_is_more() -> None:
-    found = joined.guest(SNAPSHOT, Shown(ROWS), "vm", most=2)
+    found = joined.joined_guest(SNAPSHOT, Shown(ROWS), "vm", most=2)
     assert (len(found.spans), found.more) == (2, True)
 
 
@@ -257,5 +269,15 @@ def test_a_file_answers_as_the_host_does(tmp_path: Path) -> None:
     recording.write(tmp_path / "host.mc", SNAPSHOT, tables)
     recorded = recording.Recording(tmp_path / "host.mc")
     for target in ("vm", "qemu-700", "0x5011", f"0x119000@{NIC}"):
-        assert joined.ask(recorded.snapshot(), recorded, target) == asked(target)
+        assert joined.resolve_target(recorded.snapshot(), recorded, target) == asked(target)
     recorded.close()
+
+
+def test_an_address_that_was_granted_is_found_though_no_process_maps_it() -> None:
+    """A grant for a device alone: its guest's process has nothing of it in its own address space."""
+    rows = {key: found for key, found in ROWS.items() if not key.startswith("guest:")}
+    found = joined.resolve_target(SNAPSHOT, Shown(rows), f"{0x100 * P:#x}@vm")
+    assert isinstance(found, Frame)
+    assert (found.region, found.offset) == ("ram", 16 * P)
+    with pytest.raises(NotFound):
+        joined.resolve_target(SNAPSHOT, Shown(rows), "0x1000@vm")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.memory import growth
 from support.trees import FakeProcess, Tree, intel_dump, maps_line
 
-from memconsole.backend.kernel import census, iomem, iommu, pci, vtd
-from memconsole.errors import BadFile, NotFound
-from memconsole.extents import Extent, Flag
-from memconsole.model import Reserved
+from memconsole.backend.kernel import census, iomem, iommu, pci, tree, vtd
+from memconsole.errors import BadFile, Denied, NotFound
+from memconsole.model import Reserved, Unread
 
 GPU, NIC, BRIDGE = "0000:41:00.0", "0000:00:04.0", "0000:00:1c.0"
 MEM, MEM64P, IO, UNSET = 0x40200, 0x14220C, 0x40101, 0x20040200
@@ -133,16 +130,131 @@ def test_holders_through_sysfs_and_every_form_of_vfio(made: Tree) -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "offset"),
+    [
+        ("/dev/mem", 0x4000000000),
+        ("/dev/mem", 0x4000FFF000),
+        ("/proc/bus/pci/41/00.0", 0x4000000000),
+        ("/proc/bus/pci/0000:41/00.0", 0x4000000000),
+        ("/dev/uio3", 0x1000),
+    ],
+)
+def test_a_bar_is_mapped_by_its_physical_address_too(made: Tree, path: str, offset: int) -> None:
+    made.write("/sys/class/uio/uio3/maps/map1/addr", "0x4000000000\n")
+    made.write("/sys/class/uio/uio3/maps/map1/size", "0x1000\n")
+    made.process(FakeProcess(800, maps=maps_line(0x7F0000000000, 0x7F0000004000, "rw-s", offset, (0, 6), 301, path)))
+    made.process(FakeProcess(801, maps=maps_line(0x7F0000000000, 0x7F0000004000, "rw-s", 0xF000, (0, 6), 301, path)))
+    assert pci.holders(census.take(made.root), pci.functions(made.root)) == {f"{GPU}:0": (800,)}
+
+
+def vfio(pid: int, group: str, *devices: str | None, index: int = 0) -> FakeProcess:
+    """A process with a group and an fd for each device, which says its address or (None) does not."""
+    fds = {8: f"/dev/vfio/{group}", 9: "/dev/vfio/vfio"} if group else {}
+    says = "pos:\t0\nvfio-device-syspath: /sys/devices/"
+    said = {20 + n: f"{says}{bdf}\n" if bdf else "pos:\t0\n" for n, bdf in enumerate(devices)}
+    fds |= dict.fromkeys(said, "anon_inode:[vfio-device]")
+    return FakeProcess(pid, maps=mapping("anon_inode:[vfio-device]", index=index), fds=fds, fdinfo=said)
+
+
+def test_a_device_is_held_without_an_iommu_too(made: Tree) -> None:
+    made.process(vfio(500, "noiommu-12", None))
+    made.link("/sys/class/vfio-dev/vfio0/device", f"../../../{NIC}")
+    made.process(FakeProcess(501, fds={5: "/dev/vfio/devices/noiommu-vfio0"}))
+    made.link("/sys/class/uio/uio3/device", f"../../../{NIC}")
+    made.process(FakeProcess(502, fds={5: "/dev/uio3"}))
+    seen = census.take(made.root)
+    assert pci.openers(seen) == {GPU: (500,), NIC: (501, 502)}
+    assert pci.holders(seen, pci.functions(made.root)) == {f"{GPU}:0": (500,)}
+
+
+def test_a_device_fd_that_does_not_say_what_it_is_may_be_any_of_the_group(made: Tree) -> None:
+    sound = "0000:41:00.1"
+    made.pci(sound, ids=(0x10DE, 0x22BA), class_code=0x040300, driver="vfio-pci", group=12)
+    made.process(vfio(500, "12", sound))
+    made.process(vfio(501, "12", sound, None))
+    made.process(vfio(502, "77", None))  # the group went meanwhile
+    assert pci.openers(census.take(made.root)) == {sound: (500, 501), GPU: (501,)}
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        f"/sys/devices/pci0000:40/{GPU}/resource0",
+        f"/sys/devices/pci0000:40/{GPU}/resource0_wc",
+        "/proc/bus/pci/41/00.0",
+        "/proc/bus/pci/0000:41/00.0",
+        "/dev/mem",
+    ],
+)
+def test_whoever_has_a_file_of_a_bar_may_map_it_any_time(made: Tree, link: str) -> None:
+    made.process(FakeProcess(800, fds={3: link}))
+    made.process(FakeProcess(801, fds={3: f"/sys/devices/pci0000:40/{GPU}/resource2", 4: f"{link}x"}))
+    bar = next(each for function in pci.functions(made.root) for each in function.bars if each.id == f"{GPU}:0")
+    seen = census.take(made.root)
+    assert [pid for pid, process in seen.processes.items() if pci.may_map(seen, process, bar)] == [800]
+
+
+def test_a_process_that_cannot_be_read_costs_itself_alone(made: Tree) -> None:
+    made.process(FakeProcess(100, maps=mapping(f"/sys/devices/pci0000:00/{NIC}/resource0")))
+    made.process(FakeProcess(101, maps=f"7f00 is torn /sys/devices/pci0000:00/{NIC}/resource0\n"))
+    made.process(FakeProcess(102, fds={5: "/dev/vfio/devices/vfio0"}))
+    made.link("/sys/class/vfio-dev/vfio0/device", f"../../../{NIC}")
+    seen = census.take(made.root)
+    gaps: list[Unread] = []
+    assert pci.holders(seen, pci.functions(made.root), gaps) == {f"{NIC}:0": (100,)}
+    assert [gap.source for gap in gaps] == ["/proc/101/maps"]
+    assert "cannot read" in gaps[0].why
+    assert pci.openers(seen, gaps) == {NIC: (102,)}
+    with pytest.raises(BadFile):
+        pci.holders(seen, pci.functions(made.root))
+
+
+@pytest.mark.parametrize(
     ("file", "content"),
     [("uevent", "PCI_CLASS=60000\n"), ("uevent", "PCI_CLASS=zz\nPCI_ID=1:2\n"), ("resource", "0x0 0x0\n")],
 )
-def test_a_torn_function_is_named(made: Tree, file: str, content: str) -> None:
+def test_a_torn_function_is_named_and_costs_no_other(made: Tree, file: str, content: str) -> None:
     made.write(f"/sys/bus/pci/devices/{NIC}/{file}", content)
     with pytest.raises(BadFile, match=file):
         pci.functions(made.root)
+    gaps: list[Unread] = []
+    assert [function.device.bdf for function in pci.functions(made.root, gaps)] == [BRIDGE, GPU]
+    assert [gap.source for gap in gaps] == [f"/sys/bus/pci/devices/{NIC}"]
+    assert gaps[0].why
 
 
 # --- IOMMU ------------------------------------------------------------------------------------------------------
+
+
+def test_an_iommu_that_cannot_be_read_is_named_and_costs_no_other(made: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    made.iommu("dmar0", devices=[GPU])
+    made.iommu("dmar1", devices=[BRIDGE])
+    torn = "/sys/class/iommu/dmar1/devices"
+    listed = tree.names
+
+    def names(root: tree.Root, path: str) -> list[str]:
+        if path == torn:
+            raise Denied(f"{path} is not shown", "a security policy")
+        return listed(root, path)
+
+    monkeypatch.setattr(tree, "names", names)
+    gaps: list[Unread] = []
+    assert [unit.name for unit in iommu.units(made.root, gaps)] == ["dmar0"]
+    said = f"{torn} is not shown: a security policy"
+    assert [(gap.source, gap.why) for gap in gaps] == [("/sys/class/iommu/dmar1", said)]
+    assert [domain.group for domain in iommu.domains(made.root, [])] == [3, 12]
+    with pytest.raises(Denied):
+        iommu.units(made.root)
+    with pytest.raises(NotFound) as caught:
+        iommu.table(made.root, "3")
+    assert "dmar1" in caught.value.why
+
+
+def test_what_is_no_group_costs_no_group(made: Tree) -> None:
+    made.write("/sys/kernel/iommu_groups/odd/type", "DMA\n")
+    gaps: list[Unread] = []
+    assert [domain.group for domain in iommu.domains(made.root, gaps)] == [3, 12]
+    assert [gap.source for gap in gaps] == ["/sys/kernel/iommu_groups/odd"]
 
 
 def test_a_host_without_iommu_has_neither_units_nor_groups(tmp_path: Path) -> None:
@@ -243,103 +355,60 @@ def test_amd_debugfs_is_named_where_it_is(made: Tree) -> None:
     assert iommu.units(made.root)[0].detail == "cap 1, features 2, debugfs devid, devtbl, iommu00, irqtbl"
 
 
+@pytest.mark.parametrize(
+    ("unit", "attributes", "says"),
+    [("ivhd0", "amd-iommu", "this device is none"), ("dmar0", "intel-iommu", "has no page tables of AMDI0096:00")],
+)
+def test_a_device_that_is_no_pci_function_has_a_reason_of_its_own_and_costs_no_other_group(
+    made: Tree, unit: str, attributes: str, says: str
+) -> None:
+    made.group(0, "DMA-FQ")
+    made.directory("/sys/kernel/iommu_groups/0/devices/AMDI0096:00")
+    made.iommu(unit, ["AMDI0096:00", GPU], attributes, {"cap": "1"})
+    made.intel_tables(GPU, intel_dump(GPU, [(0x100, 0x5000, 1, 3)]))
+    made.write("/dev/mem", bytes(8192))
+    found = {domain.group: domain for domain in iommu.domains(made.root)}
+    assert set(found) == {0, 3, 12}
+    assert (found[0].devices, found[0].mapped) == (("AMDI0096:00",), None)
+    assert says in found[0].why_not
+    assert "debugfs mounted" not in found[0].why_not
+    with pytest.raises(NotFound, match="IOMMU group 0"):
+        iommu.table(made.root, "0")
+
+
+def test_a_group_is_read_by_the_pci_function_in_it_whatever_else_is(made: Tree) -> None:
+    made.directory("/sys/kernel/iommu_groups/12/devices/0000-dma")
+    made.iommu("dmar0", [GPU, "0000-dma"], "intel-iommu", {"cap": "1"})
+    made.intel_tables(GPU, intel_dump(GPU, [(0x100, 0x5000, 1, 3)]))
+    (domain,) = (domain for domain in iommu.domains(made.root) if domain.group == 12)
+    assert (domain.devices, domain.mapped) == (("0000-dma", GPU), 4096)
+
+
+def test_a_name_that_is_too_long_is_never_taken_for_one_that_begins_like_it() -> None:
+    with pytest.raises(NotFound, match="at most 31"):
+        vtd.parse([intel_dump("x" * 31, [(1, 2, 1, 3)]).encode()], "x" * 32)
+
+
+def test_a_group_that_cannot_be_read_says_why_and_costs_no_other(made: Tree) -> None:
+    made.write("/sys/kernel/iommu_groups/3/reserved_regions", "nonsense\n")
+    unread, read = iommu.domains(made.root)
+    assert (unread.group, unread.kind, unread.mapped) == (3, "unknown", None)
+    assert "reserved_regions is not as the kernel writes it" in unread.why_not
+    assert (read.group, read.devices) == (12, (GPU,))
+
+
+def test_a_group_that_goes_while_it_is_read_costs_no_other(made: Tree) -> None:
+    made.directory("/sys/kernel/iommu_groups/7/devices")  # listed, and its files are gone
+    assert [domain.group for domain in iommu.domains(made.root)] == [3, 12]
+
+
 # --- Intel's page tables ----------------------------------------------------------------------------------------
-
-
-RW = Flag.PRESENT | Flag.READ | Flag.WRITE
-
-
-def runs(dump: str, chunk: int = 1 << 20) -> list[Extent]:
-    raw = dump.encode()
-    with vtd.parse((raw[at : at + chunk] for at in range(0, len(raw), chunk)), GPU) as table:
-        assert table.pages == sum(row.count for row in table)
-        return list(table)
-
-
-@pytest.mark.parametrize("padded", [False, True])
-def test_leaves_coalesce_while_iova_pfn_and_access_follow(padded: bool) -> None:
-    leaves = [
-        (0x10, 0x100, 1, 3),
-        (0x11, 0x101, 1, 3),
-        (0x12, 0x102, 1, 1),  # read only: another run
-        (0x13, 0x200, 1, 1),  # elsewhere
-        (0x15, 0x201, 1, 1),  # a hole in IOVA
-        (0x200, 0x40000, 2, 3),
-        (0x400, 0x40200, 2, 3),
-        (0x40000, 0x80000, 3, 2),
-    ]
-    read = Flag.PRESENT | Flag.READ
-    assert runs(intel_dump(GPU, leaves, padded=padded)) == [
-        Extent(0x10, 0x100, 2, RW),
-        Extent(0x12, 0x102, 1, read),
-        Extent(0x13, 0x200, 1, read),
-        Extent(0x15, 0x201, 1, read),
-        Extent(0x200, 0x40000, 1024, RW | Flag.HUGE),
-        Extent(0x40000, 0x80000, 1 << 18, Flag.PRESENT | Flag.WRITE | Flag.HUGE),
-    ]
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 64, 4096])
-def test_the_pieces_a_dump_comes_in_do_not_matter(chunk: int) -> None:
-    dump = intel_dump(GPU, [(page * 2, page, 1, 3) for page in range(50)])
-    assert runs(dump, chunk) == runs(dump)
 
 
 def test_one_file_for_all_devices_as_older_kernels_have_it(made: Tree) -> None:
     dump = intel_dump(NIC, [(1, 2, 1, 3)]) + "DMA Remapping is not enabled on dmar1\n" + intel_dump(GPU, [(3, 4, 1, 3)])
     made.write("/sys/kernel/debug/iommu/intel/domain_translation_struct", dump)
     assert list(vtd.iovas(made.root, GPU)) == [vtd.Iova(3, 4, 1, "rw", False)]
-
-
-def test_a_table_with_a_pasid_is_a_process_and_not_the_device() -> None:
-    own = intel_dump(GPU, [(3, 4, 1, 3)], pasid=0)
-    assert runs(own + intel_dump(GPU, [(1, 9, 1, 3)], pasid=0x1F)) == [Extent(3, 4, 1, RW)]
-
-
-def test_a_long_run_is_one_row_and_a_long_dump_is_never_held() -> None:
-    sizes = []
-
-    def chunks() -> Iterator[bytes]:
-        yield intel_dump(GPU, []).encode().rstrip(b"\n") + b"\n"
-        for first in range(0, 200_000, 1000):
-            whole = intel_dump(GPU, [(page, page, 1, 3) for page in range(first, first + 1000)])
-            text = "\n".join(whole.split("\n")[2:-1]).encode()
-            sizes.append(len(text))
-            yield text
-
-    with growth() as grown, vtd.parse(chunks(), GPU) as table:
-        assert list(table) == [Extent(0, 0, 200_000, RW)]
-        assert grown() < 4 << 20 < 20 << 20 < sum(sizes)
-
-
-def test_a_budget_is_kept_and_shared() -> None:
-    dump = intel_dump(GPU, [(page, page, 1, 3) for page in range(10)]).encode()
-    budget = vtd.Budget(15)
-    vtd.parse([dump], GPU, budget).close()
-    assert budget.leaves == 5
-    with pytest.raises(vtd.TooMany):
-        vtd.parse([dump], GPU, budget)
-
-
-@pytest.mark.parametrize(
-    "dump",
-    [
-        "Invalid device or pasid!\n",
-        intel_dump(GPU, [(1, 2, 1, 3)]).rstrip("\n"),
-        intel_dump(GPU, [(1, 2, 1, 3)]).replace("|", "!"),
-        intel_dump(GPU, [(1, 2, 1, 3)]).split("\n", 2)[2],
-        intel_dump(GPU, [(1, 0, 4, 3)]),
-        intel_dump(GPU, [(2, 2, 1, 3), (1, 1, 1, 3)]),
-        intel_dump(GPU, [(512, 512, 2, 3), (513, 1, 1, 3)]),
-        intel_dump(GPU, [(1, 2, 1, 3)]).replace("0x0000000000001", "0X0000000000001"),
-        f"Device {GPU} with pasid  @0x1000\n",
-        f"Device {GPU}\n",
-        f"Device {GPU} @0x1000\n0x1 |\t0x0\t0x0\t0x0\t0x0\t0x0\n",
-    ],
-)
-def test_a_dump_that_is_not_as_the_kernel_writes_it_is_named(dump: str) -> None:
-    with pytest.raises(BadFile, match="domain_translation_struct"):
-        runs(dump)
 
 
 def test_no_debugfs_is_not_found(made: Tree) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from support.trees import BOOT_ID, GIB, Tree
 
 from memconsole.backend.kernel import dax, host, iomem, kho, memory, tree
 from memconsole.errors import BadFile, Denied, Gone, NotFound
-from memconsole.model import Dax, HugePool, Node, Range, Survival
+from memconsole.model import Dax, HugePool, Node, Range, Survival, Unread
 
 
 @pytest.fixture
@@ -24,11 +25,6 @@ def test_a_host_is_read_from_its_tree(made: Tree) -> None:
     assert (found.cpus, found.page_size, found.uptime_s) == (7, 65536, 3600.25)
 
 
-def test_the_command_line_ends_where_inits_begins(made: Tree) -> None:
-    made.host(command_line='kho=off quiet kho=on opt="a" -- liveupdate=on')
-    assert host.command_line(made.root) == {"kho": "on", "quiet": "", "opt": "a"}
-
-
 def test_a_kernels_configuration_is_read_from_boot_where_proc_has_none(made: Tree) -> None:
     made.host()
     assert host.config(made.root) is None
@@ -40,6 +36,20 @@ def test_a_configuration_that_is_no_gzip_is_named(made: Tree) -> None:
     made.write("/proc/config.gz", b"\x1f\x8b\x08 cut")
     with pytest.raises(BadFile, match=r"/proc/config\.gz"):
         host.config(made.root)
+
+
+def test_a_node_has_the_addresses_of_its_memory_blocks(made: Tree) -> None:
+    made.meminfo(total=64 * GIB, free=32 * GIB)
+    made.write("/sys/devices/system/memory/block_size_bytes", "8000000\n")
+    for number, blocks in ((0, (0, 1, 2, 8)), (1, (3, 4))):
+        made.node(number, GIB, GIB, "0-7")
+        made.write(f"/sys/devices/system/node/node{number}/memory_failure/total", "0\n")
+        for block in blocks:
+            made.link(f"/sys/devices/system/node/node{number}/memory{block}", f"../../memory/memory{block}")
+    block = 128 << 20
+    first, second = memory.nodes(made.root)
+    assert [(each.start // block, each.end // block) for each in first.ranges] == [(0, 3), (8, 9)]
+    assert [(each.start // block, each.end // block) for each in second.ranges] == [(3, 5)]
 
 
 def test_memory_nodes_and_pools(made: Tree) -> None:
@@ -109,6 +119,23 @@ def test_devdax_devices(made: Tree) -> None:
     )
 
 
+def test_an_entry_that_goes_while_it_is_read_costs_no_other(made: Tree) -> None:
+    made.dax("dax0.0", size=GIB, align=2 << 20, node=1, start=GIB)
+    made.directory("/sys/bus/dax/devices/dax1.0")
+    assert [found.name for found in dax.dax(made.root)] == ["dax0.0"]
+    made.meminfo()
+    made.node(0, GIB, GIB // 2, "0-7")
+    made.directory("/sys/devices/system/node/node1")
+    assert [node.number for node in memory.memory(made.root).nodes] == [0]
+    made.firmware([(0, 0x9FBFF, "System RAM")])
+    made.directory("/sys/firmware/memmap/1")
+    assert len(iomem.firmware(made.root)) == 1
+    made.directory("/sys/kernel/boot_params/setup_data/0")
+    made.write("/sys/kernel/boot_params/setup_data/1/type", "0xa\n")
+    made.host()
+    assert kho.survival(made.root).kho
+
+
 # --- live update ------------------------------------------------------------------------------------------------
 
 SCRATCH = [(0x1F000000, 16 << 20), (0x40000000, 128 << 20)]
@@ -163,6 +190,27 @@ def test_debugfs_without_kho_says_so(made: Tree) -> None:
     assert kho.survival(made.root) == Survival(detail="the kernel has no KHO, or it is off (kho=on)")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_files_of_debugfs_that_cannot_be_opened_cost_nothing_else(made: Tree) -> None:
+    """As under lockdown: they are listed, and may not be opened."""
+    made.host(command_line="kho=on liveupdate=on")
+    made.write("/dev/liveupdate", b"")
+    made.kho(scratch=SCRATCH, incoming=("kexec-metadata",), count=3)
+    for directory in (made.root, *made.root.parents):
+        directory.chmod(directory.stat().st_mode | 0o555)
+    for name in ("out/scratch_phys", "out/scratch_len", "in/sub_fdts/kexec-metadata"):
+        (made.root / f"sys/kernel/debug/kho/{name}").chmod(0)
+    try:
+        os.seteuid(65534)
+        found = kho.survival(made.root)
+    finally:
+        os.seteuid(0)
+    assert (found.kho, found.luo, found.kho_cmdline, found.luo_cmdline) == (True, True, True, True)
+    assert (found.scratch, found.kexec_count) == ((), 0)
+    assert "scratch_phys is not shown" in found.detail
+    assert "kexec-metadata is not shown" in found.detail
+
+
 def test_torn_scratch_regions_are_named(made: Tree) -> None:
     made.host()
     made.kho(scratch=SCRATCH)
@@ -189,3 +237,34 @@ def test_an_error_becomes_a_gap_that_keeps_its_remedy(made: Tree) -> None:
     assert gap.source == "/proc/iomem"
     assert "CAP_SYS_ADMIN" in gap.why
     assert "root" in gap.remedy
+
+
+def test_an_entry_that_is_torn_costs_no_other_and_is_named(made: Tree) -> None:
+    made.meminfo()
+    made.node(0, GIB, GIB // 2, "0-7")
+    made.write("/sys/devices/system/node/node1/meminfo", "Node 1 MemTotal: lots kB\n")
+    made.pool(2 << 20, 100, 40, 5, 2)
+    made.write("/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages", "many\n")
+    made.dax("dax0.0", size=GIB, align=2 << 20, node=1, start=GIB)
+    made.write("/sys/bus/dax/devices/dax1.0/size", "large\n")
+    made.firmware([(0, 0x9FBFF, "System RAM")])
+    made.write("/sys/firmware/memmap/1/start", "here\n")
+    made.write("/sys/kernel/boot_params/setup_data/0/type", "none\n")
+    made.write("/sys/kernel/boot_params/setup_data/1/type", "0xa\n")
+    gaps: list[Unread] = []
+    found = memory.memory(made.root, gaps)
+    assert [node.number for node in found.nodes] == [0]
+    assert [pool.page_size for pool in found.pools] == [2 << 20]
+    assert [each.name for each in dax.dax(made.root, gaps)] == ["dax0.0"]
+    assert len(iomem.firmware(made.root, gaps)) == 1
+    assert [gap.source for gap in gaps] == [
+        "/sys/devices/system/node/node1",
+        "/sys/kernel/mm/hugepages/hugepages-1048576kB",
+        "/sys/bus/dax/devices/dax1.0",
+        "/sys/firmware/memmap/1",
+    ]
+    made.host()
+    assert kho.survival(made.root).kho
+    for reader in (memory.memory, dax.dax, iomem.firmware):
+        with pytest.raises(BadFile):
+            reader(made.root)

@@ -17,7 +17,7 @@ from support import handover_image as image
 from support.handover_image import PAGE, Cells, u64
 
 from memconsole.backend.kernel.handover import decode, describe, fdt, radix, records
-from memconsole.backend.kernel.handover.values import FolioRun, Handover, Preserved, Run
+from memconsole.backend.kernel.handover.values import FolioRun, Handover, Run
 from memconsole.cli import main
 from memconsole.errors import BadFile, ExitCode, NotFound
 
@@ -104,14 +104,6 @@ def test_a_leaf_of_any_bits(bits: bytes) -> None:
     assert [pfn + n for pfn, count in radix.walk(memory, tree).runs for n in range(count)] == want
 
 
-def test_covering() -> None:
-    held = Preserved((Run(10, 5), Run(20, 1)), {0: 6}, 1)
-    assert held.covers(10, 5)
-    assert held.covers(14)
-    assert held.covers(20)
-    assert not any((held.covers(9), held.covers(14, 2), held.covers(15), held.covers(21), held.covers(19, 2)))
-
-
 def test_a_million_pages_in_one_run_cost_one_run() -> None:
     memory = Cells()
     tree = image.radix(memory, [(n << 18, 18) for n in range(1, 5)])
@@ -128,12 +120,12 @@ def test_dtc_reads_what_we_write_and_we_read_what_dtc_writes(tmp_path: Path) -> 
     / { compatible = "some", "other"; empty; a = <1 2 3>; child { b = [00 ff 10]; deep { c = "x"; }; }; other { }; };"""
     blob = subprocess.run(["dtc", "-O", "dtb"], input=source.encode(), capture_output=True, check=True).stdout
     found = fdt.parse(blob)
-    assert found.text("compatible") == "some"
+    assert found.texts("compatible") == ("some", "other")
     assert found.properties["a"] == bytes([0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 3])
     assert found.properties["empty"] == b""
     assert list(found.children) == ["child", "other"]
     assert found.children["child"].properties["b"] == b"\x00\xff\x10"
-    assert found.children["child"].children["deep"].text("c") == "x"
+    assert found.children["child"].children["deep"].texts("c") == ("x",)
     _, ours = whole()
     text = subprocess.run(
         ["dtc", "-qI", "dtb", "-O", "dts"], input=ours, capture_output=True, check=True
@@ -162,6 +154,31 @@ def test_another_abi_is_opaque() -> None:
     assert not found.gaps
     other = decode(image.root(memory, 0, {}, "kho-v9"), memory)
     assert (other.compatible, other.preserved, other.blobs) == ("kho-v9", None, ())
+
+
+def test_a_root_that_offers_several_versions_is_read_by_the_one_that_is_known() -> None:
+    memory = Cells()
+    tree = image.radix(memory, [(0, 5)])
+    found = decode(image.root(memory, tree, {}, "kho-v5;radix-v2\0kho-v4"), memory)
+    assert found.compatible == "kho-v4"
+    assert found.preserved is not None
+    other = decode(image.root(memory, tree, {}, "kho-v5;radix-v2\0kho-v6"), memory)
+    assert (other.compatible, other.preserved) == ("kho-v5;radix-v2, kho-v6", None)
+
+
+@pytest.mark.parametrize("kind", ["kho-v5;radix-v2", "kho-v3-radix-v1", "kho_v7", "kho-v9+flags"])
+def test_a_dump_of_a_version_that_is_not_known_has_a_handover_all_the_same(tmp_path: Path, kind: str) -> None:
+    memory = Cells()
+    memory.put(image.root(memory, image.radix(memory, [(1, 0)]), {}, kind))
+    memory.core(tmp_path / "dump")
+    (found,) = describe(str(tmp_path / "dump"))
+    assert (found.compatible, found.preserved) == (kind, None)
+
+
+@pytest.mark.parametrize("name", ["kvm_vm_luo_v1", "luo-v5;block-v1", "luo-v3-block-v1", "guest_memfd_luo_v1"])
+def test_a_blob_is_known_by_a_word_of_any_form(name: str) -> None:
+    assert records.compatible(name.encode() + bytes(32)) == name
+    assert records.luo(Cells(), name.encode().ljust(64, b"\0")) is None
 
 
 def test_a_freed_page_is_no_luo_state() -> None:

@@ -2,81 +2,34 @@
 
 from __future__ import annotations
 
-import bz2
 import gzip
-import lzma
-import shutil
-import struct
-import subprocess
-from collections.abc import Callable
+import os
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.bzimages import ELF, MIB, PACKERS, bzimage
 
 from memconsole.backend.handoff import image
 from memconsole.errors import BadFile, MemconsoleError, NotFound
 from memconsole.model import Range
 
-MIB = 1 << 20
-ELF = (
-    b"\x7fELF" + bytes(1000) + b"text kho-v4\0other\0luo-v5\0\xff\xffmemfd-v2\0xkho-v9\0kho-v77 \0luo-v\0" + bytes(5000)
-)
-SIZED = struct.pack("<I", len(ELF))
-
-
-def tool(*command: str) -> Callable[[bytes], bytes]:
-    def pack(data: bytes) -> bytes:
-        if shutil.which(command[0]) is None:
-            pytest.skip(f"no {command[0]}")
-        return subprocess.run(command, input=data, capture_output=True, check=True).stdout + SIZED
-
-    return pack
-
-
-PACKERS: dict[str, Callable[[bytes], bytes]] = {
-    "gzip": gzip.compress,
-    "xz": lambda data: lzma.compress(data, check=lzma.CHECK_CRC32) + SIZED,
-    "lzma": lambda data: lzma.compress(data, lzma.FORMAT_ALONE) + SIZED,
-    "bzip2": lambda data: bz2.compress(data) + SIZED,
-    "zstd": tool("zstd", "-qc"),
-    "lz4": tool("lz4", "-lqc"),
-    "none": lambda data: data,
-}
-
-
-def bzimage(
-    path: Path, payload: bytes, release: bytes = b"7.3.4-test (who@where) #1", init_size: int = 20 * MIB
-) -> str:
-    """A bzImage as arch/x86/boot/tools/build.c lays it out."""
-    sectors = 4
-    data = bytearray((sectors + 1) * 512)
-    data[0x1F1] = sectors
-    data[0x202:0x206] = b"HdrS"
-    struct.pack_into("<H", data, 0x20E, 0x300)
-    struct.pack_into("<I", data, 0x230, 2 * MIB)
-    struct.pack_into("<II", data, 0x248, 0x40, len(payload))
-    struct.pack_into("<I", data, 0x260, init_size)
-    data[0x500 : 0x500 + len(release) + 1] = release + b"\0"
-    path.write_bytes(bytes(data) + bytes(0x40) + payload + b"behind")
-    return str(path)
-
 
 @pytest.mark.parametrize("compression", PACKERS)
 def test_every_packing(tmp_path: Path, compression: str) -> None:
-    found = image.inspect(bzimage(tmp_path / "vmlinuz", PACKERS[compression](ELF)))
+    found = inspect(bzimage(tmp_path / "vmlinuz", PACKERS[compression](ELF)))
     assert (found.compression, found.why) == (compression, "")
     assert found.abis == ("kho-v4", "luo-v5", "memfd-v2")
     assert (found.release, found.alignment, found.init_size) == ("7.3.4-test", 2 * MIB, 20 * MIB)
 
 
 def test_a_packing_that_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert image.inspect(bzimage(tmp_path / "a", b"\x89LZO" + bytes(99))).why == "lzo is not known here"
-    assert image.inspect(bzimage(tmp_path / "b", b"what?")).abis is None
+    assert inspect(bzimage(tmp_path / "a", b"\x89LZO" + bytes(99))).why == "lzo is not known here"
+    assert inspect(bzimage(tmp_path / "b", b"what?")).abis is None
     monkeypatch.setenv("PATH", str(tmp_path))
-    unpacked = image.inspect(bzimage(tmp_path / "c", b"\x28\xb5\x2f\xfd" + bytes(99)))
+    unpacked = inspect(bzimage(tmp_path / "c", b"\x28\xb5\x2f\xfd" + bytes(99)))
     assert (unpacked.compression, unpacked.abis) == ("zstd", None)
     assert "zstd" in unpacked.why
 
@@ -85,21 +38,21 @@ def test_a_packing_that_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_torn_payload_is_not_known(tmp_path: Path, compression: str) -> None:
     payload = PACKERS[compression](ELF)
     torn = payload[:8] + bytes(byte ^ 0xA5 for byte in payload[8:])
-    found = image.inspect(bzimage(tmp_path / "vmlinuz", torn))
+    found = inspect(bzimage(tmp_path / "vmlinuz", torn))
     assert found.abis in {None, ()}
     assert found.abis == () or found.why
 
 
 def test_what_is_no_image(tmp_path: Path) -> None:
     with pytest.raises(NotFound):
-        image.inspect(str(tmp_path / "none"))
+        inspect(str(tmp_path / "none"))
     (tmp_path / "text").write_bytes(b"x" * 10_000)
     with pytest.raises(BadFile, match="no kernel image"):
-        image.inspect(str(tmp_path / "text"))
+        inspect(str(tmp_path / "text"))
     whole = Path(bzimage(tmp_path / "whole", PACKERS["gzip"](ELF))).read_bytes()
     (tmp_path / "cut").write_bytes(whole[:-20])
     with pytest.raises(BadFile, match="truncated"):
-        image.inspect(str(tmp_path / "cut"))
+        inspect(str(tmp_path / "cut"))
 
 
 @given(st.data())
@@ -112,7 +65,16 @@ def test_torn_headers_are_named(tmp_path: Path, data: st.DataObject) -> None:
         )
     (tmp_path / "vmlinuz").write_bytes(raw)
     with suppress(BadFile):
-        image.inspect(str(tmp_path / "vmlinuz"))
+        inspect(str(tmp_path / "vmlinuz"))
+
+
+def inspect(path: str) -> image.KernelImage:
+    """As the process that unpacks it does."""
+    fd = image.opened(path)
+    try:
+        return image.inspect(path, fd)
+    finally:
+        os.close(fd)
 
 
 def regions(*sizes: int) -> list[Range]:
@@ -120,12 +82,12 @@ def regions(*sizes: int) -> list[Range]:
 
 
 def test_what_fits(tmp_path: Path) -> None:
-    found = image.inspect(bzimage(tmp_path / "vmlinuz", ELF))
+    found = inspect(bzimage(tmp_path / "vmlinuz", ELF))
     assert image.shortage(found, 10 * MIB, regions(64 * MIB)) == ""
     assert image.shortage(found, 50 * MIB, regions(24 * MIB, 0, 50 * MIB)) == ""
-    assert image.shortage(found, 50 * MIB, regions(64 * MIB)).startswith("the initrd wants 50M")
-    assert image.shortage(found, 0, regions(10 * MIB)).startswith("the kernel wants")
-    assert image.shortage(found, 0, []) == "boot parameters wants 1M, the largest scratch region has 0"
+    assert image.shortage(found, 50 * MIB, regions(64 * MIB)).startswith("the initrd needs 50M")
+    assert image.shortage(found, 0, regions(10 * MIB)).startswith("the kernel needs")
+    assert image.shortage(found, 0, []) == "boot parameters needs 1M, the largest scratch region has 0"
 
 
 def test_nothing_is_loaded_that_is_no_kernel(tmp_path: Path) -> None:
@@ -140,5 +102,5 @@ def test_nothing_is_loaded_that_is_no_kernel(tmp_path: Path) -> None:
 
 def test_what_is_built_in_is_known_by_its_parameters(tmp_path: Path) -> None:
     parts = b"bound to vfio-pci\0vfio_pci.ids\0xiommufd.allow_unsafe_interrupts\0"
-    found = image.inspect(bzimage(tmp_path / "vmlinuz", gzip.compress(ELF + parts)))
+    found = inspect(bzimage(tmp_path / "vmlinuz", gzip.compress(ELF + parts)))
     assert found.modules == ("vfio_pci",)

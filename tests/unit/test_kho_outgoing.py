@@ -19,7 +19,7 @@ from memconsole.model import LiveSession
 
 
 def process(pid: int, *links: str) -> Process:
-    return Process(pid, "mc-keeper", "S", 1, 5, 0, False, dict(enumerate(links)), b"")
+    return Process(pid, "mc-keeper", "S", 1, 5, 0, False, dict(enumerate(links)), b"", pid, parent=1)
 
 
 def test_sessions_are_found_by_the_links_of_everybody(tmp_path: Path) -> None:

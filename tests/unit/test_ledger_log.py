@@ -13,8 +13,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from memconsole.backend import ledger
-from memconsole.backend.ledger import Kind, Ledger
+from memconsole.backend.ledger import log as ledger_log
+from memconsole.backend.ledger.log import Ledger, RecordKind
 from memconsole.errors import BadFile, KernelRefused, Refused, UsageError
 from memconsole.model import Severity
 
@@ -32,8 +32,13 @@ def log() -> Iterator[Ledger]:
 def filled(count: int, size: int = 20) -> Ledger:
     made = Ledger.create("boot-1", capacity=SMALL)
     for n in range(count):
-        made.append(Kind.INTENT, bytes([n + 1]) * (size + n))
+        made.append(RecordKind.INTENT, bytes([n + 1]) * (size + n))
     return made
+
+
+def pays(log: Ledger) -> bool:
+    """Whether a compaction would."""
+    return log.worth_compacting
 
 
 def copy_of(image: bytes) -> int:
@@ -42,27 +47,27 @@ def copy_of(image: bytes) -> int:
     return fd
 
 
-def reopened(image: bytes) -> tuple[list[bytes], ledger.Dropped | None]:
+def reopened(image: bytes) -> tuple[list[bytes], ledger_log.CutTail | None]:
     """The payloads and the cut, read twice: once as it is, once more after it was cut, when nothing may be amiss."""
     first = Ledger.open(copy_of(image))
     payloads = [record.payload for record in first.records()]
     again = Ledger.open(copy_of(first.image()))
     assert again.dropped is None
     assert [record.payload for record in again.records()] == payloads
-    assert again.append(Kind.DONE, b"goes on") == first.next_seq
+    assert again.append(RecordKind.DONE, b"goes on") == first.next_seq
     again.close()
     first.close()
     return payloads, first.dropped
 
 
 def test_what_is_appended_is_read_back(log: Ledger) -> None:
-    assert log.append(Kind.INTENT, {"action": "reserve", "name": "web"}) == 1
-    assert log.append(Kind.DONE, b"") == 2
+    assert log.append(RecordKind.INTENT, {"action": "reserve", "name": "web"}) == 1
+    assert log.append(RecordKind.DONE, b"") == 2
     first, second = log.records()
-    assert (first.seq, first.kind, first.value()) == (1, Kind.INTENT, {"action": "reserve", "name": "web"})
-    assert (second.seq, second.kind, second.payload) == (2, Kind.DONE, b"")
+    assert (first.seq, first.kind, first.value()) == (1, RecordKind.INTENT, {"action": "reserve", "name": "web"})
+    assert (second.seq, second.kind, second.payload) == (2, RecordKind.DONE, b"")
     assert [record.seq for record in log.records(after=1)] == [2]
-    with pytest.raises(BadFile, match="not JSON"):
+    with pytest.raises(BadFile, match="record 2 cannot be read"):
         second.value()
 
 
@@ -78,33 +83,33 @@ def test_a_ledger_is_found_again_through_its_fd() -> None:
 def test_it_grows_and_loses_nothing(log: Ledger) -> None:
     payloads = [bytes([n % 251]) * (n % 97) for n in range(3000)]
     for payload in payloads:
-        log.append(Kind.EVENT, payload)
+        log.append(RecordKind.EVENT, payload)
     assert log.generation > 1
     assert [record.payload for record in log.records()] == payloads
     assert reopened(log.image()) == (payloads, None)
 
 
 def test_a_record_larger_than_the_ledger_fits(log: Ledger) -> None:
-    log.append(Kind.STATE, b"x" * ledger.MAX_PAYLOAD)
-    assert [len(record.payload) for record in log.records()] == [ledger.MAX_PAYLOAD]
+    log.append(RecordKind.STATE, b"x" * ledger_log.MAX_PAYLOAD)
+    assert [len(record.payload) for record in log.records()] == [ledger_log.MAX_PAYLOAD]
 
 
 def test_a_record_that_is_too_long_is_refused(log: Ledger) -> None:
     with pytest.raises(Refused) as caught:
-        log.append(Kind.STATE, b"x" * (ledger.MAX_PAYLOAD + 1))
+        log.append(RecordKind.STATE, b"x" * (ledger_log.MAX_PAYLOAD + 1))
     assert caught.value.code == "RecordTooLong"
     with pytest.raises(Refused):
-        log.compact([(Kind.STATE, b"x" * (ledger.MAX_PAYLOAD + 1))])
+        log.compact([(RecordKind.STATE, b"x" * (ledger_log.MAX_PAYLOAD + 1))])
     assert log.next_seq == 1
 
 
 def test_compaction_replaces_the_records_and_goes_on_counting(log: Ledger) -> None:
     for n in range(2000):
-        log.append(Kind.EVENT, {"n": n})
-    assert log.worth_compacting
-    log.compact([(Kind.STATE, {"regions": 1}), (Kind.STATE, {"regions": 2})])
-    assert not log.worth_compacting
-    assert log.append(Kind.INTENT, b"next") == 2003
+        log.append(RecordKind.EVENT, {"n": n})
+    assert pays(log)
+    log.compact([(RecordKind.STATE, {"regions": 1}), (RecordKind.STATE, {"regions": 2})])
+    assert not pays(log)
+    assert log.append(RecordKind.INTENT, b"next") == 2003
     assert [(record.seq, record.kind) for record in log.records()] == [(2001, 5), (2002, 5), (2003, 1)]
 
 
@@ -112,8 +117,8 @@ def test_compaction_keeps_the_memory_bounded(log: Ledger) -> None:
     sizes = set()
     for _ in range(40):
         for n in range(300):
-            log.append(Kind.EVENT, bytes(n % 50))
-        log.compact([(Kind.STATE, b"all")])
+            log.append(RecordKind.EVENT, bytes(n % 50))
+        log.compact([(RecordKind.STATE, b"all")])
         sizes.add(os.fstat(log.fd).st_size)
     assert max(sizes) <= 16 * SMALL + 64 * 1024
 
@@ -122,11 +127,11 @@ def test_truncated_at_every_byte_of_the_last_three_records() -> None:
     made = filled(6)
     image, whole = made.image(), [record.payload for record in made.records()]
     made.close()
-    start, ends = ledger.read(image).superblock.start, []
+    start, ends = ledger_log.read(image).superblock.start, []
     boundaries = {start}
     for payload in whole:
-        ends.append(start + ledger._FRAMING + len(payload))
-        start = ledger._frame_size(ends[-1])
+        ends.append(start + ledger_log._FRAMING + len(payload))
+        start = ledger_log._frame_size(ends[-1])
         boundaries |= set(range(ends[-1], start + 1))
     for cut in range(ends[2], start):
         kept = sum(end <= cut for end in ends)
@@ -143,9 +148,9 @@ def test_truncated_at_every_byte_of_the_last_three_records() -> None:
 @pytest.mark.parametrize("written", range(4, 40))
 def test_an_append_that_did_not_end_is_torn_and_cut(written: int) -> None:
     made = filled(3)
-    frame = ledger._pack_frame(ledger.Record(4, Kind.DONE, b"never said done"), made.generation)
+    frame = ledger_log._pack_frame(ledger_log.Record(4, RecordKind.DONE, b"never said done"), made.generation)
     image = bytearray(made.image())
-    end = ledger.read(bytes(image)).end
+    end = ledger_log.read(bytes(image)).end
     image[end + 4 : end + written] = frame[4:written]
     made.close()
     payloads, dropped = reopened(bytes(image))
@@ -159,18 +164,18 @@ def test_an_append_that_did_not_end_is_torn_and_cut(written: int) -> None:
 def test_every_bit_that_flips_is_noticed() -> None:
     made = filled(4)
     image, whole = made.image(), [record.payload for record in made.records()]
-    start, end = ledger.read(image).superblock.start, ledger.read(image).end
+    start, end = ledger_log.read(image).superblock.start, ledger_log.read(image).end
     used = 4096 if made.generation % 2 else 0
     made.close()
-    for byte in (*range(used, used + ledger._SUPER.size), *range(start, end + 16)):
+    for byte in (*range(used, used + ledger_log._SUPER.size), *range(start, end + 16)):
         for bit in range(8):
             flipped = bytearray(image)
             flipped[byte] ^= 1 << bit
             if byte < start:
                 with pytest.raises(BadFile):
-                    ledger.read(bytes(flipped))
+                    ledger_log.read(bytes(flipped))
                 continue
-            found = ledger.read(bytes(flipped))
+            found = ledger_log.read(bytes(flipped))
             assert found.dropped is not None, (byte, bit)
             payloads = [record.payload for record in found.records]
             assert payloads == whole[: len(payloads)]
@@ -180,9 +185,9 @@ def test_every_bit_that_flips_is_noticed() -> None:
 def test_records_behind_damage_are_counted_and_not_believed() -> None:
     made = filled(5)
     image = bytearray(made.image())
-    image[ledger.read(bytes(image)).superblock.start] ^= 0xFF
+    image[ledger_log.read(bytes(image)).superblock.start] ^= 0xFF
     made.close()
-    found = ledger.read(bytes(image))
+    found = ledger_log.read(bytes(image))
     assert found.records == ()
     assert found.dropped is not None
     assert not found.dropped.torn
@@ -221,12 +226,12 @@ class Stopping:
 @pytest.mark.parametrize("stores", range(1, 6))
 def test_killed_at_any_store_of_a_compaction_it_is_the_old_ledger_or_the_new_one(stores: int, part: float) -> None:
     made = filled(4)
-    made.compact([(Kind.STATE, b"old")])  # both areas were used, so there is room and nothing is mapped anew
-    made.compact([(Kind.STATE, b"old")])
+    made.compact([(RecordKind.STATE, b"old")])  # both areas were used, so there is room and nothing is mapped anew
+    made.compact([(RecordKind.STATE, b"old")])
     real = made._map
     made._map = Stopping(real, stores, part)  # type: ignore[assignment]
     try:
-        made.compact([(Kind.STATE, b"new 1"), (Kind.STATE, b"new 2")])
+        made.compact([(RecordKind.STATE, b"new 1"), (RecordKind.STATE, b"new 2")])
         ended = True
     except Stop:
         ended = False
@@ -247,7 +252,7 @@ def test_killed_at_any_store_of_an_append_it_is_there_or_not(stores: int, part: 
     real = made._map
     made._map = Stopping(real, stores, part)  # type: ignore[assignment]
     with pytest.raises(Stop):
-        made.append(Kind.DONE, b"the third record")
+        made.append(RecordKind.DONE, b"the third record")
     payloads, dropped = reopened(real[:])
     committed = stores == 2 and part > 0  # the length's low byte makes the record whole
     assert payloads[2:] == ([b"the third record"] if committed else [])
@@ -259,35 +264,35 @@ def test_killed_at_any_store_of_an_append_it_is_there_or_not(stores: int, part: 
 def test_a_ledger_that_cannot_grow_says_so_and_stays_as_it_was(log: Ledger) -> None:
     small = b"x" * 1000
     for _ in range(3):
-        log.append(Kind.EVENT, small)
+        log.append(RecordKind.EVENT, small)
     before = log.image()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before), hard))
     try:
         with pytest.raises(KernelRefused) as caught:
-            log.append(Kind.EVENT, b"x" * 2000)
+            log.append(RecordKind.EVENT, b"x" * 2000)
         assert caught.value.code == "LedgerFull"
         assert log.image() == before
-        assert log.append(Kind.EVENT, b"small enough") == 4
+        assert log.append(RecordKind.EVENT, b"small enough") == 4
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert log.append(Kind.EVENT, b"x" * 2000) == 5
+    assert log.append(RecordKind.EVENT, b"x" * 2000) == 5
 
 
 def test_a_sealed_ledger_refuses_to_grow(log: Ledger) -> None:
     fcntl.fcntl(log.fd, F_ADD_SEALS, F_SEAL_GROW)
     with pytest.raises(KernelRefused):
-        log.append(Kind.EVENT, b"x" * 5000)
+        log.append(RecordKind.EVENT, b"x" * 5000)
     assert log.next_seq == 1
 
 
 def test_a_ledger_has_a_limit(log: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "MAX_CAPACITY", SMALL)
+    monkeypatch.setattr(ledger_log, "MAX_CAPACITY", SMALL)
     while log.used + 224 <= SMALL:
-        log.append(Kind.EVENT, b"x" * 200)
+        log.append(RecordKind.EVENT, b"x" * 200)
     before = log.image()
     with pytest.raises(Refused) as caught:
-        log.append(Kind.EVENT, b"x" * 200)
+        log.append(RecordKind.EVENT, b"x" * 200)
     assert caught.value.code == "LedgerFull"
     assert log.image() == before
 
@@ -302,7 +307,7 @@ def test_what_is_no_ledger_is_a_bad_file_and_left_alone(image: bytes) -> None:
 
 
 def test_a_newer_version_is_a_bad_file_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "VERSION", 7)
+    monkeypatch.setattr(ledger_log, "VERSION", 7)
     newer = filled(1)
     monkeypatch.undo()
     with pytest.raises(BadFile, match="version 7"):
@@ -333,8 +338,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(payloads=st.lists(st.binary(max_size=600), max_size=4))
     def compact(self, payloads: list[bytes]) -> None:
-        self.log.compact([(Kind.STATE, payload) for payload in payloads])
-        self.model = [(self.seq + n, int(Kind.STATE), payload) for n, payload in enumerate(payloads, 1)]
+        self.log.compact([(RecordKind.STATE, payload) for payload in payloads])
+        self.model = [(self.seq + n, int(RecordKind.STATE), payload) for n, payload in enumerate(payloads, 1)]
         self.seq += len(payloads)
 
     @rule()
@@ -348,7 +353,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def damage(self, data: st.DataObject) -> None:
         image = bytearray(self.log.image())
-        found = ledger.read(bytes(image))
+        found = ledger_log.read(bytes(image))
         byte = data.draw(st.integers(found.superblock.start, found.end - 1))
         image[byte] ^= data.draw(st.integers(1, 255))
         self.log.close()

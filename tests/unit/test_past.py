@@ -5,23 +5,25 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sqlite3
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 from support.served import ServedSource
 from support.synthetic import NOW_NS, snapshot
+from support.waiting import until
 
 from memconsole import actions, cli
 from memconsole.backend.control import EMBEDDED_HISTORY, embedded
-from memconsole.backend.past import Past
+from memconsole.backend.history.recorder import HistoryRecorder
 from memconsole.backend.wire.client import Client
-from memconsole.backend.wire.embedded import serve_in_thread
+from memconsole.backend.wire.serving import serve_in_thread
 from memconsole.errors import ExitCode, NotFound, Refused, UsageError
 from memconsole.model import Snapshot
-from memconsole.source import Moment, ReadOnly, Source
+from memconsole.source import PastSource, ReadOnly, Source
 from memconsole.units import format_time, parse_time
-from memconsole.views.headless import Still
+from memconsole.views.headless import FrozenSource
 
 S = 10**9
 
@@ -34,7 +36,7 @@ def taken(seconds: float, regions: int = 2) -> Snapshot:
 
 
 def test_snapshots_are_recorded_as_seldom_as_was_asked(tmp_path: Path) -> None:
-    past = Past(tmp_path, 1.0)
+    past = HistoryRecorder(tmp_path, 1.0)
     for seconds in (0, 0.5, 0.999, 1.0, 1.5, 2.25):
         past.note(taken(seconds))
     assert [(time - NOW_NS) / S for time in past.times()] == [0, 1.0, 2.25]
@@ -46,7 +48,7 @@ def test_snapshots_are_recorded_as_seldom_as_was_asked(tmp_path: Path) -> None:
 
 
 def test_a_clock_that_goes_back_stops_nothing(tmp_path: Path) -> None:
-    past = Past(tmp_path, 1.0)
+    past = HistoryRecorder(tmp_path, 1.0)
     past.note(taken(100))
     past.note(taken(0, regions=3))
     assert len(past.times()) == 2
@@ -55,7 +57,7 @@ def test_a_clock_that_goes_back_stops_nothing(tmp_path: Path) -> None:
 
 
 def test_without_recording_what_others_recorded_is_shown(tmp_path: Path) -> None:
-    past, looker = Past(tmp_path, 1.0), Past(tmp_path)
+    past, looker = HistoryRecorder(tmp_path, 1.0), HistoryRecorder(tmp_path)
     assert looker.times() == []
     past.note(taken(0))
     assert looker.at(NOW_NS) == past.at(NOW_NS)
@@ -66,7 +68,7 @@ def test_without_recording_what_others_recorded_is_shown(tmp_path: Path) -> None
 
 
 def test_a_time_before_everything_is_named(tmp_path: Path) -> None:
-    past = Past(tmp_path, 1.0)
+    past = HistoryRecorder(tmp_path, 1.0)
     with pytest.raises(NotFound, match="no snapshot was recorded") as caught:
         past.at(NOW_NS)
     assert caught.value.code == "NotRecorded"
@@ -76,16 +78,15 @@ def test_a_time_before_everything_is_named(tmp_path: Path) -> None:
     past.close()
 
 
-def test_a_full_disk_is_a_finding_until_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    past = Past(tmp_path, 1.0)
+def test_a_full_disk_is_a_finding_until_there_is_room(tmp_path: Path) -> None:
+    past = HistoryRecorder(tmp_path, 1.0)
     past.note(taken(0))
 
-    def full(*_: object) -> int:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "write", full)
-        past.note(taken(1))
+    assert past._recorder is not None
+    assert past._recorder._database is not None
+    (pages,) = past._recorder._database.execute("PRAGMA page_count").fetchone()
+    past._recorder._database.execute(f"PRAGMA max_page_count = {pages}")
+    past.note(replace(taken(1), host=replace(taken(1).host, name=os.urandom(50_000).hex())))
     (finding,) = past.findings()
     assert finding.id == "history-stopped"
     assert "No space left" in finding.evidence
@@ -101,9 +102,9 @@ def test_a_full_disk_is_a_finding_until_there_is_room(tmp_path: Path, monkeypatc
 def test_an_embedded_one_records_into_a_directory_of_its_own_that_goes_with_it(tmp_path: Path) -> None:
     control = embedded(tmp_path / "run", record_s=0.25)
     try:
-        first = control.snapshot()
-        assert control.history() == [first.taken_ns]
-        assert control.at(first.taken_ns) == first
+        until(lambda: bool(control.history()), "it records of itself")
+        (first, *_) = control.history()
+        assert control.at(first).taken_ns == first
         assert (tmp_path / "run" / "history").is_dir()
         assert control._past is not None
         assert control._past._recorder is not None
@@ -137,7 +138,12 @@ def test_every_source_hands_the_history_on(source: ServedSource, tmp_path: Path)
         serving = serve_in_thread(source, tmp_path / "control")
         stack.callback(serving.close)
         client = stack.enter_context(contextlib.closing(Client(tmp_path / "control")))
-        faces: list[Source] = [client, ReadOnly(source, "no"), Still(source), Moment(source, source.recorded[0])]
+        faces: list[Source] = [
+            client,
+            ReadOnly(source, "no"),
+            FrozenSource(source),
+            PastSource(source, source.recorded[0]),
+        ]
         for face in faces:
             assert list(face.history()) == [shown.taken_ns for shown in source.recorded]
             assert list(face.history(NOW_NS + S)) == [NOW_NS + 2 * S]
@@ -148,7 +154,7 @@ def test_every_source_hands_the_history_on(source: ServedSource, tmp_path: Path)
 
 
 def test_a_moment_is_looked_at_and_not_changed(source: ServedSource) -> None:
-    moment = Moment(source, source.recorded[1])
+    moment = PastSource(source, source.recorded[1])
     assert moment.snapshot() is source.recorded[1]
     assert "2026-09-21 14:13:21" in moment.read_only
     with pytest.raises(NotFound, match="no PFN map"):
@@ -234,16 +240,18 @@ def test_the_command_line_lists_shows_and_compares(
 def test_inspect_says_what_a_file_is_and_exits_with_4_where_it_is_damaged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    past = Past(tmp_path, 1.0)
+    past = HistoryRecorder(tmp_path, 1.0)
     past.note(taken(0))
     past.note(taken(1))
     past.close()
-    (file,) = tmp_path.glob("*.history")
+    file = tmp_path / "snapshots.sqlite"
     assert cli.main(["inspect", str(file)]) == ExitCode.DONE
     said = capsys.readouterr().out
-    assert "history, version 1" in said
+    assert "history, version 2" in said
     assert "snapshots: 2" in said
-    os.truncate(file, file.stat().st_size - 1)
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        database.execute("UPDATE frames SET payload = x'78' WHERE key > (SELECT min(key) FROM frames)")
+        database.commit()
     assert cli.main(["inspect", "--json", str(file)]) == ExitCode.FINDINGS
     found = json.loads(capsys.readouterr().out)
     assert found["facts"]["snapshots"] == 1

@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import zipfile
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,11 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.synthetic import snapshot
 
-from memconsole import recording
+from memconsole import differ, recording
 from memconsole.actions import Release
 from memconsole.errors import BadFile, NotFound, Refused
 from memconsole.extents import Extent, ExtentTable, Flag
-from memconsole.model import Snapshot
+from memconsole.finding_kinds import KINDS
+from memconsole.model import SNAPSHOT_VERSION, Snapshot
+from memconsole.upgrading import upgraded
 
 KEY = "region:web0"
 
@@ -59,9 +63,52 @@ def test_tables_are_kept_byte_for_byte(tmp_path: Path) -> None:
     assert [(ref.key, ref.rows) for ref in found.tables] == [(KEY, 2)]
 
 
+def test_the_schema_knows_no_negative_size() -> None:
+    def integers(schema: object, name: str = "") -> Iterator[tuple[str, object]]:
+        if isinstance(schema, list):
+            for each in schema:
+                yield from integers(each, name)
+        if isinstance(schema, dict):
+            if schema.get("type") == "integer":
+                yield name, schema.get("minimum")
+            for key, value in schema.items():
+                yield from integers(value, name if key in {"anyOf", "items", "properties", "prefixItems"} else key)
+
+    found = list(integers(recording.schema()))
+    assert ("size", 0) in found
+    assert {name for name, least in found if least is None} == {"node"}
+
+
 def test_the_schema_is_the_published_one() -> None:
     published = Path(__file__).parents[2] / "docs" / "snapshot.schema.json"
     assert json.loads(published.read_text()) == recording.schema(), "make schema writes it anew"
+
+
+def reindented(text: str) -> str:
+    first, *others = text.split("\n")
+    return "\n".join([first, *(f"    {line}" if line else line for line in others)])
+
+
+def written_otherwise(schema: Any, described: Callable[[str], str]) -> Any:
+    """The same schema as another release of msgspec writes it: other docstrings, other order of alternatives."""
+    if isinstance(schema, list):
+        return [written_otherwise(each, described) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {name: written_otherwise(value, described) for name, value in schema.items()}
+    if isinstance(text := found.get("description"), str):
+        found["description"] = described(text)
+    if isinstance(choices := found.get("anyOf"), list):
+        found["anyOf"] = choices[::-1]
+    return found
+
+
+@pytest.mark.parametrize("described", [reindented, str], ids=["indented", "as it is"])
+def test_the_schema_is_the_same_whichever_msgspec_writes_it(described: Callable[[str], str]) -> None:
+    published = json.loads((Path(__file__).parents[2] / "docs" / "snapshot.schema.json").read_text())
+    other = written_otherwise(published, described)
+    assert other != published
+    assert recording.canonical(other) == published
 
 
 def test_what_is_written_follows_the_schema(tmp_path: Path) -> None:
@@ -167,17 +214,7 @@ def test_truncation_anywhere_is_noticed(tmp_path: Path, with_tables: Path) -> No
             recording.read(path)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
-@given(at=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
-def test_a_flipped_bit_is_noticed_or_changes_nothing(with_tables: Path, at: float, bit: int) -> None:
-    whole = with_tables.read_bytes()
-    expected, tables = recording.read(with_tables)
-    content = {key: found.to_bytes() for key, found in tables.items()}
-    for found in tables.values():
-        found.close()
-    damaged = bytearray(whole)
-    damaged[int(at * len(whole))] ^= 1 << bit
-    path = with_tables.with_name("damaged")
+def same_or_refused(path: Path, damaged: bytes, expected: Snapshot, content: dict[str, bytes]) -> None:
     path.write_bytes(damaged)
     try:
         again, tables = recording.read(path)
@@ -189,23 +226,54 @@ def test_a_flipped_bit_is_noticed_or_changes_nothing(with_tables: Path, at: floa
         found.close()
 
 
+def read_whole(path: Path) -> tuple[Snapshot, dict[str, bytes]]:
+    expected, tables = recording.read(path)
+    content = {key: found.to_bytes() for key, found in tables.items()}
+    for found in tables.values():
+        found.close()
+    return expected, content
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@given(at=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_flipped_bit_is_noticed_or_changes_nothing(with_tables: Path, at: float, bit: int) -> None:
+    damaged = bytearray(with_tables.read_bytes())
+    damaged[int(at * len(damaged))] ^= 1 << bit
+    same_or_refused(with_tables.with_name("damaged"), bytes(damaged), *read_whole(with_tables))
+
+
+@pytest.mark.parametrize(("heading", "length"), [(b"PK\3\4", 30), (b"PK\1\2", 46), (b"PK\5\6", 22)])
+def test_a_bit_flipped_anywhere_in_a_heading_of_the_archive_is_noticed_or_changes_nothing(
+    with_tables: Path, heading: bytes, length: int
+) -> None:
+    whole = with_tables.read_bytes()
+    known = read_whole(with_tables)
+    start = whole.index(heading)
+    for at in range(start, start + length):
+        for bit in range(8):
+            damaged = bytearray(whole)
+            damaged[at] ^= 1 << bit
+            same_or_refused(with_tables.with_name("damaged"), bytes(damaged), *known)
+
+
 def test_equal_snapshots_do_not_differ() -> None:
-    assert recording.diff(snapshot(), snapshot()) == ()
+    assert differ.changes(snapshot(), snapshot()) == ()
 
 
 def test_differences_name_table_entity_and_field() -> None:
     old = snapshot(3, 2, findings=0)
     region = old.regions[0]
+    assert region.seen is not None
     seen = msgspec.structs.replace(region.seen, resident=7)
     new = msgspec.structs.replace(
         old, regions=(msgspec.structs.replace(region, seen=seen), *old.regions[2:]), guests=(*old.guests,)
     )
-    changes = recording.diff(old, new)
+    changes = differ.changes(old, new)
     assert [(c.kind, c.table, c.key, c.field, c.new) for c in changes] == [
         ("removed", "regions", old.regions[1].name, "", None),
         ("changed", "regions", region.name, "seen.resident", 7),
     ]
-    assert [c.kind for c in recording.diff(new, old)] == ["added", "changed"]
+    assert [c.kind for c in differ.changes(new, old)] == ["added", "changed"]
 
 
 def test_a_recording_is_a_source_that_does_nothing(with_tables: Path) -> None:
@@ -224,3 +292,34 @@ def test_a_recording_is_a_source_that_does_nothing(with_tables: Path) -> None:
         assert refused.value.code == "ReadOnly"
         last = source.snapshot().events[-1].seq
         assert [event.seq for event in source.events(last - 1)] == [last]
+
+
+def of_the_first_version() -> dict[str, Any]:
+    """A snapshot as a memconsole of version 1 of the format wrote it."""
+    document = msgspec.json.decode(msgspec.json.encode(snapshot(3, 2)))
+    assert document["findings"]
+    for finding in document["findings"]:
+        finding["what"] = finding.pop("observed")
+        del finding["risk"], finding["requirement"]
+    return {**document, "version": 1, "tables": []}
+
+
+def test_a_snapshot_of_an_older_version_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "old.snap"
+    document = of_the_first_version()
+    document["findings"][0]["id"] = "region-lost"
+    path.write_bytes(msgspec.json.encode(document))
+    found, _ = recording.read(path)
+    assert [each.observed for each in found.findings] == [each["what"] for each in document["findings"]]
+    assert found.findings[0].risk == KINDS["region-lost"].risk
+    assert found.version == SNAPSHOT_VERSION
+    assert upgraded(document)["findings"][0] != document["findings"][0], "what is upgraded stays as it is"
+
+
+@pytest.mark.parametrize("version", [0, -(10**18), 10**18, "1", None])
+def test_what_has_no_older_version_is_not_upgraded(version: object) -> None:
+    document = {**of_the_first_version(), "version": version}
+    assert upgraded(document) is document
+    others: tuple[object, ...] = ([], 7, "x", None)
+    for other in others:
+        assert upgraded(other) is other

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memconsole import actions, command, units
-from memconsole.errors import UsageError
+from memconsole.errors import Denied, UsageError
+from memconsole.model import Access, Rung
 
 
 @given(st.integers(0, 1 << 61))
@@ -46,8 +47,8 @@ def test_bdf_gets_its_domain() -> None:
 
 EXAMPLES = [
     actions.Reserve("web", 64 << 20, page_size=2 << 20, prefault=True),
-    actions.Map("web", "db1", gpa=1 << 20, access=actions.Access.RO),
-    actions.Revoke("g1", within=0.5, at_most=actions.Rung.ASK),
+    actions.Map("web", "db1", gpa=1 << 20, access=Access.RO),
+    actions.Revoke("g1", within=0.5, at_most=Rung.ASK),
     actions.GuestStart("vm", vmm="qemu", args=("-device", "edu,addr=4")),
     actions.GuestAttach("db1", pid=42),
     actions.WindowMap("0000:00:04.0:0", "vm"),
@@ -103,3 +104,18 @@ def test_the_cli_form_is_read_back(action: actions.Action) -> None:
 def test_command_words_that_mean_nothing_are_usage_errors(line: str) -> None:
     with pytest.raises(UsageError):
         command.parse(shlex.split(line))
+
+
+def test_a_time_may_have_the_mark_that_tells_it_from_a_file() -> None:
+    now = 1_790_000_000_000_000_000
+    for text in ("-1h", "14:03:12", "2026-09-21T14:03:12"):
+        assert units.parse_time(f"@{text}", now) == units.parse_time(text, now)
+
+
+@pytest.mark.parametrize(
+    ("uid", "told"), [(1000, "run as root (CAP_SYS_PTRACE)"), (0, "give the process CAP_SYS_PTRACE")]
+)
+def test_root_is_not_told_to_run_as_root(monkeypatch: pytest.MonkeyPatch, uid: int, told: str) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: uid)
+    assert Denied("hidden", "", "run as root (CAP_SYS_PTRACE)").remedy.startswith(told)
+    assert Denied("hidden", "", "ask an operator").remedy == "ask an operator"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import socket
 import time
@@ -12,13 +13,16 @@ from pathlib import Path
 import pytest
 from support.served import Raw, ServedSource
 from support.synthetic import snapshot
+from support.waiting import LONG_S
 
+from memconsole.backend.peers.peer import ConnectionLimits
 from memconsole.backend.wire.client import Client
-from memconsole.backend.wire.embedded import Serving, serve_in_thread
 from memconsole.backend.wire.loop import Limits
 from memconsole.backend.wire.pool import Pool
+from memconsole.backend.wire.serving import RunningService, serve_in_thread
 
-IMPATIENT = Limits(message=64 << 10, buffered=1 << 20, connections=300, per_user=8, patience_s=0.5)
+CROWDED = ConnectionLimits((300, 300, 300), per_user=8)
+IMPATIENT = Limits(message=64 << 10, buffered=1 << 20, shares=CROWDED, patience_s=0.5)
 
 
 @pytest.fixture
@@ -26,9 +30,17 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "control"
 
 
+PATIENT = dataclasses.replace(IMPATIENT, patience_s=LONG_S)
+
+
 @pytest.fixture
-def serving(path: Path) -> Iterator[Serving]:
-    handle = serve_in_thread(ServedSource(snapshot(2000, 50)), path, limits=IMPATIENT)
+def limits() -> Limits:
+    return IMPATIENT
+
+
+@pytest.fixture
+def serving(path: Path, limits: Limits) -> Iterator[RunningService]:
+    handle = serve_in_thread(ServedSource(snapshot(2000, 50)), path, limits=limits)
     yield handle
     handle.close()
 
@@ -44,13 +56,13 @@ def refusal(raw: Raw) -> str:
     "garbage",
     [b"\0", b"hello\0", b"[]\0", b'{"method":7}\0', b"\xff\xfe\0", b'{"method":"a"\0', b"null\0", b"[" * 5000 + b"\0"],
 )
-def test_garbage_is_named_and_hung_up_on(serving: Serving, path: Path, garbage: bytes) -> None:
+def test_garbage_is_named_and_hung_up_on(serving: RunningService, path: Path, garbage: bytes) -> None:
     with Raw(path) as raw:
         raw.send(garbage)
         assert refusal(raw) == "NotVarlink"
 
 
-def test_a_huge_message_is_named_and_hung_up_on(serving: Serving, path: Path) -> None:
+def test_a_huge_message_is_named_and_hung_up_on(serving: RunningService, path: Path) -> None:
     with Raw(path) as raw:
         with contextlib.suppress(BrokenPipeError):
             for _ in range(64):
@@ -58,7 +70,7 @@ def test_a_huge_message_is_named_and_hung_up_on(serving: Serving, path: Path) ->
         assert refusal(raw) == "TooLarge"
 
 
-def test_half_a_message_is_waited_for_and_not_for_ever(serving: Serving, path: Path) -> None:
+def test_half_a_message_is_waited_for_and_not_for_ever(serving: RunningService, path: Path) -> None:
     with Raw(path) as raw:
         raw.send(b'{"method":')
         time.sleep(0.1)
@@ -67,14 +79,14 @@ def test_half_a_message_is_waited_for_and_not_for_ever(serving: Serving, path: P
         assert refusal(raw) == "Unfinished"
 
 
-def test_a_message_byte_by_byte_is_heard(serving: Serving, path: Path) -> None:
+def test_a_message_byte_by_byte_is_heard(serving: RunningService, path: Path) -> None:
     with Raw(path) as raw:
         for byte in b'{"method":"org.varlink.service.GetInfo"}\0':
             raw.send(bytes([byte]))
         assert raw.receive()["parameters"]["vendor"] == "memconsole"
 
 
-def test_half_messages_of_all_together_are_bounded(serving: Serving, path: Path) -> None:
+def test_half_messages_of_all_together_are_bounded(serving: RunningService, path: Path) -> None:
     with contextlib.ExitStack() as stack:
         raws = [stack.enter_context(Raw(path)) for _ in range(40)]
         for raw in raws:
@@ -85,11 +97,11 @@ def test_half_messages_of_all_together_are_bounded(serving: Serving, path: Path)
     assert codes.count("Unfinished") * 50_000 <= IMPATIENT.buffered
 
 
-def test_who_does_not_read_is_dropped(serving: Serving, path: Path) -> None:
+def test_who_does_not_read_is_dropped(serving: RunningService, path: Path) -> None:
     with Raw(path) as raw:
         for _ in range(20):
             raw.call("io.memconsole.GetSnapshot")
-        end = time.monotonic() + 10
+        end = time.monotonic() + LONG_S
         while not len(serving.loop) and time.monotonic() < end:
             time.sleep(0.001)
         assert len(serving.loop) == 1
@@ -98,7 +110,8 @@ def test_who_does_not_read_is_dropped(serving: Serving, path: Path) -> None:
         assert not len(serving.loop)
 
 
-def test_who_reads_slowly_gets_everything(serving: Serving, path: Path) -> None:
+@pytest.mark.parametrize("limits", [PATIENT], ids=["patient"])
+def test_who_reads_slowly_gets_everything(serving: RunningService, path: Path) -> None:
     with Raw(path) as raw:
         raw.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         for _ in range(3):
@@ -108,7 +121,7 @@ def test_who_reads_slowly_gets_everything(serving: Serving, path: Path) -> None:
             assert len(raw.receive()["parameters"]["snapshot"]["regions"]) == 2000
 
 
-def test_two_hundred_without_manners_and_one_more(serving: Serving, path: Path) -> None:
+def test_two_hundred_without_manners_and_one_more(serving: RunningService, path: Path) -> None:
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(contextlib.closing(Client(path)))
         before = open_fds()
@@ -124,19 +137,19 @@ def test_two_hundred_without_manners_and_one_more(serving: Serving, path: Path) 
         assert len(client.snapshot().regions) == 2000
         newcomer = stack.enter_context(contextlib.closing(Client(path)))
         assert len(newcomer.snapshot().regions) == 2000
-        end = time.monotonic() + 10
+        end = time.monotonic() + LONG_S
         while len(serving.loop) > 52 and time.monotonic() < end:
             time.sleep(0.02)
         assert len(serving.loop) == 52  # the silent ones may stay
-    end = time.monotonic() + 10
+    end = time.monotonic() + LONG_S
     while open_fds() > before - 1 and time.monotonic() < end:
         time.sleep(0.02)
     assert open_fds() <= before - 1
 
 
-def test_more_connections_than_may_be_are_told_so(serving: Serving, path: Path) -> None:
+def test_more_connections_than_may_be_are_told_so(serving: RunningService, path: Path) -> None:
     with contextlib.ExitStack() as stack:
-        for _ in range(IMPATIENT.connections):
+        for _ in range(CROWDED.ranks[-1]):
             stack.enter_context(Raw(path))
         late = stack.enter_context(Raw(path))
         assert refusal(late) == "TooManyClients"

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
+import shutil
 import socket
-import time
-from collections.abc import Callable, Iterator
+import subprocess
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 from support.served import ServedSource
-from support.synthetic import snapshot
+from support.synthetic import snapshot, with_usage
+from support.waiting import LONG_S, until
 
-from memconsole.backend import metrics
-from memconsole.backend.wire import places
-from memconsole.backend.wire.embedded import Serving, serve_in_thread
+from memconsole.backend.wire import metrics, sockets
+from memconsole.backend.wire.serving import RunningService, serve_in_thread
 from memconsole.errors import KernelRefused
-from memconsole.model import Snapshot
+from memconsole.model import Condition, GuestState, Readiness, Severity, Snapshot
 
 # exposition = *family "# EOF\n"; family = TYPE [UNIT] HELP 1*sample, all of one name, and no name twice.
 HEAD = re.compile(r"# TYPE (?P<name>[a-z_]+) (?P<kind>gauge|counter|info)")
@@ -60,6 +64,48 @@ def parse(text: str) -> dict[str, dict[str, float]]:
     return families
 
 
+PROMTOOL = shutil.which("promtool")
+
+
+def families_of(text: str) -> dict[str, str]:
+    """The types of the families of a text in the exposition format 0.0.4, which has no unit, no end and no info."""
+    lines = text.splitlines()
+    heads = [at for at, line in enumerate(lines) if line.startswith("# HELP ")]
+    assert [line.split()[1] for line in lines if line.startswith("#")] == ["HELP", "TYPE"] * len(heads)
+    found: dict[str, str] = {}
+    for at, end in itertools.pairwise([*heads, len(lines)]):
+        _, _, name, kind = lines[at + 1].split()
+        assert lines[at].startswith(f"# HELP {name} ")
+        assert kind in {"gauge", "counter"}
+        assert name.endswith("_total") == (kind == "counter")
+        assert name not in found
+        found[name] = kind
+        samples = [SAMPLE.fullmatch(line) for line in lines[at + 2 : end]]
+        assert samples
+        assert all(sample is not None and sample["name"] == name for sample in samples)
+    return found
+
+
+def test_a_textfile_is_in_the_format_that_its_readers_know(tmp_path: Path) -> None:
+    path = tmp_path / "memconsole.prom"
+    metrics.write_textfile(path, snapshot(30, 6))
+    found = families_of(path.read_text())
+    assert found["memconsole_build_info"] == "gauge"
+    assert found["memconsole_kexecs_total"] == "counter"
+    assert found["memconsole_canary_beats_total"] == "counter"
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed")
+def test_promtool_takes_a_textfile(tmp_path: Path) -> None:
+    path = tmp_path / "memconsole.prom"
+    metrics.write_textfile(path, snapshot(30, 6))
+    with path.open() as file:
+        said = subprocess.run(
+            [str(PROMTOOL), "check", "metrics"], stdin=file, capture_output=True, text=True, check=False
+        )
+    assert (said.returncode, said.stderr) == (0, "")
+
+
 def test_the_text_says_what_the_snapshot_says() -> None:
     shown = snapshot(30, 6)
     found = parse(metrics.text(shown))
@@ -87,23 +133,23 @@ def test_names_that_need_quoting_are_quoted() -> None:
 def test_a_textfile_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "memconsole.prom"
     metrics.write_textfile(path, snapshot(1, 1))
-    assert parse(path.read_text())
+    assert families_of(path.read_text())
     assert [found.name for found in tmp_path.iterdir()] == ["memconsole.prom"]
     with pytest.raises(KernelRefused):
         metrics.write_textfile(tmp_path / "missing" / "x", snapshot(1, 1))
 
 
 @pytest.fixture
-def serving(tmp_path: Path) -> Iterator[Serving]:
+def serving(tmp_path: Path) -> Iterator[RunningService]:
     handle = serve_in_thread(ServedSource(snapshot(10, 2)), tmp_path / "control")
-    handle.listen(places.bind(tmp_path / "metrics"), metrics.Endpoint(handle.service))
+    handle.listen(sockets.bind(tmp_path / "metrics"), metrics.Endpoint(handle.service))
     yield handle
     handle.close()
 
 
 def ask(path: Path, request: bytes) -> tuple[str, str]:
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(10)
+        sock.settimeout(LONG_S)
         sock.connect(str(path))
         sock.sendall(request)
         answer = b""
@@ -114,7 +160,7 @@ def ask(path: Path, request: bytes) -> tuple[str, str]:
     return head.splitlines()[0], body
 
 
-def test_the_endpoint_answers_http(serving: Serving, tmp_path: Path) -> None:
+def test_the_endpoint_answers_http(serving: RunningService, tmp_path: Path) -> None:
     status, body = ask(tmp_path / "metrics", b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
     assert status == "HTTP/1.1 200 OK"
     assert parse(body)
@@ -124,21 +170,21 @@ def test_the_endpoint_answers_http(serving: Serving, tmp_path: Path) -> None:
     ("request_", "status"),
     [(b"GET /other HTTP/1.1\r\n\r\n", "404"), (b"PUT /metrics HTTP/1.1\r\n\r\n", "405"), (b"so what\r\n\r\n", "400")],
 )
-def test_the_endpoint_refuses_by_status(serving: Serving, tmp_path: Path, request_: bytes, status: str) -> None:
+def test_the_endpoint_refuses_by_status(serving: RunningService, tmp_path: Path, request_: bytes, status: str) -> None:
     assert ask(tmp_path / "metrics", request_)[0].split()[1] == status
 
 
-def test_a_textfile_is_written_while_the_service_runs(serving: Serving, tmp_path: Path) -> None:
+def test_a_textfile_is_written_while_the_service_runs(serving: RunningService, tmp_path: Path) -> None:
     path = tmp_path / "memconsole.prom"
     serving.service.each(0.05, partial(metrics.write_textfile, path))
     for _ in range(2):
         until(path.exists)
-        assert parse(path.read_text())
+        assert families_of(path.read_text())
         path.unlink()
 
 
 def test_what_cannot_be_written_is_said_once_and_tried_again(
-    serving: Serving, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    serving: RunningService, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "later" / "memconsole.prom"
     tried: list[int] = []
@@ -154,19 +200,38 @@ def test_what_cannot_be_written_is_said_once_and_tried_again(
     until(path.exists)
 
 
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
 def test_every_metric_is_documented_with_its_kind_and_labels() -> None:
     rows = re.findall(r"^\| `(memconsole_\w+)` \| (\w+) \| ([\w, ]*?) ?\|", DOCUMENT.read_text(), re.MULTILINE)
     documented = {name: (kind, labels.replace(" ", "")) for name, kind, labels in rows}
-    kinds = dict(re.findall(r"# TYPE (\w+) (\w+)", metrics.text(snapshot())))
-    families = parse(metrics.text(snapshot()))
+    failing = Condition("custody", Severity.ERROR, False, "a keeper", "it is lost", "there is none", "start one")
+    shown = replace(with_usage(snapshot()), readiness=Readiness(1, 1, (failing,), 2))
+    kinds = dict(re.findall(r"# TYPE (\w+) (\w+)", metrics.text(shown)))
+    families = parse(metrics.text(shown))
     for name, samples in families.items():
         labels = ",".join(re.findall(r'(\w+)="', next(iter(samples))))
         assert documented.pop(name) == (kinds[name], labels)
-    assert set(documented) <= {"memconsole_window_holders"}  # nobody holds one here
+    # no window is held here, and no guest is silent
+    assert set(documented) <= {"memconsole_window_holders", "memconsole_guest_answer_age_seconds"}
+
+
+def test_a_silent_guest_is_not_said_to_stand_still() -> None:
+    shown = snapshot()
+    first, *others = shown.guests
+    silent = replace(first, state=GuestState.SILENT, silent="no answer", answered_ns=shown.taken_ns - 12 * 10**9)
+    families = parse(metrics.text(replace(shown, guests=(silent, *others))))
+    about = f'guest="{first.name}",kind="{first.kind}"'
+    assert about not in families["memconsole_guest_running"]
+    assert families["memconsole_guest_silent"][about] == 1
+    assert families["memconsole_guest_answer_age_seconds"] == {about: 12}
+
+
+def test_a_link_in_the_collectors_directory_leads_nowhere(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("theirs")
+    path = tmp_path / "memconsole.prom"
+    path.with_name(f".{path.name}.{os.getpid()}").symlink_to(elsewhere)
+    path.symlink_to(elsewhere)
+    metrics.write_textfile(path, snapshot(1, 1))
+    assert elsewhere.read_text() == "theirs"
+    assert not path.is_symlink()
+    assert path.read_text().startswith("#")

@@ -10,7 +10,7 @@ import pytest
 import varlink
 
 from memconsole import errors
-from memconsole.backend.wire import describe, protocol
+from memconsole.backend.wire import protocol, write_interface
 from memconsole.backend.wire.server import Service
 from memconsole.errors import GuestError, KernelRefused, MemconsoleError, Refused, UsageError, WireError
 
@@ -20,7 +20,7 @@ def over_the_wire(error: MemconsoleError) -> MemconsoleError:
     return protocol.error_of(name, msgspec.Raw(msgspec.json.encode(fault)))
 
 
-@pytest.mark.parametrize("cls", sorted(protocol.ERRORS.values(), key=lambda cls: cls.__name__))
+@pytest.mark.parametrize("cls", [protocol.ERRORS[name] for name in sorted(protocol.ERRORS)])
 def test_every_error_comes_back_as_it_was_raised(cls: type[MemconsoleError]) -> None:
     if issubclass(cls, KernelRefused):
         raised: MemconsoleError = cls("/proc/1/pagemap", errno.EPERM, what="no", remedy="be root", code="Odd")
@@ -65,10 +65,10 @@ def test_errors_of_a_newer_service_keep_their_words() -> None:
 
 
 def test_the_interface_file_is_made_from_the_model() -> None:
-    """If this fails, run python -m memconsole.backend.wire.describe; and think of the protocol version."""
-    _, mark, types = protocol.description().partition(describe.TYPES)
+    """If this fails, run python -m memconsole.backend.wire.write_interface; and think of the protocol version."""
+    _, mark, types = protocol.description().partition(write_interface.TYPES)
     assert mark
-    assert mark + types == describe.generated()
+    assert mark + types == write_interface.generated()
 
 
 def test_the_interface_file_lists_every_method_and_error_with_its_documentation() -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -16,14 +15,19 @@ import pytest
 import varlink
 from support.served import Raw, ServedSource
 from support.synthetic import snapshot
+from support.waiting import LONG_S, until
 
 from memconsole import actions
 from memconsole.backend.wire import protocol
 from memconsole.backend.wire.client import Client
-from memconsole.backend.wire.embedded import Serving, serve_in_thread
+from memconsole.backend.wire.loop import Loop
+from memconsole.backend.wire.pool import Pool
+from memconsole.backend.wire.server import READ_S
+from memconsole.backend.wire.serving import RunningService, serve_in_thread
+from memconsole.backend.wire.shared_survey import SharedSnapshot, SharedSurvey
 from memconsole.errors import NoControl, NotFound, Refused, UsageError, WireError
 from memconsole.extents import ExtentTable
-from memconsole.model import Refusal
+from memconsole.model import Access, Refusal, Rung
 
 RESERVE = actions.Reserve("fresh", 64 << 20)
 
@@ -39,24 +43,17 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def serving(source: ServedSource, path: Path) -> Iterator[Serving]:
+def serving(source: ServedSource, path: Path) -> Iterator[RunningService]:
     handle = serve_in_thread(source, path)
     yield handle
     handle.close()
 
 
 @pytest.fixture
-def client(serving: Serving, path: Path) -> Iterator[Client]:
+def client(serving: RunningService, path: Path) -> Iterator[Client]:
     made = Client(path)
     yield made
     made.close()
-
-
-def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.005)
 
 
 def open_fds() -> int:
@@ -88,18 +85,20 @@ def test_extents_arrive_by_fd_and_cannot_be_written(client: Client, source: Serv
             os.close(fds[0])
 
 
-def test_a_table_is_passed_and_never_copied(client: Client, source: ServedSource) -> None:
-    made: list[tuple[int, int]] = []
+def test_a_table_is_passed_whole_and_what_is_read_is_a_copy(client: Client, source: ServedSource) -> None:
+    made: list[tuple[bytes, int]] = []
     original = source.extents
 
     def extents(key: str) -> ExtentTable:
         table = original(key)
-        made.append((os.fstat(table.fd).st_ino, os.fstat(table.fd).st_dev))
+        made.append((table.to_bytes(), os.fstat(table.fd).st_ino))
         return table
 
     source.extents = extents  # type: ignore[method-assign]
     with client.extents(f"region:{source.snapshot().regions[0].name}") as table:
-        assert [(os.fstat(table.fd).st_ino, os.fstat(table.fd).st_dev)] == made
+        ((sent, inode),) = made
+        assert table.to_bytes() == sent
+        assert os.fstat(table.fd).st_ino != inode
 
 
 def test_no_descriptor_is_left_on_either_side(client: Client, source: ServedSource) -> None:
@@ -136,8 +135,8 @@ def test_plan_apply_and_events(client: Client, source: ServedSource) -> None:
 
 def test_every_action_travels(client: Client, source: ServedSource) -> None:
     todo = [
-        actions.Map("web", "db1", gpa=1 << 20, access=actions.Access.RO),
-        actions.Revoke("g1", within=0.5, at_most=actions.Rung.ASK),
+        actions.Map("web", "db1", gpa=1 << 20, access=Access.RO),
+        actions.Revoke("g1", within=0.5, at_most=Rung.ASK),
         actions.GuestStart("vm", vmm="qemu", args=("-device", "edu,addr=4")),
     ]
     for action in todo:
@@ -203,7 +202,7 @@ def test_after_an_action_nobody_sees_the_time_before_it(client: Client, source: 
 
 def test_a_slow_survey_serves_all_who_wait(client: Client, source: ServedSource, path: Path) -> None:
     gate = threading.Event()
-    source.on_snapshot = lambda: gate.wait(10) or None
+    source.on_snapshot = lambda: gate.wait(LONG_S)
     others = [Client(path) for _ in range(8)]
     found: list[object] = []
     threads = [threading.Thread(target=lambda other=other: found.append(other.snapshot())) for other in others]
@@ -218,6 +217,63 @@ def test_a_slow_survey_serves_all_who_wait(client: Client, source: ServedSource,
     assert source.surveys == 1
     for other in others:
         other.close()
+
+
+def test_a_survey_that_hangs_makes_nobody_wait_for_it_or_fail(
+    client: Client, source: ServedSource, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memconsole.backend.wire.shared_survey.PATIENCE_S", 0.05)
+    monkeypatch.setattr("memconsole.backend.wire.shared_survey.FRESH_S", 0.0)
+    gate = threading.Event()
+    first = client.snapshot()
+    source.on_snapshot = lambda: gate.wait(60)
+    others = [Client(path) for _ in range(5)]
+    end = time.monotonic() + 60
+    while client.snapshot().findings == first.findings:  # which answers for as long as it took
+        assert time.monotonic() < end
+    found = [other.snapshot() for other in others for _ in range(3)]
+    for each in found:
+        *before, old = each.findings
+        assert (old.id, tuple(before), each.taken_ns) == ("snapshot-old", first.findings, first.taken_ns)
+        assert "old: the next one has been under way for" in old.observed
+        assert "what was done since" not in old.observed
+    assert source.surveys == 1, "the one that hangs has not come to its end, and no other is begun"
+    assert client.apply(RESERVE).action == "reserve"
+    assert "what was done since is not in it" in client.snapshot().findings[-1].observed
+    gate.set()
+    source.on_snapshot = lambda: None
+    while client.snapshot().findings != first.findings:
+        assert time.monotonic() < end
+    for other in others:
+        other.close()
+
+
+def test_a_slow_host_is_waited_for_longer_and_longest_for_what_was_just_done() -> None:
+    survey = SharedSurvey(Loop(), Pool("test", 1, 1), lambda _: snapshot())
+
+    def taken(took: float, epoch: int) -> SharedSnapshot:
+        return SharedSnapshot(1, snapshot(), b"", 0.0, took, epoch)
+
+    quick, slow = survey.patience(taken(0.1, 0)), survey.patience(taken(5.0, 0))
+    assert quick < slow
+    survey.outdate()
+    assert survey.patience(taken(0.1, 0)) > quick
+    assert survey.patience(taken(0.1, 1)) == quick
+    assert survey.patience(taken(1000.0, 0)) < READ_S
+
+
+def test_where_there_is_no_snapshot_yet_a_survey_that_hangs_is_waited_for(
+    client: Client, source: ServedSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memconsole.backend.wire.shared_survey.PATIENCE_S", 0.05)
+    monkeypatch.setattr("memconsole.backend.wire.server.READ_S", 0.5)
+    gate = threading.Event()
+    source.on_snapshot = lambda: gate.wait(60)
+    with pytest.raises(Refused) as caught:
+        client.snapshot()
+    assert caught.value.code == "Deadline"
+    gate.set()
+    assert client.snapshot() == source.snapshot()
 
 
 # --- streams --------------------------------------------------------------------------------------------------------
@@ -248,7 +304,7 @@ def test_a_watch_shows_each_change_whole(client: Client, source: ServedSource) -
     watch.close()
 
 
-def test_a_stream_ends_with_the_service_by_name(client: Client, serving: Serving) -> None:
+def test_a_stream_ends_with_the_service_by_name(client: Client, serving: RunningService) -> None:
     stream = client.watch(0.25)
     next(stream)
     serving.close()
@@ -257,7 +313,7 @@ def test_a_stream_ends_with_the_service_by_name(client: Client, serving: Serving
     assert caught.value.code == "Ending"
 
 
-def test_who_leaves_a_stream_is_forgotten(client: Client, serving: Serving) -> None:
+def test_who_leaves_a_stream_is_forgotten(client: Client, serving: RunningService) -> None:
     before = len(serving.loop)
     stream = client.watch(0.25)
     next(stream)
@@ -269,7 +325,9 @@ def test_who_leaves_a_stream_is_forgotten(client: Client, serving: Serving) -> N
 # --- the end --------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_under_way_is_answered_before_the_end(source: ServedSource, serving: Serving, path: Path) -> None:
+def test_what_is_under_way_is_answered_before_the_end(
+    source: ServedSource, serving: RunningService, path: Path
+) -> None:
     source.hold = threading.Event()
     client = Client(path)
     results: list[object] = []
@@ -287,11 +345,11 @@ def test_what_is_under_way_is_answered_before_the_end(source: ServedSource, serv
 
 
 def test_a_call_that_takes_too_long_is_refused_by_name_and_forgotten(
-    source: ServedSource, serving: Serving, client: Client, monkeypatch: pytest.MonkeyPatch
+    source: ServedSource, serving: RunningService, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("memconsole.backend.wire.server.READ_S", 0.1)
     going_on = threading.Event()
-    source.on_snapshot = lambda: going_on.wait(30) and None
+    source.on_snapshot = lambda: going_on.wait(LONG_S)
     with pytest.raises(Refused) as caught:
         client.snapshot()
     assert caught.value.code == "Deadline"
@@ -299,7 +357,7 @@ def test_a_call_that_takes_too_long_is_refused_by_name_and_forgotten(
     assert client.snapshot() == source.snapshot()
     for _ in range(20):
         client.plan(RESERVE)
-    end = time.monotonic() + 10
+    end = time.monotonic() + LONG_S
     while serving.service._held and time.monotonic() < end:
         time.sleep(0.05)
     assert serving.service._held == []
@@ -351,7 +409,7 @@ def test_an_answer_that_does_not_come(tmp_path: Path, monkeypatch: pytest.Monkey
         assert caught.value.code == "NoAnswer"
 
 
-def test_versions_that_do_not_match(serving: Serving, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_that_do_not_match(serving: RunningService, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "PROTOCOL", 99)
     with Raw(path) as raw:
         raw.call("io.memconsole.Hello", protocol=1)
@@ -380,98 +438,6 @@ def test_a_varlink_service_that_is_not_ours(tmp_path: Path) -> None:
     server.shutdown()
     server.server_close()
     thread.join()
-
-
-# --- other people's clients -----------------------------------------------------------------------------------------
-
-
-def test_the_varlink_package_introspects_and_calls_everything(
-    serving: Serving, path: Path, source: ServedSource
-) -> None:
-    with varlink.Client(f"unix:{path}") as client:
-        assert client.get_interfaces() == ["org.varlink.service", "io.memconsole"]
-        with client.open("org.varlink.service") as service:
-            assert service.GetInfo()["product"] == "memconsole"
-        with client.open("io.memconsole") as console:
-            assert console.Hello(1)["role"] == "operator"
-            shown = console.GetSnapshot()
-            assert shown["snapshot"]["regions"][0]["name"] == source.snapshot().regions[0].name
-            assert "snapshot" not in console.GetSnapshot(known=shown["generation"])
-            assert console.GetExtents(f"region:{source.snapshot().regions[0].name}")["rows"] > 0
-            action = {"do": "reserve", "name": "theirs", "size": 4096}
-            assert console.Plan(action)["plan"]["effects"]
-            assert console.Apply(action)["outcome"]["subject"] == "theirs"
-            events = console.Events(0)["events"]
-            assert events[-1]["subject"] == "theirs"
-            assert console.Watch()["snapshot"]["host"]["name"] == source.snapshot().host.name
-            source.recorded = [source.snapshot()]
-            assert console.History(0)["times"] == source.history()
-            assert console.GetPast(source.history()[0])["snapshot"]["taken_ns"] == source.history()[0]
-            assert {found["level"] for found in console.Doctor()["capabilities"]} <= {"yes", "partly", "no"}
-            with pytest.raises(varlink.VarlinkError) as caught:
-                console.GetExtents("region:nowhere")
-            assert caught.value.error() == "io.memconsole.NotFound"
-            with pytest.raises(varlink.VarlinkError):
-                console.OpenRegion("synthetic")
-            assert caught.value.parameters()["code"] == "NotFound"
-        with client.open("io.memconsole") as console:
-            pieces = console.Watch(250, _more=True)
-            assert next(pieces)["snapshot"]
-            source.show(snapshot(20, 5, beats=9))
-            assert next(pieces)["changes"]["changed"]["guests"]
-        with client.open("io.memconsole") as console:
-            news = console.Events(source.events(0)[-1].seq, _more=True)
-            with contextlib.closing(Client(path)) as ours:
-                ours.apply(RESERVE)
-            assert next(news)["events"][0]["subject"] == "fresh"
-
-
-def test_the_errors_of_varlink(serving: Serving, path: Path) -> None:
-    def error(method: str, **parameters: object) -> tuple[str, object]:
-        raw.call(method, **parameters)
-        reply = raw.receive()
-        return reply["error"].removeprefix("org.varlink.service."), next(iter(reply["parameters"].values()))
-
-    with Raw(path) as raw:
-        assert error("io.memconsole.Fly") == ("MethodNotFound", "io.memconsole.Fly")
-        assert error("org.varlink.service.Fly") == ("MethodNotFound", "org.varlink.service.Fly")
-        assert error("org.example.Fly") == ("InterfaceNotFound", "org.example")
-        assert error("nothing") == ("InterfaceNotFound", "nothing")
-        assert error("org.varlink.service.GetInterfaceDescription", interface="x.y") == ("InterfaceNotFound", "x.y")
-        assert error("io.memconsole.GetExtents") == ("InvalidParameter", "key")
-        assert error("io.memconsole.GetExtents", key=7) == ("InvalidParameter", "key")
-        assert error("io.memconsole.GetExtents", key="region:a", colour=1) == ("InvalidParameter", "colour")
-        assert error("io.memconsole.Plan", action={"do": "fly"})[0] == "io.memconsole.UsageError"
-        raw.call("org.varlink.service.GetInfo")
-        assert raw.receive()["parameters"]["vendor"] == "memconsole"
-
-
-def test_calls_on_a_connection_are_answered_in_order_and_oneway_ones_not(
-    serving: Serving, path: Path, source: ServedSource
-) -> None:
-    with Raw(path) as raw:
-        raw.call("io.memconsole.Apply", oneway=True, action={"do": "reserve", "name": "a", "size": 4096})
-        raw.call("io.memconsole.Plan", action={"do": "release", "region": "a"})
-        raw.call("org.varlink.service.GetInfo")
-        raw.call("io.memconsole.Events", after=0)
-        assert raw.receive()["parameters"]["plan"]["action"] == "release"
-        assert "vendor" in raw.receive()["parameters"]
-        assert raw.receive()["parameters"]["events"][-1]["subject"] == "a"
-
-
-def test_oneway_calls_of_a_client_that_left_are_done(serving: Serving, path: Path, source: ServedSource) -> None:
-    with Raw(path) as raw:
-        for name in "abc":
-            raw.call("io.memconsole.Apply", oneway=True, action={"do": "reserve", "name": name, "size": 4096})
-    until(lambda: len(source.applied) == 3)
-
-
-def test_a_client_that_half_closes_is_still_answered(serving: Serving, path: Path) -> None:
-    with Raw(path) as raw:
-        raw.call("io.memconsole.Plan", action={"do": "release", "region": "a"})
-        raw.sock.shutdown(socket.SHUT_WR)
-        assert "plan" in raw.receive()["parameters"]
-        assert raw.at_end()
 
 
 # --- the socket in the file system ----------------------------------------------------------------------------------

@@ -1,80 +1,79 @@
-"""A fixed part of this tier runs every time, and a rotating sample of the rest; ``MEMCONSOLE_SOAK=1`` runs all of it.
+"""Every group of this tier runs every time, in its short form; ``MEMCONSOLE_SOAK=1``, ``make soak``, has long forms.
 
-A test marked ``rotating(group)`` shares a run of the lab with its group. ``MEMCONSOLE_ROTATION`` (else the day of the
-year) says with which group the sample begins; those that follow are taken while there is time. The groups that are left
-out are named; what takes longer than a sample may is left to a soak.
+A test marked ``group(name)`` shares a run of the lab with its group; what is not marked is of the group of its file.
+Groups are what runs at the same time, where labs do (tools/run_tests.py); those that take longest begin first.
 """
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Sequence
+from collections.abc import Generator
 
 import pytest
+from support import lab
 
-BUDGET_S = 150
-"""Seconds a sample may take, so that all tiers end within 25 minutes on two cores."""
 SECONDS = {
-    "audit": 200,
-    "dma": 140,
-    "dma-amd": 150,
-    "dma-qemu": 120,
-    "dma-type1": 120,
-    "handoff-custody": 240,
-    "handoff-devices": 240,
-    "handoff-devices-refused": 75,
-    "handoff-faults": 120,
-    "handoff-mount": 170,
-    "handoff-passthrough": 130,
-    "handoff-qemu": 90,
-    "handoff-refused": 140,
-    "landing-faults": 85,
-    "luo-frozen": 50,
-    "resume-a": 35,
-    "resume-broken": 30,
-    "resume-go": 50,
-    "resume-guest": 30,
-    "resume-spoiled": 30,
-    "revoke-rwp": 100,
-    "systemd": 400,
-    "systemd-fdstore": 400,
+    "audit": 125,
+    "dma": 65,
+    "dma-amd": 50,
+    "dma-qemu": 55,
+    "dma-type1": 45,
+    "handoff": 180,
+    "handoff-custody": 200,
+    "handoff-devices": 110,
+    "handoff-devices-refused": 45,
+    "handoff-faults": 100,
+    "handoff-mount": 220,
+    "handoff-passthrough": 100,
+    "handoff-qemu": 110,
+    "handoff-refused": 150,
+    "lab": 25,
+    "landing-faults": 57,
+    "luo": 27,
+    "luo-frozen": 20,
+    "readers": 30,
+    "resume-a": 20,
+    "resume-broken": 20,
+    "resume-go": 40,
+    "resume-guest": 20,
+    "resume-spoiled": 20,
+    "revoke-rwp": 60,
+    "systemd": 100,
+    "systemd-fdstore": 130,
+    "systemd-newest": 200,
 }
-"""What each group takes there, alone, with some to spare."""
-_left_out: list[str] = []
+"""Seconds of a processor that the short form of each group takes, about."""
+REPEATED = "the lab ran again"
 
 
-def sample(groups: Sequence[str], turn: int) -> set[str]:
-    """The groups of a turn: every one that fits is the first of some turn."""
-    fitting = [group for group in groups if SECONDS[group] <= BUDGET_S]
-    start, left = turn % len(fitting), BUDGET_S
-    chosen = set()
-    for group in fitting[start:] + fitting[:start]:
-        if SECONDS[group] <= left:
-            chosen.add(group)
-            left -= SECONDS[group]
-    return chosen
+def group_of(item: pytest.Item) -> str:
+    """The group of a test."""
+    marker = item.get_closest_marker("group")
+    return str(marker.args[0]) if marker else item.path.stem.removeprefix("test_").replace("_", "-")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "rotating(group): runs in turns with the other groups, or in a soak")
+    config.addinivalue_line("markers", "group(name): shares a run of the lab with its group")
+    config.addinivalue_line("markers", "xdist_group(name): runs in one process with its group")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if os.environ.get("MEMCONSOLE_SOAK"):
-        return
-    group_of = {item: marker.args[0] for item in items if (marker := item.get_closest_marker("rotating"))}
-    groups = sorted(set(group_of.values()))
-    if len(groups) < len(SECONDS):  # some were asked for by name
-        return
-    chosen = sample(groups, int(os.environ.get("MEMCONSOLE_ROTATION") or time.gmtime().tm_yday))
-    _left_out[:] = [group for group in groups if group not in chosen]
-    gone = [item for item, group in group_of.items() if group not in chosen]
-    config.hook.pytest_deselected(items=gone)
-    items[:] = [item for item in items if item not in set(gone)]
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: (-SECONDS[group_of(item)], group_of(item)))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What the emulation made the lab do again is told, in whichever process that was."""
+    report = yield
+    report.user_properties.extend((REPEATED, why) for why in lab.repeated)
+    lab.repeated.clear()
+    return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _left_out:
-        groups = ", ".join(_left_out)
-        terminalreporter.write_line(f"left to other runs: {groups} (MEMCONSOLE_SOAK=1 runs all)")
+    reports = [each for found in terminalreporter.stats.values() for each in found]
+    told = {why for each in reports for name, why in getattr(each, "user_properties", ()) if name == REPEATED}
+    for why in sorted(told):
+        terminalreporter.write_line(f"{REPEATED}: {why}")

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lab
 import pytest
+from support import lab
 
-pytestmark = pytest.mark.rotating("audit")
+pytestmark = pytest.mark.group("audit")
 
 PAIR = (
     "pcie-root-port,id=root,addr=7",
@@ -24,8 +24,8 @@ PAIR = (
 
 
 def test_whatever_is_not_as_it_should_be_is_found_and_nothing_else(tmp_path: Path) -> None:
-    lab.run("audit", tmp_path, timeout=900, devices=[*PAIR, "virtio-rng-pci,addr=8"]).check()
+    lab.run("audit", tmp_path, devices=[*PAIR, "virtio-rng-pci,addr=8"]).check()
 
 
 def test_a_device_whose_interrupts_are_not_remapped_is_found(tmp_path: Path) -> None:
-    lab.run("audit", tmp_path, timeout=400, iommu="intel-iommu,intremap=off", arguments=["interrupts"]).check()
+    lab.run("audit", tmp_path, iommu="intel-iommu,intremap=off", arguments=["interrupts"]).check()

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lab
 import pytest
+from support import lab
+from support.luo_incoming import covers
 
 from memconsole.backend.kernel.handover import describe
 from memconsole.backend.kernel.handover.values import Handover
@@ -23,7 +24,7 @@ MARK = "LAB-FROZEN"
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> lab.Verdicts:
     directory: Path = tmp_path_factory.mktemp("luo")
-    return lab.run("luo", directory, timeout=300)
+    return lab.run("luo", directory)
 
 
 def test_every_verdict_is_good(said: lab.Verdicts) -> None:
@@ -104,7 +105,7 @@ def frozen() -> Iterator[tuple[dict[str, Any], tuple[Handover, ...], Path]]:
         monitor.start()
         try:
             options = ("-qmp", f"unix:{share}/qmp,server=on,wait=off")
-            run = lab.run("luo", share, timeout=240, memory="1G", options=options, arguments=["frozen"])
+            run = lab.run("luo", share, memory="1G", options=options, arguments=["frozen"])
         finally:
             monitor.ended.set()
             monitor.join()
@@ -117,7 +118,7 @@ def pages(rows: Any) -> dict[int, int]:
     return {row[0] + n: row[1] + n for row in rows for n in range(row[2])}
 
 
-@pytest.mark.rotating("luo-frozen")
+@pytest.mark.group("luo-frozen")
 def test_the_dump_lists_our_sessions_and_nothing_else(
     frozen: tuple[dict[str, Any], tuple[Handover, ...], Path],
 ) -> None:
@@ -130,7 +131,7 @@ def test_the_dump_lists_our_sessions_and_nothing_else(
     assert listed == notes["sessions"]
 
 
-@pytest.mark.rotating("luo-frozen")
+@pytest.mark.group("luo-frozen")
 def test_folios_are_where_the_extents_were(frozen: tuple[dict[str, Any], tuple[Handover, ...], Path]) -> None:
     notes, (found,), _ = frozen
     assert found.luo is not None
@@ -141,11 +142,11 @@ def test_folios_are_where_the_extents_were(frozen: tuple[dict[str, Any], tuple[H
         assert file.memfd.position == notes["positions"][str(file.token)]
         _, rows = notes["placed"][str(file.token)]
         assert pages((run.index, run.pfn, run.count) for run in file.memfd.extents) == pages(rows)
-        assert all(found.preserved.covers(run.pfn, run.count) for run in file.memfd.extents)
+        assert all(covers(found.preserved, run.pfn, run.count) for run in file.memfd.extents)
         assert (file.memfd.folios < file.memfd.size // PAGE) == (file.token == 8), "only one is of large folios"
 
 
-@pytest.mark.rotating("luo-frozen")
+@pytest.mark.group("luo-frozen")
 def test_the_live_tree_is_the_one_handed_over(frozen: tuple[dict[str, Any], tuple[Handover, ...], Path]) -> None:
     notes, (found,), _ = frozen
     assert found.preserved is not None

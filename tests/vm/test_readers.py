@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lab
 import pytest
+from support import lab
 
 
 @pytest.fixture(scope="module")

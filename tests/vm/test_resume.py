@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lab
 import pytest
+from support import lab
 
 from memconsole.native import program
 
@@ -18,12 +18,12 @@ def run(directory: Path, how: str = "") -> lab.Verdicts:
     first = f"{{ {program('memconsole-resume')}; echo $? >/run/resume.code; }} 2>&1 | cat >/run/resume.err"
     if how == "homeless":  # where the keeper's socket belongs, there is something that cannot go
         first = f"grep -q stage=2 /proc/cmdline && mkdir -p /run/memconsole/keeper/x; {first}"
-    said = lab.run("resume", directory, timeout=600, arguments=[how] if how else [], early=first)
+    said = lab.run("resume", directory, arguments=[how] if how else [], early=first)
     said.check()
     return said
 
 
-@pytest.mark.rotating("resume-go")
+@pytest.mark.group("resume-go")
 def test_canaries_go_on_over_two_kexecs_with_every_page_where_it_was(tmp_path: Path) -> None:
     said = run(tmp_path)
     assert said.stages == 3
@@ -34,18 +34,18 @@ def test_canaries_go_on_over_two_kexecs_with_every_page_where_it_was(tmp_path: P
             assert verdicts[f"frames-{name}"]["ok"]
 
 
-@pytest.mark.rotating("resume-broken")
+@pytest.mark.group("resume-broken")
 def test_a_broken_plan_loses_nothing_and_guests_can_be_resumed_by_hand(tmp_path: Path) -> None:
     said = run(tmp_path, "broken")
     resume = said.of("resume")
     found = [(finding["id"], finding["subject"]) for finding in resume["findings"]]
     assert found == [("plan-broken", "manifest"), *(("session-kept", f"memconsole:{name}") for name in GUESTS)]
     assert resume["guests"] == []
-    assert "plan-broken: manifest: its checksum does not match" in resume["err"]
+    assert "plan-broken: manifest: the boot plan is broken (its checksum does not match)" in resume["err"]
     assert {name for name in GUESTS if said.of(f"later-{name}")["ok"]} == set(GUESTS)
 
 
-@pytest.mark.rotating("resume-guest")
+@pytest.mark.group("resume-guest")
 def test_a_guest_whose_pages_are_not_where_they_were_is_not_resumed_by_itself(tmp_path: Path) -> None:
     said = run(tmp_path, "moved")
     found = {guest["guest"]: guest for guest in said.of("resume")["guests"]}
@@ -54,7 +54,7 @@ def test_a_guest_whose_pages_are_not_where_they_were_is_not_resumed_by_itself(tm
     assert said.of("later-two")["ok"]
 
 
-@pytest.mark.rotating("resume-spoiled")
+@pytest.mark.group("resume-spoiled")
 def test_a_spoiled_state_and_a_missing_session_are_findings_and_the_others_go_on(tmp_path: Path) -> None:
     said = run(tmp_path, "unfit")
     findings = {(finding["id"], finding["subject"]) for finding in said.of("resume")["findings"]}
@@ -62,7 +62,7 @@ def test_a_spoiled_state_and_a_missing_session_are_findings_and_the_others_go_on
     assert findings == missing | {("guest-held", "one")}
 
 
-@pytest.mark.rotating("resume-a")
+@pytest.mark.group("resume-a")
 def test_without_a_keeper_a_process_holds_everything_and_the_guests_run(tmp_path: Path) -> None:
     said = run(tmp_path, "homeless")
     assert "no-keeper" in said.of("resume")["err"]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lab
 import pytest
+from support import lab
 
-pytestmark = pytest.mark.rotating("revoke-rwp")
+pytestmark = pytest.mark.group("revoke-rwp")
 
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> lab.Verdicts:
     directory: Path = tmp_path_factory.mktemp("rwp")
-    return lab.run("revoke_rwp", directory)
+    return lab.run("revoke_rwp", directory, processors=2)
 
 
 def test_a_guest_that_does_not_answer_is_barred_and_its_memory_stays(said: lab.Verdicts) -> None:

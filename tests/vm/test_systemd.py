@@ -1,4 +1,7 @@
-"""The shipped units under a real systemd, over a real kexec."""
+"""The shipped units under real systemds, over real kexecs: this machine's, one with an fd store, one that carries it.
+
+The versions are those that install_debian.sh found; each run says which it was (``units``).
+"""
 
 from __future__ import annotations
 
@@ -7,35 +10,48 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import lab
 import pytest
+from support import lab
 
 FAULTS = "export LAB_DROPIN=Environment=MEMCONSOLE_FAULT=@/run/early.points"
+ALL = ["all"] if os.environ.get("MEMCONSOLE_SOAK") else []
 
 
-def other() -> Path | None:
-    """The files of a systemd with an fd store that outlives a stop (254), where install_debian.sh put them."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    found = cache / "memconsole" / "lab" / "systemd"
-    return found if (found / "lib/systemd/systemd").exists() else None
+def early(least: int, directory: str) -> str:
+    """What a lab begins with that goes on as a systemd of a version or newer: this machine's, else one unpacked."""
+    own = "0 0"
+    if shutil.which("systemctl") is not None:
+        own = subprocess.run(["systemctl", "--version"], capture_output=True, text=True, check=False).stdout
+    files = ""
+    if int(own.split()[1]) < least:
+        found = lab.cache() / directory
+        if not (found / "version").is_file():
+            pytest.skip(f"there is no systemd {least} or newer here: tools/install_debian.sh unpacks one")
+        files = str(found)
+    return f"export LAB_SYSTEMD={files}; {lab.SYSTEMD}"
 
 
-@pytest.mark.rotating("systemd")
+@pytest.mark.group("systemd")
 def test_units_keep_guests_over_kills_restarts_and_a_handoff(tmp_path: Path) -> None:
-    if not Path("/lib/systemd/systemd").exists():
-        pytest.skip("this machine has no systemd (Debian: systemd)")
-    said = lab.run("under_systemd", tmp_path, timeout=900, arguments=["faults"], early=f"{FAULTS}; {lab.SYSTEMD}")
+    faults = f"{FAULTS}; " if ALL else ""
+    arguments = [*ALL, "faults"] if ALL else []
+    said = lab.run("under_systemd", tmp_path, arguments=arguments, early=faults + early(1, ""))
     said.check()
     assert said.stages == 2
 
 
-@pytest.mark.rotating("systemd-fdstore")
+@pytest.mark.group("systemd-fdstore")
 def test_the_fd_store_of_a_newer_systemd_has_custody(tmp_path: Path) -> None:
-    files = other()
-    own = subprocess.run(["systemctl", "--version"], capture_output=True, text=True, check=False).stdout.split()
-    if files is None and (shutil.which("systemctl") is None or int(own[1]) < 254):
-        pytest.skip("there is no systemd 254 or newer here (tools/install_debian.sh)")
-    early = f"export LAB_SYSTEMD={files or ''}; {lab.SYSTEMD}"
-    said = lab.run("under_systemd", tmp_path, timeout=900, early=early)
+    said = lab.run("under_systemd", tmp_path, arguments=ALL, early=early(254, "systemd"))
     said.check()
+    assert said.of("units")["version"] >= 254
     assert said.stages == 2
+
+
+@pytest.mark.group("systemd-newest")
+def test_a_kexec_that_systemd_makes_brings_the_memory_and_says_what_became_of_guests(tmp_path: Path) -> None:
+    said = lab.run("under_systemd", tmp_path, arguments=[*ALL, "forced"], early=early(261, "systemd-newest"))
+    said.check()
+    assert said.of("units")["version"] >= 261
+    assert said.of("came-whole")["stage"] == 2
+    assert said.stages == 3

@@ -18,7 +18,7 @@ from memconsole.backend.kernel.tree import Root
 from memconsole.errors import NotFound
 
 
-class Kind(enum.StrEnum):
+class SpaceKind(enum.StrEnum):
     """Which of them; as custody's payload has it."""
 
     IOMMUFD = "iommufd"
@@ -53,40 +53,40 @@ class Backend(Protocol):
         """
 
 
-def choose(root: Root, bdf: str) -> Kind:
+def choose_backend(root: Root, bdf: str) -> SpaceKind:
     """What a device that vfio-pci has can be confined with: iommufd where the kernel has it and the device's file.
 
     Raises:
         NotFound: neither that nor VFIO's containers are there (``NoVfio``).
     """
     if tree.exists(root, iommufd.DEVICE) and vfio.has_file(root, bdf):
-        return Kind.IOMMUFD
+        return SpaceKind.IOMMUFD
     if tree.exists(root, type1.CONTAINER):
-        return Kind.TYPE1
+        return SpaceKind.TYPE1
     why = f"there is neither {iommufd.DEVICE} with a file for it in {vfio.FILES}, nor {type1.CONTAINER}"
     remedy = "use a kernel with CONFIG_VFIO_DEVICE_CDEV, or modprobe vfio_iommu_type1"
     raise NotFound(f"device {bdf} cannot be confined", why, remedy, code="NoVfio")
 
 
-def create(root: Root, kind: Kind) -> tuple[int, int]:
+def create(root: Root, kind: SpaceKind) -> tuple[int, int]:
     """A new, empty address space: its fd, which the caller closes, and its id in it.
 
     Raises:
         NotFound, Denied, KernelRefused: the kernel has none of this kind.
     """
-    if kind is Kind.TYPE1:
+    if kind is SpaceKind.TYPE1:
         return type1.create(root), 0
     fd = iommufd.create(root)
     try:
-        return fd, iommufd.make_space(fd) if kind is Kind.IOMMUFD else 0
+        return fd, iommufd.make_space(fd) if kind is SpaceKind.IOMMUFD else 0
     except BaseException:
         os.close(fd)
         raise
 
 
-def opened(kind: Kind, fd: int, space: int) -> Backend:
+def opened(kind: SpaceKind, fd: int, space: int) -> Backend:
     """An address space that is not a VMM's, by what custody has of it."""
-    if kind is Kind.TYPE1:
+    if kind is SpaceKind.TYPE1:
         return _Type1(fd)
     return _Iommufd(fd, space)
 

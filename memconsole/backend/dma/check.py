@@ -20,20 +20,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
-from memconsole.backend.dma import filled
-from memconsole.backend.dma.owners import WINDOW, Owners
+from memconsole.backend import needs
+from memconsole.backend.dma import vmm_check
+from memconsole.backend.dma.frame_owners import WINDOW, Owners
 from memconsole.backend.kernel import iommu, kho, pci, tree, vtd
 from memconsole.backend.kernel.pci import Function
 from memconsole.backend.stores import memfd
-from memconsole.errors import NotFound
+from memconsole.errors import NotFound, Silent
 from memconsole.extents import Extent, ExtentTable, Flag, Part
 from memconsole.model import Access, Finding, Grant, Severity
 from memconsole.units import PAGE, format_address, format_size
-
-if TYPE_CHECKING:
-    from memconsole.backend.desk import Desk
 
 FRAMES_MAX = 4 << 30
 """Bytes of a region up to which its frames are read for each look: tens of milliseconds."""
@@ -47,56 +45,67 @@ Frames = Mapping[str, Part | None]
 """Where the region of each grant has its pages: those of a table that are the grant's; None where they are not read."""
 
 
-def check(desk: Desk) -> tuple[Finding, ...]:
-    """The findings about the devices of guests, and of others by VFIO; none while an action is under way.
+class Checking(vmm_check.Owning, needs.Borrowed, needs.DeviceReaching, Protocol):
+    """What is compared: grants, address spaces and memory."""
+
+
+def device_findings(desk: Checking) -> tuple[Finding, ...] | None:
+    """The findings about the devices of guests, and of others by VFIO; None while an action changes what they reach.
 
     Raises:
-        Denied, KernelRefused, BadFile: the devices of this host cannot be read.
+        Denied, KernelRefused, BadFile: the devices of this host cannot be listed, or IOMMUs or memory not be read.
     """
     state = desk.state
-    given = _given(desk)
-    functions = pci.functions(desk.root) if tree.exists(desk.root, "/sys/bus/pci/devices") else ()
-    held = desk.spaces.devices
+    given = _device_grants(desk)
+    # Functions and IOMMUs that cannot be read are gaps of the survey, in the Snapshot that these findings stand in.
+    functions = pci.functions(desk.root, []) if tree.exists(desk.root, "/sys/bus/pci/devices") else ()
+    held = desk.address_spaces.devices
     others = [each.device for each in functions if each.device.driver == _VFIO and each.device.bdf not in held]
     others = others if others and kho.survival(desk.root).luo else []
-    if state.unfinished or not (given or others):
+    if state.unfinished:
+        return None
+    if not (given or others):
         return ()
     devices = {bdf for _, bdf in given}
-    found: list[Finding] = [*_lost(given, held), *_shared(functions, devices), *_interrupts(desk.root, devices)]
+    found: list[Finding] = [
+        *_lost_devices(given, held),
+        *_shared_groups(functions, devices),
+        *_interrupts(desk.root, devices),
+    ]
     with contextlib.ExitStack() as opened:
-        look = _Look(desk, functions, opened)
+        look = _TableReader(desk, functions, opened)
         for (guest, bdf), grants in given.items():
-            if guest in desk.spaces.filled:
-                found += _filled(look, guest, bdf, grants)
-            elif held.get(bdf) == guest and (table := look.reached(bdf)) is not None:
-                frames = {grant.id: look.part(grant) for grant in grants}
-                found += judged(bdf, grants, table, frames, look.owners)
+            if guest in desk.address_spaces.vmm_filled:
+                found += _vmm_filled(look, guest, bdf, grants)
+            elif held.get(bdf) == guest and (table := look.device_table(bdf)) is not None:
+                frames = {grant.id: look.grant_part(grant) for grant in grants}
+                found += table_findings(bdf, grants, table, frames, look.owners)
         for device in others:
-            if (table := look.reached(device.bdf)) is not None:
+            if (table := look.device_table(device.bdf)) is not None:
                 found += _targets(device.bdf, table.rows(0, TARGETS_MAX), look.owners(), set())
-    return tuple(found) if desk.state is state else ()
+    return tuple(found) if desk.state is state else None
 
 
-def _given(desk: Desk) -> dict[tuple[str, str], list[Grant]]:
+def _device_grants(desk: needs.DeviceReaching) -> dict[tuple[str, str], list[Grant]]:
     """The grants for devices of each guest, by guest and device."""
     given: dict[tuple[str, str], list[Grant]] = {}
     for grant in desk.state.grants.values():
         if grant.dma is not None:
             given.setdefault((grant.guest, grant.dma), [])
-    for bdf, guest in desk.spaces.devices.items():
-        if guest in desk.spaces.filled:  # it has what it was handed, also when its grants are gone
+    for bdf, guest in desk.address_spaces.devices.items():
+        if guest in desk.address_spaces.vmm_filled:  # it has what it was handed, also when its grants are gone
             given.setdefault((guest, bdf), [])
     for (guest, _), grants in given.items():
         grants += [grant for grant in desk.state.grants_of(guest=guest) if grant.dma is not None]
     return given
 
 
-def judged(
+def table_findings(
     bdf: str, grants: Sequence[Grant], table: ExtentTable, frames: Frames, owners: Callable[[], Owners]
 ) -> Iterator[Finding]:
     """The findings about a device, whose page tables are given, of a guest with these grants."""
-    differences = compare(grants, table, frames)
-    yield from told(bdf, grants, differences)
+    differences = compare_tables(grants, table, frames)
+    yield from difference_findings(bdf, grants, differences)
     if differences.unknown:
         owned = {grant.region for grant in grants}
         yield from _targets(bdf, differences.unknown, owners(), owned)
@@ -115,11 +124,11 @@ class Differences(NamedTuple):
     strange: int
 
 
-def compare(grants: Sequence[Grant], table: ExtentTable, frames: Frames) -> Differences:
+def compare_tables(grants: Sequence[Grant], table: ExtentTable, frames: Frames) -> Differences:
     """What a device's page tables say, against grants with a GPA and the frames of their regions."""
     grants = sorted(grants, key=_first)
     ranges = [(_first(grant), _first(grant) + _pages(grant)) for grant in grants]
-    with ExtentTable.of_parts(_meant(grants, frames, table)) as meant, _plain(table) as reached:
+    with ExtentTable.of_parts(_granted_parts(grants, frames, table)) as meant, _without_leaf_sizes(table) as reached:
         counted, outside, strange = meant.diff_count(reached, ranges, TARGETS_MAX)
     tallies = {grant.id: tally for grant, tally in zip(grants, counted, strict=True)}
     missing = {id: tally.vanished for id, tally in tallies.items()}
@@ -135,7 +144,7 @@ def compare(grants: Sequence[Grant], table: ExtentTable, frames: Frames) -> Diff
     )
 
 
-def told(bdf: str, grants: Sequence[Grant], found: Differences) -> Iterator[Finding]:
+def difference_findings(bdf: str, grants: Sequence[Grant], found: Differences) -> Iterator[Finding]:
     """Differences as findings."""
     evidence = f"IOMMU page tables of {bdf}"
     again = "and map it again"
@@ -145,11 +154,13 @@ def told(bdf: str, grants: Sequence[Grant], found: Differences) -> Iterator[Find
             remedy = f"memconsole revoke {grant.id}, {again}"
             yield Finding("dma-missing", Severity.WARNING, grant.id, what, evidence, remedy)
         if pages := found.elsewhere[grant.id]:
-            what = f"device {bdf} finds other frames than region {grant.region} has in {format_size(pages * PAGE)}"
-            remedy = f"revoke {grant.id}, {again}: somebody emptied parts of the region under the device"
+            what = (
+                f"device {bdf} reaches other frames than those of region {grant.region} in {format_size(pages * PAGE)}"
+            )
+            remedy = f"memconsole revoke {grant.id}, {again}: parts of the region were emptied while the device had it"
             yield Finding("dma-elsewhere", Severity.ERROR, grant.id, what, evidence, remedy)
         if pages := found.writable[grant.id]:
-            what = f"device {bdf} may write to {format_size(pages * PAGE)} of {grant.id}, which is granted to be read"
+            what = f"device {bdf} may write to {format_size(pages * PAGE)} of {grant.id}, which is granted read-only"
             yield Finding("dma-writable", Severity.ERROR, grant.id, what, evidence, f"memconsole revoke {grant.id}")
     if found.unknown:
         size = format_size(found.strange * PAGE)
@@ -166,7 +177,7 @@ def _targets(bdf: str, runs: Sequence[Extent], owners: Owners, owned: set[str]) 
     """Whose frames they are that a device reaches and no grant says so."""
     shared: dict[str, Extent] = {}
     outside: list[Extent] = []
-    for owner, run in owners.of(runs):
+    for owner, run in owners.pieces(runs):
         if owner is None:
             outside.append(run)
         elif owner != WINDOW and owner not in owned:
@@ -174,17 +185,26 @@ def _targets(bdf: str, runs: Sequence[Extent], owners: Owners, owned: set[str]) 
     evidence = f"IOMMU page tables of {bdf}"
     for region, run in shared.items():
         where = f"{evidence}: {_where(run)}"
-        what = f"frames of region {region} are reached by device {bdf} too, which is not its guest's"
-        yield Finding("frame-shared", Severity.ERROR, bdf, what, where, f"end whoever holds device {bdf}")
+        what = f"device {bdf} reaches frames of region {region}, which its guest was not granted"
+        yield Finding(
+            "frame-shared",
+            Severity.ERROR,
+            bdf,
+            what,
+            where,
+            f"take the device from its holder: revoke its grants, or unbind its driver; {region} keeps its contents",
+        )
     if outside:
         size = format_size(sum(run.count for run in outside) * PAGE)
         where = f"{evidence}: {_where(outside[0])}"
-        what = f"{size} that device {bdf} reaches are no region's memory, no window and no MSI: a kexec loses them"
-        remedy = "stop the device before a handoff, or give its guest regions: memconsole map --dma"
+        what = f"{size} that device {bdf} reaches belong to no region, window or MSI"
+        remedy = (
+            "stop the device before a handoff, or grant the memory: memconsole map REGION GUEST --gpa GPA --dma BDF"
+        )
         yield Finding("dma-outside", Severity.WARNING, bdf, what, where, remedy)
 
 
-def _meant(grants: Sequence[Grant], frames: Frames, table: ExtentTable) -> Iterator[Part]:
+def _granted_parts(grants: Sequence[Grant], frames: Frames, table: ExtentTable) -> Iterator[Part]:
     """What the table should be; where frames were not read, what it is."""
     for grant in grants:
         first, pages = _first(grant), _pages(grant)
@@ -196,7 +216,7 @@ def _meant(grants: Sequence[Grant], frames: Frames, table: ExtentTable) -> Itera
             yield part._replace(pages=pages, to=first, keep=Flag(0), add=access)
 
 
-def _plain(table: ExtentTable) -> ExtentTable:
+def _without_leaf_sizes(table: ExtentTable) -> ExtentTable:
     """The table without what says how large its leaves are."""
     span = table.end - table.first
     return ExtentTable.of_parts([Part(table, table.first, span, table.first, _REACH)] if span else [])
@@ -215,10 +235,10 @@ def _pages(grant: Grant) -> int:
     return grant.length // PAGE
 
 
-class _Look:
+class _TableReader:
     """The tables of regions and devices, read when they are asked for, closed with the look that asked."""
 
-    def __init__(self, desk: Desk, functions: Sequence[Function], opened: contextlib.ExitStack) -> None:
+    def __init__(self, desk: Checking, functions: Sequence[Function], opened: contextlib.ExitStack) -> None:
         self.desk = desk
         self._opened = opened
         self._groups = {function.device.bdf: function.device.group for function in functions}
@@ -226,7 +246,7 @@ class _Look:
         self._bars = [bar for function in functions for bar in function.bars if not bar.io]
         self._owners: Owners | None = None
 
-    def part(self, grant: Grant) -> Part | None:
+    def grant_part(self, grant: Grant) -> Part | None:
         """A grant's pages in the table of its segment; None where it is not read."""
         index, offset = divmod(grant.offset, memfd.SEGMENT)
         table = self._segment(grant.region, index)
@@ -253,7 +273,7 @@ class _Look:
                 yield Extent(at, pfn, count, Flag.PRESENT)
                 at += count
 
-    def reached(self, bdf: str) -> ExtentTable | None:
+    def device_table(self, bdf: str) -> ExtentTable | None:
         """A device's address space as it is now; None where the kernel does not show it, or it is too much."""
         group = self._groups.get(bdf)
         if group is None:
@@ -275,22 +295,27 @@ class _Look:
         if region.size > FRAMES_MAX:
             return None
         try:
-            with self.desk.borrowed(name) as fds:
+            with self.desk.borrowed_fds(name) as fds:
                 return self._opened.enter_context(ExtentTable.scan_fd(fds[index], region.segments[index].size))
         except NotFound:
             return None
 
 
-def _filled(look: _Look, guest: str, bdf: str, grants: Sequence[Grant]) -> list[Finding]:
+def _vmm_filled(look: _TableReader, guest: str, bdf: str, grants: Sequence[Grant]) -> list[Finding]:
     """A device whose address space a VMM fills; looked at twice, for its guest may have moved something meanwhile."""
-    parts = [look.part(grant) for grant in grants]
+    parts = [look.grant_part(grant) for grant in grants]
     granted = [(row.pfn, row.count) for part in parts if part is not None for row in _rows(part)]
     found: list[Finding] = []
     for _ in range(2):
-        table, own = look.reached(bdf), filled.own_frames(look.desk, guest)
+        table = look.device_table(bdf)
+        try:
+            own = vmm_check.own_frames(look.desk, guest)
+        except Silent as error:
+            what = f"what device {bdf} reaches is not known: {error.what}"
+            return [Finding("dma-unseen", Severity.WARNING, bdf, what, error.why, error.remedy)]
         if table is None or own is None or None in parts:
             return []
-        found = list(filled.compare(bdf, grants, list(table), granted, own))
+        found = list(vmm_check.compare(bdf, grants, list(table), granted, own))
         if not found:
             break
     return found
@@ -301,15 +326,15 @@ def _rows(part: Part) -> list[Extent]:
         return table.rows()
 
 
-def _lost(given: Iterable[tuple[str, str]], attached: Mapping[str, str]) -> Iterator[Finding]:
+def _lost_devices(given: Iterable[tuple[str, str]], attached: Mapping[str, str]) -> Iterator[Finding]:
     for guest, bdf in given:
         if attached.get(bdf) != guest:
-            what = f"guest {guest} was granted memory for device {bdf}, and nobody holds the device"
+            what = f"guest {guest} was granted memory for device {bdf}, and the device is not in custody"
             remedy = f"revoke the grants of {guest}, and map them again with --dma {bdf}"
             yield Finding("dma-lost", Severity.WARNING, bdf, what, "custody", remedy)
 
 
-def _shared(functions: Sequence[Function], devices: set[str]) -> Iterator[Finding]:
+def _shared_groups(functions: Sequence[Function], devices: set[str]) -> Iterator[Finding]:
     known = [function.device for function in functions]
     for device in known:
         if device.bdf not in devices:
@@ -320,19 +345,19 @@ def _shared(functions: Sequence[Function], devices: set[str]) -> Iterator[Findin
             if each.group == device.group and each.bdf != device.bdf and not pci.is_bridge(each)
         ]
         if beside:
-            what = f"device {device.bdf} is not isolated: {', '.join(beside)} shares IOMMU group {device.group} with it"
-            remedy = "give nothing else of this group away, or move the device to a slot with ACS"
+            what = f"device {device.bdf} is not isolated: it shares IOMMU group {device.group} with {', '.join(beside)}"
+            remedy = "give no other device of this group to a guest, or move the device to a slot with ACS"
             where = f"/sys/kernel/iommu_groups/{device.group}/devices"
             yield Finding("device-shared", Severity.WARNING, device.bdf, what, where, remedy)
 
 
 def _interrupts(root: tree.Root, devices: set[str]) -> Iterator[Finding]:
     """Devices of guests where an IOMMU of Intel or AMD remaps no interrupts: their chips would be named IR-..."""
-    kinds = {unit.kind for unit in iommu.units(root)} if devices else set()
+    kinds = {unit.kind for unit in iommu.units(root, [])} if devices else set()
     if not kinds & {"intel-iommu", "amd-iommu"} or b" IR-" in tree.read(root, "/proc/interrupts"):
         return
     for bdf in sorted(devices):
-        what = f"device {bdf} can send the host any interrupt: they are not remapped"
-        remedy = "switch interrupt remapping on in the firmware, and boot without intremap=off"
+        what = f"device {bdf} can send the host any interrupt: interrupts are not remapped"
+        remedy = "enable interrupt remapping in the firmware, and boot without intremap=off"
         where = "/proc/interrupts: no chip of it is IR-..."
         yield Finding("device-interrupts", Severity.WARNING, bdf, what, where, remedy)

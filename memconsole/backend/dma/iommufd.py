@@ -68,11 +68,14 @@ def bind(device: int, bdf: str, iommufd: int) -> None:
         call("VFIO_DEVICE_BIND_IOMMUFD", device, _BIND, struct.pack("IIiI", 16, 0, iommufd, 0))
     except KernelRefused as error:
         names = {
-            errno.EPERM: ("NotIsolated", "switch interrupt remapping on: it could send any interrupt to this host"),
-            errno.EBUSY: ("DeviceInUse", "a driver has another device of its IOMMU group: unbind that one"),
-            errno.EINVAL: ("DeviceInUse", "another process has it open: end that one"),
+            errno.EPERM: (
+                "NotIsolated",
+                "enable interrupt remapping in the firmware: without it the device can send any interrupt to this host",
+            ),
+            errno.EBUSY: ("DeviceInUse", "unbind the driver that has another device of its IOMMU group"),
+            errno.EINVAL: ("DeviceInUse", "have the process that holds it close it (fuser /dev/vfio/devices/*)"),
         }
-        code, remedy = names.get(error.errno, ("", "look at dmesg"))
+        code, remedy = names.get(error.errno, ("", "see dmesg"))
         what = f"device {bdf} cannot be confined"
         raise KernelRefused(error.source, error.errno, what=what, remedy=remedy, code=code) from error
 
@@ -186,9 +189,9 @@ def unmap(iommufd: int, space: int, iova: int, length: int) -> int:
 def unmappable(error: KernelRefused, iova: int) -> KernelRefused:
     """Why an IOVA was not mapped, by name."""
     names = {
-        errno.EEXIST: ("IovaTaken", "it leads somewhere already; revoke that grant"),
-        errno.EINVAL: ("BadIova", "the IOMMU or a device of the guest cannot reach it; choose another --gpa"),
-        errno.ENOMEM: ("NoMemory", "a device pins every page: free memory, or map less"),
+        errno.EEXIST: ("IovaTaken", "revoke the grant that is mapped there"),
+        errno.EINVAL: ("BadIova", "choose another --gpa: the IOMMU or a device of the guest cannot reach this one"),
+        errno.ENOMEM: ("NoMemory", "free memory, or map less: a device pins every page"),
     }
     code, remedy = names.get(error.errno, ("", ""))
     what = f"IOVA {iova:#x} cannot be mapped"

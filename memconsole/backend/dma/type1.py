@@ -67,7 +67,7 @@ def open_group(root: Root, group: int) -> int:
     except KernelRefused as error:
         if error.errno != errno.EBUSY:
             raise
-        what, remedy = f"IOMMU group {group} is in use", "another process has it open: end that one"
+        what, remedy = f"IOMMU group {group} is in use", "have the process that holds it close it (fuser /dev/vfio/*)"
         raise KernelRefused(path, error.errno, what=what, remedy=remedy, code="DeviceInUse") from error
 
 
@@ -80,7 +80,7 @@ def join(group: int, number: int, container: int) -> None:
     status = call("VFIO_GROUP_GET_STATUS", group, _GROUP_STATUS, struct.pack("II", 8, 0))
     what = f"IOMMU group {number} cannot be confined"
     if not struct.unpack_from("I", status, 4)[0] & _VIABLE:
-        remedy = "a driver has another device of the group: unbind that one"
+        remedy = "unbind the driver that has another device of the group"
         raise KernelRefused("VFIO_GROUP_GET_STATUS", errno.EBUSY, what=what, remedy=remedy, code="DeviceInUse")
     try:
         call("VFIO_GROUP_SET_CONTAINER", group, _SET_CONTAINER, struct.pack("i", container))
@@ -90,9 +90,12 @@ def join(group: int, number: int, container: int) -> None:
             if error.errno != errno.EINVAL:  # it was set with the container's first group
                 raise KernelRefused("VFIO_SET_IOMMU", error.errno or errno.EIO) from error
     except KernelRefused as error:
-        code, remedy = "", "look at dmesg"
+        code, remedy = "", "see dmesg"
         if error.errno == errno.EPERM:
-            code, remedy = "NotIsolated", "switch interrupt remapping on: it could send any interrupt to this host"
+            code, remedy = (
+                "NotIsolated",
+                "enable interrupt remapping in the firmware: without it the device can send any interrupt to this host",
+            )
         raise KernelRefused(error.source, error.errno, what=what, remedy=remedy, code=code) from error
 
 

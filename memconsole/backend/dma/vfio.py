@@ -54,7 +54,9 @@ def bind(root: Root, bdf: str) -> None:
     _write(root, "/sys/bus/pci/drivers_probe", bdf)
     if driver(root, bdf) != DRIVER:
         _write(root, override, "\n")
-        raise MemconsoleError(f"{DRIVER} does not take device {bdf}", "", "look at dmesg", code="NoVfio")
+        raise MemconsoleError(
+            f"{DRIVER} does not bind device {bdf}", "the kernel refused it", "see dmesg", code="NoVfio"
+        )
 
 
 def unbind(root: Root, bdf: str) -> None:
@@ -83,7 +85,7 @@ def open_device(root: Root, bdf: str) -> int:
     except NotFound:
         names = []
     if not names:
-        why, remedy = f"{DRIVER} made none for it", "use a kernel with CONFIG_VFIO_DEVICE_CDEV"
+        why, remedy = f"{DRIVER} created none for it", "use a kernel with CONFIG_VFIO_DEVICE_CDEV"
         raise NotFound(f"device {bdf} has no file in {FILES}", why, remedy, code="NoVfio")
     path = f"{FILES}/{names[0]}"
     try:
@@ -92,7 +94,7 @@ def open_device(root: Root, bdf: str) -> int:
         raise tree.failure(path, error) from error
 
 
-class Region(NamedTuple):
+class VfioRegion(NamedTuple):
     """A region of a device (a BAR by its number, the configuration space): where it is in the device's file."""
 
     offset: int
@@ -100,7 +102,7 @@ class Region(NamedTuple):
     mappable: bool
 
 
-def region(device: int, index: int) -> Region:
+def region(device: int, index: int) -> VfioRegion:
     """What a device says of one of its regions; ``size`` 0 where it has none.
 
     Raises:
@@ -111,7 +113,7 @@ def region(device: int, index: int) -> Region:
     except OSError as error:
         raise KernelRefused("VFIO_DEVICE_GET_REGION_INFO", error.errno or errno.EIO) from error
     _, flags, _, _, size, offset = struct.unpack("IIIIQQ", answer)
-    return Region(offset, size, bool(flags & _MAPPABLE))
+    return VfioRegion(offset, size, bool(flags & _MAPPABLE))
 
 
 def enable(device: int, *, master: bool = True) -> None:
@@ -124,7 +126,7 @@ def enable(device: int, *, master: bool = True) -> None:
         config.write(_COMMAND, config.read(_COMMAND, 2) | _MEMORY | (_MASTER if master else 0))
 
 
-def quiet(device: int) -> None:
+def quiesce(device: int) -> None:
     """Take the bus from a device: when this returns it neither reads nor writes memory, nor interrupts anybody.
 
     What it had written before has arrived (a read behind it pushes it out), and a PCI Express device has got what it
@@ -136,7 +138,13 @@ def quiet(device: int) -> None:
     with _config(device) as config:
         config.write(_COMMAND, config.read(_COMMAND, 2) & ~_MASTER)
         if config.read(_COMMAND, 2) & _MASTER:
-            raise KernelRefused("PCI command register", errno.EIO, what="it keeps the bus", code="Restless")
+            raise KernelRefused(
+                "PCI command register",
+                errno.EIO,
+                what="bus mastering cannot be switched off",
+                remedy="see dmesg",
+                code="Restless",
+            )
         status = config.find(_EXPRESS)
         deadline = time.monotonic() + _DRAIN_S
         while status and config.read(status + _DEVICE_STATUS, 2) & _PENDING:

@@ -14,7 +14,7 @@ import ctypes
 import os
 from pathlib import Path
 
-from memconsole.backend.kernel.mounts import Mounted, mounts
+from memconsole.backend.kernel.mounts import MountInfo, mounts
 from memconsole.errors import KernelRefused, Refused
 
 SUBTREES = ("guests", "regions")
@@ -46,7 +46,7 @@ def attach(staging: Path, device: int, point: Path) -> None:
             _call("mount", os.fsencode(staging / name), os.fsencode(at), None, _MS_BIND, None, path=at)
 
 
-def _top(at: Path) -> Mounted | None:
+def _top(at: Path) -> MountInfo | None:
     """What is mounted at a path, the last one over the others."""
     return next((each for each in reversed(mounts()) if each.path == at), None)
 

@@ -1,160 +1,91 @@
 """The agents socket: how grants reach guests as file descriptors, and how they are asked back.
 
-SOCK_SEQPACKET, one message a packet, little-endian; ``native/agent.h`` is the same grammar in C::
+What passes over it stands in :mod:`.agents`.
 
-    message  = head body                    head.length counts the whole packet, at most 8192 bytes
-    head     = u32 magic "MCAG", u16 version 1, u16 type, u32 id, u32 length
-    name     = 64 bytes of UTF-8, NUL-padded, the last byte NUL
+The agent connects. Who it is, the kernel says (SO_PEERCRED, SO_PEERPIDFD): a process that is not a registered guest,
+or whose start time is another's, is disconnected, and so is whoever breaks the grammar; nobody else notices. A guest
+is only ever sent its own grants. After HELLO it is sent the grants it lacks and asked to unmap what is not granted any
+more.
 
-    agent -> control
-      HELLO    1  = u32 runs_as (0 neither, 1 kvm, 2 process), u32 count, count * name   first message: what it holds
-      DONE     2  = i32 status, u32 zero, char text[120]         the answer to the request of that id; 0 or an errno
-      HANDED   5  = u32 modes, u32 zero, u64 address; one fd: an uffd with which the mapping at the address is
-                    registered (UFFDIO_REGISTER_MODE_*); comes before the answer to a GRANT that wants one, by its id
-      REPORTED 3  = u32 runs_as, u32 state (1 running, 2 paused, 3 failed),
-                    u64 beats, checked, wrong, gap_ns, gaps, restored, blackout_ns, char text[120]
-      SWEPT    4  = u64 pages, u64 wrong, u64 ns
-    control -> agent
-      GRANT   16  = name, u64 offset, u64 length, u64 gpa (all ones: none), u32 access (1 ro, 2 rw, 3 a window),
-                    u32 wants (1 its page faults, 2 a way to bar it); one fd
-      UNMAP   17  = name
-      SAVE    22    no body, one fd: stop, and write there what it is besides its RAM
-      TAKEN   24    no body: the uffd handed over for the GRANT of that id is in custody, or nobody has it
-      PAUSE 18, RESUME 19, REPORT 20, STOP 21, SWEEP 23 have no body
-
-The agent connects. Who it is, the kernel says (SO_PEERCRED): a process that is not a registered guest, or whose start
-time is another's, is disconnected, and so is whoever breaks the grammar; nobody else notices. A guest is only ever
-sent its own grants. After HELLO it is sent the grants it lacks and asked to unmap what is not granted any more.
-
-An agent that has handed an uffd over uses the mapping from TAKEN on, and answers DONE then. If the connection ends
-before, it unmaps: HELLO lacks the grant, which is offered and handed over again. So whoever dies, a mapping that is in
-use and registered has its uffd in custody. Fault points: ``map.uffd.before``, ``held`` (in custody), ``after`` (told).
+What becomes of an uffd that an agent hands over stands in :mod:`.uffds`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import select
 import selectors
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from memconsole import agent as wire
+from memconsole import unforeseen
 from memconsole.agent import BadMessage, Type
-from memconsole.backend import steps
+from memconsole.backend.exports import answers
+from memconsole.backend.exports.agents import (
+    AgentPeer,
+    OfferedGrant,
+    PendingRequest,
+    Uffd,
+    UffdTransfer,
+    body_of,
+    held_by,
+    listen,
+    writable,
+)
+from memconsole.backend.exports.answers import AgentReply
+from memconsole.backend.exports.uffds import OnUffd, UffdIntake
 from memconsole.backend.guests.base import Offer
 from memconsole.backend.guests.handle import stat
-from memconsole.errors import Gone, GuestError, KernelRefused, NotFound, Refused
-from memconsole.model import Access, Progress
+from memconsole.backend.peers.patience import MOST, Patience
+from memconsole.backend.peers.peer import EXHAUSTED, Peer
+from memconsole.errors import Gone, GuestError, MemconsoleError, NotFound, Refused
+from memconsole.model import ProcessId
 
+log = logging.getLogger("memconsole.agents")
 
-class Uffd(NamedTuple):
-    """An uffd as a guest's ``process`` (PID, start time) handed it over: for which grant's mapping, and how that is
-    registered; ``fd`` is closed afterwards.
-    """
-
-    guest: str
-    process: tuple[int, int]
-    grant: str
-    fd: int
-    modes: int
-    address: int
-
-
-OnUffd = Callable[[Uffd], None]
+OnChange = Callable[[str, frozenset[str]], None]
 _MAX_UNANSWERED = 256
-_STATES = {1: "running", 2: "paused", 3: "failed"}
-
-
-class Answer(NamedTuple):
-    """What a guest answered: ``status`` 0 or an errno, its words; to REPORT its state, progress and how often it was
-    restored, last after how long; to SWEEP the pages it checked and the bytes that are wrong.
-    """
-
-    status: int
-    text: str
-    state: str = ""
-    progress: Progress | None = None
-    restored: int = 0
-    blackout_ns: int = 0
-    pages: int = 0
-    wrong: int = 0
-
-
-@dataclass
-class _Ask:
-    type: Type
-    grant: str
-    handed: bool = False
-    answered: threading.Event = field(default_factory=threading.Event)
-    answer: Answer | None = None
-
-
-@dataclass
-class _Offered:
-    offer: Offer
-    fd: int
-    sent: bool
-
-
-@dataclass
-class _Peer:
-    name: str
-    pid: int
-    start_ticks: int
-    offers: dict[str, _Offered] = field(default_factory=dict)
-    mapped: set[str] = field(default_factory=set)
-    asked: dict[int, _Ask] = field(default_factory=dict)
-    socket: socket.socket | None = None
-    greeted: bool = False
-    last_id: int = 0
+_ROOM_S = 0.05
+"""Seconds between two looks whether one that was asked too much has answered anything."""
+_AGAIN_S = 1.0
 
 
 class Hub:
     """The agents socket of one control process; one thread listens, every method may be called from any thread."""
 
-    def __init__(
-        self, path: Path, *, on_change: Callable[[str], None] | None = None, on_uffd: OnUffd | None = None
-    ) -> None:
+    def __init__(self, path: Path, *, on_change: OnChange | None = None, on_uffd: OnUffd | None = None) -> None:
         """Listen on ``path``, in place of a socket left there.
 
-        ``on_change`` is called, in the hub's thread, with a guest's name when it connected, went, or mapped or
-        unmapped a grant; ``on_uffd`` when it handed an uffd over, before it uses the mapping.
+        ``on_change`` is called, in the hub's thread, with a guest's name and the grants that it has mapped, when it
+        connected, went, or mapped or unmapped a grant; ``on_uffd`` when it handed an uffd over, before it uses the
+        mapping.
 
         Raises:
             KernelRefused: the socket cannot be made.
         """
         self.path = path
         self._on_change = on_change
-        self._on_uffd = on_uffd
         self._state = threading.Condition()
-        self._peers: dict[str, _Peer] = {}
+        self._peers: dict[str, AgentPeer] = {}
         self._closed = False
+        self._untold: dict[str, float] = {}
+        """Guests whose change was not taken, and when it is told again."""
+        self._accept_at = 0.0
+        """When connections are accepted again, after there was no descriptor for one; 0 while they are."""
+        self._uffds = UffdIntake(on_uffd, self._state, self._disconnect)
+        self._listener = listen(path)
         self._woken, self._wake = os.pipe()
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            path.unlink(missing_ok=True)
-            self._listener.bind(str(path))
-            # Guests run as anybody: who they are decides, not that they can knock.
-            path.chmod(0o666)
-            self._listener.listen(64)
-            self._listener.setblocking(False)
-        except OSError as error:
-            self._listener.close()
-            os.close(self._woken)
-            os.close(self._wake)
-            raise KernelRefused(str(path), error.errno or 0, what="the agents socket cannot be made") from None
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._woken, selectors.EVENT_READ)
         self._selector.register(self._listener, selectors.EVENT_READ)
-        self._thread = threading.Thread(target=self._run, name="memconsole-agents", daemon=True)
+        self._thread = unforeseen.thread("memconsole-agents", self._run)
         self._thread.start()
 
     # --- what control calls -------------------------------------------------------------------------------------
@@ -167,9 +98,9 @@ class Hub:
         Raises:
             Refused: a guest of this name, or this process under another name, is registered (``NameTaken``).
         """
-        peer = _Peer(name, pid, start_ticks)
+        peer = AgentPeer(name, ProcessId(pid, start_ticks))
         with self._state:
-            if name in self._peers or any(other.pid == pid for other in self._peers.values()):
+            if name in self._peers or any(other.process.pid == pid for other in self._peers.values()):
                 raise Refused(
                     f"guest {name} cannot be registered",
                     f"its name, or process {pid}, is a guest already",
@@ -177,7 +108,7 @@ class Hub:
                     code="NameTaken",
                 )
             for offer in offers:
-                peer.offers[offer.grant] = _Offered(offer, os.dup(offer.fd), sent=True)
+                peer.offers[offer.grant] = OfferedGrant(offer, os.dup(offer.fd), sent=True)
             self._peers[name] = peer
 
     def unregister(self, name: str) -> None:
@@ -209,7 +140,7 @@ class Hub:
         try:
             wire.pack_name(offer.grant)
         except ValueError as error:
-            raise GuestError(f"grant {offer.grant} cannot be offered", str(error)) from None
+            raise GuestError(f"grant {offer.grant} cannot be offered", str(error), "try again") from None
         with self._state:
             peer = self._peer(name)
             old = peer.offers.pop(offer.grant, None)
@@ -217,22 +148,28 @@ class Hub:
                 os.close(old.fd)
             if len(peer.offers) >= wire.MAX_GRANTS:
                 raise GuestError(
-                    f"guest {name} takes no more grants", f"an agent holds at most {wire.MAX_GRANTS}", "revoke one"
+                    f"guest {name} takes no more grants",
+                    f"an agent holds at most {wire.MAX_GRANTS}",
+                    "revoke one of its grants",
                 )
-            offered = peer.offers[offer.grant] = _Offered(offer, os.dup(offer.fd), sent=False)
+            offered = peer.offers[offer.grant] = OfferedGrant(offer, os.dup(offer.fd), sent=False)
             if not peer.greeted:
                 return False
         try:
-            answer = self._request(peer, Type.GRANT, offer.grant, within, offered=offered)
+            answer = self._request(peer, Type.GRANT, offer.grant, within, offered=offered, patient=True)
         except GuestError:
             self.withdraw(name, offer.grant)
             raise
         if answer.status:
             self.withdraw(name, offer.grant)
-            raise GuestError(f"guest {name} did not map grant {offer.grant}", answer.text or os.strerror(answer.status))
+            raise GuestError(
+                f"guest {name} did not map grant {offer.grant}",
+                answer.text or os.strerror(answer.status),
+                "see its log",
+            )
         return True
 
-    def ask_unmap(self, name: str, grant: str, within: float) -> bool:
+    def request_unmap(self, name: str, grant: str, within: float) -> bool:
         """Ask a guest to unmap a grant: true once it did (and the offer is withdrawn), false if it has no agent or
         says that it cannot.
 
@@ -254,15 +191,16 @@ class Hub:
         with self._state:
             self._withdraw(self._peer(name), grant)
 
-    def ask(self, name: str, type: Type, within: float, fd: int | None = None) -> Answer:
-        """Send a request without a body, SAVE with the file to write into, and wait for the answer.
+    def ask(self, name: str, type: Type, within: float, fd: int | None = None, *, patient: bool = False) -> AgentReply:
+        """Send a request without a body, SAVE with the file to write into, and wait for the answer; longer with
+        patience, while the guest's process is busy or waits for a processor.
 
         Raises:
             GuestError: it is not connected, did not answer in time, or went away.
         """
         with self._state:
             peer = self._peer(name)
-        return self._request(peer, type, "", within, fd=fd)
+        return self._request(peer, type, "", within, fd=fd, patient=patient)
 
     def close(self) -> None:
         """Stop listening and disconnect everybody; guests go on, and what they mapped stays mapped."""
@@ -272,6 +210,7 @@ class Hub:
             self._closed = True
         os.write(self._wake, b"x")
         self._thread.join()
+        self._uffds.close()
         for name in list(self._peers):
             self.unregister(name)
         self._selector.close()
@@ -282,74 +221,90 @@ class Hub:
 
     # --- requests ------------------------------------------------------------------------------------------------
 
-    def _peer(self, name: str) -> _Peer:
+    def _peer(self, name: str) -> AgentPeer:
         peer = self._peers.get(name)
         if peer is None:
-            raise NotFound(f"guest {name} is not registered", "it has no agent of ours", "attach or start it")
+            raise NotFound(
+                f"guest {name} is not registered",
+                "it has no memconsole agent",
+                f"memconsole guest attach {name} --pid PID",
+            )
         return peer
 
-    def _withdraw(self, peer: _Peer, grant: str) -> None:
+    def _withdraw(self, peer: AgentPeer, grant: str) -> None:
         offered = peer.offers.pop(grant, None)
         if offered is not None:
             os.close(offered.fd)
 
     def _request(
         self,
-        peer: _Peer,
+        peer: AgentPeer,
         type: Type,
         grant: str,
         within: float,
         *,
-        offered: _Offered | None = None,
+        offered: OfferedGrant | None = None,
         fd: int | None = None,
-    ) -> Answer:
-        deadline = time.monotonic() + within
+        patient: bool = False,
+    ) -> AgentReply:
+        patience = Patience(peer.process.pid, within, most=MOST if patient else 1)
         while True:
             with self._state:
                 if not peer.greeted or peer.socket is None:
                     raise GuestError(f"guest {peer.name} does not answer", "its agent is not connected", "try again")
-                ask = self._post(peer, type, grant, offered, fd)
+                ask = self._is_repeated(peer, type) or self._post(peer, type, grant, offered, fd)
                 connection = peer.socket
             if ask is not None:
                 break
-            # Its queue is full: it does not read. Wait for room, but no longer than it is given.
-            poller = select.poll()
-            poller.register(connection, select.POLLOUT)
-            if not poller.poll(max(0, int((deadline - time.monotonic()) * 1000))):
+            # It does not read, or answers nothing. Wait for room, but no longer than it is given.
+            if not patience.lasts(partial(self._room, peer, connection)):
                 raise self._silent(peer, within)
-        if not ask.answered.wait(max(0.0, deadline - time.monotonic())):
-            raise self._silent(peer, within)
+        if not patience.lasts(ask.answered.wait):
+            ask.given_up = True
+            raise self._silent(peer, within, ask)
         if ask.answer is None:
-            raise GuestError(f"guest {peer.name} did not answer", "its agent went away", "try again")
+            raise GuestError(f"guest {peer.name} did not answer", "its agent disconnected", "try again")
         return ask.answer
 
-    def _silent(self, peer: _Peer, within: float) -> GuestError:
-        return GuestError(
-            f"guest {peer.name} does not answer", f"its agent said nothing for {within:g} s", "take a harder rung"
-        )
+    def _room(self, peer: AgentPeer, connection: socket.socket, within: float) -> bool:
+        """Whether there is room for another request, or comes within so many seconds, or in a moment."""
+        with self._state:
+            if len(peer.asked) >= _MAX_UNANSWERED:
+                return self._state.wait_for(lambda: len(peer.asked) < _MAX_UNANSWERED, min(within, _ROOM_S))
+        return writable(connection, within)
+
+    def _is_repeated(self, peer: AgentPeer, type: Type) -> PendingRequest | None:
+        """A REPORT that is unanswered still and that no caller waits for any more: it is not asked for twice.
+
+        So one that hangs owes one report, however often it is asked for one.
+        """
+        if type is not Type.REPORT:
+            return None
+        found = next((ask for ask in peer.asked.values() if ask.type is type and ask.given_up), None)
+        if found is not None:
+            found.given_up = False
+        return found
+
+    def _silent(self, peer: AgentPeer, within: float, ask: PendingRequest | None = None) -> GuestError:
+        """The error for a guest that does not answer in time; it names what its agent is still at."""
+        why = f"its agent said nothing for {within:g} s"
+        with self._state:
+            before = [other for other in peer.asked.values() if ask is None or other.asked_at < ask.asked_at]
+        if before:
+            since = time.monotonic() - before[0].asked_at
+            why += f"; it has been at {before[0].type.name} for {since:.1f} s"
+        return GuestError(f"guest {peer.name} does not answer", why, "use a harder rung: --at-most")
 
     def _post(
-        self, peer: _Peer, type: Type, grant: str, offered: _Offered | None = None, fd: int | None = None
-    ) -> _Ask | None:
+        self, peer: AgentPeer, type: Type, grant: str, offered: OfferedGrant | None = None, fd: int | None = None
+    ) -> PendingRequest | None:
         """Send a request, lock held; None when there is no room for it now."""
         if peer.socket is None or len(peer.asked) >= _MAX_UNANSWERED:
             return None
-        body = b""
-        if offered is not None:
-            offer = offered.offer
-            body = wire.GRANT.pack(
-                wire.pack_name(grant),
-                offer.offset,
-                offer.length,
-                wire.NO_GPA if offer.gpa is None else offer.gpa,
-                wire.WINDOW if offer.window else 2 if offer.access is Access.RW else 1,
-                offer.wants,
-            )
-            fd = offered.fd
-        elif type is Type.UNMAP:
-            body = wire.pack_name(grant)
+        body = body_of(type, grant, offered)
+        fd = offered.fd if offered is not None else fd
         fds = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
-        ask = _Ask(type, grant)
+        ask = PendingRequest(type, grant)
         id = peer.last_id + 1
         try:
             peer.socket.sendmsg([wire.pack(type, id, body)], fds, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
@@ -357,7 +312,7 @@ class Hub:
             return None
         except OSError:
             self._disconnect(peer)
-            raise GuestError(f"guest {peer.name} did not answer", "its agent went away", "try again") from None
+            raise GuestError(f"guest {peer.name} did not answer", "its agent disconnected", "try again") from None
         if offered is not None:
             offered.sent = True
         peer.last_id = id
@@ -368,35 +323,71 @@ class Hub:
 
     def _run(self) -> None:
         while True:
-            for key, _ in self._selector.select():
+            now = time.monotonic()
+            for due in [name for name, at in self._untold.items() if at <= now]:
+                self._notify(due)
+            waits = [at - now for at in self._untold.values()] + ([self._accept_at - now] if self._accept_at else [])
+            for key, _ in self._selector.select(max(0.0, min(waits)) if waits else None):
                 if key.fd == self._woken:
                     return
                 if key.fileobj is self._listener:
-                    self._accept()
+                    with unforeseen.contained("the agents socket", "agents"):
+                        self._accept()
                     continue
-                peer: _Peer = key.data
-                if self._receive(peer) and self._on_change is not None:
-                    self._on_change(peer.name)
+                peer: AgentPeer = key.data
+                if self._serve(peer):
+                    self._notify(peer.name)
+            if self._accept_at and self._accept_at <= time.monotonic():
+                self._accept_at = 0.0
+                self._selector.register(self._listener, selectors.EVENT_READ)
+
+    def _serve(self, peer: AgentPeer) -> bool:
+        """Serve one packet of a guest; whether its state changed. What was not foreseen ends its connection."""
+        changed = unforeseen.attempt(f"the agent of guest {peer.name}", "agents", partial(self._receive, peer))
+        if isinstance(changed, MemconsoleError):
+            log.warning("guest %s is disconnected: %s", peer.name, changed)
+            with self._state:
+                self._disconnect(peer)
+            return True
+        return changed
+
+    def _notify(self, name: str) -> None:
+        """Say that a guest's state changed; where that cannot be taken now (a full ledger), say so again later."""
+        self._untold.pop(name, None)
+        if self._on_change is None:
+            return
+        with self._state:
+            peer = self._peers.get(name)
+            mapped = frozenset(peer.mapped) if peer is not None else frozenset()
+        said = unforeseen.attempt(f"taking note of guest {name}", "agents", partial(self._on_change, name, mapped))
+        if isinstance(said, MemconsoleError):
+            log.warning("what guest %s did is not noted yet: %s", name, said)
+            self._untold[name] = time.monotonic() + _AGAIN_S
 
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
-        except OSError:
-            return  # it went away before it was let in
-        raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        pid = struct.unpack("3i", raw)[0]
-        with self._state:
-            peer = next((peer for peer in self._peers.values() if peer.pid == pid), None)
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                log.warning("no agent can connect: %s; trying again in a second", error.strerror)
+                self._selector.unregister(self._listener)
+                self._accept_at = time.monotonic() + _AGAIN_S
+            return  # else it went away before it was let in
+        caller = Peer.of(connection)
+        pid = caller.pid
+        with self._state, contextlib.closing(caller):
+            peer = next((peer for peer in self._peers.values() if peer.process.pid == pid), None)
             with contextlib.suppress(Gone):
-                if peer is not None and stat(pid)[1] == peer.start_ticks:
+                # In this order: whoever runs after the number was seen to be the guest's had it then too.
+                if peer is not None and stat(pid)[1] == peer.process.start_ticks and caller.is_alive():
                     self._disconnect(peer)
                     connection.setblocking(False)
-                    peer.socket = connection
                     self._selector.register(connection, selectors.EVENT_READ, peer)
+                    peer.socket = connection
                     return
         connection.close()
 
-    def _receive(self, peer: _Peer) -> bool:
+    def _receive(self, peer: AgentPeer) -> bool:
         """Serve one packet of a guest; whether its state changed."""
         with self._state:
             if peer.socket is None:
@@ -422,7 +413,9 @@ class Hub:
                 self._state.notify_all()
             return changed
 
-    def _take(self, peer: _Peer, message: wire.Message, fds: list[int]) -> bool:
+    def _take(self, peer: AgentPeer, message: wire.Message, fds: list[int]) -> bool:
+        if not isinstance(message.type, Type):
+            return False  # of a newer agent, which does without an answer
         if len(fds) != (message.type is Type.HANDED):
             raise BadMessage("a message with an fd too many or too few")
         if message.type is Type.HELLO:
@@ -434,7 +427,7 @@ class Hub:
         if not peer.greeted or ask is None:
             raise BadMessage("an answer to nothing")
         try:
-            ask.answer = _answer(message)
+            ask.answer = answers.read(message)
         finally:
             ask.answered.set()
         if ask.answer.status:
@@ -448,34 +441,24 @@ class Hub:
             self._withdraw(peer, ask.grant)
         return ask.type in {Type.GRANT, Type.UNMAP}
 
-    def _handed(self, peer: _Peer, message: wire.Message, uffd: int) -> None:
+    def _handed(self, peer: AgentPeer, message: wire.Message, uffd: int) -> None:
         ask = peer.asked.get(message.id)
-        if not peer.greeted or ask is None or ask.handed or len(message.body) != wire.HANDED.size:
+        if not peer.greeted or ask is None or ask.handed or len(message.body) < wire.HANDED.size:
             raise BadMessage("an uffd for nothing")
         offered = peer.offers.get(ask.grant)
         if ask.type is not Type.GRANT or (offered is not None and not offered.offer.wants):
-            raise BadMessage("an uffd nobody asked for")
+            raise BadMessage("a userfaultfd that no call waits for")
         ask.handed = True
-        modes, _, address = wire.HANDED.unpack(message.body)
-        steps.point("map.uffd.before")
-        if offered is not None and self._on_uffd is not None:
-            self._on_uffd(Uffd(peer.name, (peer.pid, peer.start_ticks), ask.grant, uffd, modes, address))
-        steps.point("map.uffd.held")
+        modes, _, address = wire.HANDED.unpack_from(message.body)
         assert peer.socket is not None  # noqa: S101 - this came by it
-        try:
-            peer.socket.sendmsg([wire.pack(Type.TAKEN, message.id)], [], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        except BlockingIOError:
-            raise BadMessage("it does not read") from None
-        steps.point("map.uffd.after")
+        kept = offered is not None and self._uffds.keeps
+        given = Uffd(peer.name, peer.process, ask.grant, os.dup(uffd) if kept else -1, modes, address)
+        self._uffds.take(UffdTransfer(peer, peer.socket, message.id, given))
 
-    def _greet(self, peer: _Peer, message: wire.Message) -> bool:
-        if peer.greeted or len(message.body) < wire.HELLO.size:
+    def _greet(self, peer: AgentPeer, message: wire.Message) -> bool:
+        if peer.greeted:
             raise BadMessage("a HELLO too many or too short")
-        _, count = wire.HELLO.unpack_from(message.body)
-        names = message.body[wire.HELLO.size :]
-        if count > wire.MAX_GRANTS or len(names) != count * wire.NAME.size:
-            raise BadMessage("a HELLO of another length than it says")
-        peer.mapped = {wire.unpack_name(raw) for (raw,) in wire.NAME.iter_unpack(names)}
+        peer.mapped = held_by(message)
         peer.greeted = True
         for grant in peer.mapped - peer.offers.keys():
             self._post(peer, Type.UNMAP, grant)
@@ -486,7 +469,7 @@ class Hub:
                 raise BadMessage("it does not read")
         return True
 
-    def _disconnect(self, peer: _Peer) -> None:
+    def _disconnect(self, peer: AgentPeer) -> None:
         """Let a connection go, lock held; whoever waits for an answer learns that none comes."""
         if peer.socket is not None:
             self._selector.unregister(peer.socket)
@@ -497,26 +480,3 @@ class Hub:
             ask.answered.set()
         peer.asked.clear()
         self._state.notify_all()
-
-
-def _answer(message: wire.Message) -> Answer:
-    if message.type is Type.DONE and len(message.body) == wire.DONE.size:
-        status, _, text = wire.DONE.unpack(message.body)
-        return Answer(status, _text(text))
-    if message.type is Type.REPORTED and len(message.body) == wire.REPORTED.size:
-        runs_as, state, beats, checked, wrong, gap_ns, gaps, restored, blackout_ns, text = wire.REPORTED.unpack(
-            message.body
-        )
-        if runs_as not in {1, 2} or state not in _STATES:
-            raise BadMessage("a report of nothing known")
-        why = _text(text)
-        progress = Progress("kvm" if runs_as == 1 else "process", beats, checked, wrong, gap_ns, gaps, why)
-        return Answer(0, why, _STATES[state], progress, restored, blackout_ns)
-    if message.type is Type.SWEPT and len(message.body) == wire.SWEPT.size:
-        pages, wrong, _ = wire.SWEPT.unpack(message.body)
-        return Answer(0, "", pages=pages, wrong=wrong)
-    raise BadMessage(f"a malformed {message.type.name}")
-
-
-def _text(raw: bytes) -> str:
-    return raw.partition(b"\0")[0].decode("utf-8", "replace")

@@ -16,7 +16,7 @@ its lock beside it: copy a fresh, small database into the RAM file, and link to 
 own. LMDB: ``data.mdb`` linked, ``map_size`` the file's size. SQLite: ``journal_mode=MEMORY`` (or ``OFF``),
 ``cache_spill=OFF`` so that a rollback never wants to truncate, ``mmap_size`` the file's size.
 
-The protocol stands at the top of ``native/fuse_control.c``.
+The protocol stands at the top of ``native/fuse_control.h``.
 """
 
 from __future__ import annotations
@@ -30,15 +30,27 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from memconsole.backend.daemon import DaemonClient, started
-from memconsole.errors import Denied, Gone, KernelRefused, MemconsoleError, NotFound, Refused, UsageError, WireError
+from memconsole.backend.peers.daemon import DaemonClient, Refusal, refused, started
+from memconsole.errors import (
+    Denied,
+    Gone,
+    KernelRefused,
+    MemconsoleError,
+    NotFound,
+    Refused,
+    Silent,
+    UsageError,
+    WireError,
+)
 from memconsole.model import Capability
 from memconsole.units import exact_size
 
-_UNAVAILABLE = "the fd export needs no mount: start guests with an agent"
+ANSWERS = 10.0
+"""Seconds the server has for a request, the turn for its connection included."""
+_UNAVAILABLE = "start guests with an agent: the fd export needs no mount"
 
 
-class Kind(enum.IntEnum):
+class EntryKind(enum.IntEnum):
     """What an entry of the tree is."""
 
     DIR = 1
@@ -48,7 +60,7 @@ class Kind(enum.IntEnum):
     MAP = 5
 
 
-class Entry(NamedTuple):
+class FuseEntry(NamedTuple):
     """An entry of the tree; ``size`` in bytes (a RAM file's, a text's, a link's target's).
 
     ``open`` counts open file descriptions, wherever their descriptors are; a mapping is none. A mapping of a RAM file
@@ -57,7 +69,7 @@ class Entry(NamedTuple):
     """
 
     path: str
-    kind: Kind
+    kind: EntryKind
     inode: int
     size: int
     mode: int
@@ -67,7 +79,7 @@ class Entry(NamedTuple):
     revoked: bool
 
 
-class Revoked(NamedTuple):
+class OpenAfterRevoke(NamedTuple):
     """What is left after a revoke: file descriptions opened before, and whether reading and writing them gives EIO.
 
     Those that are ``open`` can still be mapped, spliced and sent, until the memfd is truncated.
@@ -115,12 +127,13 @@ class FuseTree(DaemonClient):
     """The tree of the server on the socket at ``path``, over one connection; every method from any thread.
 
     Raises:
-        Gone: no server answers there (``FuseGone``).
+        Gone: no server is there (``FuseGone``).
+        Silent: one is there and does not answer (``FuseSilent``).
         Denied: the server runs as another user, and this process not as root.
         Refused: the server has too many connections (``FuseBusy``).
     """
 
-    def __init__(self, path: Path, *, timeout: float = 30.0) -> None:
+    def __init__(self, path: Path, *, timeout: float = ANSWERS) -> None:
         self.mountpoint = Path()
         super().__init__(path, timeout)
 
@@ -144,14 +157,6 @@ class FuseTree(DaemonClient):
         )
 
     # --- what guests see --------------------------------------------------------------------------------------------
-
-    def add_guest(self, guest: str, uid: int = 0, gid: int = 0) -> Path:
-        """The guest's directory, with its own directories in it; only its owner and group may look into it."""
-        self.directory("guests", mode=0o755)
-        top = self.directory(f"guests/{guest}", uid=uid, gid=gid, mode=0o550)
-        for name in ("ram", "state", "mmio"):
-            self.directory(f"guests/{guest}/{name}", uid=uid, gid=gid, mode=0o550)
-        return top
 
     def add_ram(
         self,
@@ -179,12 +184,12 @@ class FuseTree(DaemonClient):
                 "reserve a region for this guest, or map it with the fd export",
                 code="NotWhole",
             )
-        return self._put(Kind.RAM, f"guests/{guest}/ram/{region}", uid=uid, gid=gid, mode=mode, fds=[fd])
+        return self._put(EntryKind.RAM, f"guests/{guest}/ram/{region}", uid=uid, gid=gid, mode=mode, fds=[fd])
 
     def add_region(self, region: str, fd: int) -> Path:
         """The owner's view of a region of one segment, for root; raises as :meth:`add_ram`."""
         self.directory("regions", mode=0o700)
-        return self._put(Kind.RAM, f"regions/{region}", mode=0o600, fds=[fd])
+        return self._put(EntryKind.RAM, f"regions/{region}", mode=0o600, fds=[fd])
 
     def set_status(self, guest: str, status: bytes, uid: int = 0, gid: int = 0) -> Path:
         """What ``status`` shows from now on; who has it open reads on what he opened."""
@@ -193,7 +198,7 @@ class FuseTree(DaemonClient):
     def set_state(self, guest: str, name: str, fd: int, uid: int = 0, gid: int = 0) -> Path:
         """A file of device or vCPU state, from a memfd that nobody changes any more."""
         path = f"guests/{guest}/state/{name}"
-        return self._put(Kind.TEXT, path, uid=uid, gid=gid, mode=0o440, fds=[fd])
+        return self._put(EntryKind.TEXT, path, uid=uid, gid=gid, mode=0o440, fds=[fd])
 
     def set_pfnmap(self, guest: str, parts: Sequence[MapPart], uid: int = 0, gid: int = 0) -> Path:
         """What ``pfnmap`` lists from now on, scanned whenever it is opened: at most 64 ranges, in this order.
@@ -211,7 +216,7 @@ class FuseTree(DaemonClient):
             for fd in fds:
                 stack.callback(os.close, fd)
             path = f"guests/{guest}/pfnmap"
-            return self._put(Kind.MAP, path, uid=uid, gid=gid, mode=0o440, payload=payload, fds=fds)
+            return self._put(EntryKind.MAP, path, uid=uid, gid=gid, mode=0o440, payload=payload, fds=fds)
 
     def link_window(self, guest: str, bdf: str, bar: int, target: Path) -> Path:
         """A link to the resource file of a device's BAR: what is no RAM cannot be passed through."""
@@ -221,50 +226,41 @@ class FuseTree(DaemonClient):
 
     def directory(self, path: str, uid: int = 0, gid: int = 0, mode: int = 0o755) -> Path:
         """A directory, made or changed; the one above it must be there."""
-        return self._put(Kind.DIR, path, uid=uid, gid=gid, mode=mode)
+        return self._put(EntryKind.DIR, path, uid=uid, gid=gid, mode=mode)
 
     def link(self, path: str, target: Path) -> Path:
         """A symbolic link, made or changed."""
-        return self._put(Kind.LINK, path, mode=0o777, payload=os.fsencode(target))
+        return self._put(EntryKind.LINK, path, mode=0o777, payload=os.fsencode(target))
 
-    def revoke(self, path: str) -> Revoked:
+    def revoke(self, path: str) -> OpenAfterRevoke:
         """Nobody opens a file any more, root included; the entry stays, so that :meth:`list` shows who has it open.
 
         Raises:
             NotFound: there is no such file.
         """
-        return _revoked(self._request(_Op.REVOKE, path)[1])
+        return _revoked(self._request(_FuseOp.REVOKE, path)[1])
 
-    def remove(self, path: str, *, recursive: bool = False) -> Revoked:
+    def remove(self, path: str, *, recursive: bool = False) -> OpenAfterRevoke:
         """Revoke and take away a file, or a directory; of several files, what is left of all together.
 
         Raises:
             NotFound: there is no such entry.
             Refused: a directory with entries, and not ``recursive`` (``NotEmpty``).
         """
-        return _revoked(self._request(_Op.REMOVE, path, flags=int(recursive))[1])
+        return _revoked(self._request(_FuseOp.REMOVE, path, flags=int(recursive))[1])
 
-    def list(self) -> list[Entry]:
+    def list(self) -> list[FuseEntry]:
         """Every entry, sorted by path."""
         entries, last, more = [], 0, True
         while more:
-            more, page = self._request(_Op.LIST, payload=struct.pack("<Q", last))
+            more, page = self._request(_FuseOp.LIST, payload=struct.pack("<Q", last))
             for last, entry in _entries(page):  # noqa: B007 - the last one seen is where the next page begins
                 entries.append(entry)
         return sorted(entries)
 
     def status(self) -> FuseStatus:
         """What the server says of itself."""
-        return _status(self._request(_Op.STAT)[1])
-
-    def unmount(self, *, lazy: bool = False) -> None:
-        """Unmount and end the server; with ``lazy`` even while files are open, which then give ENOTCONN.
-
-        Raises:
-            Refused: files are open or mapped (``MountBusy``).
-        """
-        self._request(_Op.QUIT, flags=int(lazy))
-        self.close()
+        return _status(self._request(_FuseOp.STAT)[1])
 
     # --- the wire ---------------------------------------------------------------------------------------------------
 
@@ -273,13 +269,13 @@ class FuseTree(DaemonClient):
         try:
             with open(fd, "wb", closefd=False) as file:
                 file.write(text)
-            return self._put(Kind.TEXT, path, uid=uid, gid=gid, mode=0o440, fds=[fd])
+            return self._put(EntryKind.TEXT, path, uid=uid, gid=gid, mode=0o440, fds=[fd])
         finally:
             os.close(fd)
 
     def _put(
         self,
-        kind: Kind,
+        kind: EntryKind,
         path: str,
         *,
         mode: int,
@@ -288,11 +284,11 @@ class FuseTree(DaemonClient):
         payload: bytes = b"",
         fds: Sequence[int] = (),
     ) -> Path:
-        self._request(_Op.PUT, path, kind=kind, mode=mode, uid=uid, gid=gid, payload=payload, fds=fds)
+        self._request(_FuseOp.PUT, path, kind=kind, mode=mode, uid=uid, gid=gid, payload=payload, fds=fds)
         return self.mountpoint / path
 
     def _greeted(self, connection: socket.socket) -> int:
-        status = _status(_receive(connection, _Op.GREETING, "")[1])
+        status = _status(_receive(connection, _FuseOp.GREETING, "")[1])
         if self.pid in {0, status.pid}:
             self.mountpoint = status.mountpoint
         return status.pid
@@ -304,7 +300,11 @@ class FuseTree(DaemonClient):
     def _ended(self, why: str) -> Gone:
         what = f"the server of the mount, with pid {self.pid}, ended"
         why = why or "its connection closed"
-        return Gone(what, why, "mount again: what is mapped is still there", code="FuseGone")
+        return Gone(what, why, "memconsole serve --mount mounts again; what is mapped stays mapped", code="FuseGone")
+
+    def _silent(self, pid: int, why: str) -> Silent:
+        remedy = f"see what holds it up: if a signal has stopped it, kill -CONT {pid}; what is mapped stays mapped"
+        return Silent(f"the server of the mount, with pid {pid}, does not answer", why, remedy, code="FuseSilent")
 
     def _replaced(self, pid: int) -> Gone:
         return self._ended(f"another one, pid {pid}, serves the mount, with a tree of its own")
@@ -326,13 +326,16 @@ class FuseTree(DaemonClient):
         if len(raw) > _MAX_PATH or len(payload) > _MAX_PAYLOAD:
             raise UsageError(f"{path!r} cannot be put on the mount", "its path or its target is too long")
         head = _REQUEST.pack(_VERSION, op, kind, flags, len(raw), len(payload), mode, uid, gid, 0)
-        return self._ask(head + raw + payload, fds, lambda connection: _receive(connection, op, path))
+        doing = f"{_FuseOp.NAMES[op]} {path}".rstrip()
+        return self._ask(doing, head + raw + payload, fds, lambda connection: _receive(connection, op, path))
 
 
 _VERSION = 1
+"""Raised when ``VERSION`` of ``native/fuse_control.h`` is, by the rule there."""
 _MAX_PATH = 1023
 _MAX_PAYLOAD = 4096
 _MAX_PARTS = 64
+_NO_PASSTHROUGH, _KERNEL = 11, 12
 _NO_GPA = (1 << 64) - 1
 _REQUEST = struct.Struct("<BBBBHHIIII")
 _REPLY = struct.Struct("<BBBBHH")
@@ -342,26 +345,46 @@ _REVOKED = struct.Struct("<II")
 _PART = struct.Struct("<QQQ")
 
 
-_REFUSED = {
-    8: ("something else has this path on the mount", "or it is revoked", "remove it first", "PathTaken"),
-    9: ("the directory on the mount has entries", "", "remove them first", "NotEmpty"),
-    10: ("the mount has no room for another entry", "", "remove entries", "MountFull"),
-    13: ("the mount is in use", "files on it are open or mapped", "stop who uses it", "MountBusy"),
-    15: ("the mount's server has no room for another connection", "", "close others", "FuseBusy"),
+_REFUSALS = {
+    4: Refusal(
+        UsageError,
+        "{name} cannot be an entry of the mount",
+        "it is not a path, or not of this kind",
+        "report it: memconsole asked for it",
+    ),
+    7: Refusal(NotFound, "the mount has no {name}", "it or its directory is missing", "ls the mount"),
+    8: Refusal(
+        Refused,
+        "the mount has another entry at this path",
+        "a revoked entry keeps its path too",
+        "remove that entry first",
+        "PathTaken",
+    ),
+    9: Refusal(
+        Refused, "the directory on the mount cannot be removed", "it has entries", "remove them first", "NotEmpty"
+    ),
+    10: Refusal(Refused, "the mount is full", "its table of entries has no room", "remove entries", "MountFull"),
+    13: Refusal(
+        Refused,
+        "the mount is in use",
+        "files on it are open or mapped",
+        "close the files first: fuser -m names the processes that have them",
+        "MountBusy",
+    ),
+    14: Refusal(Denied, "the mount's server denied this process", "it is not of the server's user", "run as root"),
+    15: Refusal(
+        Refused,
+        "the mount's server takes no more connections",
+        "all its connections are in use",
+        "close others",
+        "FuseBusy",
+    ),
 }
 
 
-class _Op:
+class _FuseOp:
     GREETING, PUT, REVOKE, REMOVE, LIST, STAT, QUIT = range(7)
-
-
-_BROKEN = {
-    1: "its lengths do not add up",
-    2: "it is of a version this server does not speak",
-    3: "there is no such operation",
-    5: "not the descriptors that the operation takes",
-    6: "it is longer than any request may be",
-}
+    NAMES = ("greeting", "put", "revoke", "remove", "list", "status", "quit")
 
 
 def _serving(tree: FuseTree, mountpoint: Path) -> FuseTree:
@@ -374,7 +397,10 @@ def _serving(tree: FuseTree, mountpoint: Path) -> FuseTree:
         return tree
     tree.close()
     raise Refused(
-        f"memory is mounted at {tree.mountpoint} already", "", "unmount it, or use it there", code="OtherMount"
+        f"memory is mounted at {tree.mountpoint} already",
+        "there is one mount at a time",
+        "unmount it, or use it there",
+        code="OtherMount",
     )
 
 
@@ -390,21 +416,12 @@ def _why_not(errno: int) -> str:
 
 
 def _refusal(code: int, errno: int, path: str) -> MemconsoleError:
-    """The error for a code that is not OK (``enum code`` in fuse_control.c)."""
-    if code in _REFUSED:
-        return Refused(*_REFUSED[code][:3], code=_REFUSED[code][3])
-    match code:
-        case 4:
-            return UsageError(f"{path!r} cannot be an entry of the mount", "it is no path, or not of this kind")
-        case 7:
-            return NotFound(f"there is nothing at {path!r} on the mount, or nothing it could be put into")
-        case 11:
-            return Refused(f"{path!r} cannot be a file", _why_not(errno), _UNAVAILABLE, code="NoPassthrough")
-        case 12:
-            return KernelRefused("memconsole-fuse", errno, what=f"{path!r} could not be done on the mount")
-        case 14:
-            return Denied("the mount's server denied this process", "it is not of the server's user", "run as root")
-    return WireError("the mount's server refused a request", _BROKEN.get(code, f"code {code}"))
+    """The error for a code that is not OK (``enum code`` in fuse_control.h)."""
+    if code == _NO_PASSTHROUGH:
+        return Refused(f"{path!r} cannot be a file", _why_not(errno), _UNAVAILABLE, code="NoPassthrough")
+    if code == _KERNEL:
+        return KernelRefused("memconsole-fuse", errno, what=f"{path!r} could not be done on the mount")
+    return refused("the mount's server", _REFUSALS, code, path)
 
 
 def _receive(connection: socket.socket, op: int, path: str) -> tuple[bool, bytes]:
@@ -434,17 +451,18 @@ def _receive(connection: socket.socket, op: int, path: str) -> tuple[bool, bytes
 def _status(payload: bytes) -> FuseStatus:
     if len(payload) < _STATUS.size:
         raise WireError("the status of the mount's server makes no sense", f"it has {len(payload)} bytes")
-    return FuseStatus._make((*_STATUS.unpack_from(payload), Path(os.fsdecode(payload[_STATUS.size :]))))
+    mountpoint = payload[_STATUS.size :].partition(b"\0")[0]
+    return FuseStatus._make((*_STATUS.unpack_from(payload), Path(os.fsdecode(mountpoint))))
 
 
-def _revoked(payload: bytes) -> Revoked:
-    if len(payload) != _REVOKED.size:
+def _revoked(payload: bytes) -> OpenAfterRevoke:
+    if len(payload) < _REVOKED.size:
         raise WireError("what the mount's server revoked makes no sense", f"it has {len(payload)} bytes")
-    count, cut = _REVOKED.unpack(payload)
-    return Revoked(count, bool(cut))
+    count, cut = _REVOKED.unpack_from(payload)
+    return OpenAfterRevoke(count, bool(cut))
 
 
-def _entries(page: bytes) -> Iterator[tuple[int, Entry]]:
+def _entries(page: bytes) -> Iterator[tuple[int, FuseEntry]]:
     """The ids and entries of one reply to LIST."""
     at = 0
     while at < len(page):
@@ -452,4 +470,4 @@ def _entries(page: bytes) -> Iterator[tuple[int, Entry]]:
         at += _ENTRY.size
         path = os.fsdecode(page[at : at + length])
         at += length
-        yield id, Entry(path, Kind(kind), id, size, mode, uid, gid, open, bool(revoked))
+        yield id, FuseEntry(path, EntryKind(kind), id, size, mode, uid, gid, open, bool(revoked))

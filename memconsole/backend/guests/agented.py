@@ -8,6 +8,7 @@ from typing import Self
 from memconsole.backend.exports.fd import Hub
 from memconsole.backend.guests.base import Offer
 from memconsole.backend.guests.handle import Handle
+from memconsole.model import Vcpu
 
 
 class AgentedGuest:
@@ -19,6 +20,7 @@ class AgentedGuest:
         self.start_ticks = handle.start_ticks
         self._handle = handle
         self._hub = hub
+        self._left = False
 
     @classmethod
     def adopt(cls, name: str, pid: int, start_ticks: int, hub: Hub, offers: Iterable[Offer] = ()) -> Self:
@@ -48,17 +50,27 @@ class AgentedGuest:
         self._handle.check()
         return self._hub.offer(self.name, offer, within)
 
-    def ask_unmap(self, grant: str, within: float) -> bool:
+    def request_unmap(self, grant: str, within: float) -> bool:
         """Ask its agent to unmap a grant; one that is not connected cannot."""
         self._handle.check()
-        return self._hub.ask_unmap(self.name, grant, within)
+        return self._hub.request_unmap(self.name, grant, within)
 
     def kill(self) -> None:
         """SIGKILL and wait until it is gone."""
         self._handle.kill()
-        self._hub.unregister(self.name)
+        self.interrupt()
+
+    def interrupt(self) -> None:
+        """Leave the hub, once: another guest may have this one's name there afterwards."""
+        if not self._left:
+            self._left = True
+            self._hub.unregister(self.name)
+
+    def vcpus(self) -> tuple[Vcpu, ...] | None:
+        """None: the kernel shows those it has."""
+        return None
 
     def close(self) -> None:
         """Let go of what this object holds; the guest goes on."""
-        self._hub.unregister(self.name)
+        self.interrupt()
         self._handle.close()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from memconsole.agent import Type
-from memconsole.backend.exports.fd import Answer, Hub
+from memconsole.backend.exports.answers import AgentReply
+from memconsole.backend.exports.fd import Hub
 from memconsole.backend.guests.agented import AgentedGuest
 from memconsole.backend.guests.base import Restart
 from memconsole.backend.guests.handle import GIVEN_FD, last_words, spawn
+from memconsole.backend.peers.patience import Patience
 from memconsole.errors import GuestError
 from memconsole.model import GuestKind, GuestState, Progress
 from memconsole.native import program
@@ -43,15 +44,15 @@ class CanaryGuest(AgentedGuest):
             handle.kill()
             handle.close()
             raise
-        deadline = time.monotonic() + within
-        while time.monotonic() < deadline and handle.alive():
+        patience = Patience(handle.pid, within)
+        while patience.left() and handle.alive():
             if hub.connected(name, 0.1):
                 return cls(name, handle, hub)
         why = f"its agent did not connect within {within:g} s" if handle.alive() else last_words(log)
         handle.kill()
         hub.unregister(name)
         handle.close()
-        raise GuestError(f"canary {name} did not start", why, f"look into {log}")
+        raise GuestError(f"canary {name} did not start", why, f"see {log}")
 
     def state(self) -> GuestState:
         """Running, paused (also while it has no RAM), stopped when its vCPU cannot go on, or gone."""
@@ -62,11 +63,11 @@ class CanaryGuest(AgentedGuest):
 
     def pause(self) -> None:
         """Stop its vCPU at the end of a beat."""
-        self._ask(Type.PAUSE)
+        self._ask(Type.PAUSE, patient=True)
 
     def resume(self) -> None:
         """Let it go on."""
-        self._ask(Type.RESUME)
+        self._ask(Type.RESUME, patient=True)
 
     def save(self, fd: int, within: float) -> None:
         """Pause it, and have it write what it is besides its RAM (vCPU, ranges) into the file, from its start.
@@ -76,7 +77,7 @@ class CanaryGuest(AgentedGuest):
         Raises:
             GuestError: it cannot be saved; it stands still all the same.
         """
-        self._ask(Type.SAVE, within, fd)
+        self._ask(Type.SAVE, within, fd, patient=True)
 
     def restart(self, agents: Path, state: str, grants: Sequence[tuple[str, str]], *, paused: bool = False) -> Restart:
         """How it goes on: see :meth:`again`."""
@@ -96,11 +97,6 @@ class CanaryGuest(AgentedGuest):
         )
         return Restart(words, tuple(fds))
 
-    def sweep(self, within: float) -> tuple[int, int]:
-        """Check every page at once: how many were checked, and how many bytes are wrong."""
-        answer = self._ask(Type.SWEEP, within)
-        return answer.pages, answer.wrong
-
     def blackout(self) -> tuple[int, int]:
         """How often it was restored, and the nanoseconds it did not run around the last time, as it saw it itself."""
         answer = self._ask(Type.REPORT)
@@ -110,7 +106,7 @@ class CanaryGuest(AgentedGuest):
         """End it, by force after ``within`` seconds."""
         if self._handle.alive():
             self._handle.end(within)
-        self._hub.unregister(self.name)
+        self.interrupt()
 
     def progress(self) -> Progress | None:
         """Its counters: beats, stamps checked, wrong bytes, and the longest pause that nobody commanded.
@@ -119,9 +115,11 @@ class CanaryGuest(AgentedGuest):
         """
         return self._ask(Type.REPORT).progress
 
-    def _ask(self, type: Type, within: float = ANSWERS, fd: int | None = None) -> Answer:
+    def _ask(self, type: Type, within: float = ANSWERS, fd: int | None = None, *, patient: bool = False) -> AgentReply:
         self._handle.check()
-        answer = self._hub.ask(self.name, type, within, fd)
+        answer = self._hub.ask(self.name, type, within, fd, patient=patient)
         if answer.status:
-            raise GuestError(f"canary {self.name} refused {type.name}", answer.text or os.strerror(answer.status))
+            raise GuestError(
+                f"canary {self.name} refused {type.name}", answer.text or os.strerror(answer.status), "see its log"
+            )
         return answer

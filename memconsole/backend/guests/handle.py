@@ -7,27 +7,33 @@ import fcntl
 import os
 import select
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
-from memconsole.errors import Gone, GuestError, KernelRefused
+from memconsole import decoding
+from memconsole.backend.kernel import census, tree
+from memconsole.errors import Gone, GuestError, KernelRefused, Silent
 
 KILLED_S = 60.0
 """Seconds a killed process may take to be gone: the kernel frees its memory first, page by page."""
 
 
-def stat(pid: int) -> tuple[str, int]:
-    """State letter and start time in clock ticks since boot (/proc/PID/stat, fields 3 and 22).
+def stat(pid: int, task: int | None = None) -> tuple[str, int]:
+    """State letter and start time in clock ticks since boot (stat, fields 3 and 22) of a first thread, or of ``task``.
+
+    The first thread may have left (Z) while the process goes on: whether it does its pidfd tells.
 
     Raises:
         Gone: there is no such process.
     """
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 - on the path of every snapshot
+        with open(f"{tree.of_process(pid, task)}/stat", "rb") as file:  # noqa: PTH123 - on the path of every snapshot
             words = file.read().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        raise Gone(f"process {pid} is gone", "it ended", "list the processes again") from None
-    return words[0].decode(), int(words[19])
+        raise Gone(f"process {pid} is gone", "it ended", "start it again, or name another process") from None
+    with decoding.named(f"/proc/{pid}/stat", ""):
+        return decoding.text(words[0]), int(words[19])
 
 
 class Handle:
@@ -40,23 +46,25 @@ class Handle:
             Gone: it does not exist, has ended, or its PID now belongs to another process.
         """
         if pid <= 0:
-            raise Gone(f"process {pid} is gone", "no process has such a PID", "list the processes again")
+            raise Gone(f"process {pid} is gone", "no process has such a PID", "start it again, or name another process")
         try:
             self._pidfd = os.pidfd_open(pid)
         except OSError as error:
-            raise Gone(f"process {pid} is gone", error.strerror or "", "list the processes again") from None
+            raise Gone(
+                f"process {pid} is gone", error.strerror or "", "start it again, or name another process"
+            ) from None
         self.pid = pid
         self._child = child
         why = "it ended"
         self.start_ticks = 0
         with contextlib.suppress(Gone):
-            letter, self.start_ticks = stat(pid)
+            _, self.start_ticks = stat(pid)
             if start_ticks not in {None, self.start_ticks}:
                 why = "its PID belongs to another process now"
-            elif child or letter not in "ZX":
+            elif child or not self._has_ended(0):
                 return
         os.close(self._pidfd)
-        raise Gone(f"process {pid} is gone", why, "list the processes again")
+        raise Gone(f"process {pid} is gone", why, "start it again, or name another process")
 
     def __enter__(self) -> Self:
         return self
@@ -73,13 +81,23 @@ class Handle:
         return not self.wait(0)
 
     def stopped(self) -> bool:
-        """Whether it was stopped by a signal or a tracer.
+        """Whether it was stopped by a signal or a tracer: all of its threads that live were.
 
         Raises:
             Gone: it ended.
         """
         self.check()
-        return stat(self.pid)[0] in "Tt"
+        if stat(self.pid)[0] not in "TtZX":
+            return False
+        letters = [letter for letter in self._letters() if letter not in "ZX"]
+        self.check()
+        return all(letter in "Tt" for letter in letters)
+
+    def _letters(self) -> Iterator[str]:
+        """The states of its threads; one that ends meanwhile has none."""
+        for tid in census.threads("/", self.pid):
+            with contextlib.suppress(Gone):
+                yield stat(self.pid, tid)[0]
 
     def check(self) -> None:
         """Nothing, while it runs.
@@ -101,21 +119,32 @@ class Handle:
         try:
             signal.pidfd_send_signal(self._pidfd, number)
         except ProcessLookupError:
-            raise Gone(f"process {self.pid} is gone", "it ended", "list the processes again") from None
+            raise Gone(f"process {self.pid} is gone", "it ended", "start it again, or name another process") from None
         except OSError as error:
             raise KernelRefused("pidfd_send_signal", error.errno or 0, what=f"cannot signal {self.pid}") from None
 
     def wait(self, within: float) -> bool:
-        """Whether it has ended, at most ``within`` seconds from now."""
-        poller = select.poll()
-        poller.register(self._pidfd, select.POLLIN)
-        if not poller.poll(max(0, int(within * 1000))):
+        """Whether it has ended, at most ``within`` seconds from now: the last of its threads has.
+
+        Raises:
+            Silent: another thread has let go of it, so it cannot be told.
+        """
+        if not self._has_ended(within):
             return False
         if self._child:
             self._child = False
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(self.pid, 0)
         return True
+
+    def _has_ended(self, within: float) -> bool:
+        pidfd = self._pidfd
+        if pidfd < 0:
+            why = "memconsole released its guest"
+            raise Silent(f"process {self.pid} is not watched any more", why, "memconsole guests lists them")
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        return bool(poller.poll(max(0, int(within * 1000))))
 
     def kill(self) -> None:
         """SIGKILL it and wait until it is gone; one that is gone already is no error.
@@ -184,4 +213,4 @@ def last_words(log: Path, lines: int = 5) -> str:
         text = log.read_text(errors="replace").strip().splitlines()
     except OSError as error:
         return f"its log cannot be read: {error.strerror}"
-    return "; ".join(text[-lines:]) or "it said nothing"
+    return "; ".join(text[-lines:]) or "its log is empty"

@@ -41,7 +41,7 @@ class ProcessGuest(AgentedGuest):
 
     def stop(self, within: float) -> None:  # noqa: ARG002 - the process is only let go
         """Let the process go; it goes on without its grants being ours to ask for."""
-        self._hub.unregister(self.name)
+        self.interrupt()
 
     def progress(self) -> Progress | None:
         """None: a process does not say."""

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
+import threading
 import time
 from collections.abc import Sequence
-from functools import cache
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import msgspec
+
+from memconsole import decoding
+from memconsole.backend.guests import commandline
 from memconsole.backend.guests.base import Offer, Restart
+from memconsole.backend.guests.guestagent import shown
 from memconsole.backend.guests.handle import GIVEN_FD, Handle, last_words, spawn
+from memconsole.backend.peers.patience import Patience
 from memconsole.errors import Gone, GuestError
-from memconsole.model import Access, GuestKind, GuestState, Progress
-from memconsole.native import program
+from memconsole.model import Access, GuestKind, GuestState, Progress, Vcpu
 
 if TYPE_CHECKING:
     from memconsole.backend.guests.qmp import Qmp
 
-BINARY = "qemu-system-x86_64"
 ANSWERS = 5.0
-"""Seconds QEMU has for a monitor command."""
-KVM_FAST = 1_000_000
-"""Pages a second a canary checks under a KVM that runs guest code; one that emulates it manages some ten thousand."""
+"""Seconds QEMU has for a monitor command; one that is a part of an act is waited for with patience."""
 
+T = TypeVar("T")
 _STATE = "memconsole-state"
-_WAITING = ("-incoming", "defer")
 _Command = tuple[str, dict[str, object] | None]
 _SHARED: _Command = ("migrate-set-capabilities", {"capabilities": [{"capability": "x-ignore-shared", "state": True}]})
 _CPR: _Command = ("migrate-set-parameters", {"mode": "cpr-reboot"})
@@ -42,19 +42,37 @@ _STATES = {
 }
 
 
-@cache
-def accelerator() -> str:
-    """``kvm`` where a guest of our own ran at a processor's speed, else ``tcg``; measured once, in about 0.1 s."""
-    probe = subprocess.run(
-        [program("memconsole-canary"), "--probe"], capture_output=True, text=True, timeout=30, check=True
-    )
-    verdict, _, figure = probe.stdout.strip().partition(" ")
-    return "kvm" if verdict == "kvm" and int(figure) >= KVM_FAST else "tcg"
+class _Kvm(msgspec.Struct):
+    """QEMU's KvmInfo."""
+
+    enabled: bool
 
 
-def given_a_device(words: Sequence[str]) -> bool:
-    """Whether a QEMU's command line has a VFIO device, in either form of ``-device``."""
-    return any(option.lstrip("-") == "device" and "vfio-" in value for option, value in pairwise(words))
+class _Cpu(msgspec.Struct):
+    """QEMU's CpuInfoFast."""
+
+    index: int = msgspec.field(name="cpu-index")
+    thread: int = msgspec.field(name="thread-id")
+    path: str = msgspec.field(name="qom-path", default="")
+
+
+class _Status(msgspec.Struct):
+    """QEMU's StatusInfo."""
+
+    status: str
+
+
+class _Migration(msgspec.Struct):
+    """QEMU's MigrationInfo, which says nothing before the first one."""
+
+    status: str = "none"
+    why: str = msgspec.field(name="error-desc", default="")
+
+
+class _Ability(msgspec.Struct):
+    """QEMU's MigrationCapabilityStatus."""
+
+    capability: str
 
 
 class Devices(NamedTuple):
@@ -65,7 +83,7 @@ class Devices(NamedTuple):
 
 
 class QemuGuest:
-    """A QEMU: boot RAM cannot be unplugged, so it gives it back by ending (:mod:`~memconsole.backend.revoke.aside`)."""
+    """A QEMU: boot RAM is not unplugged but given back by ending (:mod:`~memconsole.backend.revoke.suspend_vm`)."""
 
     kind = GuestKind.QEMU
 
@@ -77,6 +95,9 @@ class QemuGuest:
         self._handle = handle
         self._directory = directory
         self._monitor: Qmp | None = None
+        self._kvm: bool | None = None
+        self._connecting = threading.Lock()
+        self._left = False
 
     @classmethod
     def start(
@@ -97,10 +118,14 @@ class QemuGuest:
             GuestError: it cannot start (its last words are in the error) or its monitor does not answer.
         """
         if ram.offset or ram.access is not Access.RW:
-            raise GuestError(f"guest {name} cannot start", "QEMU takes a whole region, read-write", "map it so")
+            raise GuestError(
+                f"guest {name} cannot start", "QEMU needs a whole region, read-write", f"memconsole map REGION {name}"
+            )
         log = directory / "log"
         socket = directory / "qmp"
-        argv = _words(name, ram.length, socket, args, devices=len(devices.files) if devices is not None else 0)
+        argv = commandline.started(
+            name, ram.length, socket, args, devices=len(devices.files) if devices is not None else 0
+        )
         socket.unlink(missing_ok=True)
         handed = (devices.iommufd, *devices.files) if devices is not None else ()
         handle = spawn(argv, log, ram.fd, *handed)
@@ -126,7 +151,7 @@ class QemuGuest:
         """Running, suspended, paused, stopped when it cannot go on, or gone."""
         if not self._handle.alive():
             return GuestState.GONE
-        return _STATES.get(self._status(), GuestState.PAUSED)
+        return _STATES.get(self._status(ANSWERS), GuestState.PAUSED)
 
     def agent(self) -> bool:
         """Whether it would answer a request to give its RAM back: its monitor is what answers."""
@@ -137,7 +162,7 @@ class QemuGuest:
         self._handle.check()
         return offer.grant == self.ram
 
-    def ask_unmap(self, grant: str, within: float) -> bool:  # noqa: ARG002 - there is no asking
+    def request_unmap(self, grant: str, within: float) -> bool:  # noqa: ARG002 - there is no asking
         """False: boot RAM cannot be unplugged from one that goes on."""
         self._handle.check()
         return False
@@ -151,7 +176,9 @@ class QemuGuest:
         deadline = time.monotonic() + within
         while self._handle.stopped():
             if time.monotonic() > deadline:
-                raise GuestError(f"guest {self.name} does not answer", "a signal has stopped it", "kill -CONT it")
+                raise GuestError(
+                    f"guest {self.name} does not answer", "a signal has stopped it", "kill -CONT its process"
+                )
             time.sleep(0.02)
         self._execute("query-status", max(0.1, deadline - time.monotonic()))
 
@@ -172,7 +199,11 @@ class QemuGuest:
         with contextlib.suppress(GuestError, Gone):  # whose end may come before its answer
             self._execute("quit", within)
         if not self._handle.wait(within):
-            raise GuestError(f"guest {self.name} does not quit", f"it is still there after {within:g} s", "kill it")
+            raise GuestError(
+                f"guest {self.name} does not quit",
+                f"it is still there after {within:g} s",
+                "give it more time: --within SECONDS",
+            )
 
     def pause(self) -> None:
         """Stop its vCPUs (QMP ``stop``)."""
@@ -190,7 +221,7 @@ class QemuGuest:
         Raises:
             GuestError: it refused, or did not end in time; it stands still all the same, and can be resumed.
         """
-        deadline = time.monotonic() + within
+        patience = Patience(self.pid, within)
         os.lseek(fd, 0, os.SEEK_SET)
         if self.is_saved():  # and was left paused; QEMU saves none that was saved and has not gone on since
             self._execute("cont")
@@ -199,11 +230,15 @@ class QemuGuest:
             self._execute(command, arguments=arguments)
         self._execute("getfd", arguments={"fdname": _STATE}, fd=fd)
         self._execute("migrate", arguments={"uri": f"fd:{_STATE}"})
-        while (found := self._execute("query-migrate"))["status"] != "completed":
-            if found["status"] in {"failed", "cancelled"} or time.monotonic() > deadline:
-                why = found.get("error-desc") or f"its migration is {found['status']} after {within:g} s"
+        while (found := self._told("query-migrate", _Migration)).status != "completed":
+            if found.status in {"failed", "cancelled"} or not patience.left():
+                why = found.why or f"its migration is {found.status} after {within:g} s"
                 self._execute("migrate_cancel")
-                raise GuestError(f"the state of guest {self.name} cannot be saved", why, "see what devices it has")
+                raise GuestError(
+                    f"the state of guest {self.name} cannot be saved",
+                    why,
+                    "see its log; some devices cannot be migrated",
+                )
             time.sleep(0.002)
         os.lseek(fd, 0, os.SEEK_SET)  # whoever goes on reads from where the file stands
 
@@ -231,7 +266,7 @@ class QemuGuest:
 
         ``devices`` are an iommufd and the devices' files, as custody calls them, none of which another QEMU has had.
         """
-        words = _words(name, memory, directory / "qmp", args, devices=len(devices[1:]))
+        words = commandline.started(name, memory, directory / "qmp", args, devices=len(devices[1:]))
         return _restart(words, directory, [_SHARED, _CPR], (ram, *devices, state), paused=paused)
 
     def passes_through(self) -> bool:
@@ -240,15 +275,15 @@ class QemuGuest:
         Raises:
             Gone: it ended.
         """
-        return given_a_device(self._words())
+        return commandline.given_a_device(self._words())
 
-    def _status(self) -> str:
-        return str(self._execute("query-status")["status"])
+    def _status(self, within: float | None = None) -> str:
+        return self._told("query-status", _Status, within).status
 
     def _words(self) -> list[str]:
         """What it was started with."""
         self._handle.check()
-        return [word.decode() for word in Path(f"/proc/{self.pid}/cmdline").read_bytes().split(b"\0")[:-1]]
+        return [decoding.text(word) for word in Path(f"/proc/{self.pid}/cmdline").read_bytes().split(b"\0")[:-1]]
 
     def shares(self) -> bool:
         """Whether it can be saved without its RAM (it knows ``x-ignore-shared``).
@@ -256,11 +291,12 @@ class QemuGuest:
         Raises:
             Gone: it ended. GuestError: it does not answer.
         """
-        return any(each["capability"] == "x-ignore-shared" for each in self._execute("query-migrate-capabilities"))
+        known = self._told("query-migrate-capabilities", list[_Ability], ANSWERS)
+        return any(each.capability == "x-ignore-shared" for each in known)
 
     def _ways(self) -> list[_Command]:
         """The commands after which a migration leaves shared RAM alone: cpr-reboot where this QEMU knows it."""
-        return [_SHARED, *([_CPR] if "mode" in self._execute("query-migrate-parameters") else [])]
+        return [_SHARED, *([_CPR] if "mode" in self._told("query-migrate-parameters", dict[str, Any]) else [])]
 
     def stop(self, within: float) -> None:
         """QMP ``quit``, and SIGKILL when it is still there after ``within`` seconds."""
@@ -281,28 +317,87 @@ class QemuGuest:
         """None: QEMU does not say."""
         return None
 
+    def vcpus(self) -> tuple[Vcpu, ...] | None:
+        """Those of one without KVM, by its monitor (``query-cpus-fast``); the kernel shows the others.
+
+        Raises:
+            Gone: it ended. GuestError: it does not answer, or its answer is none.
+        """
+        if self._kvm is None:
+            self._kvm = self._told("query-kvm", _Kvm, ANSWERS).enabled
+        if self._kvm:
+            return None
+        cpus = self._told("query-cpus-fast", list[_Cpu], ANSWERS)
+        return tuple(Vcpu(each.index, each.thread) for each in sorted(cpus, key=lambda each: each.index))
+
+    def agent_channel(self) -> Path | None:
+        """The socket of its guest's agent; None where it has none.
+
+        Raises:
+            Gone: it ended.
+        """
+        path = commandline.agent_channel(self._words())
+        if path is None:
+            return None
+        try:
+            return Path(f"/proc/{self.pid}/cwd").readlink() / path
+        except OSError:
+            self._handle.check()
+            return Path(path)
+
+    def clocks(self) -> tuple[str, ...]:
+        """What of a virtual machine's clocks its guest has: ``kvmclock``, ``vmclock``.
+
+        Raises:
+            Gone: it ended. GuestError: it does not answer, or its answer is none.
+        """
+        found = []
+        has_kvm = self._told("query-kvm", _Kvm, ANSWERS).enabled
+        if has_kvm and (cpus := self._told("query-cpus-fast", list[_Cpu], ANSWERS)):
+            first = cpus[0].path
+            with contextlib.suppress(GuestError):  # a processor without such a property has no such clock
+                if self._execute("qom-get", arguments={"path": first, "property": "kvmclock"}) is True:
+                    found.append("kvmclock")
+        if commandline.has_vmclock(self._words()):
+            found.append("vmclock")
+        return tuple(found)
+
+    def _told(self, command: str, kind: type[T], within: float | None = None) -> T:
+        """What it says to a command, if that is what it should be; else a GuestError."""
+        what = f"the answer of guest {self.name} to {command}"
+        try:
+            return decoding.convert(self._execute(command, within), kind, what=what)
+        except decoding.Undecodable as error:
+            raise GuestError(error.what, shown(error.why), "see its log: the process may be no QEMU") from None
+
+    def interrupt(self) -> None:
+        """Leave its monitor, which takes another connection then."""
+        with self._connecting:
+            self._left = True
+            monitor, self._monitor = self._monitor, None
+        if monitor is not None:
+            monitor.close()
+
     def close(self) -> None:
         """Let go of what this object holds; the guest goes on."""
-        if self._monitor is not None:
-            self._monitor.close()
-            self._monitor = None
+        self.interrupt()
         self._handle.close()
 
     def _await_monitor(self, socket: Path, log: Path, within: float) -> None:
-        deadline = time.monotonic() + within
+        patience = Patience(self.pid, within)
         while not socket.exists():
             if self._handle.wait(0.02):
-                raise GuestError(f"guest {self.name} did not start", last_words(log), f"look into {log}")
-            if time.monotonic() > deadline:
-                raise GuestError(f"guest {self.name} did not start", f"no monitor within {within:g} s", str(log))
+                raise GuestError(f"guest {self.name} did not start", last_words(log), f"see {log}")
+            if not patience.left():
+                raise GuestError(f"guest {self.name} did not start", f"no monitor within {within:g} s", f"see {log}")
         while True:
             try:
-                self._execute("query-status", max(1.0, deadline - time.monotonic()))
+                self._execute("query-status", max(1.0, patience.left()))
             except (GuestError, Gone):
                 # QEMU makes the socket before it listens, and before it has looked at all of its options.
                 if self._handle.wait(0.1):
-                    raise GuestError(f"guest {self.name} did not start", last_words(log), f"look into {log}") from None
-                if time.monotonic() > deadline:
+                    raise GuestError(f"guest {self.name} did not start", last_words(log), f"see {log}") from None
+                if not patience.left():
                     raise
             else:
                 return
@@ -318,29 +413,13 @@ class QemuGuest:
         from memconsole.backend.guests.qmp import Qmp
 
         self._handle.check()
-        if self._monitor is None:
-            self._monitor = Qmp(self.name, self._directory / "qmp")
-        return self._monitor.execute(command, arguments, within=ANSWERS if within is None else within, fd=fd)
-
-
-def _words(name: str, memory: int, socket: Path, args: Sequence[str], *, devices: int = 0) -> list[str]:
-    """A command line for so many bytes of RAM, the fd that every guest is given; an iommufd and devices follow it."""
-    # QEMU opens the path itself: through its own copy of the fd it reaches the memfd, which has no other name.
-    backend = f"memory-backend-file,id=ram,size={memory},mem-path=/proc/self/fd/{GIVEN_FD},share=on"
-    return [
-        BINARY,
-        *("-name", name, "-nodefaults", "-no-user-config", "-display", "none"),
-        *("-machine", "q35,memory-backend=ram", "-accel", accelerator()),
-        *("-m", f"size={memory}B", "-object", backend),
-        *("-qmp", f"unix:{socket},server=on,wait=off"),
-        *(("-object", f"iommufd,id=memconsole,fd={GIVEN_FD + 1}") if devices else ()),
-        *(word for number in range(devices) for word in ("-device", _device(number))),
-        *args,
-    ]
-
-
-def _device(number: int) -> str:
-    return f"vfio-pci,id=memconsole-{number},iommufd=memconsole,fd={GIVEN_FD + 2 + number}"
+        with self._connecting:
+            if self._left:
+                raise GuestError(f"guest {self.name} is not asked any more", f"{command}: memconsole released it")
+            self._monitor = self._monitor or Qmp(self.name, self._directory / "qmp")
+            monitor = self._monitor
+        patience = Patience(self.pid, ANSWERS) if within is None else None
+        return monitor.execute(command, arguments, within=within or ANSWERS, fd=fd, patience=patience)
 
 
 def _restart(
@@ -351,15 +430,13 @@ def _restart(
     ``held``: what it is given, as custody calls it, its state last.
     """
     fds = tuple((name, number) for number, name in enumerate(held, GIVEN_FD))
-    if tuple(words[-2:]) != _WAITING:
-        words = [*words, *_WAITING]
     come: _Command = ("migrate-incoming", {"uri": f"fd:{fds[-1][1]}"})
     say: list[_Command] = [("qmp_capabilities", None), *ways, come]
     lines = [(_line(command, arguments), "return") for command, arguments in say]
     lines.append((_line("query-status", None), '"paused"'))
     if not paused:
         lines.append((_line("cont", None), "return"))
-    return Restart(tuple(words), fds, str(directory / "qmp"), tuple(lines))
+    return Restart(tuple(commandline.waiting(words)), fds, str(directory / "qmp"), tuple(lines))
 
 
 def _line(command: str, arguments: dict[str, object] | None) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import struct
-import subprocess
 import zlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -18,14 +17,15 @@ from memconsole.model import Value
 from memconsole.units import PAGE
 
 VERSION = 1
+"""Raised when ``PLAN_VERSION`` of ``native/bootplan.h`` is, by the rule there."""
+RESUME_VERSION = 1
+"""Raised when ``RECORD_VERSION`` of ``native/resume.c`` is, by the rule there."""
 MANIFEST_SESSION = "memconsole:manifest"
 MANIFEST_TOKEN = 1
 MANIFEST, RESUME = "manifest", "resume"
-LANDED = "landed"
-"""What the record is called once a control process has used it: memconsole-resume then starts nothing any more."""
+"""What the manifest, and afterwards the record of the resume, are called in custody."""
 STARTED = "started:"
 """Before a guest's name: the mark that its VMM was started (native/marks.h)."""
-"""What the manifest, and afterwards the record of the resume, are called in custody."""
 INCOMING = "incoming:"
 """Before a session's name in custody: of the kernel before, not finished; its payload has a line for each fd in it."""
 
@@ -39,7 +39,7 @@ _RECORD_MAX = 1 << 20
 _FDS_MAX = 1000
 
 
-class Moment(Value, frozen=True):
+class ClockReading(Value, frozen=True):
     """The same moment by three clocks; ``ticks`` (the processor's counter, 0 where unknown) go on over a kexec."""
 
     ticks: int = 0
@@ -79,8 +79,12 @@ class Start(Value, frozen=True):
     gid: int = 0
 
 
-class Say(Value, frozen=True):
-    """A conversation with a guest's monitor: each line is said again until the answer contains its second text."""
+class MonitorLines(Value, frozen=True):
+    """A conversation with a guest's monitor: each line is said again until the answer contains its second text.
+
+    ``within_ms``: how long the guest's process may sleep meanwhile; the time in which it was busy, or waited for a
+    processor, is not held against it (``native/patience.h``).
+    """
 
     guest: str
     socket: str
@@ -88,29 +92,26 @@ class Say(Value, frozen=True):
     within_ms: int = 30_000
 
 
-class Plan(NamedTuple):
+class BootPlan(NamedTuple):
     """A boot plan. ``written`` is when; order within a kind is kept, kinds are written holds first."""
 
     holds: tuple[Hold, ...]
     verifies: tuple[Verify, ...] = ()
     starts: tuple[Start, ...] = ()
-    says: tuple[Say, ...] = ()
-    written: Moment = Moment()
+    says: tuple[MonitorLines, ...] = ()
+    written: ClockReading = ClockReading()
 
 
-def moment() -> Moment:
-    """Now; about a millisecond, for the processor's counter is read by a program.
+def moment() -> ClockReading:
+    """Now (native/moment.c)."""
+    from memconsole.native import ffi, lib
 
-    Raises:
-        NotFound: the program was not built.
-    """
-    from memconsole.native import program
-
-    said = subprocess.run([program("memconsole-resume"), "--moment"], capture_output=True, text=True, check=True)
-    return Moment(*(int(word) for word in said.stdout.split()))
+    now = ffi.new("struct mc_moment *")
+    lib.mc_moment(now)
+    return ClockReading(now.ticks, now.boottime_ns, now.realtime_ns)
 
 
-def encode(plan: Plan) -> bytes:
+def encode(plan: BootPlan) -> bytes:
     """The bytes of a plan, without what pads them to where the rest of the manifest begins (:func:`end`).
 
     Raises:
@@ -140,7 +141,7 @@ def end(manifest: bytes) -> int:
     return -(-length // PAGE) * PAGE
 
 
-def decode(manifest: bytes) -> Plan:
+def decode(manifest: bytes) -> BootPlan:
     """The plan at the start of a manifest.
 
     Raises:
@@ -159,26 +160,29 @@ def decode(manifest: bytes) -> Plan:
     at = _HEADER.size
     for _ in range(count):
         if at + _HEAD.size > length:
-            raise _bad("it has fewer records than it says")
+            raise _bad("it has fewer records than its header says")
         magic, record_crc, size, kind, zero = _HEAD.unpack_from(raw, at)
         body = bytes(raw[at + _HEAD.size : at + size])
         whole = magic == _RECORD and _HEAD.size <= size <= _RECORD_MAX and at + size <= length and not zero
-        if not whole or zlib.crc32(raw[at + 8 : at + size]) != record_crc or kind not in found:
-            raise _bad("it has a record nobody knows")
-        found[kind].append(_READERS[kind](_Cursor(body)))
+        if not whole or zlib.crc32(raw[at + 8 : at + size]) != record_crc:
+            raise _bad("it has a record that is not whole")
+        if kind in found:
+            found[kind].append(_READERS[kind](_Cursor(body)))
         at += (size + 7) & ~7
     holds, verifies, starts, says = (tuple(found[kind]) for kind in (_HOLD, _VERIFY, _START, _SAY))
-    return Plan(holds, verifies, starts, says, Moment(*moments))
+    return BootPlan(holds, verifies, starts, says, ClockReading(*moments))
 
 
 def _header(manifest: bytes) -> tuple[bytes, int, int, int, int, int, int, int]:
     if len(manifest) < _HEADER.size or manifest[:8] != _MAGIC:
-        raise _bad("it does not begin like one")
+        raise _bad("it does not begin as a boot plan")
     magic, version, crc, length, count, ticks, boottime, realtime = _HEADER.unpack_from(manifest)
     return magic, version, crc, length, count, ticks, boottime, realtime
 
 
-def _bad(why: str, remedy: str = "what it says to hold is in custody all the same") -> BadFile:
+def _bad(
+    why: str, remedy: str = "resume guests one by one with memconsole guest resume NAME: all it names is in custody"
+) -> BadFile:
     return BadFile("the boot plan cannot be read", why, remedy)
 
 
@@ -229,7 +233,7 @@ def _encode_start(start: Start) -> bytes:
     return head + names + fds + b"".join(_text(word, 0) for word in start.words)
 
 
-def _encode_say(say: Say) -> bytes:
+def _encode_say(say: MonitorLines) -> bytes:
     head = _number("<IHH", say.within_ms, len(say.lines), 0) + _text(say.guest, 1, _NAME_MAX) + _text(say.socket)
     return head + b"".join(_text(line) + _text(until) for line, until in say.lines)
 
@@ -276,10 +280,10 @@ def _decode_start(cursor: _Cursor) -> Start:
     return Start(guest, _texts(cursor, words), directory, log, given, uid, gid)
 
 
-def _decode_say(cursor: _Cursor) -> Say:
+def _decode_say(cursor: _Cursor) -> MonitorLines:
     within, lines, _ = cursor.number(4), cursor.number(2), cursor.number(2)
     guest, socket = cursor.text(), cursor.text()
-    return Say(guest, socket, tuple((cursor.text(), cursor.text()) for _ in range(lines)), within)
+    return MonitorLines(guest, socket, tuple((cursor.text(), cursor.text()) for _ in range(lines)), within)
 
 
 def _texts(cursor: _Cursor, count: int) -> tuple[str, ...]:
@@ -289,11 +293,11 @@ def _texts(cursor: _Cursor, count: int) -> tuple[str, ...]:
 _READERS = {_HOLD: _decode_hold, _VERIFY: _decode_verify, _START: _decode_start, _SAY: _decode_say}
 
 
-class Phase(Value, frozen=True):
+class ResumePhase(Value, frozen=True):
     """A phase of the resume, and when it ended."""
 
     name: str
-    at: Moment
+    at: ClockReading
 
 
 class Resumed(Value, frozen=True):
@@ -304,10 +308,10 @@ class Resumed(Value, frozen=True):
     pid: int = 0
     start_ticks: int = 0
     why: str = ""
-    at: Moment = Moment()
+    at: ClockReading = ClockReading()
 
 
-class Missing(Value, frozen=True):
+class Mismatch(Value, frozen=True):
     """A difference between the plan and what is: ``id`` names the kind, ``subject`` the thing."""
 
     id: str
@@ -320,27 +324,28 @@ class Resume(Value, frozen=True):
 
     version: int
     mode: str
-    phases: tuple[Phase, ...]
+    phases: tuple[ResumePhase, ...]
     guests: tuple[Resumed, ...]
     held: tuple[str, ...]
-    findings: tuple[Missing, ...]
+    findings: tuple[Mismatch, ...]
 
 
 def read_resume(raw: bytes) -> Resume:
     """The record of a resume.
 
     Raises:
-        BadFile: it is broken.
+        BadFile: it is broken, or of another version.
     """
-    import msgspec
+    from memconsole import decoding
 
-    try:
-        return msgspec.json.decode(raw.rstrip(b"\0"), type=Resume)
-    except msgspec.DecodeError as error:
-        raise BadFile("the record of the resume cannot be read", str(error)) from None
+    found = decoding.json(raw.rstrip(b"\0"), Resume, what="the record of the resume")
+    if found.version != RESUME_VERSION:
+        what = "the record of the resume cannot be read"
+        raise BadFile(what, f"it is of version {found.version}", "use the memconsole whose memconsole-resume wrote it")
+    return found
 
 
-def between(start: Moment, stop: Moment, kernels: Iterable[tuple[Moment, Moment]]) -> int:
+def between(start: ClockReading, stop: ClockReading, kernels: Iterable[tuple[ClockReading, ClockReading]]) -> int:
     """Nanoseconds from one moment to another, over a kexec or not.
 
     ``kernels`` has pairs of moments of one kernel each, which tell how fast the processor's counter goes: the pair

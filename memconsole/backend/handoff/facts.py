@@ -1,50 +1,58 @@
 """What a handoff is checked against: host, next kernel, regions and guests in one picture, before anything is done.
 
 command line     /proc/cmdline, and the one the next kernel is to get
-image            setup header and ABI strings of the kernel's file (image.py)
-ABI strings      of this kernel: /sys/kernel/debug/kho/{out,in}/fdt, out/sub_fdts/LUO; else those this memconsole knows
-memory.max       of this process's cgroup and of those above it (/sys/fs/cgroup)
+image            setup header and ABI words of the kernel's file (image.py)
+ABI words        of this kernel: /sys/kernel/debug/kho/{out,in}/fdt, out/sub_fdts/LUO; else those this memconsole knows
+memory limit     of this process's cgroup and of those above it (cgroup.py)
 sessions         fd links ``anon_inode:[luo_session] NAME`` of other processes
 folios           the PFN maps of the regions
 """
 
 from __future__ import annotations
 
-import re
+import os
+import subprocess
 import threading
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memconsole.actions import Handoff, HandoffRun
+from msgspec.structs import replace
+
+from memconsole.actions import NO_INITRD, HandoffAction, HandoffRun
+from memconsole.backend import needs, own_findings
+from memconsole.backend.custody import manager
+from memconsole.backend.custody.manager import UnitFdStore
+from memconsole.backend.guests.base import is_qemu
+from memconsole.backend.handoff import apart, bootfiles, device_facts, facets, luo, save_restore
 from memconsole.backend.handoff import image as images
-from memconsole.backend.handoff import luo, passed, vmm
 from memconsole.backend.handoff.bootplan import INCOMING
-from memconsole.backend.handoff.image import Image
-from memconsole.backend.handoff.passed import Passed
-from memconsole.backend.kernel import census, kho, tree
-from memconsole.backend.kernel.handover import outgoing
+from memconsole.backend.handoff.device_facts import DeviceFacts
+from memconsole.backend.handoff.image import KernelImage
+from memconsole.backend.handoff.powers import Powers
+from memconsole.backend.kernel import census, cgroup, kho, tree
+from memconsole.backend.kernel.handover import abi, outgoing
 from memconsole.backend.kernel.memory import memory as read_memory
-from memconsole.backend.survey import foreign, mappings, strays
-from memconsole.errors import GuestError, MemconsoleError, NotFound
-from memconsole.extents import ExtentTable, Flag
-from memconsole.model import Grant, Guest, GuestKind, GuestState, Memory, Range, Region, Survival
+from memconsole.backend.observe import paging
+from memconsole.backend.observe.mappings import RegionMapping, region_mappings, stray_mappings
+from memconsole.backend.observe.survey import GuestReply, foreign_guests
+from memconsole.backend.peers.asked import PATIENCE_S
+from memconsole.errors import BadFile, MemconsoleError, NotFound
+from memconsole.extents import Flag
+from memconsole.model import Finding, Grant, Guest, GuestKind, GuestState, Memory, Range, Region, Survival
 from memconsole.units import PAGE
 
 if TYPE_CHECKING:
-    from memconsole.backend.desk import Desk
-    from memconsole.backend.guests.base import Guest as LiveGuest
-    from memconsole.backend.state import State
+    from memconsole.backend.ledger.state import State
 
 ABIS = ("kho-v4", "luo-v5", "memfd-v2")
 """What the layouts of KHO, LUO and its memfds are called in the kernels this memconsole knows."""
-_ABI = re.compile(rb"(kho|luo)-v\d+")
 _CGROUP = "/sys/fs/cgroup"
 
 
 @dataclass(frozen=True)
-class Held:
+class RegionFacts:
     """A region that is to be carried: what of it is resident, and how its frames lie (bytes, runs of frames).
 
     ``loose`` are bytes in base pages, ``in_scratch`` bytes in KHO's scratch, from which preserving moves them away.
@@ -58,10 +66,11 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Met:
+class GuestFacts:
     """A guest that is to be carried: its state, and what of a VMM's answer speaks against it.
 
-    ``stays``: it is left as it is, for its VMM has devices in its hands and this is a rehearsal.
+    ``stays``: it is left as it is, for its VMM has devices in its hands and this is a rehearsal. ``agentless``: it is a
+    QEMU without a channel for the guest agent, which would set its clock.
     """
 
     guest: Guest
@@ -69,10 +78,11 @@ class Met:
     why_not: str = ""
     incapable: str = ""
     stays: bool = False
+    agentless: bool = False
 
 
 @dataclass(frozen=True)
-class Facts:
+class HandoffFacts:
     """All of it; ``jump``: whether a kernel is to be booted, or the handoff only rehearsed."""
 
     jump: bool
@@ -80,7 +90,8 @@ class Facts:
     memory: Memory
     kernel: str = ""
     initrd: str = ""
-    image: Image | None = None
+    bare: bool = False
+    image: KernelImage | None = None
     image_why: str = ""
     initrd_size: int = 0
     initrd_why: str = ""
@@ -90,45 +101,56 @@ class Facts:
     kexec_disabled: bool = False
     loaded: bool = False
     limit: tuple[str, int] | None = None
-    regions: tuple[Held, ...] = ()
+    limit_why: str = ""
+    regions: tuple[RegionFacts, ...] = ()
     lost: tuple[str, ...] = ()
-    guests: tuple[Met, ...] = ()
+    guests: tuple[GuestFacts, ...] = ()
     strangers: tuple[Guest, ...] = ()
     sessions: tuple[tuple[int, str], ...] = ()
     opener: int | None = None
     custody: str = ""
     survives: bool = True
-    devices: tuple[Passed, ...] = ()
+    devices: tuple[DeviceFacts, ...] = ()
     missing: tuple[str, ...] | None = ()
     lazy: tuple[tuple[str, str], ...] = ()
     kept: tuple[str, ...] = ()
     users: tuple[tuple[int, str], ...] = ()
+    doubts: tuple[Finding, ...] = ()
+    stores: tuple[UnitFdStore, ...] = ()
+    stores_why: str = ""
+    misplaced: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
-class Target:
-    """What is to be booted: paths and the whole command line; a path that could not be found is empty."""
+class BootTarget:
+    """What is to be booted: paths and the whole command line; a path that could not be found is empty.
+
+    ``bare``: it was said that this kernel needs no initrd.
+    """
 
     kernel: str
     initrd: str
     line: str
+    bare: bool = False
 
 
-def target(action: Handoff, root: tree.Root = "/") -> Target:
-    """The kernel an action means: what it names, else the newest image below /boot, and this kernel's command line."""
-    kernel = action.kernel
-    if not kernel:
-        images = sorted(Path(tree.below(root, "/boot")).glob("vmlinuz-*"), key=lambda path: path.stat().st_mtime)
-        kernel = str(images[-1]) if images else ""
-    initrd = action.initrd
-    if not initrd and not action.kernel and kernel:
-        beside = Path(kernel.replace("vmlinuz-", "initrd.img-"))
-        initrd = str(beside) if beside.exists() else ""
+def boot_target(action: HandoffAction, root: tree.Root = "/") -> BootTarget:
+    """The kernel an action means: what it names, else what this host boots by itself, and this kernel's command line.
+
+    An initrd that is not named is the one that belongs to the kernel.
+    """
     line = action.append or tree.line(root, "/proc/cmdline")
-    return Target(kernel, initrd, line)
+    bare = action.initrd == NO_INITRD
+    named = "" if bare else action.initrd
+    if action.kernel:
+        beside = bootfiles.initrd_of(os.path.abspath(action.kernel))  # noqa: PTH100 - links are followed when it is opened
+        return BootTarget(action.kernel, "" if bare else named or beside, line, bare)
+    found = bootfiles.default(root)
+    kernel, initrd = (tree.below(root, path) if path else "" for path in found)
+    return BootTarget(kernel, "" if bare else named or initrd, line, bare)
 
 
-def gather(desk: Desk, action: Handoff, *, jump: bool) -> Facts:
+def gather_facts(desk: facets.HandoffChecks, action: HandoffAction, powers: Powers, *, jump: bool) -> HandoffFacts:
     """Look at everything a handoff may fail at; nothing is changed.
 
     Raises:
@@ -136,36 +158,45 @@ def gather(desk: Desk, action: Handoff, *, jump: bool) -> Facts:
     """
     root, state = desk.root, desk.state
     survival = kho.survival(root)
-    seen = census.take(root, closed=desk.exempt)
+    seen = census.take(root, closed=desk.exempt_processes)
+    overs = region_mappings(seen, state.regions.values(), desk.fuse_aliases, desk.blocked_mappings)
     facts: dict[str, object] = {}
     if jump:
         facts = _of_the_jump(action, root)
+        try:
+            facts["limit"] = _limit(root)
+        except tree.UNREADABLE as error:
+            facts["limit_why"] = f"{error.what}: {error.why}" if error.why else error.what
         facts["sessions"] = tuple(
             (pid, session.name) for session in outgoing.sessions(seen, root) for pid in session.holders
         )
         if not (isinstance(action, HandoffRun) and action.finish):
-            facts["kept"] = kept(desk)
-        overs = mappings(seen, state.regions.values(), desk.faces, desk.shields)
-        facts["users"] = tuple(sorted({(over.pid, over.region) for over in strays(state, overs)}))
+            facts["kept"] = unfinished_sessions(desk)
+        facts["users"] = tuple(sorted({(over.pid, over.region) for over in stray_mappings(state, overs, seen)}))
+        facts |= _stores(root)
         facts["opener"] = next((each.pid for each in seen.processes.values() if each.holds(luo.DEVICE)), None)
     target_image = facts.get("image")
-    image = target_image if isinstance(target_image, Image) else None
-    found = passed.gather(desk, image, str(facts.get("line", "")), jump=jump)
-    return Facts(
+    image = target_image if isinstance(target_image, KernelImage) else None
+    answers = desk.guest_replies(time.monotonic() + PATIENCE_S)
+    found = device_facts.gather_devices(desk, image, str(facts.get("line", "")), powers, jump=jump)
+    return HandoffFacts(
         jump=jump,
         survival=survival,
         memory=read_memory(root),
-        limit=_limit(root),
         regions=tuple(
-            _held(desk, region, survival.scratch) for region in state.regions.values() if desk.has(region.name)
+            _region_facts(desk, region, survival.scratch)
+            for region in state.regions.values()
+            if desk.holds_region(region.name)
         ),
-        lost=tuple(name for name in state.regions if not desk.has(name)),
-        guests=tuple(_met(desk, guest, jump=jump) for guest in state.guests.values()),
-        strangers=foreign(seen, state),
+        lost=tuple(name for name in state.regions if not desk.holds_region(name)),
+        guests=tuple(_guest_facts(desk, guest, answers.get(guest.name), jump=jump) for guest in state.guests.values()),
+        strangers=foreign_guests(seen, state),
+        doubts=(*desk.standing(), *own_findings.custody_findings(desk), *own_findings.waiting_guests(desk)),
+        misplaced=_misplaced(state, overs),
         custody=desk.custody.label,
         survives=desk.custody.survives,
         devices=found,
-        missing=passed.missing(image, root) if jump and found else (),
+        missing=device_facts.missing_modules(image, root) if jump and found else (),
         lazy=tuple(
             (grant.id, grant.guest) for grant in state.grants.values() if grant.lazy and _ends(state, grant, jump)
         ),
@@ -173,16 +204,17 @@ def gather(desk: Desk, action: Handoff, *, jump: bool) -> Facts:
     )
 
 
-def kept(desk: Desk) -> tuple[str, ...]:
+def unfinished_sessions(desk: needs.InCustody) -> tuple[str, ...]:
     """The sessions of the kernel before that were not finished, as custody calls them."""
     return tuple(name for name in desk.custody.names() if name.startswith(INCOMING))
 
 
-def _of_the_jump(action: Handoff, root: tree.Root) -> dict[str, object]:
-    aim = target(action, root)
+def _of_the_jump(action: HandoffAction, root: tree.Root) -> dict[str, object]:
+    aim = boot_target(action, root)
     found: dict[str, object] = {
         "kernel": aim.kernel,
         "initrd": aim.initrd,
+        "bare": aim.bare,
         "line": aim.line,
         "here": tree.line(root, "/proc/cmdline"),
         "abis": _abis(root),
@@ -191,33 +223,70 @@ def _of_the_jump(action: Handoff, root: tree.Root) -> dict[str, object]:
     }
     try:
         if not aim.kernel:
-            raise NotFound("there is no kernel below /boot", "none was named either", "name one: --kernel FILE")
+            raise NotFound("no kernel image found in /boot", "none was named", "pass --kernel FILE")
         found["image"] = _inspected(aim.kernel)
     except MemconsoleError as error:
         found["image_why"] = str(error)
     try:
-        found["initrd_size"] = Path(aim.initrd).stat().st_size if aim.initrd else 0
-    except OSError as error:
-        found["initrd_why"] = f"{aim.initrd}: {error.strerror}"
+        found["initrd_size"] = _size(aim.initrd) if aim.initrd else 0
+    except MemconsoleError as error:
+        found["initrd_why"] = str(error)
     return found
 
 
-def _inspected(path: str) -> Image:
-    """The image at a path; unpacking takes a second, and is done once for the same file, whoever asks meanwhile."""
+def _size(path: str) -> int:
+    fd = images.opened(path)
     try:
-        stat = Path(path).stat()
-    except OSError as error:
-        raise tree.failure(path, error) from error
-    with _unpacking:
-        return _of_file(path, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        return os.fstat(fd).st_size
+    finally:
+        os.close(fd)
 
 
+def _inspected(path: str) -> KernelImage:
+    """The image at a path; unpacking takes a second, and is done once for the same file, whoever asks meanwhile.
+
+    What is wrong with a file is remembered like what is in it: to ask again costs nothing. That it took too long is
+    not: another time it may not.
+    """
+    fd = images.opened(path)
+    try:
+        about = os.fstat(fd)
+        identity = about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
+        with _unpacking:
+            found = _unpacked.pop(identity, None) or _looked_at(path, fd)
+            _unpacked[identity] = found
+            while len(_unpacked) > _UNPACKED_KEPT:
+                del _unpacked[next(iter(_unpacked))]
+    finally:
+        os.close(fd)
+    if isinstance(found, BadFile):
+        raise BadFile(found.what, found.why, found.remedy)
+    return replace(found, path=path)
+
+
+def _looked_at(path: str, fd: int) -> KernelImage | BadFile:
+    try:
+        return apart.inspect(path, fd)
+    except apart.TooSlow:
+        raise
+    except BadFile as error:
+        return error
+
+
+_UNPACKED_KEPT = 8
 _unpacking = threading.Lock()
+_unpacked: dict[tuple[int, ...], KernelImage | BadFile] = {}
+"""What the last files that were looked at are, by device, inode, size and times."""
 
 
-@lru_cache(maxsize=4)
-def _of_file(path: str, *_identity: int) -> Image:
-    return images.inspect(path)
+def _stores(root: tree.Root) -> dict[str, object]:
+    """The fd stores of other units that are to outlive their unit; the jump passes by who would carry them."""
+    if not manager.manages(root):
+        return {}
+    try:
+        return {"stores": manager.stores(but=(manager.own_unit(root),))}
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"stores_why": f"the units that use the fd store are unknown: {error}"}
 
 
 def _number(root: tree.Root, path: str) -> int:
@@ -228,48 +297,58 @@ def _number(root: tree.Root, path: str) -> int:
 
 
 def _abis(root: tree.Root) -> tuple[str, ...]:
-    """The ABI strings this kernel speaks: where it shows them they count, else those that are known here."""
-    shown: dict[str, str] = {}
+    """The ABI words this kernel speaks: those it shows of a family count, else those that are known here."""
+    shown: dict[str, tuple[str, ...]] = {}
     for name in ("out/fdt", "in/fdt", "out/sub_fdts/LUO"):
         try:
-            for match in _ABI.finditer(tree.read(root, f"{kho.DEBUGFS}/kho/{name}")):
-                shown.setdefault(match[1].decode(), match[0].decode())
+            found = abi.words(tree.read(root, f"{kho.DEBUGFS}/kho/{name}"))
         except tree.UNREADABLE:
             continue
-    return tuple(shown.get(known.partition("-")[0], known) for known in ABIS)
+        for word in found:
+            family = abi.family(word)
+            shown.setdefault(family, tuple(each for each in found if abi.family(each) == family))
+    return tuple(word for known in ABIS for word in shown.get(abi.family(known), (known,)))
 
 
 def _limit(root: tree.Root) -> tuple[str, int] | None:
-    """The tightest memory.max over this process, with its cgroup; None where there is none."""
-    try:
-        path = tree.line(root, "/proc/self/cgroup").rpartition("::")[2]
-    except tree.UNREADABLE:
-        return None
-    found: tuple[str, int] | None = None
-    while path not in {"", "/"}:
-        try:
-            text = tree.line(root, f"{_CGROUP}{path}/memory.max")
-        except tree.UNREADABLE:
-            text = "max"
-        if text.isdecimal() and (found is None or int(text) < found[1]):
-            found = (path, int(text))
-        path = path.rpartition("/")[0]
-    return found
+    """The tightest memory limit over this process, with its cgroup; None where there is none.
+
+    Raises:
+        As :func:`cgroup.memory_limit`: whether there is one is not known.
+    """
+    found = cgroup.memory_limit(root)
+    return (found.cgroup, found.size) if found is not None else None
 
 
-def _held(desk: Desk, region: Region, scratch: tuple[Range, ...]) -> Held:
+def _region_facts(desk: needs.RegionFrames, region: Region, scratch: tuple[Range, ...]) -> RegionFacts:
     runs = loose = in_scratch = resident = 0
-    with desk.borrowed(region.name) as fds:
-        for fd, segment in zip(fds, region.segments, strict=True):
-            with ExtentTable.scan_fd(fd, segment.size) as table:
-                stats = table.stats()
-                runs += stats.runs
-                resident += stats.present * PAGE
-                for row in table:
-                    if not row.flags & Flag.HUGE:
-                        loose += row.count * PAGE
-                    in_scratch += sum(_overlap(row.pfn * PAGE, (row.pfn + row.count) * PAGE, each) for each in scratch)
-    return Held(region, resident, runs, loose, in_scratch)
+    for index in range(len(region.segments)):
+        with desk.segment_frames(region.name, index) as table:
+            stats = table.stats()
+            runs += stats.runs
+            resident += stats.present * PAGE
+            for row in table:
+                if not row.flags & Flag.HUGE:
+                    loose += row.count * PAGE
+                in_scratch += sum(_overlap(row.pfn * PAGE, (row.pfn + row.count) * PAGE, each) for each in scratch)
+    return RegionFacts(region, resident, runs, loose, in_scratch)
+
+
+def _misplaced(state: State, overs: Sequence[RegionMapping]) -> tuple[tuple[str, str], ...]:
+    """The guests that map a region where the kernel can map it by base pages only, each with that region."""
+    names = {guest.pid: guest.name for guest in state.guests.values()}
+    return tuple(
+        sorted(
+            {
+                (names[over.pid], over.region)
+                for over in overs
+                if over.pid in names
+                and over.vma.size > paging.WORTH
+                and state.regions[over.region].page_size == PAGE
+                and paging.misplaced(over.vma.start, over.vma.offset)
+            }
+        )
+    )
 
 
 def _overlap(start: int, end: int, range: Range) -> int:
@@ -282,25 +361,18 @@ def _ends(state: State, grant: Grant, jump: bool) -> bool:
     return jump or guest is None or guest.kind is not GuestKind.PROCESS
 
 
-def _state(desk: Desk, live: LiveGuest) -> GuestState:
-    """A guest's state; an agent that lost us is given the time to find us again."""
-    try:
-        return live.state()
-    except GuestError:
-        if not desk.connected(live.name):
-            raise
-        return live.state()
-
-
-def _met(desk: Desk, guest: Guest, *, jump: bool) -> Met:
-    live = desk.live(guest.name)
-    if live is None:
-        return Met(guest, GuestState.GONE)
-    stays = not jump and guest.name in desk.spaces.filled
+def _guest_facts(desk: facets.HandoffChecks, guest: Guest, answer: GuestReply | None, *, jump: bool) -> GuestFacts:
+    """A guest as it answered, when all were asked at once; one that is silent is asked nothing more."""
+    live = desk.live_guest(guest.name)
+    if live is None or answer is None:
+        return GuestFacts(guest, GuestState.GONE)
+    if answer.state is GuestState.SILENT:
+        return GuestFacts(guest, answer.state, why_not=answer.why)
+    stays = not jump and guest.name in desk.address_spaces.vmm_filled
     asked = guest.kind is not GuestKind.PROCESS and not stays
     try:
-        state = _state(desk, live)
-        incapable = vmm.incapable(desk, live) if asked and state is not GuestState.GONE else ""
+        incapable = save_restore.why_not_savable(desk, live) if asked and answer.state is not GuestState.GONE else ""
+        agentless = asked and is_qemu(live) and live.agent_channel() is None
     except MemconsoleError as error:
-        return Met(guest, guest.state, why_not=str(error))
-    return Met(guest, state, incapable=incapable, stays=stays)
+        return GuestFacts(guest, GuestState.SILENT, why_not=str(error))
+    return GuestFacts(guest, answer.state, incapable=incapable, stays=stays, agentless=agentless)

@@ -4,7 +4,7 @@
                u32 length; 0x260 u32 init_size; then from (sectors + 1) * 512 + payload on the payload: a compressed
                ELF, followed by its u32 size unless it is gzip's own.        Source: Documentation/arch/x86/boot.rst
 
-KHO and LUO compare ABI strings at boot (another ``kho-v4`` and memory is silently lost; another ``luo-v5`` and the
+KHO and LUO compare ABI words at boot (another ``kho-v4`` and memory is silently lost; another ``luo-v5`` and the
 kernel panics), so they are looked for in the image before anything is risked. The parts of an image are placed in
 KHO's scratch regions, each in the first that has room for it (kho_locate_mem_hole).
 
@@ -17,20 +17,23 @@ import ctypes
 import errno
 import os
 import platform
-import re
+import stat
 import struct
 from collections.abc import Sequence
-from pathlib import Path
 
 from memconsole.backend.kernel import tree
+from memconsole.backend.kernel.handover import abi
 from memconsole.backend.kernel.tree import Root
 from memconsole.errors import BadFile, Denied, KernelRefused, NotFound
 from memconsole.model import Range, Value
 from memconsole.units import PAGE, format_size
 
-_LARGEST = 1 << 30
-_ABI_WORDS = (b"kho-v", b"luo-v", b"memfd-v")
-_ABI = re.compile(rb"(?<![a-z0-9-])[a-z]+-v\d+(?=\0)")
+LARGEST = 512 << 20
+"""Bytes of an image, and of a kernel unpacked: more than three times the largest that distributions ship."""
+_DICTIONARY = 256 << 20
+"""Bytes that unpacking xz may take; kernels are packed with a dictionary of at most 128 MiB."""
+_SAID = 1000
+"""Bytes of what an unpacking tool says that are repeated."""
 _PARAMETERS = {"vfio_pci": b"\0vfio_pci.ids\0", "iommufd": b"\0iommufd.allow_unsafe_interrupts\0"}
 """Modules that devices need, and a parameter that bears their name where they are built in, and only there."""
 _SMALL_PARTS = 1 << 20
@@ -50,17 +53,17 @@ _MAGICS = {
 }
 _REFUSALS = {
     errno.EADDRNOTAVAIL: ("ImageTooLarge", "boot with larger scratch regions (kho_scratch=), or use a smaller initrd"),
-    errno.EBUSY: ("Busy", "another image is being loaded: try again"),
+    errno.EBUSY: ("Busy", "try again: another image is being loaded"),
     errno.ENOEXEC: ("NotAKernel", "give the path of a kernel image of this machine"),
-    errno.EINVAL: ("BadImage", "the image or the command line does not suit this kernel"),
+    errno.EINVAL: ("BadImage", "choose another image or command line: this kernel does not take them"),
     errno.ENOMEM: ("NoMemory", "free memory"),
     errno.EKEYREJECTED: ("Unsigned", "sign the image with a key of this kernel"),
     errno.ENODATA: ("Unsigned", "sign the image with a key of this kernel"),
 }
 
 
-class Image(Value, frozen=True):
-    """A kernel image. ``abis`` are the ABI strings in it, ``modules`` what of ``_PARAMETERS`` is built in.
+class KernelImage(Value, frozen=True):
+    """A kernel image. ``abis`` are the ABI words in it (:mod:`.abi`), ``modules`` what of ``_PARAMETERS`` is built in.
 
     Both are None where it cannot be unpacked, and ``why`` says why.
     """
@@ -76,15 +79,37 @@ class Image(Value, frozen=True):
     modules: tuple[str, ...] | None = None
 
 
-def inspect(path: str) -> Image:
-    """What a bzImage says of itself.
+def opened(path: str) -> int:
+    """A regular file, for reading, found by one look at the path; nothing waits, and nothing else is ever opened.
 
     Raises:
-        BadFile: it is no bzImage, or truncated. NotFound, Denied, KernelRefused: it cannot be read.
+        BadFile: it is a pipe, a device, a directory. NotFound, Denied, KernelRefused: it cannot be opened.
     """
-    data = tree.read("/", str(Path(path).absolute()), limit=_LARGEST)
+    try:
+        # Merely to open a device can be an act of its own: what is there is known by a descriptor that opens nothing.
+        found = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(found).st_mode):
+                raise BadFile(f"{path} cannot be used", "it is not a regular file", "give the path of a regular file")
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            return os.open(f"/proc/self/fd/{found}", flags)
+        finally:
+            os.close(found)
+    except OSError as error:
+        raise tree.failure(path, error) from error
+
+
+def inspect(path: str, fd: int) -> KernelImage:
+    """What the bzImage ``fd`` says of itself; ``path`` is what it is called.
+
+    Who does not trust a file asks :func:`.apart.inspect`: this unpacks it here.
+
+    Raises:
+        BadFile: it is no bzImage, or truncated. KernelRefused: it cannot be read.
+    """
+    data = _content(path, fd)
     if len(data) < 0x264 or data[0x202:0x206] != b"HdrS":
-        raise BadFile(f"{path} is no kernel image", "a bzImage is wanted", "give the path of a vmlinuz")
+        raise BadFile(f"{path} is no kernel image", "it is not a bzImage", "give the path of a vmlinuz")
     (release_at,) = struct.unpack_from("<H", data, 0x20E)
     (alignment,) = struct.unpack_from("<I", data, 0x230)
     at, length = struct.unpack_from("<II", data, 0x248)
@@ -92,31 +117,35 @@ def inspect(path: str) -> Image:
     start = ((data[0x1F1] or 4) + 1) * 512 + at
     payload = data[start : start + length]
     if not length or len(payload) < length:
-        raise BadFile(f"{path} is truncated", f"its payload has {len(payload)} of {length} bytes")
+        raise BadFile(
+            f"{path} is truncated", f"its payload has {len(payload)} of {length} bytes", "choose another image"
+        )
     release = tree.text(data[0x200 + release_at :][:256].split(bytes(1))[0]).split(" ")[0]
     compression = next((name for magic, name in _MAGICS.items() if payload.startswith(magic)), "unknown")
     try:
         kernel = _unpacked(compression, payload)
     except (OSError, EOFError, ValueError) as error:
-        return Image(path, len(data), release, compression, alignment, init_size, None, str(error))
+        return KernelImage(path, len(data), release, compression, alignment, init_size, None, str(error))
     modules = tuple(name for name, parameter in _PARAMETERS.items() if parameter in kernel)
-    return Image(path, len(data), release, compression, alignment, init_size, _abis(kernel), "", modules)
+    return KernelImage(path, len(data), release, compression, alignment, init_size, abi.words(kernel), "", modules)
 
 
-def _abis(kernel: bytes) -> tuple[str, ...]:
-    """The ABI strings in an unpacked kernel; looked for by plain words first, which is much faster than a pattern."""
-    found = set()
-    for word in _ABI_WORDS:
-        at = kernel.find(word)
-        while at >= 0:
-            match = _ABI.match(kernel, at)
-            if match is not None:
-                found.add(match[0].decode())
-            at = kernel.find(word, at + 1)
-    return tuple(sorted(found))
+def _content(path: str, fd: int) -> bytes:
+    size = os.fstat(fd).st_size
+    if size > LARGEST:
+        raise BadFile(f"{path} is too large", f"a kernel image has at most {format_size(LARGEST)}")
+    chunks: list[bytes] = []
+    at = 0
+    try:
+        while at < size and (chunk := os.pread(fd, size - at, at)):
+            chunks.append(chunk)
+            at += len(chunk)
+    except OSError as error:
+        raise tree.failure(path, error) from error
+    return b"".join(chunks)
 
 
-def shortage(image: Image, initrd: int, scratch: Sequence[Range]) -> str:
+def shortage(image: KernelImage, initrd: int, scratch: Sequence[Range]) -> str:
     """Why an image with an initrd of so many bytes does not fit into the scratch regions; empty where it does."""
     free = [region.end - region.start for region in scratch]
     alignment = max(image.alignment, PAGE)
@@ -129,7 +158,7 @@ def shortage(image: Image, initrd: int, scratch: Sequence[Range]) -> str:
         place = next((row for row, left in enumerate(free) if left >= size), None)
         if place is None:
             return (
-                f"{name} wants {format_size(size)}, the largest scratch region has {format_size(max(free, default=0))}"
+                f"{name} needs {format_size(size)}, the largest scratch region has {format_size(max(free, default=0))}"
             )
         free[place] -= size
     return ""
@@ -153,8 +182,8 @@ def load(kernel: str, initrd: str | None, command_line: str) -> None:
     """
     fds: list[int] = []
     try:
-        fds.append(_opened(kernel))
-        fds.append(_opened(initrd) if initrd is not None else -1)
+        fds.append(opened(kernel))
+        fds.append(opened(initrd) if initrd is not None else -1)
         flags = 0 if initrd is not None else _NO_INITRAMFS
         _file_load(fds[0], fds[1], command_line.encode() + bytes(1), flags, f"{kernel} cannot be loaded")
     finally:
@@ -172,22 +201,18 @@ def unload() -> None:
     _file_load(-1, -1, None, _UNLOAD, "the loaded image cannot be unloaded")
 
 
-def _opened(path: str) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise tree.failure(path, error) from error
-
-
 def _file_load(kernel: int, initrd: int, line: bytes | None, flags: int, what: str) -> None:
     number = _NUMBERS.get(platform.machine())
     if number is None:
-        raise NotFound(what, f"{_CALL} is not known for {platform.machine()}", "use another machine")
+        raise NotFound(what, f"{_CALL} is not known for {platform.machine()}", "use an x86_64 host")
     libc = ctypes.CDLL(None, use_errno=True)
     size = ctypes.c_ulong(len(line) if line is not None else 0)
     if libc.syscall(ctypes.c_long(number), kernel, initrd, size, line, ctypes.c_ulong(flags)) == 0:
         return
     code = ctypes.get_errno()
+    if code == errno.EPERM and (level := tree.lockdown()):
+        why = f"the kernel is locked down ({level}), and takes only an image that is signed with one of its keys"
+        raise Denied(what, why, f"sign the image, or {tree.UNLOCKED}")
     if code == errno.EPERM:
         raise Denied(what, os.strerror(code), "run as root (CAP_SYS_BOOT), with kexec_load_disabled at 0")
     if code == errno.ENOSYS:
@@ -208,26 +233,53 @@ def _unpacked(compression: str, payload: bytes) -> bytes:
         import zlib
 
         try:
-            return zlib.decompressobj(31).decompress(payload, _LARGEST)
+            unpacker = zlib.decompressobj(31)
+            return _bounded(unpacker.decompress(payload, LARGEST + 1))
         except zlib.error as error:
             raise ValueError(str(error)) from error
     if compression in {"xz", "lzma"}:
         import lzma
 
         try:
-            return lzma.LZMADecompressor().decompress(payload, _LARGEST)
+            return _bounded(lzma.LZMADecompressor(memlimit=_DICTIONARY).decompress(payload, LARGEST + 1))
         except lzma.LZMAError as error:
             raise ValueError(str(error)) from error
     if compression == "bzip2":
         import bz2
 
-        return bz2.BZ2Decompressor().decompress(payload, _LARGEST)
+        return _bounded(bz2.BZ2Decompressor().decompress(payload, LARGEST + 1))
     if compression in {"zstd", "lz4"}:
-        import subprocess
-
-        # Its own size stands behind the stream, which the tools would take for a broken second one.
-        done = subprocess.run([compression, "-dcq"], input=payload[:-4], capture_output=True, check=False)
-        if done.returncode:
-            raise ValueError(f"{compression}: {tree.text(done.stderr).strip()}")
-        return done.stdout
+        return _by_tool(compression, payload)
     raise ValueError(f"{compression} is not known here")
+
+
+def _by_tool(compression: str, payload: bytes) -> bytes:
+    """What ``zstd`` or ``lz4`` make of a payload; they are not read from any more once it is too much."""
+    import subprocess
+
+    packed = os.memfd_create("memconsole-payload", os.MFD_CLOEXEC)
+    try:
+        with open(packed, "wb", closefd=False) as file:
+            # The kernel's own size stands behind the stream: the tools would take it for a broken second one.
+            file.write(payload[:-4])
+        os.lseek(packed, 0, os.SEEK_SET)
+        words = [compression, "-dcq"]
+        with subprocess.Popen(words, stdin=packed, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as tool:
+            assert tool.stdout is not None  # noqa: S101 - a pipe was asked for
+            assert tool.stderr is not None  # noqa: S101 - likewise
+            kernel = tool.stdout.read(LARGEST + 1)
+            if len(kernel) > LARGEST:
+                tool.kill()
+            said = tool.stderr.read(_SAID)
+    finally:
+        os.close(packed)
+    _bounded(kernel)
+    if tool.returncode:
+        raise ValueError(f"{compression}: {tree.text(said).strip()}")
+    return kernel
+
+
+def _bounded(kernel: bytes) -> bytes:
+    if len(kernel) > LARGEST:
+        raise ValueError(f"it unpacks to more than {format_size(LARGEST)}")
+    return kernel

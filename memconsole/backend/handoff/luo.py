@@ -9,7 +9,7 @@
     0x43 GET_NAME           session            u32 size; u32 reserved; u8 name[64] (out)
 
 The device is opened for one call and closed at once, and a moment's patience is had with another opener. A session
-lives as long as a file of it is open: who calls must put :attr:`Session.fd` into custody. There is no call to take
+lives as long as a file of it is open: who calls must put :attr:`LuoSession.fd` into custody. There is no call to take
 one fd out of a session, and none to list sessions: close the session and build it again.
 Source: include/uapi/linux/liveupdate.h.
 """
@@ -23,6 +23,7 @@ import struct
 import time
 from typing import NamedTuple, Self
 
+from memconsole.decoding import text
 from memconsole.errors import Denied, KernelRefused, MemconsoleError, NotFound, Refused
 
 DEVICE = "/dev/liveupdate"
@@ -33,8 +34,8 @@ NAME_LIMIT = 63
 _NAMED = struct.Struct("<Ii64s")
 _FD = struct.Struct("<IiQ")
 _PLAIN = struct.Struct("<II")
-_CREATE, _RETRIEVE = 0xBA00, 0xBA01
-_PRESERVE_FD, _RETRIEVE_FD, _FINISH, _GET_NAME = 0xBA40, 0xBA41, 0xBA42, 0xBA43
+_CREATE = 0xBA00
+_PRESERVE_FD, _FINISH, _GET_NAME = 0xBA40, 0xBA42, 0xBA43
 _PATIENCE = 1.0
 _PAUSE = 0.01
 
@@ -53,10 +54,6 @@ _ERRORS: dict[int, dict[int, _Named]] = {
         errno.EEXIST: _Named("SessionExists", "a session of this name is open already", "close it, or adopt its fd"),
         errno.ENOSPC: _Named("NoSpace", "the kernel's table of sessions is full", "close a session"),
     },
-    _RETRIEVE: {
-        errno.ENOENT: _Named("NoSession", "no session of this name was handed over", "see memconsole handoff report"),
-        errno.EINVAL: _Named("AlreadyRetrieved", "it was retrieved already", "adopt its fd from custody"),
-    },
     _PRESERVE_FD: {
         errno.EEXIST: _Named("TokenUsed", "the session has a file of this token", "choose another token"),
         errno.ENOENT: _Named(
@@ -70,15 +67,6 @@ _ERRORS: dict[int, dict[int, _Named]] = {
         errno.ENOSPC: _Named("NoSpace", "the session's table of files is full", "use a second session"),
         errno.EINVAL: _WRONG_SIDE,
     },
-    _RETRIEVE_FD: {
-        errno.ENOENT: _Named("NoToken", "the session has no file of this token", "compare with the manifest"),
-        errno.ENOMEM: _Named(
-            "NoMemory",
-            "the retriever's memory cgroup has no room for it",
-            "the memory is lost: raise memory.max before",
-        ),
-        errno.EINVAL: _NOT_INCOMING,
-    },
     _FINISH: {
         errno.EBUSY: _Named("NotFinished", "a file of the session cannot be finished yet", "try again"),
         errno.EINVAL: _NOT_INCOMING,
@@ -89,9 +77,7 @@ _ERRORS: dict[int, dict[int, _Named]] = {
 }
 _CALLS = {
     _CREATE: "LIVEUPDATE_IOCTL_CREATE_SESSION",
-    _RETRIEVE: "LIVEUPDATE_IOCTL_RETRIEVE_SESSION",
     _PRESERVE_FD: "LIVEUPDATE_SESSION_PRESERVE_FD",
-    _RETRIEVE_FD: "LIVEUPDATE_SESSION_RETRIEVE_FD",
     _FINISH: "LIVEUPDATE_SESSION_FINISH",
     _GET_NAME: "LIVEUPDATE_SESSION_GET_NAME",
 }
@@ -108,7 +94,7 @@ def session_name(guest: str) -> str:
     return name
 
 
-class Session:
+class LuoSession:
     """An open session; a context manager. Closing an outgoing one lets go of all it preserved."""
 
     def __init__(self, fd: int, name: str) -> None:
@@ -126,16 +112,6 @@ class Session:
         return cls(_on_device(_CREATE, name, f"session {name} cannot be created"), name)
 
     @classmethod
-    def retrieve(cls, name: str) -> Self:
-        """A session the previous kernel handed over; closing it before all its files are retrieved discards the rest.
-
-        Raises:
-            Refused: BadName. KernelRefused: NoSession, AlreadyRetrieved, Busy, Broken. NotFound: NoLuo. Denied: not
-            root.
-        """
-        return cls(_on_device(_RETRIEVE, name, f"session {name} cannot be retrieved"), name)
-
-    @classmethod
     def adopt(cls, fd: int) -> Self:
         """The session behind an fd from custody, which it takes over.
 
@@ -144,7 +120,7 @@ class Session:
         """
         found = bytearray(_NAMED.pack(_NAMED.size, 0, b""))
         _call(fd, _GET_NAME, found, f"fd {fd} cannot be adopted as a session")
-        return cls(fd, _NAMED.unpack(found)[2].split(bytes(1))[0].decode("utf-8", "backslashreplace"))
+        return cls(fd, text(_NAMED.unpack(found)[2].split(bytes(1))[0]))
 
     @property
     def fd(self) -> int:
@@ -162,18 +138,6 @@ class Session:
             KernelRefused: TokenUsed, NoHandler, AlreadyPreserved, SealUnknown, TooLarge, NoSpace, WrongSide.
         """
         _call(self.fd, _PRESERVE_FD, bytearray(_FD.pack(_FD.size, fd, token)), f"fd {fd} cannot be preserved")
-
-    def retrieve_fd(self, token: int) -> int:
-        """The fd handed over under ``token``, close-on-exec; its memory is charged to the caller's memory cgroup.
-
-        A failure lasts: the kernel does not try a second time.
-
-        Raises:
-            KernelRefused: NoToken, NoMemory, WrongSide.
-        """
-        found = bytearray(_FD.pack(_FD.size, -1, token))
-        _call(self.fd, _RETRIEVE_FD, found, f"token {token} of session {self.name} cannot be retrieved")
-        return _taken(_FD.unpack(found)[1])
 
     def finish(self) -> None:
         """Tell the kernel that all of it was retrieved; what was not is discarded. The session must still be closed.
@@ -202,7 +166,12 @@ def _encoded(name: str) -> bytes:
         why = f"a session's name has 1 to {NAME_LIMIT} bytes, none of them NUL"
         raise Refused(f"{name!r} cannot name a session", why, "use a shorter name", code="BadName")
     if name.startswith("systemd"):
-        raise Refused(f"{name!r} cannot name a session", "such names are systemd's own", "use another", code="BadName")
+        raise Refused(
+            f"{name!r} cannot name a session",
+            "names that begin so are reserved for systemd",
+            "use another name",
+            code="BadName",
+        )
     return raw
 
 
@@ -236,11 +205,13 @@ def _not_opened(error: OSError) -> MemconsoleError:
     if number in {errno.EACCES, errno.EPERM}:
         return Denied(f"{DEVICE} is not open to this user", os.strerror(number), "run as root")
     if number == errno.EBUSY:
-        remedy = f"see who has it: fuser {DEVICE}"
+        remedy = f"find the process that has it: fuser {DEVICE}"
         return KernelRefused(DEVICE, number, what="another process holds the device", remedy=remedy, code="Busy")
     if number == errno.EIO:
-        what = "what the previous kernel handed over cannot be read, for as long as this kernel runs"
-        return KernelRefused(DEVICE, number, what=what, remedy="reboot: the memory is lost", code="Broken")
+        what = "this kernel cannot read what the previous one handed over"
+        return KernelRefused(
+            DEVICE, number, what=what, remedy="reboot: nothing that was handed over can be retrieved", code="Broken"
+        )
     return KernelRefused(DEVICE, number)
 
 
@@ -248,13 +219,17 @@ def _call(fd: int, request: int, argument: bytearray, what: str) -> None:
     try:
         fcntl.ioctl(fd, request, argument)
     except OSError as error:
-        number = error.errno or errno.EIO
-        named = _ERRORS[request].get(number)
-        if named is None:
-            raise KernelRefused(_CALLS[request], number, what=what) from None
-        refused = KernelRefused(_CALLS[request], number, what=what, remedy=named.remedy, code=named.code)
-        refused.why = f"{named.why}: {refused.why}"
-        raise refused from None
+        raise _refused(request, error.errno or errno.EIO, what) from None
+
+
+def _refused(request: int, number: int, what: str) -> KernelRefused:
+    """The error for an errno of a call, by its name where the call has one for it."""
+    named = _ERRORS[request].get(number)
+    if named is None:
+        return KernelRefused(_CALLS[request], number, what=what)
+    refused = KernelRefused(_CALLS[request], number, what=what, remedy=named.remedy, code=named.code)
+    refused.why = f"{named.why}: {refused.why}"
+    return refused
 
 
 def _taken(fd: int) -> int:

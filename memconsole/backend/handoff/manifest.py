@@ -16,21 +16,24 @@ from typing import Literal
 
 import msgspec
 
+from memconsole import decoding
 from memconsole.backend.handoff import bootplan
-from memconsole.backend.handoff.bootplan import Moment, Plan
-from memconsole.backend.state import WindowGrant
+from memconsole.backend.handoff.bootplan import BootPlan, ClockReading
+from memconsole.backend.ledger.state import WindowGrant
 from memconsole.errors import BadFile, KernelRefused
 from memconsole.model import Grant, Guest, HandoffReport, Region, Value
 from memconsole.units import PAGE
 
 FORMAT: Literal["memconsole.manifest"] = "memconsole.manifest"
 VERSION = 1
+"""Raised when an older memconsole would misunderstand the JSON. Not for a new field with a default, which it passes
+over: a manifest is never rewritten."""
 _MAGIC = b"MCMANIFS"
 _HEAD = struct.Struct("<8sIIQ")
 _LARGEST = 256 << 20
 
 
-class Placed(Value, frozen=True):
+class PreservedRegion(Value, frozen=True):
     """A region as it is carried: its session, and of each segment its token, placement and, if asked for, contents.
 
     ``digests`` are of the placement (:meth:`ExtentTable.digest`), ``contents`` xxh3-128.
@@ -45,7 +48,7 @@ class Placed(Value, frozen=True):
     contents: tuple[str, ...] = ()
 
 
-class Stopped(Value, frozen=True):
+class SavedGuest(Value, frozen=True):
     """A guest as it is carried: who it is, what its state is called in custody, and when it stood still.
 
     ``waits``: it ran, and is to stay paused until the next control process has compared what it must be sure of.
@@ -53,11 +56,11 @@ class Stopped(Value, frozen=True):
 
     guest: Guest
     state: str
-    at: Moment
+    at: ClockReading
     waits: bool = False
 
 
-class Recorded(Value, frozen=True):
+class PreservedDevice(Value, frozen=True):
     """A device as it is carried: what its IOVA table is called in custody, who said it, its pages and runs.
 
     ``source``: ``kernel`` or ``ledger``; ``preserved``: by the kernel, or ``why`` it has to be rebuilt;
@@ -85,17 +88,17 @@ class Manifest(Value, frozen=True, kw_only=True):
     boot_id: str
     command_line: str
     number: int
-    began: Moment
-    written: Moment
-    regions: tuple[Placed, ...]
-    guests: tuple[Stopped, ...]
+    began: ClockReading
+    written: ClockReading
+    regions: tuple[PreservedRegion, ...]
+    guests: tuple[SavedGuest, ...]
     grants: tuple[Grant, ...]
     windows: tuple[WindowGrant, ...]
-    devices: tuple[Recorded, ...] = ()
+    devices: tuple[PreservedDevice, ...] = ()
     report: HandoffReport
 
 
-def write(plan: Plan, manifest: Manifest) -> int:
+def write(plan: BootPlan, manifest: Manifest) -> int:
     """A new memfd of both parts, which the caller closes.
 
     Raises:
@@ -149,15 +152,15 @@ def read(raw: bytes) -> Manifest:
     magic, version, crc, length = _HEAD.unpack_from(raw, at)
     text = raw[at + _HEAD.size : at + _HEAD.size + length]
     if magic != _MAGIC:
-        raise _bad("its second part does not begin like one")
+        raise _bad("its second part does not begin as a manifest")
     if version != VERSION:
         raise _bad(f"it is of version {version}, this memconsole knows {VERSION}")
     if len(text) != length or zlib.crc32(text) != crc:
         raise _bad("its checksum does not match")
     try:
-        return msgspec.json.decode(text, type=Manifest)
-    except msgspec.DecodeError as error:
-        raise _bad(str(error)) from error
+        return decoding.json(text, Manifest, what="the manifest")
+    except decoding.Undecodable as error:
+        raise _bad(error.why) from error
 
 
 def _bad(why: str) -> BadFile:

@@ -8,22 +8,22 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from msgspec.structs import replace
 
 from memconsole.backend.handoff import bootplan
-from memconsole.backend.handoff.bootplan import Moment, Resume
+from memconsole.backend.handoff.bootplan import ClockReading, Resume
 from memconsole.backend.handoff.manifest import Manifest
-from memconsole.model import Carried, Grant, HandoffReport, HandoffState, Phase
+from memconsole.model import Grant, GuestResult, HandoffReport, HandoffState, Phase
 
 CUSTODY = "report"
 """What the report of the last handoff is called in custody."""
 
 BEFORE = (
-    ("check", "look for everything that could fail"),
+    ("check", "check every condition"),
     ("load", "load the next kernel"),
     ("preserve", "preserve the regions while guests run"),
-    ("place", "read again where their pages are"),
+    ("place", "record where every page is"),
     ("iova", "record where the devices' page tables lead"),
     ("pause", "stop the guests"),
-    ("save", "write down what the guests are besides their RAM"),
-    ("quiesce", "take the bus from the devices"),
+    ("save", "save vCPU and device state of the guests"),
+    ("quiesce", "switch bus mastering off for the devices"),
     ("manifest", "preserve state, ledger and manifest"),
     ("jump", "boot the next kernel"),
 )
@@ -31,7 +31,7 @@ BEFORE = (
 BLACKOUT = frozenset({"pause", "save", "quiesce", "manifest", "jump", "end", "early"})
 
 
-class Progress:
+class ReportWriter:
     """A report that is being made; ``show`` gets it whole each time it changes."""
 
     def __init__(self, report: HandoffReport, show: Callable[[HandoffReport], None]) -> None:
@@ -67,11 +67,11 @@ class Progress:
 class Clock:
     """Nanoseconds since a handoff began, of moments under either kernel."""
 
-    def __init__(self, began: Moment, pairs: Sequence[tuple[Moment, Moment]]) -> None:
+    def __init__(self, began: ClockReading, pairs: Sequence[tuple[ClockReading, ClockReading]]) -> None:
         self._began = began
         self._pairs = pairs
 
-    def at(self, moment: Moment) -> int:
+    def at(self, moment: ClockReading) -> int:
         """Since it began."""
         return self.between(self._began, moment)
 
@@ -79,7 +79,7 @@ class Clock:
         """Since it began, until now."""
         return self.at(bootplan.moment())
 
-    def between(self, start: Moment, stop: Moment) -> int:
+    def between(self, start: ClockReading, stop: ClockReading) -> int:
         """From one moment to another."""
         return bootplan.between(start, stop, self._pairs)
 
@@ -89,22 +89,24 @@ def phase(id: str, text: str, start: int, end: int, *, blackout: bool = True) ->
     return Phase(id, text, start, max(start, end), blackout)
 
 
-def carried(guests: Iterable[Carried], manifest: Manifest, resume: Resume, clock: Clock) -> Iterator[Carried]:
+def guest_results(
+    guests: Iterable[GuestResult], manifest: Manifest, resume: Resume, clock: Clock
+) -> Iterator[GuestResult]:
     """What became of each guest; its blackout as it looked from outside, until it says itself."""
     moments = {each.guest: each.at for each in resume.guests}
     stopped = {each.guest.name: each.at for each in manifest.guests}
     for guest in guests:
-        now = come(guest, resume)
+        now = guest_result(guest, resume)
         if now.back and now.name in stopped:
             now = replace(now, blackout_ns=clock.between(stopped[now.name], moments[now.name]), by="its VMM")
         yield now
 
 
-def come(guest: Carried, resume: Resume) -> Carried:
+def guest_result(guest: GuestResult, resume: Resume) -> GuestResult:
     """A guest as the resume left it: back, or why not."""
     now = next((each for each in resume.guests if each.guest == guest.name), None)
     if now is None or now.state == "held":
-        return replace(guest, back=False, why=now.why if now is not None else "it was not started")
+        return replace(guest, back=False, why=now.why if now is not None else "its VMM was not started")
     return replace(guest, back=True, pid=now.pid)
 
 
@@ -114,7 +116,7 @@ def _ended(phases: tuple[Phase, ...], now: int) -> tuple[Phase, ...]:
     return (*phases[:-1], replace(phases[-1], end_ns=now))
 
 
-def filled(report: HandoffReport, blackouts: Iterable[tuple[str, int]], by: str = "guest") -> HandoffReport:
+def with_blackouts(report: HandoffReport, blackouts: Iterable[tuple[str, int]], by: str = "guest") -> HandoffReport:
     """A report with the blackouts of guests, as they say themselves, or who ``by`` names."""
     said = dict(blackouts)
     guests = tuple(
@@ -124,10 +126,10 @@ def filled(report: HandoffReport, blackouts: Iterable[tuple[str, int]], by: str 
     return report if guests == report.guests else replace(report, guests=guests)
 
 
-def held(report: HandoffReport, waiting: Collection[str]) -> HandoffReport:
+def with_waiting(report: HandoffReport, waiting: Collection[str]) -> HandoffReport:
     """A report in which guests whose devices are not back are not back either."""
     guests = tuple(
-        replace(guest, back=False, blackout_ns=None, by="", why="it is paused: its devices are not back")
+        replace(guest, back=False, blackout_ns=None, by="", why="it is paused until its devices are back")
         if guest.name in waiting
         else guest
         for guest in report.guests
@@ -135,13 +137,13 @@ def held(report: HandoffReport, waiting: Collection[str]) -> HandoffReport:
     return replace(report, guests=guests)
 
 
-def spoiled(report: HandoffReport, grants: Iterable[Grant]) -> set[str]:
+def spoiled_guests(report: HandoffReport, grants: Iterable[Grant]) -> set[str]:
     """The guests that have grants of regions whose pages are elsewhere, or whose contents are others."""
     wrong = {each.name for each in report.regions if each.same is False or each.contents is False}
     return {grant.guest for grant in grants if grant.region in wrong}
 
 
-def longest(report: HandoffReport) -> Carried | None:
+def longest(report: HandoffReport) -> GuestResult | None:
     """The guest that stood still the longest."""
     known = [guest for guest in report.guests if guest.blackout_ns is not None]
     return max(known, key=lambda guest: guest.blackout_ns or 0, default=None)

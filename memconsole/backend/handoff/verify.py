@@ -9,13 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 
-from memconsole.backend.desk import Desk, custody_name
-from memconsole.backend.handoff.manifest import Manifest, Placed
-from memconsole.extents import ExtentTable, digest_fd
-from memconsole.model import Finding, Kept, Severity
+from memconsole.backend import needs
+from memconsole.backend.handoff.manifest import Manifest, PreservedRegion
+from memconsole.backend.holdings import custody_name
+from memconsole.extents import digest_fd
+from memconsole.model import Finding, RegionResult, Severity
 
 
-def compare(desk: Desk, manifest: Manifest, moved: Collection[str]) -> tuple[tuple[Kept, ...], list[Finding]]:
+def compare_regions(
+    desk: needs.RegionFrames, manifest: Manifest, moved: Collection[str]
+) -> tuple[tuple[RegionResult, ...], list[Finding]]:
     """Every region of a manifest against what is held now; a difference is a finding.
 
     ``moved`` are the segments (as custody calls them) whose pages memconsole-resume found elsewhere.
@@ -23,19 +26,19 @@ def compare(desk: Desk, manifest: Manifest, moved: Collection[str]) -> tuple[tup
     kept, findings = [], []
     for placed in manifest.regions:
         name = placed.region.name
-        if not desk.has(name):
-            kept.append(Kept(name, placed.region.size, placed.runs, placed.preserve_ns, same=False))
+        if not desk.holds_region(name):
+            kept.append(RegionResult(name, placed.region.size, placed.runs, placed.preserve_ns, same=False))
             continue
         began = time.monotonic_ns()
         same = not any(custody_name(name, row) in moved for row in range(len(placed.digests)))
         if manifest.report.kind == "run":
-            same = same and places(desk, placed) == placed.digests
+            same = same and page_digests(desk, placed) == placed.digests
         took = time.monotonic_ns() - began
         contents = None
         if placed.contents:
             contents = tuple(digest_fd(fd) for fd in desk.fds(name)) == placed.contents
         kept.append(
-            Kept(
+            RegionResult(
                 name,
                 placed.region.size,
                 placed.runs,
@@ -49,11 +52,11 @@ def compare(desk: Desk, manifest: Manifest, moved: Collection[str]) -> tuple[tup
     return tuple(kept), findings
 
 
-def places(desk: Desk, placed: Placed) -> tuple[str, ...]:
+def page_digests(desk: needs.RegionFrames, placed: PreservedRegion) -> tuple[str, ...]:
     """The digests of where a region's pages are now, a segment each."""
     found = []
-    for fd, segment in zip(desk.fds(placed.region.name), placed.region.segments, strict=True):
-        with ExtentTable.scan_fd(fd, segment.size) as table:
+    for index in range(len(placed.region.segments)):
+        with desk.segment_frames(placed.region.name, index) as table:
             found.append(table.digest())
     return tuple(found)
 
@@ -62,10 +65,10 @@ def _differs(name: str, kind: str, *, same: bool, contents: bool | None) -> list
     found = []
     if not same and kind == "run":
         what = f"the pages of region {name} are not in the frames they were in before the jump"
-        remedy = "do not trust its contents: compare them with what you know, or release it"
+        remedy = "do not trust the contents: compare them with a copy"
         found.append(Finding("handoff-pages-moved", Severity.ERROR, name, what, "/proc/PID/pagemap", remedy))
     if contents is False:
         what = f"the contents of region {name} are not what they were before the guests were stopped"
-        remedy = "its guests stay paused: look into it, then resume or stop them"
+        remedy = "its guests stay paused: compare the contents with a copy, then resume the guests"
         found.append(Finding("handoff-contents", Severity.ERROR, name, what, "xxh3-128 of the region", remedy))
     return found

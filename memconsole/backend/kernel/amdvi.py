@@ -25,7 +25,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from memconsole.backend.kernel import tree
-from memconsole.backend.kernel.handover.memory import DEVMEM, Memory, Walk, this_host
+from memconsole.backend.kernel.handover.memory import DEVMEM, PhysicalMemory, Walk, this_host
+from memconsole.backend.kernel.pci import BDF
 from memconsole.backend.kernel.tree import Root
 from memconsole.backend.kernel.vtd import Budget
 from memconsole.errors import BadFile, NotFound
@@ -58,12 +59,15 @@ def table(root: Root, bdf: str, budget: Budget | None = None) -> ExtentTable:
     """
     from memconsole.extents import ExtentTable
 
+    if not BDF.fullmatch(bdf):
+        why = "the device table has an entry for each PCI function, and this device is none"
+        raise NotFound(f"device {bdf} has no page tables", why)
     with this_host(root) as memory:
         entry = device_entry(root, bdf, memory)
         return ExtentTable.from_rows(leaves(entry[0], bdf, memory, budget))
 
 
-def device_entry(root: Root, bdf: str, memory: Memory) -> tuple[int, int, int, int]:
+def device_entry(root: Root, bdf: str, memory: PhysicalMemory) -> tuple[int, int, int, int]:
     """The four words of a device's entry, the lowest first.
 
     Raises:
@@ -80,7 +84,7 @@ def device_entry(root: Root, bdf: str, memory: Memory) -> tuple[int, int, int, i
     return first, second, third, fourth
 
 
-def leaves(entry: int, bdf: str, memory: Memory, budget: Budget | None = None) -> Iterator[Extent]:
+def leaves(entry: int, bdf: str, memory: PhysicalMemory, budget: Budget | None = None) -> Iterator[Extent]:
     """The leaves that the first word of a device's entry leads to, as rows by IOVA page, in order.
 
     Raises:
@@ -155,7 +159,7 @@ def _device_table(root: Root, segment: int) -> tuple[int, int]:
     for registers in _blocks(tree.read(root, IVRS), segment):
         word = _register(root, registers)
         return word & _ADDRESS, ((word & 0x1FF) + 1) << 12
-    raise NotFound("the device table is not found", f"{IVRS} names no IOMMU for PCI segment {segment}")
+    raise NotFound("the device table cannot be found", f"{IVRS} names no IOMMU for PCI segment {segment}")
 
 
 def _register(root: Root, address: int) -> int:

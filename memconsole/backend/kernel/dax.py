@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from memconsole.backend.kernel import tree
 from memconsole.backend.kernel.tree import Root
 from memconsole.errors import Denied, NotFound
-from memconsole.model import Dax
+from memconsole.model import Dax, Unread
 
 _DAX = "/sys/bus/dax/devices"
 
 
-def dax(root: Root = "/") -> tuple[Dax, ...]:
+def dax(root: Root = "/", gaps: list[Unread] | None = None) -> tuple[Dax, ...]:
     """The devdax devices in order; ``size``, ``align`` and ``start`` in bytes, ``start`` 0 where it is not shown.
+
+    One that is taken away meanwhile is left out.
+    One that cannot be read is named in ``gaps``; without them it is raised.
 
     Raises:
         NotFound: this kernel has no dax bus.
-        Denied, KernelRefused, BadFile: a device cannot be read.
+        Denied, KernelRefused: they cannot be listed. BadFile, or these: without ``gaps``, one of them cannot be read.
     """
-    return tuple(_device(root, name) for name in tree.names(root, _DAX))
+    return tuple(tree.each(root, _DAX, partial(_device, root), gaps))
 
 
 def _device(root: Root, name: str) -> Dax:

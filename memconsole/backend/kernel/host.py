@@ -1,16 +1,18 @@
-"""The machine: names from /proc/sys/kernel, boot_id, uptime, CPUs, and the command line it was booted with."""
+"""The machine: names from /proc/sys/kernel, boot_id, uptime, CPUs, and how it was built."""
 
 from __future__ import annotations
 
+import mmap
 import struct
 
-from memconsole import __version__
+from memconsole import __version__, decoding
 from memconsole.backend.kernel import tree
 from memconsole.backend.kernel.tree import Root
 from memconsole.errors import NotFound
 from memconsole.model import Host
 
 _AT_PAGESZ = 6
+_LARGEST_CONFIG = 16 << 20
 
 
 def host(root: Root = "/") -> Host:
@@ -37,30 +39,18 @@ def host(root: Root = "/") -> Host:
 
 
 def page_size(root: Root = "/") -> int:
-    """Bytes of a base page (AT_PAGESZ in /proc/self/auxv).
+    """Bytes of a base page; of another host as AT_PAGESZ in /proc/self/auxv says.
 
     Raises:
         BadFile: the vector has no page size; otherwise as :func:`tree.read`.
     """
+    if tree.live(root):
+        return mmap.PAGESIZE  # our own files in /proc are root's where this process may not be dumped
     vector = tree.read(root, "/proc/self/auxv")
     for key, value in struct.iter_unpack("=QQ", vector[: len(vector) // 16 * 16]):
         if key == _AT_PAGESZ and value:
             return int(value)
     raise tree.malformed("/proc/self/auxv", vector[:32])
-
-
-def command_line(root: Root = "/") -> dict[str, str]:
-    """The words the kernel was booted with, ``kho=on`` as ``{"kho": "on"}``, a bare word as ``""`` (/proc/cmdline).
-
-    What follows ``--`` is init's, not the kernel's. A word given twice keeps its last value, as in the kernel.
-    """
-    words: dict[str, str] = {}
-    for word in tree.line(root, "/proc/cmdline").split():
-        if word == "--":
-            break
-        key, _, value = word.partition("=")
-        words[key] = value.strip('"')
-    return words
 
 
 def config(root: Root = "/") -> dict[str, str] | None:
@@ -69,12 +59,8 @@ def config(root: Root = "/") -> dict[str, str] | None:
     From /proc/config.gz, else /boot/config-RELEASE. An option that is not in it is not built.
     """
     try:
-        import gzip
-
-        try:
-            raw = gzip.decompress(tree.read(root, "/proc/config.gz"))
-        except (OSError, EOFError) as error:
-            raise tree.malformed("/proc/config.gz", str(error)) from error
+        packed = tree.read(root, "/proc/config.gz")
+        raw = decoding.Inflater(decoding.GZIP, limit=_LARGEST_CONFIG).inflate(packed, what="/proc/config.gz")
     except NotFound:
         try:
             raw = tree.read(root, f"/boot/config-{tree.line(root, '/proc/sys/kernel/osrelease')}")

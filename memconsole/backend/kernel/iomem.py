@@ -11,7 +11,7 @@ import re
 from memconsole.backend.kernel import tree
 from memconsole.backend.kernel.tree import Root
 from memconsole.errors import Denied
-from memconsole.model import Range
+from memconsole.model import Range, Unread
 
 _ROW = re.compile(r"( *)([0-9a-f]{1,16})-([0-9a-f]{1,16}) : (.*)", re.DOTALL)
 _MEMMAP = "/sys/firmware/memmap"
@@ -36,19 +36,22 @@ def ioports(root: Root = "/") -> tuple[Range, ...]:
     return _resources(root, "/proc/ioports")
 
 
-def firmware(root: Root = "/") -> tuple[Range, ...]:
+def firmware(root: Root = "/", gaps: list[Unread] | None = None) -> tuple[Range, ...]:
     """The memory map as the firmware gave it, by address; before the kernel took its own parts out.
+
+    A part that cannot be read is named in ``gaps``; without them it is raised.
 
     Raises:
         NotFound: this kernel or firmware has none (Arm with a device tree).
-        Denied, KernelRefused, BadFile: it cannot be read.
+        Denied, KernelRefused: it cannot be listed. BadFile, or these: without ``gaps``, a part of it cannot be read.
     """
-    ranges = []
-    for name in tree.names(root, _MEMMAP):
+
+    def entry(name: str) -> Range:
         base = f"{_MEMMAP}/{name}"
         start, end = tree.number(root, f"{base}/start", 16), tree.number(root, f"{base}/end", 16)
-        ranges.append(Range(start, end + 1, tree.line(root, f"{base}/type")))
-    return tuple(sorted(ranges, key=lambda item: (item.start, item.end)))
+        return Range(start, end + 1, tree.line(root, f"{base}/type"))
+
+    return tuple(sorted(tree.each(root, _MEMMAP, entry, gaps), key=lambda item: (item.start, item.end)))
 
 
 def parse(source: str, raw: bytes) -> tuple[Range, ...]:

@@ -1,10 +1,10 @@
 """IOMMUs, and the address spaces (groups) behind them.
 
-    /sys/class/iommu/NAME/devices/BDF                           the units: dmar0, ivhd0, smmu3.0x..., a BDF (virtio)
+    /sys/class/iommu/NAME/devices/NAME                          the units: dmar0, ivhd0, smmu3.0x..., a BDF (virtio)
     /sys/class/iommu/NAME/device -> .../virtioN                 the device of a virtio-iommu
     /sys/kernel/iommu_groups/N/type                             identity, blocked, DMA, DMA-FQ...: of its default domain
     /sys/kernel/iommu_groups/N/reserved_regions                 START " " END " " KIND, hexadecimal, END inclusive
-    /sys/kernel/iommu_groups/N/devices/BDF
+    /sys/kernel/iommu_groups/N/devices/NAME                     a BDF, or the name of what is no PCI function
 
 Intel's driver shows page tables (:mod:`vtd`), AMD's are walked in physical memory (:mod:`amdvi`); what the others show,
 or why nothing, is said in ``why_not``. A group's type does not change while VFIO or iommufd has its devices in another
@@ -13,14 +13,16 @@ domain: where page tables can be seen, they say more than it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from memconsole.backend.kernel import amdvi, tree, vtd
+from memconsole.backend.kernel.pci import BDF
 from memconsole.backend.kernel.tree import Root
 from memconsole.backend.kernel.vtd import Budget, NoTable, TooMany
 from memconsole.errors import BadFile, Denied, KernelRefused, NotFound
-from memconsole.model import Domain, Iommu, Reserved
+from memconsole.model import Domain, Iommu, Reserved, Unread
 
 if TYPE_CHECKING:
     from memconsole.extents import ExtentTable
@@ -44,40 +46,45 @@ _NO_WALK = {
 }
 
 
-def units(root: Root = "/") -> tuple[Iommu, ...]:
+def units(root: Root = "/", gaps: list[Unread] | None = None) -> tuple[Iommu, ...]:
     """The IOMMUs of this host; empty where there is none.
 
+    One that cannot be read is named in ``gaps``; without them it is raised.
+
     Raises:
-        Denied, KernelRefused, BadFile: one of them cannot be read.
+        Denied, KernelRefused: they cannot be listed. BadFile, or these: without ``gaps``, one of them cannot be read.
     """
     try:
-        found = tree.names(root, _UNITS)
+        return tuple(tree.each(root, _UNITS, partial(_unit, root), gaps))
     except NotFound:
         return ()
-    return tuple(_unit(root, name) for name in found)
 
 
-def domains(root: Root = "/", *, leaves_max: int = LEAVES_MAX) -> tuple[Domain, ...]:
+def domains(root: Root = "/", gaps: list[Unread] | None = None, *, leaves_max: int = LEAVES_MAX) -> tuple[Domain, ...]:
     """The IOMMU groups in order, with their IOVA counted where the kernel shows page tables.
 
     ``mapped`` is in bytes. Once ``leaves_max`` page table leaves were looked at, the groups left are not counted, and
-    say so; with 0 no page table is opened.
+    say so; with 0 no page table is opened. A group that goes meanwhile is left out, one that cannot be read says why.
+    What is no group is named in ``gaps``; the units that cannot be read, :func:`units` names.
 
     Raises:
-        Denied, KernelRefused, BadFile: a group cannot be read.
+        Denied, KernelRefused: the groups or the units cannot be listed. BadFile: without ``gaps``, one is no group.
     """
-    try:
-        groups = tree.names(root, _GROUPS)
-    except NotFound:
-        return ()
-    of_device = {bdf: unit for unit in units(root) for bdf in unit.devices}
+    of_device = {name: unit for unit in units(root, []) for name in unit.devices}
     budget = Budget(leaves_max)
-    found = []
-    for name in groups:
+
+    def group(name: str) -> Domain:
         if not name.isdecimal():
             raise tree.malformed(_GROUPS, name)
-        found.append(_domain(root, int(name), of_device, budget))
-    return tuple(found)
+        try:
+            return _domain(root, int(name), of_device, budget)
+        except (Denied, KernelRefused, BadFile) as error:
+            return Domain(int(name), "unknown", "", why_not=f"{error.what}: {error.why}")
+
+    try:
+        return tuple(tree.each(root, _GROUPS, group, gaps))
+    except NotFound:
+        return ()
 
 
 def table(root: Root, group: str, budget: Budget | None = None) -> ExtentTable:
@@ -91,9 +98,14 @@ def table(root: Root, group: str, budget: Budget | None = None) -> ExtentTable:
     what = f"the page tables of IOMMU group {group} are not shown"
     base = f"{_GROUPS}/{group}"
     if not group.isdecimal() or not tree.exists(root, base):
-        raise NotFound(f"there is no IOMMU group {group}", "", "memconsole domains")
+        raise NotFound(
+            f"there is no IOMMU group {group}", "this host has none of this number", "memconsole domains lists them"
+        )
     devices = tree.names(root, f"{base}/devices")
-    unit = next((unit for unit in units(root) if not set(devices).isdisjoint(unit.devices)), None)
+    unread: list[Unread] = []
+    unit = next((unit for unit in units(root, unread) if not set(devices).isdisjoint(unit.devices)), None)
+    if unit is None and unread:
+        raise NotFound(what, f"its IOMMU may be one that cannot be read: {unread[0].source}: {unread[0].why}")
     kind = tree.line(root, f"{base}/type")
     if why := _not_walked(kind, unit):
         raise NotFound(what, why)
@@ -101,9 +113,17 @@ def table(root: Root, group: str, budget: Budget | None = None) -> ExtentTable:
         raise NotFound(what, "no device is in it")
     assert unit is not None  # noqa: S101 - else there was a reason
     try:
-        return _walked(root, kind, unit, min(devices), budget)
+        return _walked(root, kind, unit, _walkable(devices), budget)
     except NotFound as error:
         raise NotFound(what, error.why) from error
+
+
+def _walkable(devices: Sequence[str]) -> str:
+    """The device of a group whose page tables are read, for all share them: a PCI function, if it has one.
+
+    What else has a group is called as its bus calls it (``AMDI0096:00`` of ACPI, ``fd880000.dma-controller``).
+    """
+    return min(devices, key=lambda name: (BDF.fullmatch(name) is None, name))
 
 
 def _walked(root: Root, kind: str, unit: Iommu, bdf: str, budget: Budget | None) -> ExtentTable:
@@ -118,8 +138,10 @@ def _walked(root: Root, kind: str, unit: Iommu, bdf: str, budget: Budget | None)
         raise NotFound(error.what, _IDENTITY) from error
     except NotFound as error:
         why = error.why or error.what
-        if unit.kind == "intel-iommu":
+        if unit.kind == "intel-iommu" and not tree.exists(root, vtd.DEBUGFS):
             why = f"no {vtd.DEBUGFS} (needs CONFIG_INTEL_IOMMU_DEBUGFS, and debugfs mounted)"
+        elif unit.kind == "intel-iommu":
+            why = f"{vtd.DEBUGFS} has no page tables of {bdf}"
         if kind == "identity" and not why.startswith(kind):
             why = f"identity, unless VFIO has it in a domain of its own: {why}"
         raise NotFound(error.what, why) from error
@@ -219,7 +241,7 @@ def _translation(
     if budget.leaves <= 0:
         return None, None, _UNCOUNTED
     try:
-        with _walked(root, kind, unit, devices[0], budget) as found:
+        with _walked(root, kind, unit, _walkable(devices), budget) as found:
             return found.stats().present, len(found), ""
     except TooMany:
         return None, None, _UNCOUNTED

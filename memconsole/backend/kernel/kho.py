@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import struct
 
-from memconsole.backend.kernel import host, tree
+from memconsole.backend.kernel import cmdline, tree
 from memconsole.backend.kernel.tree import Root
 from memconsole.errors import BadFile, Denied, NotFound
 from memconsole.model import Range, Survival
@@ -26,24 +26,22 @@ _KHO = f"{DEBUGFS}/kho"
 _SETUP_DATA = "/sys/kernel/boot_params/setup_data"
 _SETUP_KHO = 10
 _METADATA = struct.Struct("=I65sI")
-TRUE = {"on", "1", "y", "yes", "Y", "true", "t"}
-"""What switches a word of the command line on (kstrtobool)."""
 
 
 def survival(root: Root = "/") -> Survival:
-    """What of live update this host has; where debugfs is not shown, ``detail`` says so and the rest is inferred.
+    """What of live update this host has; what of debugfs is not shown ``detail`` says, and the rest is inferred.
 
     Raises:
-        KernelRefused, BadFile, NotFound, Denied: the command line or a file of KHO cannot be read.
+        KernelRefused, BadFile, NotFound, Denied: the command line cannot be read, or a file of KHO is torn.
     """
-    words = host.command_line(root)
+    words = cmdline.read(root)
     luo = tree.exists(root, "/dev/liveupdate")
     handed_over = _booted_through_kho(root)
-    asked = {name: words.get(name, "") in TRUE for name in ("kho", "liveupdate")}
+    asked = {name: bool(cmdline.switched_on(words, name)) for name in ("kho", "liveupdate")}
     try:
         kho, detail = _kho_debugfs(root)
     except Denied as error:
-        kho, detail = False, f"{error.what}: {error.remedy}"
+        kho, detail = False, _hidden(error)
     if not kho:
         if handed_over:
             detail = f"booted through KHO; {detail}"
@@ -51,18 +49,33 @@ def survival(root: Root = "/") -> Survival:
             kho=luo or handed_over, luo=luo, kho_cmdline=asked["kho"], luo_cmdline=asked["liveupdate"], detail=detail
         )
     incoming = _names(root, f"{_KHO}/in/sub_fdts")
-    count, detail = _metadata(root, incoming)
+    details = []
+    count = 0
+    scratch: tuple[Range, ...] = ()
+    try:
+        count, detail = _metadata(root, incoming)
+        details.append(detail)
+    except Denied as error:
+        details.append(_hidden(error))
+    try:
+        scratch = _scratch(root)
+    except Denied as error:
+        details.append(_hidden(error))
     return Survival(
         kho=True,
         luo=luo,
         kho_cmdline=asked["kho"],
         luo_cmdline=asked["liveupdate"],
-        scratch=_scratch(root),
+        scratch=scratch,
         incoming=incoming,
         outgoing=_names(root, f"{_KHO}/out/sub_fdts"),
         kexec_count=count,
-        detail=detail,
+        detail="; ".join(filter(None, details)),
     )
+
+
+def _hidden(error: Denied) -> str:
+    return f"{error.what} ({error.why}): {error.remedy}"
 
 
 def debugfs_mounted(root: Root = "/") -> bool:
@@ -90,17 +103,16 @@ def _kho_debugfs(root: Root) -> tuple[bool, str]:
 
 def _booted_through_kho(root: Root) -> bool:
     try:
-        return any(
-            tree.number(root, f"{_SETUP_DATA}/{name}/type") == _SETUP_KHO for name in tree.names(root, _SETUP_DATA)
-        )
+        kinds = tree.each(root, _SETUP_DATA, lambda name: tree.number(root, f"{_SETUP_DATA}/{name}/type"), [])
     except (NotFound, Denied):
         return False
+    return _SETUP_KHO in kinds
 
 
 def _names(root: Root, path: str) -> tuple[str, ...]:
     try:
         return tuple(tree.names(root, path))
-    except NotFound:
+    except (NotFound, Denied):
         return ()
 
 

@@ -2,6 +2,8 @@
 
 /proc/meminfo                                   Name: N kB
 /sys/devices/system/node/nodeN/meminfo          Node N Name: N kB
+/sys/devices/system/node/nodeN/memoryM          a link: memory block M is the node's
+/sys/devices/system/memory/block_size_bytes     hexadecimal
 /sys/kernel/mm/hugepages/hugepages-NkB/*        one number a file, in pages
 /sys/kernel/mm/transparent_hugepage/shmem_enabled   always within_size [advise] never deny force
 """
@@ -11,15 +13,18 @@ from __future__ import annotations
 from memconsole.backend.kernel import tree
 from memconsole.backend.kernel.tree import Root
 from memconsole.errors import NotFound
-from memconsole.model import HugePool, Memory, Node
+from memconsole.model import HugePool, Memory, Node, Range, Unread
 
 _NODES = "/sys/devices/system/node"
+_BLOCK = "/sys/devices/system/memory/block_size_bytes"
 _POOLS = "/sys/kernel/mm/hugepages"
 _SHMEM_THP = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 
 
-def memory(root: Root = "/") -> Memory:
+def memory(root: Root = "/", gaps: list[Unread] | None = None) -> Memory:
     """All of the host's memory, in bytes; a kernel without NUMA has no nodes, one without hugetlb no pools.
+
+    A node or pool that cannot be read is named in ``gaps``; without them it is raised.
 
     Raises:
         NotFound, Denied, KernelRefused, BadFile: a source cannot be read.
@@ -35,8 +40,8 @@ def memory(root: Root = "/") -> Memory:
             swap_total=rows.get("SwapTotal", 0),
             swap_free=rows.get("SwapFree", 0),
             shmem_thp=shmem_thp(root),
-            nodes=nodes(root),
-            pools=pools(root),
+            nodes=nodes(root, gaps),
+            pools=pools(root, gaps),
         )
     except KeyError as error:
         raise tree.malformed("/proc/meminfo", f"no {error.args[0]}") from error
@@ -51,32 +56,43 @@ def meminfo(root: Root = "/") -> dict[str, int]:
     return _rows("/proc/meminfo", tree.read(root, "/proc/meminfo"), skip=0)
 
 
-def nodes(root: Root = "/") -> tuple[Node, ...]:
-    """The NUMA nodes in order, sizes in bytes; empty where the kernel knows none.
+def nodes(root: Root = "/", gaps: list[Unread] | None = None) -> tuple[Node, ...]:
+    """The NUMA nodes in order, sizes in bytes; empty where the kernel knows none. One that goes meanwhile is left out.
+
+    One that cannot be read is named in ``gaps``; without them it is raised.
 
     Raises:
-        Denied, KernelRefused, BadFile: a node cannot be read.
+        Denied, KernelRefused: they cannot be listed. BadFile, or these: without ``gaps``, one of them cannot be read.
     """
+
+    def node(name: str) -> Node | None:
+        return _node(root, int(name[4:]), block) if name.startswith("node") and name[4:].isdecimal() else None
+
     try:
-        found = tree.names(root, _NODES)
+        block = _block_size(root)
+        found = tree.each(root, _NODES, node, gaps)
     except NotFound:
         return ()
-    numbers = sorted(int(name[4:]) for name in found if name.startswith("node") and name[4:].isdecimal())
-    return tuple(_node(root, number) for number in numbers)
+    return tuple(sorted(filter(None, found), key=lambda node: node.number))
 
 
-def pools(root: Root = "/") -> tuple[HugePool, ...]:
+def pools(root: Root = "/", gaps: list[Unread] | None = None) -> tuple[HugePool, ...]:
     """The hugetlb pools by page size in bytes; their counts in pages; empty without hugetlb.
 
+    One that cannot be read is named in ``gaps``; without them it is raised.
+
     Raises:
-        Denied, KernelRefused, BadFile: a pool cannot be read.
+        Denied, KernelRefused: they cannot be listed. BadFile, or these: without ``gaps``, one of them cannot be read.
     """
+
+    def pool(name: str) -> HugePool | None:
+        return _pool(root, int(name[10:-2])) if name.startswith("hugepages-") and name[10:-2].isdecimal() else None
+
     try:
-        found = tree.names(root, _POOLS)
+        found = tree.each(root, _POOLS, pool, gaps)
     except NotFound:
         return ()
-    sizes = sorted(int(name[10:-2]) for name in found if name.startswith("hugepages-") and name[10:-2].isdecimal())
-    return tuple(_pool(root, kib) for kib in sizes)
+    return tuple(sorted(filter(None, found), key=lambda pool: pool.page_size))
 
 
 def shmem_thp(root: Root = "/") -> str:
@@ -96,11 +112,32 @@ def shmem_thp(root: Root = "/") -> str:
     return chosen
 
 
-def _node(root: Root, number: int) -> Node:
+def _block_size(root: Root) -> int | None:
+    """Bytes of a memory block; None where the kernel has none."""
+    try:
+        return tree.number(root, _BLOCK, 16)
+    except NotFound:
+        return None
+
+
+def _blocks(root: Root, base: str, number: int, size: int) -> tuple[Range, ...]:
+    """The addresses of a node's memory blocks, in order, those that continue each other as one."""
+    names = (name[6:] for name in tree.names(root, base) if name.startswith("memory"))
+    ranges: list[Range] = []
+    for block in sorted(int(name) for name in names if name.isdecimal()):
+        start = block * size
+        if ranges and ranges[-1].end == start:
+            start = ranges.pop().start
+        ranges.append(Range(start, (block + 1) * size, f"node {number}"))
+    return tuple(ranges)
+
+
+def _node(root: Root, number: int, block: int | None) -> Node:
     base = f"{_NODES}/node{number}"
     rows = _rows(f"{base}/meminfo", tree.read(root, f"{base}/meminfo"), skip=2)
     try:
-        return Node(number, rows["MemTotal"], rows["MemFree"], tree.line(root, f"{base}/cpulist"))
+        ranges = _blocks(root, base, number, block) if block else ()
+        return Node(number, rows["MemTotal"], rows["MemFree"], tree.line(root, f"{base}/cpulist"), ranges)
     except KeyError as error:
         raise tree.malformed(f"{base}/meminfo", f"no {error.args[0]}") from error
 

@@ -21,17 +21,21 @@ _DEVICE = re.compile(r"([0-9]{1,4}):([0-9]{1,7})", re.ASCII)
 _ESCAPED = re.compile(r"\\([0-7]{3})")
 
 
-class Mounted(NamedTuple):
-    """One mount: ``root`` of filesystem ``device`` (st_dev) shown at ``path``; a later one there hides it."""
+class MountInfo(NamedTuple):
+    """One mount: ``root`` of filesystem ``device`` (st_dev) shown at ``path``; a later one there hides it.
+
+    ``options`` are those of the filesystem (a hierarchy of cgroups has its controllers there).
+    """
 
     device: int
     root: str
     path: Path
     fstype: str
     source: str
+    options: str = ""
 
 
-def mounts(root: Root = "/") -> list[Mounted]:
+def mounts(root: Root = "/") -> list[MountInfo]:
     """Every mount, in the order of the kernel's list.
 
     Raises:
@@ -40,7 +44,7 @@ def mounts(root: Root = "/") -> list[Mounted]:
     return list(parse(tree.read(root, _MOUNTINFO)))
 
 
-def parse(raw: bytes) -> Iterator[Mounted]:
+def parse(raw: bytes) -> Iterator[MountInfo]:
     """The mounts of a mountinfo file; raises as :func:`mounts`."""
     for line in tree.text(raw).split("\n"):
         if not line:
@@ -49,7 +53,8 @@ def parse(raw: bytes) -> Iterator[Mounted]:
         words, ends = before.split(" "), after.split(" ")
         if not dash or len(words) < 6 or len(ends) < 2:
             raise tree.malformed(_MOUNTINFO, line)
-        yield Mounted(_device(line, words[2]), _plain(words[3]), Path(_plain(words[4])), ends[0], _plain(ends[1]))
+        device, top, path = _device(line, words[2]), _plain(words[3]), Path(_plain(words[4]))
+        yield MountInfo(device, top, path, ends[0], _plain(ends[1]), " ".join(ends[2:]))
 
 
 def _device(line: str, numbers: str) -> int:

@@ -15,17 +15,16 @@ import mmap
 import os
 import struct
 
+from memconsole import agent
 from memconsole.backend.kernel import tree
-from memconsole.errors import Denied, KernelRefused, NotFound
+from memconsole.errors import KernelRefused, NotFound
 
 _PFN = (1 << 55) - 1
 _PRESENT = 1 << 63
 _PAGEMAP_SCAN = 0xC0606610
 _KVM_GET_API_VERSION, _KVM_CREATE_VM, _KVM_CREATE_VCPU = 0xAE00, 0xAE01, 0xAE41
 _KVM_API = 12
-_USERFAULTFD_IOC_NEW, _UFFDIO_API, _UFFD_API = 0xAA00, 0xC018AA3F, 0xAA
-_UFFD_USER_MODE_ONLY = 1
-_SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282, "riscv64": 282}
+_UFFDIO_API, _UFFD_API = 0xC018AA3F, 0xAA
 
 UFFD_FEATURES = {
     "missing-fault shmem": 1 << 5,
@@ -93,7 +92,14 @@ def userfaultfd() -> tuple[int, bool]:
     Raises:
         NotFound, Denied, KernelRefused: as the module says.
     """
-    fd, whole = _userfaultfd()
+    try:
+        fd, whole = agent.userfaultfd()
+    except OSError as error:
+        if error.errno == errno.ENOSYS:
+            raise NotFound(
+                "there is no userfaultfd", os.strerror(errno.ENOSYS), "boot a kernel with CONFIG_USERFAULTFD=y"
+            ) from error
+        raise tree.failure("userfaultfd", error) from error
     try:
         api = bytearray(struct.pack("=QQQ", _UFFD_API, 0, 0))
         fcntl.ioctl(fd, _UFFDIO_API, api)
@@ -102,39 +108,6 @@ def userfaultfd() -> tuple[int, bool]:
     finally:
         os.close(fd)
     return struct.unpack("=QQQ", api)[1], whole
-
-
-def _userfaultfd() -> tuple[int, bool]:
-    try:
-        device = _open("/dev/userfaultfd", os.O_RDWR)
-    except (NotFound, Denied):
-        return _userfaultfd_call()
-    try:
-        return fcntl.ioctl(device, _USERFAULTFD_IOC_NEW, os.O_CLOEXEC), True
-    except OSError as error:
-        raise tree.failure("/dev/userfaultfd", error) from error
-    finally:
-        os.close(device)
-
-
-def _userfaultfd_call() -> tuple[int, bool]:
-    """userfaultfd(2), for kernels before 6.1 and for ordinary users (whom it serves faults of user mode only)."""
-    import ctypes
-
-    number = _SYS_USERFAULTFD.get(os.uname().machine)
-    if number is None:
-        raise NotFound("there is no userfaultfd for this machine", f"its number on {os.uname().machine} is not known")
-    libc = ctypes.CDLL(None, use_errno=True)
-    for mode in (0, _UFFD_USER_MODE_ONLY):
-        fd = libc.syscall(number, os.O_CLOEXEC | mode)
-        if fd >= 0:
-            return fd, mode == 0
-        if ctypes.get_errno() != errno.EPERM:
-            break
-    code = ctypes.get_errno()
-    if code == errno.ENOSYS:
-        raise NotFound("there is no userfaultfd", os.strerror(code), "CONFIG_USERFAULTFD")
-    raise tree.failure("userfaultfd", OSError(code, os.strerror(code)))
 
 
 def _pagemap_entry(address: int) -> int:

@@ -24,6 +24,9 @@ _DELETED = " (deleted)"
 _QUERY = struct.Struct("=QQQ QQQQ QQ IIII QQ")
 _PROCMAP_QUERY = 0xC0686611
 _NAME_MAX = 4096
+_HUGETLB = ("Shared_Hugetlb", "Private_Hugetlb")
+_RESIDENT = ("Rss", *_HUGETLB)
+"""The counters of smaps that add up to what has a frame: pages of the hugetlb pool are not in Rss."""
 
 
 class Vma(msgspec.Struct, frozen=True):
@@ -54,25 +57,25 @@ class Vma(msgspec.Struct, frozen=True):
         return self.perms[1:2] == "w"
 
 
-def raw(root: Root, pid: int) -> bytes:
-    """The maps of a process as the kernel writes them; empty for a kernel thread.
+def raw(root: Root, pid: int, task: int | None = None) -> bytes:
+    """The maps of a process as the kernel writes them, by its thread ``task``; empty for a kernel thread.
 
     Raises:
         Gone: the process ended.
         Denied: it is another user's.
         KernelRefused: any other errno.
     """
-    return tree.read(root, f"/proc/{pid}/maps")
+    return tree.read(root, f"{tree.of_process(pid, task)}/maps")
 
 
-def vmas(root: Root, pid: int) -> list[Vma]:
+def vmas(root: Root, pid: int, task: int | None = None) -> list[Vma]:
     """The mappings of a process, by address.
 
     Raises:
         Gone, Denied, KernelRefused: as :func:`raw`.
         BadFile: a line is no mapping.
     """
-    return parse(raw(root, pid))
+    return parse(raw(root, pid, task))
 
 
 def parse(data: bytes, *needles: bytes) -> list[Vma]:
@@ -81,12 +84,30 @@ def parse(data: bytes, *needles: bytes) -> list[Vma]:
     Raises:
         BadFile: a line that was wanted is no mapping.
     """
+    if needles:
+        return [_vma(data[start:end]) for start, end in sorted(_holding(data, needles))]
     rows = data.split(b"\n")
     if rows and not rows[-1]:
         rows.pop()
-    if needles:
-        rows = [row for row in rows if any(needle in row for needle in needles)]
     return [_vma(row) for row in rows]
+
+
+def _holding(data: bytes, needles: Sequence[bytes]) -> set[tuple[int, int]]:
+    """Where the lines begin and end that have a needle: of a host's many lines few do."""
+    found = set()
+    for needle in needles:
+        at = data.find(needle)
+        while at >= 0:
+            end = data.find(b"\n", at)
+            end = len(data) if end < 0 else end
+            found.add((data.rfind(b"\n", 0, at) + 1, end))
+            at = data.find(needle, end)
+    return found
+
+
+def device_word(device: int) -> bytes:
+    """How the mappings of a filesystem's files (by st_dev) are told in a maps text, whatever the files are called."""
+    return b" %02x:%02x " % (os.major(device), os.minor(device))
 
 
 def find(pid: int, address: int) -> Vma | None:
@@ -132,27 +153,31 @@ def find(pid: int, address: int) -> Vma | None:
     )
 
 
-def resident(root: Root, pid: int, wanted: Sequence[Vma]) -> list[int]:
+def resident(root: Root, pid: int, wanted: Sequence[Vma], task: int | None = None) -> list[int]:
     """Bytes of each mapping that have a frame: of its file's blocks where it is a memfd, else counted by the kernel.
 
-    A memfd answers at once, for the whole file; other memory is walked (/proc/PID/smaps), at 10-30 ns a page.
+    A memfd that is shared answers at once, for the whole file; other memory is walked (/proc/PID/smaps), at 10-30 ns a
+    page.
 
     Raises:
         Gone, Denied, KernelRefused, BadFile: the process cannot be read.
     """
-    found = [_memfd_resident(pid, vma) if tree.live(root) else None for vma in wanted]
-    walked = smaps(root, pid) if None in found else {}
+    found = [_memfd_resident(task or pid, vma) if tree.live(root) else None for vma in wanted]
+    walked = smaps(root, pid, task) if None in found else {}
     return [
-        walked.get(vma.start, {}).get("Rss", 0) if known is None else known
+        sum(walked.get(vma.start, {}).get(name, 0) for name in _RESIDENT) if known is None else known
         for vma, known in zip(wanted, found, strict=True)
     ]
 
 
-def _memfd_resident(pid: int, vma: Vma) -> int | None:
-    """None where it is no memfd, or may not be asked; never asks a file system, which might be served by ourselves."""
-    if not (vma.deleted and vma.inode and vma.path.startswith(("/memfd:", "/dev/zero"))):
+def _memfd_resident(tid: int, vma: Vma) -> int | None:
+    """None where it is no memfd, or may not be asked; never asks a file system, which might be served by ourselves.
+
+    Of a private mapping the pages that were written are not the file's.
+    """
+    if not (vma.shared and vma.deleted and vma.inode and vma.path.startswith(("/memfd:", "/dev/zero"))):
         return None
-    path = f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}"
+    path = f"/proc/{tid}/map_files/{vma.start:x}-{vma.end:x}"
     try:
         return min(os.stat(path).st_blocks * 512, vma.size)
     except OSError as error:
@@ -161,13 +186,46 @@ def _memfd_resident(pid: int, vma: Vma) -> int | None:
         raise tree.failure(path, error) from error
 
 
-def smaps(root: Root, pid: int) -> dict[int, dict[str, int]]:
-    """The counters of every mapping by its start (``Rss``, ``Pss``, ``KernelPageSize``...), in bytes.
+class MappedBytes(msgspec.Struct, frozen=True):
+    """How a mapping is mapped, in bytes: ``mapped`` has page table entries, ``huge`` of it by 2 MiB or more an entry.
+
+    ``eligible``: whether the kernel would map it by 2 MiB (``THPeligible``); None where it does not say (before 5.0).
+    """
+
+    mapped: int
+    huge: int
+    eligible: bool | None
+
+
+_BY_HUGE_PAGES = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", *_HUGETLB)
+
+
+def paged(root: Root, pid: int, task: int | None = None) -> dict[int, MappedBytes]:
+    """How every mapping of a process is mapped, by its start (/proc/PID/smaps, by its thread ``task``).
+
+    The kernel walks 4 KiB pages for it.
 
     Raises:
         Gone, Denied, KernelRefused, BadFile: it cannot be read.
     """
-    source = f"/proc/{pid}/smaps"
+    return {start: _paged(counters) for start, counters in smaps(root, pid, task).items()}
+
+
+def _paged(counters: dict[str, int]) -> MappedBytes:
+    def total(*names: str) -> int:
+        return sum(counters.get(name, 0) for name in names)
+
+    eligible = counters.get("THPeligible")
+    return MappedBytes(total(*_RESIDENT), total(*_BY_HUGE_PAGES), None if eligible is None else bool(eligible))
+
+
+def smaps(root: Root, pid: int, task: int | None = None) -> dict[int, dict[str, int]]:
+    """The counters of every mapping by its start (``Rss``, ``Pss``, ``KernelPageSize``...), in bytes, and its flags.
+
+    Raises:
+        Gone, Denied, KernelRefused, BadFile: it cannot be read.
+    """
+    source = f"{tree.of_process(pid, task)}/smaps"
     found: dict[int, dict[str, int]] = {}
     counters: dict[str, int] = {}
     for row in tree.read(root, source).split(b"\n"):
@@ -177,6 +235,8 @@ def smaps(root: Root, pid: int) -> dict[int, dict[str, int]]:
         if words[0].endswith(b":"):
             if len(words) == 3 and words[2] == b"kB" and words[1].isdigit():
                 counters[tree.text(words[0][:-1])] = int(words[1]) << 10
+            elif len(words) == 2 and words[1].isdigit():
+                counters[tree.text(words[0][:-1])] = int(words[1])
         else:
             counters = found.setdefault(_vma(row).start, {})
     return found
@@ -192,7 +252,7 @@ def _vma(row: bytes) -> Vma:
         return Vma(
             int(start, 16),
             int(end, 16),
-            words[1].decode("ascii"),
+            tree.text(words[1]),
             int(words[2], 16),
             os.makedev(int(major, 16), int(minor, 16)),
             int(words[4]),

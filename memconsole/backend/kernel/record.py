@@ -1,6 +1,6 @@
 """Record the tree of a host: exactly the files the readers read, so that another machine can read them too.
 
-Command lines of processes are part of it; look before you send one away. What this user may not read is left out, and
+Command lines of processes are part of it (docs/service.md says what is). What this user may not read is left out, and
 reads as absent from the recording. A file above 64 MiB (a very large page table) is left out, never cut.
 """
 
@@ -22,6 +22,7 @@ _FILES = (
     "/proc/sys/kernel/arch",
     "/proc/sys/kernel/random/boot_id",
     "/proc/sys/kernel/kexec_load_disabled",
+    "/sys/kernel/security/lockdown",
     "/proc/uptime",
     "/proc/cmdline",
     "/proc/config.gz",
@@ -33,6 +34,7 @@ _FILES = (
     "/sys/devices/system/cpu/online",
     "/sys/devices/system/node/node*/meminfo",
     "/sys/devices/system/node/node*/cpulist",
+    "/sys/devices/system/memory/block_size_bytes",
     "/sys/kernel/mm/hugepages/hugepages-*/*_hugepages",
     "/sys/kernel/mm/transparent_hugepage/shmem_enabled",
     "/sys/firmware/memmap/*/start",
@@ -46,6 +48,8 @@ _FILES = (
     "/sys/bus/pci/devices/*/uevent",
     "/sys/bus/pci/devices/*/resource",
     "/sys/bus/pci/devices/*/numa_node",
+    "/sys/class/uio/*/maps/*/addr",
+    "/sys/class/uio/*/maps/*/size",
     "/sys/kernel/iommu_groups/*/type",
     "/sys/kernel/iommu_groups/*/reserved_regions",
     "/sys/class/iommu/*/*-iommu/*",
@@ -58,8 +62,10 @@ _FILES = (
 _LINKS = (
     "/sys/bus/pci/devices/*/iommu_group",
     "/sys/class/iommu/*/devices/*",
+    "/sys/class/uio/*/device",
     "/sys/class/vfio-dev/*/device",
     "/sys/kernel/iommu_groups/*/devices/*",
+    "/sys/devices/system/node/node*/memory[0-9]*",
 )
 _PRESENCE = (
     "/dev/liveupdate",
@@ -81,6 +87,7 @@ _DIRECTORIES = (
     "/sys/kernel/iommu_groups/*/devices",
 )
 _OF_PROCESS = ("stat", "status", "cmdline", "maps", "task/*/comm", "fdinfo/*")
+_OF_THREAD = ("stat", "cmdline", "status", "maps", "fdinfo/*")
 
 
 def record(destination: Path, root: Root = "/") -> int:
@@ -91,6 +98,7 @@ def record(destination: Path, root: Root = "/") -> int:
         NotFound, Denied, KernelRefused, BadFile: the processes cannot be listed.
         OSError: the recording cannot be written.
     """
+    destination.mkdir(mode=0o700, parents=True, exist_ok=True)
     if destination.exists() and any(destination.iterdir()):
         raise UsageError(f"{destination} is not empty", "a recording is a directory of its own", "name a new one")
     written = sum(_file(destination, root, path) for pattern in _FILES for path in _found(root, pattern))
@@ -115,13 +123,15 @@ def _processes(destination: Path, root: Root) -> int:
     for process in census.take(root).processes.values():
         base = f"/proc/{process.pid}"
         wanted: list[str] = ["stat"] if process.kernel else list(_OF_PROCESS)
+        if process.task != process.pid:
+            wanted += [f"task/{process.task}/{name}" for name in _OF_THREAD]
         if process.holds("anon_inode:kvm-vm"):
-            wanted.append("smaps")
+            wanted.append(f"{process.place}/smaps".removeprefix(f"{base}/"))
         for name in wanted:
             written += sum(_file(destination, root, path) for path in _found(root, f"{base}/{name}"))
-        _below(destination, f"{base}/fd").mkdir(parents=True, exist_ok=True)
+        _below(destination, f"{process.place}/fd").mkdir(parents=True, exist_ok=True)
         for fd, target in process.fds.items():
-            _below(destination, f"{base}/fd/{fd}").symlink_to(target)
+            _below(destination, f"{process.place}/fd/{fd}").symlink_to(target)
     return written
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 DEBUGFS = "/sys/kernel/debug/iommu/intel"
 CHUNK = 1 << 20
+NAME_MAX = 31
+"""Bytes of a device's name that the native parser compares."""
 _FILE = "domain_translation_struct"
 
 
@@ -92,11 +94,13 @@ def parse(chunks: Iterable[bytes], bdf: str, budget: Budget | None = None) -> Ex
     from memconsole.extents import ExtentTable
     from memconsole.native import ffi, lib
 
+    if len(bdf.encode()) > NAME_MAX:
+        raise NotFound(f"device {bdf} has no page tables", f"names of devices have at most {NAME_MAX} bytes here")
     what = f"{_FILE} of {bdf} is not as the kernel writes it"
     out = ffi.new("struct mc_table **")
     native.call(what, lib.mc_table_new, out, PAGE)
     found = ExtentTable(out[0])
-    dump = ffi.new("struct mc_dump *", {"device": bdf.encode()[:31]})
+    dump = ffi.new("struct mc_dump *", {"device": bdf.encode()})
     try:
         for chunk in chunks:
             before = dump.leaves

@@ -6,8 +6,8 @@
     kill     every process the kernel shows to reach it is killed: the guest, its children, whoever got the fd
 
 After each rung the kernel is asked who still reaches any of the segment the range lies in, for its descriptor reaches
-all of it (:mod:`~memconsole.backend.reach`), and the ladder ends when nobody does. How strong that end is, the frames
-say (:mod:`.pins`):
+all of it (:mod:`~memconsole.backend.observe.reach`), and the ladder ends when nobody does. How strong that end is, the
+frames say (:mod:`.pins`):
 
     cut          no mapping is left, and no fd of what holds the contents
     proved       and no pin: every frame the process could have pinned is free again, or somebody else's
@@ -22,7 +22,7 @@ Fault points besides those of the verb's steps are :data:`POINTS`.
 
 from __future__ import annotations
 
-from memconsole.backend.revoke.ladder import Ladder
+from memconsole.backend.revoke.ladder import Ladder, Revoking
 from memconsole.backend.revoke.points import POINTS
 
-__all__ = ["POINTS", "Ladder"]
+__all__ = ["POINTS", "Ladder", "Revoking"]

@@ -6,8 +6,8 @@
     emptied    the old file is cut to no length: SIGBUS, for ever                old + new   new
     replaced   custody holds the new file under the region's name                new         new
 
-Up to *committed* a process that dies leaves the region as it was, and :func:`finish` throws the copy away; from then on
-it carries the rest through. At no moment are the contents in no file that custody holds.
+Up to *committed* a process that dies leaves the region as it was, and :func:`finish_moves` throws the copy away; from
+then on it carries the rest through. At no moment are the contents in no file that custody holds.
 
 The old frames are quarantined from *committed* on; those that :mod:`.pins` finds to be free are let go at the end.
 """
@@ -18,18 +18,20 @@ import contextlib
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 
-from memconsole.backend.desk import Desk, custody_name
+from memconsole.backend import needs, steplog
+from memconsole.backend.custody import payloads
+from memconsole.backend.holdings import custody_name
 from memconsole.backend.kernel.memory import memory as read_memory
+from memconsole.backend.ledger.state import EventRecord, Recorded, StateChange
 from memconsole.backend.revoke import pins
 from memconsole.backend.revoke.points import pass_by
-from memconsole.backend.state import Change, Happened
 from memconsole.backend.stores import memfd
 from memconsole.errors import Denied, KernelRefused, MemconsoleError, NotFound
-from memconsole.model import Grant, Quarantine, Region, RegionState, RevokeOutcome
+from memconsole.model import Grant, Quarantine, Region, RevokeOutcome
 from memconsole.units import PAGE, format_size
 
 if TYPE_CHECKING:
@@ -38,7 +40,23 @@ if TYPE_CHECKING:
 _UNKNOWN = "page flags are not shown"
 
 
-class End(NamedTuple):
+class MoveLeftovers(needs.LedgerState, needs.InCustody, Protocol):
+    """What custody holds and the ledger means, which is all that a move leaves behind."""
+
+
+class PinJudging(needs.InCustody, needs.HostTree, Protocol):
+    """What says whether old frames are pinned."""
+
+
+class QuarantineRechecking(MoveLeftovers, PinJudging, Protocol):
+    """What looks at quarantined frames again."""
+
+
+class SegmentMoving(needs.RegionFrames, needs.OwnRegionFds, Protocol):
+    """What moves the contents of a segment."""
+
+
+class MoveResult(NamedTuple):
     """How strong the end of a move is, and why not stronger."""
 
     outcome: RevokeOutcome
@@ -54,11 +72,9 @@ def frames_name(id: str) -> str:
     return f"quarantine:{id}"
 
 
-def why_not(desk: Desk, region: Region, segment: int) -> str:
+def why_not(desk: needs.RegionFds, region: Region, segment: int) -> str:
     """Why a segment cannot be moved now; empty when it can."""
-    if region.state in {RegionState.FROZEN, RegionState.PRESERVED}:
-        return f"region {region.name} is {region.state}: its file cannot be emptied"
-    if not desk.has(region.name):
+    if not desk.holds_region(region.name):
         return f"the memory of region {region.name} is lost"
     held = desk.fds(region.name)[segment]
     if region.page_size != PAGE:
@@ -66,14 +82,29 @@ def why_not(desk: Desk, region: Region, segment: int) -> str:
         free = (pool.free - pool.reserved) * region.page_size if pool is not None else 0
         wanted = region.segments[segment].size
     else:
-        free = read_memory(desk.root).available - desk.promised()
-        wanted = memfd.resident([held])
+        free = read_memory(desk.root).available - desk.promised_bytes()
+        wanted = memfd.resident_bytes([held])
     if wanted > free:
-        return f"{format_size(wanted)} of fresh frames are wanted, {format_size(max(0, free))} can be had"
+        return f"{format_size(wanted)} of fresh frames are needed, {format_size(max(0, free))} available"
     return ""
 
 
-def move(desk: Desk, grant: Grant, segment: int) -> End:
+class _Copy(NamedTuple):
+    """A move under way: the segment's old file and the fresh one, the region as it will be, and the old frames.
+
+    ``frames`` is None where the kernel does not show them: then nothing is quarantined.
+    """
+
+    region: Region
+    segment: int
+    old: int
+    fresh: int
+    moved: Region
+    kept: Quarantine
+    frames: ExtentTable | None
+
+
+def move_segment(desk: SegmentMoving, grant: Grant, segment: int) -> Recorded[MoveResult]:
     """Move the segment that a grant lies in; whoever may write to it has been stopped, or does not reach it.
 
     Raises:
@@ -82,52 +113,23 @@ def move(desk: Desk, grant: Grant, segment: int) -> End:
     region = desk.state.regions[grant.region]
     old = desk.fds(region.name)[segment]
     size = region.segments[segment].size
-    fresh = memfd.fresh(region.name, segment, size, region.page_size, region.node)
+    fresh = memfd.fresh_segment(region.name, segment, size, region.page_size, region.node)
     try:
         with contextlib.ExitStack() as stack:
-            frames = _copy_and_look(old, fresh, size, by_map=region.page_size != PAGE or _huge_by_advice(desk))
+            frames = _copy_and_scan(desk, region, segment, fresh)
             if frames is not None:
                 stack.enter_context(frames)
             pass_by("move", "copied")
-            segments = list(region.segments)
-            segments[segment] = memfd.segments([fresh])[0]
-            moved = msgspec.structs.replace(region, segments=tuple(segments))
-            kept = Quarantine(
-                _quarantine_id(desk, grant.id),
-                region.name,
-                grant.guest,
-                memfd.resident([old]),
-                time.time_ns(),
-                "not looked at yet",
-            )
-            desk.custody.put(_fresh_name(region.name, segment), fresh, msgspec.json.encode(moved))
-            if frames is not None:
-                desk.custody.put(frames_name(kept.id), frames.fd)
+            copy = _Copy(region, segment, old, fresh, *_planned(desk, grant, region, segment, old, fresh), frames)
+            _hold(desk, copy)
             pass_by("move", "held")
-            text = f"the contents of {region.name} moved to fresh frames"
-            quarantine = (kept,) if frames is not None else ()
-            change = Change(regions=(moved,), quarantine=quarantine)
-            desk.record(Happened(time.time_ns(), "moved", region.name, text, change=change))
-            pass_by("move", "committed")
-            try:
-                _empty(old)
-            except KernelRefused:
-                back = Change(regions=(region,), without_quarantine=(kept.id,))
-                desk.record(Happened(time.time_ns(), "moved", region.name, "... and back", change=back))
-                raise
+            yield from _commit(copy)
             pass_by("move", "emptied")
-            desk.exchange(region.name, segment, fresh)
-            desk.custody.put(custody_name(region.name, segment), fresh, msgspec.json.encode(moved))
-            desk.custody.drop(_fresh_name(region.name, segment))
+            _replace(desk, copy)
             pass_by("move", "replaced")
-            if frames is None:
-                return End(RevokeOutcome.CUT, f"whether a pin is left cannot be said: {_UNKNOWN}")
-            if region.page_size != PAGE:
-                _let_go(desk, kept.id)
-                return End(RevokeOutcome.CUT, "whether a pin is left cannot be said of hugetlb pages")
-            return settle(desk, kept, frames)
+            return (yield from _ended(desk, copy))
     except BaseException:
-        with contextlib.suppress(MemconsoleError):
+        with steplog.suppressed("the copy is forgotten", MemconsoleError):
             if desk.state.regions[region.name].segments == region.segments:
                 _forget_copy(desk, region.name, segment)
         raise
@@ -135,18 +137,69 @@ def move(desk: Desk, grant: Grant, segment: int) -> End:
         os.close(fresh)
 
 
-def settle(desk: Desk, kept: Quarantine, frames: ExtentTable) -> End:
+def _planned(  # noqa: PLR0917 - what a move is made of
+    desk: needs.LedgerState, grant: Grant, region: Region, segment: int, old: int, fresh: int
+) -> tuple[Region, Quarantine]:
+    """The region with the fresh file, and the quarantine of the old frames."""
+    segments = list(region.segments)
+    segments[segment] = memfd.segments([fresh])[0]
+    moved = msgspec.structs.replace(region, segments=tuple(segments))
+    id, size = _quarantine_id(desk, grant.id), memfd.resident_bytes([old])
+    return moved, Quarantine(id, region.name, grant.guest, size, time.time_ns(), "not looked at yet")
+
+
+def _hold(desk: needs.InCustody, copy: _Copy) -> None:
+    """Custody gets the fresh file, and the table of the old frames."""
+    name, segment = copy.region.name, copy.segment
+    payloads.put(desk.custody, _fresh_name(name, segment), copy.fresh, copy.moved, like=custody_name(name, segment))
+    if copy.frames is not None:
+        desk.custody.put(frames_name(copy.kept.id), copy.frames.fd)
+
+
+def _commit(copy: _Copy) -> Recorded[None]:
+    """The ledger means the fresh file; the old one is emptied, or the ledger means it again."""
+    text = f"the contents of {copy.region.name} moved to fresh frames"
+    quarantine = (copy.kept,) if copy.frames is not None else ()
+    yield _happened("moved", copy.region.name, text, StateChange(regions=(copy.moved,), quarantine=quarantine))
+    pass_by("move", "committed")
+    try:
+        _empty(copy.old)
+    except KernelRefused:
+        back = StateChange(regions=(copy.region,), without_quarantine=(copy.kept.id,))
+        yield _happened("moved", copy.region.name, "... and back", back)
+        raise
+
+
+def _replace(desk: needs.OwnRegionFds, copy: _Copy) -> None:
+    """The fresh file goes under the region's name, here and in custody."""
+    name, segment = copy.region.name, copy.segment
+    desk.replace_segment(name, segment, copy.fresh)
+    payloads.put(desk.custody, custody_name(name, segment), copy.fresh, copy.moved)
+    desk.custody.drop(_fresh_name(name, segment))
+
+
+def _ended(desk: PinJudging, copy: _Copy) -> Recorded[MoveResult]:
+    """How strong the end is, and what the ledger says of the old frames."""
+    if copy.frames is None:
+        return MoveResult(RevokeOutcome.CUT, f"pins cannot be ruled out: {_UNKNOWN}")
+    if copy.region.page_size != PAGE:
+        yield _free_quarantine(desk, copy.kept.id)
+        return MoveResult(RevokeOutcome.CUT, "pins of hugetlb pages cannot be ruled out")
+    return (yield from reconcile(desk, copy.kept, copy.frames))
+
+
+def reconcile(desk: PinJudging, kept: Quarantine, frames: ExtentTable) -> Recorded[MoveResult]:
     """Look at the old frames of an emptied file: let those go that are free, keep those that are pinned."""
     from memconsole.extents import ExtentTable
 
     try:
-        rows = pins.pinned(frames)
+        rows = pins.pinned(frames, desk.root)
     except Denied:
-        _let_go(desk, kept.id)
-        return End(RevokeOutcome.CUT, f"whether a pin is left cannot be said: {_UNKNOWN}")
+        yield _free_quarantine(desk, kept.id)
+        return MoveResult(RevokeOutcome.CUT, f"pins cannot be ruled out: {_UNKNOWN}")
     if not rows:
-        _let_go(desk, kept.id)
-        return End(RevokeOutcome.PROVED)
+        yield _free_quarantine(desk, kept.id)
+        return MoveResult(RevokeOutcome.PROVED)
     size = sum(row.count for row in rows) * frames.page_size
     why = f"{format_size(size)} in {len(rows)} runs of frames are pinned"
     if (size, why) != (kept.size, kept.why):
@@ -154,11 +207,11 @@ def settle(desk: Desk, kept: Quarantine, frames: ExtentTable) -> End:
             desk.custody.put(frames_name(kept.id), left.fd)
         narrowed = msgspec.structs.replace(kept, size=size, why=why)
         text = f"{format_size(size)} of old frames of {kept.region} stay pinned"
-        desk.record(Happened(time.time_ns(), "quarantined", kept.region, text, change=Change(quarantine=(narrowed,))))
-    return End(RevokeOutcome.QUARANTINED, why)
+        yield _happened("quarantined", kept.region, text, StateChange(quarantine=(narrowed,)))
+    return MoveResult(RevokeOutcome.QUARANTINED, why)
 
 
-def recheck(desk: Desk) -> None:
+def recheck_quarantine(desk: QuarantineRechecking) -> Recorded[None]:
     """Let the quarantined frames go whose pins have dropped."""
     from memconsole.extents import ExtentTable
 
@@ -166,16 +219,16 @@ def recheck(desk: Desk) -> None:
         try:
             fd, _ = desk.custody.get(frames_name(kept.id))
         except NotFound:
-            _let_go(desk, kept.id)
+            yield _free_quarantine(desk, kept.id)
             continue
         try:
             with ExtentTable.from_fd(fd) as frames:
-                settle(desk, kept, frames)
+                yield from reconcile(desk, kept, frames)
         finally:
             os.close(fd)
 
 
-def finish(desk: Desk) -> None:
+def finish_moves(desk: MoveLeftovers) -> None:
     """End the moves that an earlier control process began: each is thrown away, or carried through.
 
     Regions are not held yet: custody and ledger are all there is.
@@ -188,11 +241,13 @@ def finish(desk: Desk) -> None:
         if kind != "fresh":
             continue
         region_name, _, index = rest.rpartition(":")
+        if not index.isdecimal():
+            continue
         segment = int(index)
         region = desk.state.regions.get(region_name)
         fresh, payload = desk.custody.get(name)
         try:
-            if region is None or region.segments[segment] != memfd.segments([fresh])[0]:
+            if region is None or region.segments[segment : segment + 1] != memfd.segments([fresh]):
                 desk.custody.drop(name)
                 continue
             old, _ = desk.custody.get(custody_name(region_name, segment))
@@ -214,12 +269,13 @@ def finish(desk: Desk) -> None:
 # --- inside -----------------------------------------------------------------------------------------------------
 
 
-def _copy_and_look(old: int, fresh: int, size: int, *, by_map: bool) -> ExtentTable | None:
+def _copy_and_scan(desk: SegmentMoving, region: Region, segment: int, fresh: int) -> ExtentTable | None:
     """Copy the contents, and look meanwhile where they lie."""
+    by_map = region.page_size != PAGE or _huge_by_advice(desk)
     with ThreadPoolExecutor(1) as pool:
-        looking = pool.submit(_frames, old, size)
+        looking = pool.submit(_frames, desk, region.name, segment)
         try:
-            _copy(old, fresh, size, by_map=by_map)
+            _copy(desk.fds(region.name)[segment], fresh, region.segments[segment].size, by_map=by_map)
         except BaseException:
             frames = looking.result()
             if frames is not None:
@@ -237,17 +293,15 @@ def _copy(old: int, fresh: int, size: int, *, by_map: bool) -> None:
     native.call("the contents cannot be copied", native.lib.mc_copy, old, fresh, size, int(by_map), threads, copied)
 
 
-def _huge_by_advice(desk: Desk) -> bool:
+def _huge_by_advice(desk: needs.HostTree) -> bool:
     """Whether shmem gets huge pages where they are advised, and only there: then a written page is a small one."""
     return read_memory(desk.root).shmem_thp == "advise"
 
 
-def _frames(old: int, size: int) -> ExtentTable | None:
+def _frames(desk: needs.RegionFrames, region: str, segment: int) -> ExtentTable | None:
     """Where the old contents lie; None where the kernel does not show it."""
-    from memconsole.extents import ExtentTable
-
     try:
-        return ExtentTable.scan_fd(old, size)
+        return desk.segment_frames(region, segment)
     except Denied:
         return None
 
@@ -259,13 +313,13 @@ def _empty(old: int) -> None:
         raise KernelRefused("ftruncate", error.errno or 0, what="the old file cannot be emptied") from None
 
 
-def _quarantine_id(desk: Desk, grant: str) -> str:
+def _quarantine_id(desk: needs.LedgerState, grant: str) -> str:
     """The grant's id, or one more where a control process died and the next one moved the contents again."""
     taken = [id for id in desk.state.quarantine if id.partition(".")[0] == grant]
     return f"{grant}.{len(taken) + 1}" if taken else grant
 
 
-def _forget_copy(desk: Desk, region: str, segment: int) -> None:
+def _forget_copy(desk: MoveLeftovers, region: str, segment: int) -> None:
     """Drop the copy, and tables of frames that are in no quarantine."""
     tables = [name for name in desk.custody.names() if name.startswith(frames_name(""))]
     orphans = [name for name in tables if name.partition(":")[2] not in desk.state.quarantine]
@@ -274,9 +328,14 @@ def _forget_copy(desk: Desk, region: str, segment: int) -> None:
             desk.custody.drop(name)
 
 
-def _let_go(desk: Desk, id: str) -> None:
+def _free_quarantine(desk: needs.InCustody, id: str) -> EventRecord:
+    """Drop the table of quarantined frames; what the ledger is to say of it."""
     with contextlib.suppress(NotFound):
         desk.custody.drop(frames_name(id))
-    change = Change(without_quarantine=(id,))
+    change = StateChange(without_quarantine=(id,))
     grant = id.partition(".")[0]
-    desk.record(Happened(time.time_ns(), "unpinned", grant, f"no old frame of {grant} is pinned", change=change))
+    return _happened("unpinned", grant, f"no old frame of {grant} is pinned", change)
+
+
+def _happened(kind: str, subject: str, text: str, change: StateChange) -> EventRecord:
+    return EventRecord(time.time_ns(), kind, subject, text, change=change)

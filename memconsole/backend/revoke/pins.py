@@ -22,9 +22,9 @@ import struct
 from collections.abc import Iterable, Iterator
 from errno import EACCES, EPERM
 
-from memconsole import native
+from memconsole.backend.kernel import tree
 from memconsole.errors import Denied, KernelRefused
-from memconsole.extents import Extent, ExtentTable, Flag, Folded
+from memconsole.extents import Extent, ExtentTable, Flag
 
 KPF_DIRTY, KPF_SLAB, KPF_BUDDY, KPF_MMAP, KPF_ANON = 1 << 4, 1 << 7, 1 << 10, 1 << 11, 1 << 12
 KPF_SWAPCACHE, KPF_SWAPBACKED, KPF_NOPAGE = 1 << 13, 1 << 14, 1 << 20
@@ -35,7 +35,7 @@ _MPOL_MF_MOVE = 2
 _SYS_MOVE_PAGES = {"x86_64": 279, "aarch64": 239, "riscv64": 239}
 
 
-def pinned(frames: ExtentTable) -> list[Extent]:
+def pinned(frames: ExtentTable, root: tree.Root = "/") -> list[Extent]:
     """Those of ``frames`` (of a file that was emptied) that are nobody's and not free, as rows of one table.
 
     Raises:
@@ -43,33 +43,27 @@ def pinned(frames: ExtentTable) -> list[Extent]:
         KernelRefused: they cannot be read.
     """
     # A table may have a row a page: its flags stay numbers until one of them looks suspicious.
-    folded = [native.ffi.new("uint64_t[]", len(frames)) for _ in Folded._fields]
-    fd = _open()
-    try:
-        native.call(f"{_KPAGEFLAGS} cannot be read", native.lib.mc_join, frames.handle, fd, 0, len(frames), *folded)
-    finally:
-        os.close(fd)
-    flags = native.ffi.unpack(folded[0], len(frames))
+    flags = frames.page_flags(root=tree.below(root, "/proc"))
     likely = (frames[index] for index, word in enumerate(flags) if word & KPF_SWAPBACKED)
     suspects = [row for row in likely if row.flags & Flag.PRESENT]
-    found = list(_kept(suspects))
+    found = list(_kept(suspects, root))
     if found:
         _settle_batches()
-        found = list(_kept(found))
+        found = list(_kept(found, root))
     return found
 
 
-def _open() -> int:
+def _open(root: tree.Root) -> int:
     try:
-        return os.open(_KPAGEFLAGS, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(tree.below(root, _KPAGEFLAGS), os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         if error.errno in {EPERM, EACCES}:
             raise Denied(_KPAGEFLAGS, "the kernel shows it to CAP_SYS_ADMIN only", "run as root") from None
         raise KernelRefused(_KPAGEFLAGS, error.errno or 0, what="page flags cannot be read") from None
 
 
-def _kept(rows: Iterable[Extent]) -> Iterator[Extent]:
-    fd = _open()
+def _kept(rows: Iterable[Extent], root: tree.Root) -> Iterator[Extent]:
+    fd = _open(root)
     try:
         for row in rows:
             for first in range(0, row.count, _PART):

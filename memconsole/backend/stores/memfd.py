@@ -29,7 +29,7 @@ PREFIX = "memconsole:"
 _HUGE = {2 << 20: os.MFD_HUGETLB | os.MFD_HUGE_2MB, 1 << 30: os.MFD_HUGETLB | os.MFD_HUGE_1GB}
 
 
-def check(
+def reserve_refusals(
     size: int, page_size: int = PAGE, node: int | None = None, *, promised: int = 0, root: Root = "/"
 ) -> tuple[Refusal, ...]:
     """Why a region of this size cannot be reserved, all reasons; nothing is done.
@@ -44,20 +44,24 @@ def check(
     memory = read_memory(root)
     found = []
     if size <= 0 or size > MAX_SIZE:
-        found.append(Refusal("BadSize", f"a size of {size} bytes", "no region has such a size", "write 64M or 2G"))
+        found.append(
+            Refusal("BadSize", f"cannot reserve {size} bytes", "a region has 1 byte or more", "write 64M or 2G")
+        )
     elif size % page_size:
         rounded = format_size(size + page_size - size % page_size)
         why = f"it is not a multiple of the page size {format_size(page_size)}"
-        found.append(Refusal("BadSize", f"a size of {size} bytes", why, f"make it {rounded}"))
+        found.append(Refusal("BadSize", f"cannot reserve {size} bytes", why, f"make it {rounded}"))
     if node is not None and all(each.number != node for each in memory.nodes):
         numbers = ", ".join(str(each.number) for each in memory.nodes) or "none"
-        found.append(Refusal("NoNode", f"NUMA node {node}", f"this host's nodes: {numbers}", "leave --node out"))
+        found.append(
+            Refusal("NoNode", f"there is no NUMA node {node}", f"this host's nodes: {numbers}", "leave --node out")
+        )
     if not found:
         found += _too_large(size, promised, memory, node) if page_size == PAGE else _no_pages(size, page_size, memory)
     return tuple(found)
 
 
-def reserve(
+def reserve_segments(
     name: str, size: int, page_size: int = PAGE, node: int | None = None, *, prefault: bool = False, promised: int = 0
 ) -> tuple[int, ...]:
     """The segments' fds of a new region, in order, all zeroes; all or nothing.
@@ -66,10 +70,10 @@ def reserve(
     that NUMA node only. ``prefault`` puts every page in place now, in 2 MiB folios where the kernel has them.
 
     Raises:
-        Refused: the first refusal of :func:`check`.
+        Refused: the first refusal of :func:`reserve_refusals`.
         KernelRefused: the kernel gave less than it has said.
     """
-    for refusal in check(size, page_size, node, promised=promised):
+    for refusal in reserve_refusals(size, page_size, node, promised=promised):
         raise Refused(refusal.what, refusal.why, refusal.remedy, code=refusal.code)
     fds: list[int] = []
     try:
@@ -85,7 +89,7 @@ def reserve(
     return tuple(fds)
 
 
-def fresh(name: str, index: int, size: int, page_size: int = PAGE, node: int | None = None) -> int:
+def fresh_segment(name: str, index: int, size: int, page_size: int = PAGE, node: int | None = None) -> int:
     """An empty segment to take the place of another of the same region; as large, and all zeroes.
 
     Raises:
@@ -99,11 +103,13 @@ def fresh(name: str, index: int, size: int, page_size: int = PAGE, node: int | N
             os.close(fd)
             raise
     except OSError as error:
-        raise KernelRefused("memfd_create", error.errno or 0, what=f"no fresh memory for region {name}") from None
+        raise KernelRefused(
+            "memfd_create", error.errno or 0, what=f"there is no fresh memory for region {name}"
+        ) from None
     return fd
 
 
-def fill(fds: Sequence[int]) -> None:
+def fill_segments(fds: Sequence[int]) -> None:
     """Put every page of 4 KiB segments in place, in 2 MiB folios where the kernel has them, while others use them.
 
     Where that cannot be done (a sealed segment, too little memory), what is missing stays so.
@@ -112,12 +118,12 @@ def fill(fds: Sequence[int]) -> None:
 
     for fd in fds:
         size = os.fstat(fd).st_size
-        if resident([fd]) < size:
+        if resident_bytes([fd]) < size:
             with contextlib.suppress(OSError):
                 placement.place(fd, size, huge=False, node=None, populate=True)
 
 
-def give(fd: int, access: Access) -> int:
+def segment_fd(fd: int, access: Access) -> int:
     """A new fd of a segment for handing out, which the caller closes: its own file description, read-only for ``ro``.
 
     The segment's seals become final, so that no holder can forbid us to truncate it.
@@ -131,10 +137,10 @@ def give(fd: int, access: Access) -> int:
         flags = os.O_RDWR if access is Access.RW else os.O_RDONLY
         return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
     except OSError as error:
-        raise KernelRefused("F_ADD_SEALS", error.errno or 0, what="a segment cannot be given out") from None
+        raise KernelRefused("F_ADD_SEALS", error.errno or 0, what="a segment cannot be sealed") from None
 
 
-def free(fds: Sequence[int]) -> None:
+def free_segments(fds: Sequence[int]) -> None:
     """Free a region's frames, whoever still maps them (SIGBUS is what is left to them), and close its fds.
 
     The kernel zeroes frames before anybody else gets them.
@@ -142,6 +148,13 @@ def free(fds: Sequence[int]) -> None:
     Raises:
         KernelRefused: a segment is preserved for a kexec and cannot be freed (EPERM); no fd is closed.
     """
+    empty_segments(fds)
+    for fd in fds:
+        os.close(fd)
+
+
+def empty_segments(fds: Sequence[int]) -> None:
+    """The same, and the fds stay open."""
     for fd in fds:
         try:
             os.ftruncate(fd, 0)
@@ -149,11 +162,9 @@ def free(fds: Sequence[int]) -> None:
             raise KernelRefused(
                 "ftruncate", error.errno or 0, what="a segment cannot be freed", remedy="close the session it is in"
             ) from None
-    for fd in fds:
-        os.close(fd)
 
 
-def wipe(fds: Sequence[int]) -> int | None:
+def wipe_segments(fds: Sequence[int]) -> int | None:
     """Write zeros over all that segments about to be freed hold; how many bytes, or None where that cannot be: one is
     sealed, or of hugetlb pages, or cannot be freed.
 
@@ -175,12 +186,12 @@ def wipe(fds: Sequence[int]) -> int | None:
     return total
 
 
-def resident(fds: Sequence[int]) -> int:
+def resident_bytes(fds: Sequence[int]) -> int:
     """Bytes that have frames (fstat:st_blocks)."""
     return sum(os.fstat(fd).st_blocks * 512 for fd in fds)
 
 
-def came(fd: int) -> bool:
+def was_preserved(fd: int) -> bool:
     """Whether a segment was handed over by the kernel before, which hands the file over and not its name."""
     return os.readlink(f"/proc/self/fd/{fd}") == "/ (deleted)"  # noqa: PTH115 - on the path of every snapshot
 
@@ -204,10 +215,10 @@ def _too_large(size: int, promised: int, memory: Memory, node: int | None) -> li
             left = min(left, each.total, each.free + max(0, memory.available - memory.free))
     if size <= left:
         return []
-    why = f"{format_size(max(0, left))} can be had"
+    why = f"{format_size(max(0, left))} available"
     if promised:
-        why += f"; {format_size(promised)} more are promised to other regions"
-    return [Refusal("NoMemory", f"{format_size(size)} of memory", why, "make it smaller, or release a region")]
+        why += f"; {format_size(promised)} more are reserved for other regions"
+    return [Refusal("NoMemory", f"cannot reserve {format_size(size)}", why, "make it smaller, or free memory")]
 
 
 def _no_pages(size: int, page_size: int, memory: Memory) -> list[Refusal]:
@@ -217,8 +228,8 @@ def _no_pages(size: int, page_size: int, memory: Memory) -> list[Refusal]:
         return []
     file = f"/sys/kernel/mm/hugepages/hugepages-{page_size >> 10}kB/nr_hugepages"
     remedy = f"echo {pool.total + wanted - free} > {file}"
-    what = f"{wanted} pages of {format_size(page_size)}"
-    return [Refusal("NoHugePages", what, f"{free} are free in their pool", remedy)]
+    what = f"cannot reserve {wanted} pages of {format_size(page_size)}"
+    return [Refusal("NoHugePages", what, f"{free} available in the hugetlb pool", remedy)]
 
 
 def _create(name: str, page_size: int) -> int:

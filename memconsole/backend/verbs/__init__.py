@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from memconsole import actions
-from memconsole.backend.desk import Desk
+from memconsole.backend import needs
+from memconsole.backend.handoff.facets import HandoffChecks
 from memconsole.backend.verbs import grants, guests, handoff, regions, windows
-from memconsole.backend.verbs.work import Work
+from memconsole.backend.work import PreparedAction
 
-Verb = Callable[[Desk, Any], Work]
+
+class VerbDesk(
+    HandoffChecks,
+    needs.OwnRegionFds,
+    needs.GuestStarting,
+    needs.GrantOffering,
+    needs.FaultServing,
+    needs.MmioWindows,
+    needs.GrantFiles,
+    Protocol,
+):
+    """All that the verbs need of a desk together, a facet each."""
+
+
+Verb = Callable[[VerbDesk, Any], PreparedAction]
 
 VERBS: Mapping[type[actions.Action], Verb] = {
     actions.Reserve: regions.reserve,
@@ -19,6 +34,7 @@ VERBS: Mapping[type[actions.Action], Verb] = {
     actions.Revoke: grants.revoke,
     actions.GuestStart: guests.start,
     actions.GuestAttach: guests.attach,
+    actions.GuestHelper: guests.helper,
     actions.GuestStop: guests.stop,
     actions.GuestPause: guests.pause,
     actions.GuestResume: guests.resume,
@@ -29,6 +45,6 @@ VERBS: Mapping[type[actions.Action], Verb] = {
 }
 
 
-def work(desk: Desk, action: actions.Action) -> Work:
+def prepare(desk: VerbDesk, action: actions.Action) -> PreparedAction:
     """What an Action amounts to on this desk, now."""
     return VERBS[type(action)](desk, action)

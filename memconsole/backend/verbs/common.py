@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 
 from memconsole.actions import NAME
-from memconsole.backend.desk import Desk
-from memconsole.backend.verbs.work import Work
-from memconsole.model import Guest, GuestKind, Region, RegionState
+from memconsole.backend import needs
+from memconsole.backend.work import PreparedAction
+from memconsole.model import Guest, GuestKind, Region
 
 
-def free_name(work: Work, desk: Desk, name: str, *, region: bool, guest: bool) -> None:
+def free_name(work: PreparedAction, desk: needs.LedgerState, name: str, *, region: bool, guest: bool) -> None:
     """Refuse a name that is none, or that a region or guest has already."""
     state = desk.state
     if not re.fullmatch(NAME, name):
@@ -21,12 +21,12 @@ def free_name(work: Work, desk: Desk, name: str, *, region: bool, guest: bool) -
             "choose another name",
         )
     if region and name in state.regions:
-        work.refuse("NameTaken", f"there is a region {name} already", "", f"choose another name, or release {name}")
+        work.refuse("NameTaken", f"there is a region {name} already", "names are unique", "choose another name")
     if guest and name in state.guests:
-        work.refuse("NameTaken", f"there is a guest {name} already", "", f"choose another name, or stop guest {name}")
+        work.refuse("NameTaken", f"there is a guest {name} already", "names are unique", "choose another name")
 
 
-def known_region(work: Work, desk: Desk, name: str) -> Region | None:
+def known_region(work: PreparedAction, desk: needs.LedgerState, name: str) -> Region | None:
     """The region of this name, or a refusal."""
     region = desk.state.regions.get(name)
     if region is None:
@@ -37,34 +37,24 @@ def known_region(work: Work, desk: Desk, name: str) -> Region | None:
     return region
 
 
-def known_guest(work: Work, desk: Desk, name: str) -> Guest | None:
+def known_guest(work: PreparedAction, desk: needs.LiveGuests, name: str) -> Guest | None:
     """The guest of this name, or a refusal; one that runs here without us is not ours to touch."""
     guest = desk.state.guests.get(name)
     if guest is not None:
         return guest
-    pid = name.rpartition("-")[2]
-    if pid.isdecimal() and any(each.name == name for each in desk.foreign()):
+    foreign = next((each for each in desk.foreign_guests() if each.name == name), None)
+    if foreign is not None:
+        who = foreign.managed.manager if foreign.managed is not None else "another program"
         work.refuse(
             "Foreign",
             f"{name} is not a guest of memconsole",
-            "it was started by somebody else, and is only looked at",
-            f"memconsole guest attach NAME --pid {pid}",
+            f"{who} started it, and memconsole only observes it",
+            f"memconsole guest attach NAME --pid {foreign.pid}",
         )
     else:
         known = ", ".join(sorted(desk.state.guests)) or "none"
         work.refuse("NoSuchGuest", f"there is no guest {name}", f"guests: {known}", f"memconsole guest start {name}")
     return None
-
-
-def not_frozen(work: Work, region: Region, what: str) -> None:
-    """Refuse to change a region that is frozen, or preserved for a kexec."""
-    if region.state in {RegionState.FROZEN, RegionState.PRESERVED}:
-        work.refuse(
-            "Frozen",
-            f"region {region.name} is {region.state} and cannot be {what}",
-            "its memory must not change until the handoff is over",
-            "finish or abort the handoff",
-        )
 
 
 def is_vm(guest: Guest) -> bool:

@@ -19,49 +19,54 @@ from functools import partial
 from msgspec.structs import replace
 
 from memconsole.actions import GuestStart
-from memconsole.backend.desk import Desk
+from memconsole.backend import needs
 from memconsole.backend.dma import iommufd, type1, vfio
 from memconsole.backend.kernel import iommu, pci, tree
-from memconsole.backend.verbs.work import Work
+from memconsole.backend.work import PreparedAction
 from memconsole.errors import MemconsoleError
 from memconsole.model import Grant
 from memconsole.units import format_address, format_size
 
 
-def refuse(work: Work, desk: Desk, grant: Grant, bdf: str) -> None:
+def refuse_device(work: PreparedAction, desk: needs.DeviceReaching, grant: Grant, bdf: str) -> None:
     """Refuse what no device can be given, or not this one: each reason by its name."""
-    if not _able(work, desk, bdf):
+    if not _can_confine(work, desk, bdf):
         return
     if grant.gpa is None:
-        why = "a device finds its guest's memory by guest physical address"
+        why = "a device addresses memory by guest physical address"
         work.refuse("NoGpa", f"device {bdf} cannot be given memory", why, "add --gpa")
         return
     _group(work, desk, grant.guest, bdf)
     _reserved(work, desk, grant, bdf, grant.gpa)
 
 
-def refuse_handing(work: Work, desk: Desk, action: GuestStart) -> None:
+def refuse_handing(work: PreparedAction, desk: needs.DeviceReaching, action: GuestStart) -> None:
     """Refuse a device that a VMM cannot be started with; where its RAM lies, and what it leaves out, is its own."""
     bdf = action.device
     if bdf is None:
         return
     what = f"guest {action.name} cannot be given device {bdf}"
     if action.vmm != "qemu":
-        work.refuse("NoDevices", what, f"a {action.vmm} has no drivers", "start it with --vmm qemu")
-    elif _able(work, desk, bdf):
+        work.refuse("NoDevices", what, f"{action.vmm} has no drivers for it", "start it with --vmm qemu")
+    elif _can_confine(work, desk, bdf):
         _group(work, desk, action.name, bdf)
         if not tree.exists(desk.root, iommufd.DEVICE):
             why = f"QEMU takes an open device with {iommufd.DEVICE} only (CONFIG_IOMMUFD, CONFIG_VFIO_DEVICE_CDEV)"
             work.refuse("NoIommu", what, why, "modprobe iommufd")
 
 
-def _able(work: Work, desk: Desk, bdf: str) -> bool:
+def _can_confine(work: PreparedAction, desk: needs.HostTree, bdf: str) -> bool:
     """Whether this host confines devices, and this one, or a refusal."""
     root = desk.root
     base = f"/sys/bus/pci/devices/{bdf}"
     what = f"device {bdf} cannot be given memory"
     if not tree.exists(root, base):
-        work.refuse("NoSuchDevice", f"there is no device {bdf}", "", "memconsole windows lists the devices")
+        work.refuse(
+            "NoSuchDevice",
+            f"there is no device {bdf}",
+            "this host has no such PCI function",
+            "memconsole devices lists them",
+        )
     elif not tree.exists(root, f"{base}/iommu_group"):
         why = "no IOMMU confines it: it would reach all of the host's memory"
         remedy = "boot with intel_iommu=on or amd_iommu=on, with VT-d or AMD-Vi enabled in the firmware"
@@ -76,7 +81,7 @@ def _able(work: Work, desk: Desk, bdf: str) -> bool:
     return False
 
 
-def _group(work: Work, desk: Desk, guest: str, bdf: str) -> None:
+def _group(work: PreparedAction, desk: needs.DeviceReaching, guest: str, bdf: str) -> None:
     """Everything in a group reaches what one of it reaches: no driver and no other guest may have any of it."""
     inside = pci.in_group(desk.root, bdf)
     for device in inside:
@@ -88,82 +93,88 @@ def _group(work: Work, desk: Desk, guest: str, bdf: str) -> None:
                 f"the kernel's {device.driver} has it",
                 f"echo {device.bdf} > /sys/bus/pci/devices/{device.bdf}/driver/unbind",
             )
-    attached = desk.spaces.devices
+    attached = desk.address_spaces.devices
     for device in inside:
         owner = attached.get(device.bdf, guest)
         if owner != guest:
             why = f"guest {owner} has device {device.bdf} of IOMMU group {device.group}"
-            remedy = f"memconsole guest stop {owner}" if owner in desk.spaces.filled else "revoke its grants"
+            remedy = (
+                f"memconsole guest stop {owner}" if owner in desk.address_spaces.vmm_filled else "revoke its grants"
+            )
             work.refuse("DeviceInUse", f"device {bdf} cannot be given to {guest}", why, remedy)
 
 
-def _reserved(work: Work, desk: Desk, grant: Grant, bdf: str, gpa: int) -> None:
+def _reserved(work: PreparedAction, desk: needs.HostTree, grant: Grant, bdf: str, gpa: int) -> None:
     """Refuse IOVA that the IOMMU or the firmware has for itself."""
     for reserved in iommu.reserved(desk.root, pci.iommu_group(desk.root, bdf)):
         if gpa < reserved.end and reserved.start < gpa + grant.length:
             where = f"{format_address(reserved.start)}-{format_address(reserved.end)}"
             work.refuse(
                 "BadIova",
-                f"{grant.id} cannot be there for {bdf}",
+                f"{grant.id} cannot be mapped there for {bdf}",
                 f"{where} is {reserved.kind}",
                 "choose another --gpa",
             )
 
 
-def attach(work: Work, desk: Desk, grant: Grant, bdf: str) -> None:
+def attach_device(work: PreparedAction, desk: needs.DeviceReaching, grant: Grant, bdf: str) -> None:
     """The steps before the guest maps it: after them the device is confined to the guest's address space."""
     _bind(work, desk, bdf)
-    if desk.spaces.devices.get(bdf) != grant.guest:
-        text = f"attach device {bdf} to the address space of {grant.guest}: it reaches nothing else"
+    if desk.address_spaces.devices.get(bdf) != grant.guest:
+        text = f"attach device {bdf} to the address space of {grant.guest}"
         work.step(
             "attach",
             text,
-            _or_settled(desk, partial(desk.spaces.attach, grant.guest, bdf)),
-            desk.spaces.settle,
+            _or_reconciled(desk, partial(desk.address_spaces.attach, grant.guest, bdf)),
+            desk.address_spaces.reconcile,
             "close it",
         )
 
 
-def hand(work: Work, desk: Desk, grant: Grant) -> None:
+def hand_device(work: PreparedAction, desk: needs.DeviceReaching, grant: Grant) -> None:
     """The steps before a VMM starts with a device: after them custody has it, and it reaches nothing yet."""
     bdf = grant.dma
     if bdf is None:
         return
     _bind(work, desk, bdf)
-    text = f"open device {bdf}, and an iommufd in which {grant.guest} confines it"
+    text = f"open device {bdf} and an iommufd that confines it to {grant.guest}"
     work.step(
-        "hand", text, _or_settled(desk, partial(desk.spaces.hand, grant.guest, bdf)), desk.spaces.settle, "close both"
+        "hand",
+        text,
+        _or_reconciled(desk, partial(desk.address_spaces.hand_device, grant.guest, bdf)),
+        desk.address_spaces.reconcile,
+        "close both",
     )
 
 
-def _bind(work: Work, desk: Desk, bdf: str) -> None:
+def _bind(work: PreparedAction, desk: needs.HostTree, bdf: str) -> None:
     if vfio.driver(desk.root, bdf) is None:
-        text = f"give device {bdf} to {vfio.DRIVER}"
+        text = f"bind device {bdf} to {vfio.DRIVER}"
         undo = partial(vfio.unbind, desk.root, bdf)
-        work.step("bind", text, partial(vfio.bind, desk.root, bdf), undo, "take it back")
+        work.step("bind", text, partial(vfio.bind, desk.root, bdf), undo, "unbind it")
 
 
-def _or_settled(desk: Desk, do: Callable[[], None]) -> Callable[[], None]:
+def _or_reconciled(desk: needs.DeviceReaching, do: Callable[[], None]) -> Callable[[], None]:
     """The same, of which nothing is left when it fails."""
 
     def tried() -> None:
         try:
             do()
         except MemconsoleError:
-            desk.spaces.settle()
+            desk.address_spaces.reconcile()
             raise
 
     return tried
 
 
-def let(work: Work, desk: Desk, grant: Grant, bdf: str) -> None:
+def reach_grant(work: PreparedAction, desk: needs.DeviceReaching, grant: Grant, bdf: str) -> None:
     """The step after the guest maps it: its devices reach it."""
     at = "" if grant.gpa is None else f" at IOVA {format_address(grant.gpa)}"
     text = f"let device {bdf} reach {format_size(grant.length)} of {grant.region}{at}, pages pinned"
-    work.step("dma", text, lambda: desk.spaces.map(grant), lambda: desk.spaces.unmap(grant), "unmap it")
+    work.step("dma", text, lambda: desk.address_spaces.map(grant), lambda: desk.address_spaces.unmap(grant), "unmap it")
 
 
-def cut(work: Work, desk: Desk, grants: Sequence[Grant]) -> None:
+def cut_grants(work: PreparedAction, desk: needs.DeviceReaching, grants: Sequence[Grant]) -> None:
     """The step that takes grants from devices, before anybody else is asked; none where no device has any."""
     given = [grant for grant in grants if grant.dma is not None]
     if not given:
@@ -171,8 +182,8 @@ def cut(work: Work, desk: Desk, grants: Sequence[Grant]) -> None:
 
     def do() -> None:
         for grant in given:
-            desk.spaces.unmap(grant)
+            desk.address_spaces.unmap(grant)
             work.lasting = replace(work.lasting, grants=(*work.lasting.grants, replace(grant, dma=None)))
 
     names = ", ".join(f"{grant.id} from {grant.dma}" for grant in given)
-    work.step("dma", f"take {names}: no byte arrives from then on", do)
+    work.step("dma", f"unmap {names}", do)

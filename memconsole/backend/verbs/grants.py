@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import contextlib
 import time
+from typing import Protocol
 
 import msgspec
 
 from memconsole.actions import Map, Revoke
-from memconsole.backend.desk import Desk
-from memconsole.backend.revoke import Ladder, aside
+from memconsole.backend import needs
+from memconsole.backend.ledger.state import Recorded
+from memconsole.backend.revoke import Ladder, Revoking, suspend_vm
 from memconsole.backend.stores import memfd
 from memconsole.backend.verbs import dma
-from memconsole.backend.verbs.common import known_guest, known_region, not_frozen
-from memconsole.backend.verbs.work import Work
+from memconsole.backend.verbs.common import known_guest, known_region
+from memconsole.backend.work import PreparedAction
 from memconsole.errors import Gone, GuestError
 from memconsole.model import (
     Access,
@@ -39,23 +41,34 @@ OFFER_S = 5.0
 GPA_LIMIT = 1 << 52
 RUNGS = {
     Rung.ASK: "ask its guest to unmap it (a QEMU: to be saved and end)",
-    Rung.PROTECT: "bar its mapping through its userfaultfd",
+    Rung.PROTECT: "protect its mapping through its userfaultfd",
     Rung.COPY: "move the contents to fresh frames and empty the old file",
-    Rung.KILL: "kill whoever still reaches it",
+    Rung.KILL: "kill the processes that still reach it",
 }
 
 
-def map(desk: Desk, action: Map) -> Work:
+class GrantOffers(needs.LiveGuests, needs.GrantOffering, needs.FaultServing, Protocol):
+    """What handing a grant to its guest needs."""
+
+
+class GrantMaking(GrantOffers, needs.RegionFds, needs.DeviceReaching, Protocol):
+    """What ``map`` needs."""
+
+
+class GrantTaking(Revoking, needs.DeviceReaching, Protocol):
+    """What ``revoke`` needs."""
+
+
+def map(desk: GrantMaking, action: Map) -> PreparedAction:
     """Grant a range: ``offer`` hands it to the guest, which maps it now or when its agent connects."""
-    work = Work("", "")
+    work = PreparedAction("", "")
     region = known_region(work, desk, action.region)
     guest = known_guest(work, desk, action.guest)
     if region is None or guest is None:
         return work
     length = region.size - action.offset if action.length is None else action.length
-    not_frozen(work, region, "mapped")
     _in_range(work, region, action.offset, length, action.gpa)
-    back = guest.kind is GuestKind.QEMU and aside.waits(desk, guest.name)
+    back = guest.kind is GuestKind.QEMU and suspend_vm.is_saved(desk, guest.name)
     if not back:
         _alive(work, desk, guest)
     _access(work, desk, region, action.access)
@@ -63,8 +76,8 @@ def map(desk: Desk, action: Map) -> Work:
         work.refuse(
             "FixedRam",
             f"guest {guest.name} takes no more memory",
-            "QEMU gets its RAM when it starts, and has no slot for more",
-            "start it with the memory it needs",
+            "QEMU gets its RAM when it starts, and has no memslot for more",
+            "start it again with the memory it needs",
         )
     grant = Grant(
         id=f"g{desk.state.next_grant}",
@@ -81,32 +94,32 @@ def map(desk: Desk, action: Map) -> Work:
     )
     _apart(work, desk, grant)
     if grant.dma is not None:
-        dma.refuse(work, desk, grant, grant.dma)
+        dma.refuse_device(work, desk, grant, grant.dma)
     if back:
-        aside.give(work, desk, grant, region)
+        suspend_vm.grant_saved_guest(work, desk, grant, region)
     if work.refusals or back:
         return work
     if grant.dma is not None:
-        dma.attach(work, desk, grant, grant.dma)
-    offer(work, desk, grant)
+        dma.attach_device(work, desk, grant, grant.dma)
+    offer_grant(work, desk, grant)
     if grant.dma is not None:
-        dma.let(work, desk, grant, grant.dma)
+        dma.reach_grant(work, desk, grant, grant.dma)
     return work
 
 
-def offer(work: Work, desk: Desk, grant: Grant) -> None:
+def offer_grant(work: PreparedAction, desk: GrantOffers, grant: Grant) -> None:
     """The step that hands a grant to its guest; ``work.change`` gets the grant as the guest took it."""
     work.subject = grant.id
     work.aims = msgspec.structs.replace(work.aims, grants=(grant,))
 
     def do() -> None:
-        live = desk.live(grant.guest)
+        live = desk.live_guest(grant.guest)
         if live is None:
             raise Gone(f"guest {grant.guest} is gone", "its process ended", f"stop guest {grant.guest}")
-        with desk.offered(grant) as offered:
+        with desk.grant_offer(grant) as offered:
             mapped = live.offer(offered, OFFER_S)
-        if mapped and grant.lazy and not desk.uffds.has(grant.id):
-            live.ask_unmap(grant.id, OFFER_S)
+        if mapped and grant.lazy and not desk.userfaults.has_uffd(grant.id):
+            live.request_unmap(grant.id, OFFER_S)
             why = "its kernel or its agent has no userfaultfd for this mapping"
             raise GuestError(f"guest {grant.guest} cannot map lazily", why, "leave --lazy out", code="NotLazy")
         made = msgspec.structs.replace(grant, state=GrantState.MAPPED if mapped else GrantState.OFFERED)
@@ -117,12 +130,12 @@ def offer(work: Work, desk: Desk, grant: Grant) -> None:
             work.text = f"{grant.guest} {how} {part} ({grant.access}) as {grant.id}"
 
     def undo() -> None:
-        live = desk.live(grant.guest)
+        live = desk.live_guest(grant.guest)
         if live is not None:
-            live.ask_unmap(grant.id, OFFER_S)
+            live.request_unmap(grant.id, OFFER_S)
 
     at = "" if grant.gpa is None else f" at gpa {format_address(grant.gpa)}"
-    at += ", its pages put in place when first touched," if grant.lazy else ""
+    at += ", its pages filled when first touched," if grant.lazy else ""
     region = desk.state.regions.get(grant.region)
     size = region.segments[_segment(grant)].size if region is not None else grant.length
     reaches = f"; its file descriptor reaches all {format_size(size)} of the segment" if grant.length < size else ""
@@ -132,14 +145,14 @@ def offer(work: Work, desk: Desk, grant: Grant) -> None:
         f" to {grant.guest}{at} as {grant.id}{reaches}",
         do,
         undo,
-        "ask for it back",
+        "ask the guest to unmap it",
     )
 
 
 # --- what map refuses -------------------------------------------------------------------------------------------
 
 
-def _in_range(work: Work, region: Region, offset: int, length: int, gpa: int | None) -> None:
+def _in_range(work: PreparedAction, region: Region, offset: int, length: int, gpa: int | None) -> None:
     page = region.page_size
     remedy = f"it has {exact_size(region.size)} in pages of {exact_size(page)}"
     if offset < 0 or length <= 0 or offset + length > region.size:
@@ -149,25 +162,30 @@ def _in_range(work: Work, region: Region, offset: int, length: int, gpa: int | N
         work.refuse("BadRange", f"{length} bytes from {offset} are not whole pages", "a grant is made of pages", remedy)
     elif offset // memfd.SEGMENT != (offset + length - 1) // memfd.SEGMENT:
         size = exact_size(memfd.SEGMENT)
-        why = f"a region is made of segments of {size}, a grant lies in one"
+        why = f"a region is made of segments of {size}, and a grant lies in one"
         work.refuse("BadRange", f"{length} bytes from {offset} lie in two segments", why, "make a grant for each")
     if gpa is not None and (gpa < 0 or gpa % page or gpa + max(length, 0) > GPA_LIMIT):
         why = f"it is a multiple of {exact_size(page)} below {exact_size(GPA_LIMIT)}"
-        work.refuse("BadRange", f"gpa {gpa:#x} cannot be", why, "choose another --gpa")
+        work.refuse("BadRange", f"gpa {gpa:#x} is out of range", why, "choose another --gpa")
 
 
-def _alive(work: Work, desk: Desk, guest: Guest) -> None:
-    live = desk.live(guest.name)
+def _alive(work: PreparedAction, desk: needs.LiveGuests, guest: Guest) -> None:
+    live = desk.live_guest(guest.name)
     with contextlib.suppress(GuestError):
         if live is None or live.state() is GuestState.GONE:
             work.refuse("GuestGone", f"guest {guest.name} is gone", "its process ended", f"stop guest {guest.name}")
 
 
-def _access(work: Work, desk: Desk, region: Region, access: Access) -> None:
-    if not desk.has(region.name):
-        work.refuse("RegionLost", f"the memory of region {region.name} is lost", "", f"release {region.name}")
+def _access(work: PreparedAction, desk: needs.RegionFds, region: Region, access: Access) -> None:
+    if not desk.holds_region(region.name):
+        work.refuse(
+            "RegionLost",
+            f"the memory of region {region.name} is lost",
+            "custody does not hold it",
+            "memconsole audit says what can still be kept",
+        )
     elif access is Access.RW:
-        sealed = {"write", "future-write"} & {name for fd in desk.fds(region.name) for name in memfd.seals(fd)}
+        sealed = {"write", "future_write"} & {name for fd in desk.fds(region.name) for name in memfd.seals(fd)}
         if sealed:
             work.refuse(
                 "AccessTooWide",
@@ -177,7 +195,7 @@ def _access(work: Work, desk: Desk, region: Region, access: Access) -> None:
             )
 
 
-def _apart(work: Work, desk: Desk, grant: Grant) -> None:
+def _apart(work: PreparedAction, desk: needs.LedgerState, grant: Grant) -> None:
     for other in desk.state.grants.values():
         if (other.region, _segment(other)) == (grant.region, _segment(grant)):
             work.refuse(
@@ -209,21 +227,28 @@ def _segment(grant: Grant) -> int:
 # --- revoke -----------------------------------------------------------------------------------------------------
 
 
-def revoke(desk: Desk, action: Revoke) -> Work:
+def revoke(desk: GrantTaking, action: Revoke) -> PreparedAction:
     """Take a grant back: from devices first; then ``cut`` climbs the ladder (:mod:`memconsole.backend.revoke`)."""
-    work = Work(action.grant, "")
+    work = PreparedAction(action.grant, "")
     grant = desk.state.grants.get(action.grant)
     if grant is None:
         known = ", ".join(sorted(desk.state.grants)) or "none"
-        work.refuse("NoSuchGrant", f"there is no grant {action.grant}", f"grants: {known}", "memconsole grants")
+        work.refuse(
+            "NoSuchGrant", f"there is no grant {action.grant}", f"grants: {known}", "memconsole grants lists them"
+        )
         return work
     if not action.within > 0:
-        work.refuse("BadDeadline", f"{action.within} seconds", "a rung needs time", "write --within 5")
+        work.refuse(
+            "BadDeadline",
+            f"a rung cannot take {action.within} seconds",
+            "a rung needs more time than that",
+            "write --within 5",
+        )
         return work
     ladder = Ladder(desk, grant, action.within, action.at_most)
 
-    def cut() -> None:
-        report = ladder.climb()
+    def cut() -> Recorded[None]:
+        report = yield from ladder.climb()
         work.revoke = report
         work.change = ladder.change()
         took = format_duration(report.took_ns)
@@ -232,6 +257,6 @@ def revoke(desk: Desk, action: Revoke) -> Work:
     order = list(RUNGS)
     rungs = ", else ".join(RUNGS[rung] for rung in order[: order.index(action.at_most) + 1])
     part = f"{format_size(grant.length)} of {grant.region}"
-    dma.cut(work, desk, [grant])
+    dma.cut_grants(work, desk, [grant])
     work.step("cut", f"take {part} back from {grant.guest}: {rungs}; the contents stay", cut)
     return work

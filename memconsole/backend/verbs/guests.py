@@ -7,43 +7,66 @@ import shutil
 import time
 from collections.abc import Iterator
 from functools import partial
+from typing import Protocol
 
 from msgspec.structs import replace
 
-from memconsole.actions import GuestAttach, GuestPause, GuestResume, GuestStart, GuestStop, Reserve
-from memconsole.backend.desk import STOP_S, Desk
-from memconsole.backend.guests.base import Guest as LiveGuest
-from memconsole.backend.guests.canary import CanaryGuest
-from memconsole.backend.guests.handle import Handle
-from memconsole.backend.guests.process import ProcessGuest
-from memconsole.backend.guests.qemu import BINARY, Devices, QemuGuest
-from memconsole.backend.kernel import census
-from memconsole.backend.revoke import Ladder, aside
-from memconsole.backend.state import Change
+from memconsole.actions import GuestAttach, GuestHelper, GuestPause, GuestResume, GuestStart, GuestStop, Reserve
+from memconsole.backend import needs
+from memconsole.backend.guests.base import STOP_S
+from memconsole.backend.guests.commandline import BINARY, with_accelerator, with_agent
+from memconsole.backend.guests.handle import Handle, stat
+from memconsole.backend.handoff.facets import Handover
+from memconsole.backend.kernel import census, tree
+from memconsole.backend.ledger.state import Recorded, StateChange
+from memconsole.backend.revoke import Ladder, Revoking, suspend_vm
 from memconsole.backend.verbs import dma, handoff
 from memconsole.backend.verbs.common import free_name, is_vm, known_guest
-from memconsole.backend.verbs.grants import OFFER_S, offer
+from memconsole.backend.verbs.grants import OFFER_S, GrantOffers, GrantTaking, offer_grant
 from memconsole.backend.verbs.regions import creation
-from memconsole.backend.verbs.work import Work
-from memconsole.errors import Gone, GuestError, MemconsoleError
-from memconsole.model import Access, Grant, GrantState, Guest, GuestKind, GuestState, Rung
+from memconsole.backend.work import PreparedAction
+from memconsole.errors import Gone, MemconsoleError
+from memconsole.model import Access, Grant, GrantState, Guest, GuestKind, GuestState, Helper, Rung
 from memconsole.units import format_size
 
 
-def start(desk: Desk, action: GuestStart) -> Work:
+class VmStarting(GrantOffers, needs.OwnRegionFds, needs.GuestStarting, needs.DeviceReaching, Protocol):
+    """What ``guest start`` needs."""
+
+
+class HelperCounting(needs.LiveGuests, needs.RegionReaching, Protocol):
+    """What ``guest helper`` needs."""
+
+
+class ProcessAttaching(HelperCounting, needs.GuestStarting, needs.FaultServing, Protocol):
+    """What ``guest attach`` needs."""
+
+
+def _refuse_vmm(work: PreparedAction, action: GuestStart) -> None:
+    if action.vmm not in {"canary", "qemu"}:
+        work.refuse("NoSuchVmm", f"there is no VMM {action.vmm}", "the VMMs are canary and qemu", "choose one of these")
+    elif action.vmm == "qemu" and shutil.which(BINARY) is None:
+        work.refuse("NoVmm", f"{BINARY} is not installed", "it is not on the PATH", "apt install qemu-system-x86")
+    if action.agent and action.vmm != "qemu":
+        work.refuse(
+            "NoAgent",
+            f"{action.vmm} has no guest agent",
+            "only QEMU has a channel for one",
+            "say --vmm qemu, or leave it out",
+        )
+
+
+def start(desk: VmStarting, action: GuestStart) -> PreparedAction:
     """Start a VM: its region is made (``create``, ``hold``), ``spawn`` runs it, ``offer`` gives a canary its RAM.
 
     A device it is given is opened before (``bind``, ``hand``): QEMU lets it reach its RAM itself.
     """
     name = action.name
-    work = Work(name, f"guest {name} runs on {format_size(action.memory)} ({action.vmm})")
+    work = PreparedAction(name, f"guest {name} runs on {format_size(action.memory)} ({action.vmm})")
     free_name(work, desk, name, region=True, guest=True)
-    if action.vmm not in {"canary", "qemu"}:
-        work.refuse("NoSuchVmm", f"there is no VMM {action.vmm}", "canary and qemu are known", "choose one of these")
-    elif action.vmm == "qemu" and shutil.which(BINARY) is None:
-        work.refuse("NoVmm", f"{BINARY} is not installed", "it is not on the PATH", "apt install qemu-system-x86")
-    creation(work, desk, Reserve(name, action.memory))
+    _refuse_vmm(work, action)
     dma.refuse_handing(work, desk, action)
+    creation(work, desk, Reserve(name, action.memory))
     if work.refusals:
         return work
     now = time.time_ns()
@@ -59,26 +82,21 @@ def start(desk: Desk, action: GuestStart) -> Work:
         dma=action.device,
         created_ns=now,
     )
-    dma.hand(work, desk, grant)
+    dma.hand_device(work, desk, grant)
     kind = GuestKind(action.vmm)
-    guest = Guest(name, kind, GuestState.STARTING, None, memory=action.memory, command=action.args, created_ns=now)
+    args = (*(with_agent(desk.directory(name).absolute()) if action.agent else ()), *action.args)
+    guest = Guest(name, kind, GuestState.STARTING, None, memory=action.memory, command=args, created_ns=now)
     work.aims = replace(work.aims, guests=(guest,), grants=(grant,))
 
     def spawn() -> None:
-        directory = desk.directory(name)
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
-            live = _spawn(desk, guest, grant, action.args)
-        except BaseException:
-            shutil.rmtree(directory, ignore_errors=True)
-            raise
-        desk.meet(live)
-        running = replace(guest, state=GuestState.RUNNING, pid=live.pid, start_ticks=live.start_ticks)
+        words = with_accelerator(args) if kind is GuestKind.QEMU else args
+        live = desk.start_guest(guest, grant, words)
+        running = replace(guest, state=GuestState.RUNNING, pid=live.pid, start_ticks=live.start_ticks, command=words)
         mapped = replace(grant, state=GrantState.MAPPED)
         work.change = replace(work.change, guests=(running,), grants=(mapped,))
 
     def undo() -> None:
-        live = desk.live(name)
+        live = desk.live_guest(name)
         if live is not None:
             live.kill()
         forget(desk, name)
@@ -87,22 +105,12 @@ def start(desk: Desk, action: GuestStart) -> Work:
     what = f"start {BINARY} with {name} as its RAM{given}" if kind is GuestKind.QEMU else "start the built-in canary"
     work.step("spawn", f"{what}, and wait until it is up", spawn, undo, "kill it")
     if kind is GuestKind.CANARY:
-        offer(work, desk, grant)
+        offer_grant(work, desk, grant)
         work.subject = name
     return work
 
 
-def _spawn(desk: Desk, guest: Guest, grant: Grant, args: tuple[str, ...]) -> LiveGuest:
-    directory = desk.directory(guest.name)
-    if guest.kind is GuestKind.CANARY:
-        return CanaryGuest.start(guest.name, desk.hub, directory, args=args)
-    with contextlib.ExitStack() as stack:
-        ram = stack.enter_context(desk.offered(grant))
-        devices = Devices(*stack.enter_context(desk.spaces.handed(guest.name))) if grant.dma is not None else None
-        return QemuGuest.start(guest.name, ram, directory, args=args, devices=devices)
-
-
-def orphans(desk: Desk, name: str) -> Iterator[Handle]:
+def adopt_orphans(desk: needs.GuestStarting, name: str) -> Iterator[Handle]:
     """The processes of a guest that was being started when the control process died; each is the caller's to close."""
     monitor = f"unix:{desk.directory(name) / 'qmp'},server=on,wait=off"
     canary = ("--socket", str(desk.runtime_dir / "agents"), "--name", name)
@@ -115,17 +123,53 @@ def orphans(desk: Desk, name: str) -> Iterator[Handle]:
                 yield Handle(process.pid, process.start_ticks)
 
 
-def attach(desk: Desk, action: GuestAttach) -> Work:
+def helper(desk: HelperCounting, action: GuestHelper) -> PreparedAction:
+    """Count a process, and what it forks, as its guest's: ``note`` writes it down; nothing of the process changes."""
+    work = PreparedAction(action.name, f"process {action.pid} works for guest {action.name}")
+    guest = known_guest(work, desk, action.name)
+    if action.pid in desk.exempt_processes:
+        work.refuse(
+            "Itself", f"process {action.pid} is memconsole itself", "it holds every region", "name another process"
+        )
+    command = _attachable(work, action.pid)
+    if guest is None or work.refusals:
+        return work
+
+    def note() -> None:
+        with contextlib.closing(Handle(action.pid)) as handle:
+            made = Helper(handle.pid, handle.start_ticks, command)
+        others = tuple(each for each in guest.helpers if each.pid != action.pid and _helper_lives(each))
+        work.change = StateChange(guests=(replace(guest, helpers=(*others, made)),))
+
+    text = f"count process {action.pid} ({' '.join(command)[:60]}) and what it forks as guest {guest.name}"
+    work.step("note", text, note)
+    return work
+
+
+def _helper_lives(each: Helper) -> bool:
+    with contextlib.suppress(MemconsoleError):
+        return stat(each.pid)[1] == each.start_ticks
+    return False
+
+
+def attach(desk: ProcessAttaching, action: GuestAttach) -> PreparedAction:
     """Take a process as a guest, or in the place of one that is gone: ``join`` takes hold; nothing of it changes."""
-    work = Work(action.name, f"process {action.pid} is guest {action.name}")
-    gone = _gone(desk, action.name)
+    work = PreparedAction(action.name, f"process {action.pid} is guest {action.name}")
+    gone = _ended_guest(desk, action.name)
     if gone is None:
         free_name(work, desk, action.name, region=False, guest=True)
     taken = next((guest for guest in desk.state.guests.values() if guest.pid == action.pid), None)
-    if taken is not None and desk.live(taken.name) is not None:
-        work.refuse("AlreadyGuest", f"process {action.pid} is guest {taken.name} already", "", "use that name")
-    if action.pid in desk.exempt:
-        work.refuse("Itself", f"process {action.pid} is memconsole itself", "it holds every region", "attach another")
+    if taken is not None and desk.live_guest(taken.name) is not None:
+        work.refuse(
+            "AlreadyGuest",
+            f"process {action.pid} is guest {taken.name} already",
+            "a process is one guest",
+            f"use the name {taken.name}",
+        )
+    if action.pid in desk.exempt_processes:
+        work.refuse(
+            "Itself", f"process {action.pid} is memconsole itself", "it holds every region", "attach another process"
+        )
     command = _attachable(work, action.pid)
     if work.refusals:
         return work
@@ -137,22 +181,22 @@ def attach(desk: Desk, action: GuestAttach) -> Work:
 
         def rejoin() -> None:
             with contextlib.closing(Handle(action.pid)) as handle:
-                found = replace(again, pid=handle.pid, start_ticks=handle.start_ticks, state=GuestState.RUNNING)
-            desk.part(gone.name)
+                now = {"pid": handle.pid, "start_ticks": handle.start_ticks}
+                found = replace(again, **now, state=GuestState.RUNNING, ended="")
+            desk.remove_guest(gone.name)
             for grant in grants:
-                desk.uffds.drop(grant.id)
+                desk.userfaults.drop_uffd(grant.id)
             desk.adopt_guest(found)
             offered = tuple(replace(grant, state=GrantState.OFFERED) for grant in grants)
-            work.change = Change(guests=(found,), grants=offered)
+            work.change = StateChange(guests=(found,), grants=offered)
 
         had = ", ".join(grant.id for grant in grants) or "no grant"
         text = f"take process {action.pid} ({' '.join(command)[:60]}) as guest {gone.name}, which ended; it gets {had}"
-        work.step("join", text, rejoin, lambda: desk.part(gone.name), "let it go")
+        work.step("join", text, rejoin, lambda: desk.remove_guest(gone.name), "detach it")
         return work
 
     def join() -> None:
-        live = ProcessGuest.attach(action.name, action.pid, desk.hub)
-        desk.meet(live)
+        live = desk.attach_guest(action.name, action.pid)
         guest = Guest(
             action.name,
             GuestKind.PROCESS,
@@ -162,61 +206,93 @@ def attach(desk: Desk, action: GuestAttach) -> Work:
             command=command,
             created_ns=time.time_ns(),
         )
-        work.change = Change(guests=(guest,))
+        work.change = StateChange(guests=(guest,))
 
     text = f"take process {action.pid} ({' '.join(command)[:60]}) as guest {action.name}"
-    work.step("join", text, join, lambda: desk.part(action.name), "let it go")
+    work.step("join", text, join, lambda: desk.remove_guest(action.name), "detach it")
     return work
 
 
-def _gone(desk: Desk, name: str) -> Guest | None:
+def _ended_guest(desk: needs.LiveGuests, name: str) -> Guest | None:
     """The process guest of this name, if its process ended."""
     guest = desk.state.guests.get(name)
     if guest is None or guest.kind is not GuestKind.PROCESS:
         return None
-    live = desk.live(name)
+    live = desk.live_guest(name)
     return guest if live is None or live.state() is GuestState.GONE else None
 
 
-def _attachable(work: Work, pid: int) -> tuple[str, ...]:
+def _attachable(work: PreparedAction, pid: int) -> tuple[str, ...]:
     """The words a process was started with, or a refusal."""
+    leader = _leader(pid)
+    if leader is not None and leader != pid:
+        work.refuse(
+            "NotAProcess",
+            f"{pid} is a thread of process {leader}",
+            "a guest is a whole process",
+            f"attach process {leader}",
+        )
+        return ()
     try:
         process = census.process("/", pid) if pid > 0 else None
         if process is not None and process.kernel:
-            work.refuse("NotAProcess", f"{pid} is a thread of the kernel", "it maps no memory", "attach another")
+            work.refuse(
+                "NotAProcess",
+                f"{pid} is a thread of the kernel",
+                "a kernel thread maps no memory",
+                "attach another process",
+            )
         elif process is not None and process.state not in "ZX":
-            return census.command("/", pid)
+            return census.command("/", pid, process.task)
     except Gone:
         process = None
     if process is None or not process.kernel:
-        work.refuse("NoSuchProcess", f"there is no process {pid}", "it ended, or never was", "look with ps")
+        work.refuse("NoSuchProcess", f"there is no process {pid}", "it ended, or never existed", "find its PID with ps")
     return ()
 
 
-def stop(desk: Desk, action: GuestStop) -> Work:
+def _leader(pid: int) -> int | None:
+    """The process that a PID, or the number of a thread, belongs to (/proc/PID/status:Tgid); None where there is none.
+
+    The kernel shows a thread below /proc as it shows a process, and does not list it.
+    """
+    try:
+        rows = tree.text(tree.read("/", f"/proc/{pid}/status")).splitlines() if pid > 0 else []
+    except tree.UNREADABLE:
+        return None
+    found = next((row.partition(":")[2].strip() for row in rows if row.startswith("Tgid:")), "")
+    return int(found) if found.isdecimal() else None
+
+
+def stop(desk: GrantTaking, action: GuestStop) -> PreparedAction:
     """End a guest. A VM: ``end`` stops it. A process: each of its grants is asked back (``cut-gN``), then ``part``."""
-    work = Work(action.name, f"guest {action.name} is stopped; its regions keep their contents")
+    work = PreparedAction(action.name, f"guest {action.name} is stopped; its regions keep their contents")
     guest = known_guest(work, desk, action.name)
     if guest is None:
         return work
-    live = desk.live(guest.name)
+    live = desk.live_guest(guest.name)
     grants = desk.state.grants_of(guest=guest.name)
     windows = [grant for grant in desk.state.windows.values() if grant.guest == guest.name]
     if is_vm(guest):
-        dma.cut(work, desk, grants)
+        dma.cut_grants(work, desk, grants)
         if live is not None:
-            work.step("end", f"end process {guest.pid}, by force after {STOP_S:g} s", partial(live.stop, STOP_S))
+            process = "its process" if guest.pid is None else f"process {guest.pid}"
+            work.step("end", f"end {process}, by force after {STOP_S:g} s", partial(live.stop, STOP_S))
     else:
         if windows:
             what = f"guest {guest.name} has window {windows[0].window}"
             work.refuse("Granted", what, "", f"memconsole window revoke {windows[0].window}")
             return work
-        work.text = f"process {guest.pid} is let go; its grants ended"
-        dma.cut(work, desk, grants)
+        work.text = f"guest {guest.name} is a guest no more; its grants ended"
+        dma.cut_grants(work, desk, grants)
         for grant in grants:
-            work.step(f"cut-{grant.id}", f"ask {grant.id} ({grant.region}) back", partial(_cut, work, desk, grant))
-    work.step("part", "let go of it, and remove its sockets and log", lambda: forget(desk, guest.name))
-    work.change = Change(
+            work.step(
+                f"cut-{grant.id}",
+                f"ask the guest to unmap {grant.id} ({grant.region})",
+                partial(_cut_grant, work, desk, grant),
+            )
+    work.step("part", "stop watching it, and remove its sockets and log", lambda: forget(desk, guest.name))
+    work.change = StateChange(
         without_guests=(guest.name,),
         without_grants=tuple(grant.id for grant in grants),
         without_windows=tuple(grant.id for grant in windows),
@@ -224,44 +300,44 @@ def stop(desk: Desk, action: GuestStop) -> Work:
     return work
 
 
-def _cut(work: Work, desk: Desk, grant: Grant) -> None:
-    Ladder(desk, grant, OFFER_S, Rung.ASK).climb()
+def _cut_grant(work: PreparedAction, desk: Revoking, grant: Grant) -> Recorded[None]:
+    yield from Ladder(desk, grant, OFFER_S, Rung.ASK).climb()
     desk.withdraw(grant)
     work.lasting = replace(work.lasting, without_grants=(*work.lasting.without_grants, grant.id))
 
 
-def forget(desk: Desk, name: str) -> None:
+def forget(desk: suspend_vm.SuspendedGuests, name: str) -> None:
     """Let go of a guest, of what it saved at a handoff, and remove what lies in its directory."""
-    desk.part(name)
-    aside.drop(desk, name)
-    handoff.give_up(desk, name)
+    desk.remove_guest(name)
+    suspend_vm.drop_saved_state(desk, name)
+    handoff.discard_saved_guest(desk, name)
     shutil.rmtree(desk.directory(name), ignore_errors=True)
 
 
-def pause(desk: Desk, action: GuestPause) -> Work:
+def pause(desk: Handover, action: GuestPause) -> PreparedAction:
     """Stop its vCPUs (a process: SIGSTOP)."""
     return _switch(desk, action.name, GuestState.PAUSED)
 
 
-def resume(desk: Desk, action: GuestResume) -> Work:
+def resume(desk: Handover, action: GuestResume) -> PreparedAction:
     """Let it go on, wake it; one that did not come back from a handoff, or gave its RAM back, is started again."""
     guest = desk.state.guests.get(action.name)
-    if guest is not None and aside.waits(desk, guest.name):
-        return aside.again(desk, guest)
-    if guest is not None and handoff.waits(desk, guest.name):
-        return handoff.again(desk, guest)
+    if guest is not None and suspend_vm.is_saved(desk, guest.name):
+        return suspend_vm.restart_saved_guest(desk, guest)
+    if guest is not None and handoff.is_saved(desk, guest.name):
+        return handoff.restart_saved_guest(desk, guest)
     return _switch(desk, action.name, GuestState.RUNNING)
 
 
-def _switch(desk: Desk, name: str, new: GuestState) -> Work:
+def _switch(desk: Handover, name: str, new: GuestState) -> PreparedAction:
     pausing = new is GuestState.PAUSED
     still = {GuestState.PAUSED, GuestState.SUSPENDED}
-    work = Work(name, f"guest {name} is paused" if pausing else f"guest {name} goes on")
+    work = PreparedAction(name, f"guest {name} is paused" if pausing else f"guest {name} runs")
     guest = known_guest(work, desk, name)
     if guest is None:
         return work
-    live = desk.live(name)
-    state = _state(desk, live) if live is not None else GuestState.GONE
+    live = desk.live_guest(name)
+    state = desk.state_of(live) if live is not None else GuestState.GONE
     if live is None or state is GuestState.GONE:
         work.refuse("GuestGone", f"guest {name} is gone", "its process ended", f"memconsole guest stop {name}")
         return work
@@ -270,21 +346,14 @@ def _switch(desk: Desk, name: str, new: GuestState) -> Work:
         why = f"it is not {'running' if pausing else 'paused'}"
         work.refuse("NotRunning" if pausing else "NotPaused", f"guest {name} is {state}", why, remedy)
         return work
-    if not pausing and handoff.devices_wait(desk, name):
-        handoff.give_back(desk, work, guest)
+    if not pausing and handoff.awaits_devices(desk, name):
+        handoff.reattach_devices(desk, work, guest)
     do, undo = (live.pause, live.resume) if pausing else (live.resume, live.pause)
-    text = f"stop the vCPUs of {name}" if pausing else f"let {name} go on"
+    text = f"stop the vCPUs of {name}" if pausing else f"run the vCPUs of {name}"
     if not is_vm(guest):
         text = f"stop process {guest.pid} (SIGSTOP)" if pausing else f"continue process {guest.pid} (SIGCONT)"
+    if not pausing:
+        work.after = partial(handoff.watch_clocks, desk)
     work.step("pause" if pausing else "resume", text, do, undo, "resume it" if pausing else "pause it")
-    work.change = Change(guests=(replace(guest, state=new),))
+    work.change = StateChange(guests=(replace(guest, state=new),))
     return work
-
-
-def _state(desk: Desk, live: LiveGuest) -> GuestState:
-    try:
-        return live.state()
-    except GuestError:
-        if not desk.connected(live.name):
-            raise
-        return live.state()

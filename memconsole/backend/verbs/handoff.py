@@ -4,68 +4,70 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from memconsole.actions import Handoff, HandoffRehearse, HandoffRun
-from memconsole.backend.desk import Desk
-from memconsole.backend.state import Change
-from memconsole.backend.verbs.work import Work
+from memconsole.actions import HandoffRehearse, HandoffRun
+from memconsole.backend import needs
+from memconsole.backend.handoff.facets import GuestClocks, Handover
+from memconsole.backend.handoff.powers import HOST, Powers
+from memconsole.backend.ledger.state import StateChange
+from memconsole.backend.work import PreparedAction
 from memconsole.errors import NotFound
-from memconsole.model import Finding, Guest, GuestState, Severity
+from memconsole.model import Guest, GuestState
+
+if TYPE_CHECKING:
+    from memconsole.backend.handoff import sequence
 
 
-def run(desk: Desk, action: HandoffRun) -> Work:
+def run(desk: sequence.HandoffDesk, action: HandoffRun) -> PreparedAction:
     """See :mod:`memconsole.backend.handoff.sequence`."""
     from memconsole.backend.handoff import sequence
 
     return sequence.run(desk, action)
 
 
-def again(desk: Desk, guest: Guest) -> Work:
-    """``guest resume`` of one that did not come back from a handoff: ``again`` starts it from what was saved."""
-    from memconsole.backend.handoff import alone
+def watch_clocks(desk: GuestClocks) -> None:
+    """Look after the clocks of guests that run again since the last handoff, if there was one."""
+    if desk.handoff is not None:
+        from memconsole.backend.handoff import clocks as after
 
-    work = Work(guest.name, f"guest {guest.name} goes on")
+        after.begin_clocks(desk)
+
+
+def restart_saved_guest(desk: Handover, guest: Guest, powers: Powers = HOST) -> PreparedAction:
+    """``guest resume`` of one that did not come back from a handoff: ``again`` starts it from what was saved."""
+    from memconsole.backend.handoff import restart_one
+
+    work = PreparedAction(guest.name, f"guest {guest.name} runs")
 
     def do() -> None:
-        back = alone.again(desk, guest)
-        work.lasting = Change(guests=(replace(back, state=GuestState.PAUSED),))
-        work.change = Change(guests=(back,))
+        back = restart_one.restart_saved_guest(desk, guest, powers)
+        work.lasting = StateChange(guests=(replace(back, state=GuestState.PAUSED),))
+        work.change = StateChange(guests=(back,))
         work.after = after
 
     def after() -> None:
-        alone.let_go(desk, guest.name)
-        tidy(desk)
+        restart_one.drop_saved_state(desk, guest.name)
+        finish_sessions(desk)
+        watch_clocks(desk)
 
-    work.step("again", f"start {guest.name} from what was saved before the handoff", do)
-    work.step("go-on", f"let {guest.name} go on, its devices as they were", lambda: alone.go_on(desk, guest.name))
+    work.step("again", f"start {guest.name} from the state that was saved before the handoff", do)
+    work.step(
+        "go-on", f"resume {guest.name}, its devices as they were", lambda: restart_one.resume_guest(desk, guest.name)
+    )
     return work
 
 
-def held(desk: Desk) -> Iterator[Finding]:
-    """The guests that did not come back from a handoff, each with why; what they are is in custody."""
-    state = desk.state
-    if any(isinstance(intent.action, Handoff) for intent in state.unfinished.values()):
-        return
-    whys = {each.name: each.why for each in desk.handoff.guests} if desk.handoff is not None else {}
-    for name in desk.custody.names():
-        guest = name.removeprefix("state:")
-        if guest != name and guest in state.guests and desk.live(guest) is None:
-            what = f"guest {guest} did not come back from a handoff: {whys.get(guest) or 'nobody started it'}"
-            remedy = f"memconsole guest resume {guest} tries again; memconsole guest stop {guest} gives it up"
-            yield Finding("handoff-guest-held", Severity.ERROR, guest, what, "custody", remedy)
-
-
-def give_up(desk: Desk, guest: str) -> None:
+def discard_saved_guest(desk: needs.InCustody, guest: str) -> None:
     """Let go of what a guest saved and did not come back from, if it did, and of sessions nothing of which is left."""
     with contextlib.suppress(NotFound):
         desk.custody.drop(f"state:{guest}")
-    tidy(desk)
+    finish_sessions(desk)
 
 
-def tidy(desk: Desk) -> None:
+def finish_sessions(desk: needs.InCustody) -> None:
     """Close the sessions of the kernel before that were kept, once nothing that came in them is in custody."""
     from memconsole.backend.handoff.bootplan import INCOMING
 
@@ -78,32 +80,36 @@ def tidy(desk: Desk) -> None:
                 desk.custody.drop(name)
 
 
-def waits(desk: Desk, guest: str) -> bool:
+def is_saved(desk: Handover, guest: str) -> bool:
     """Whether a guest did not come back from a handoff, and can be tried again."""
     if f"state:{guest}" not in desk.custody.names():
         return False
-    from memconsole.backend.handoff import alone
+    from memconsole.backend.handoff import restart_one
 
-    return alone.waits(desk, guest)
+    return restart_one.is_saved(desk, guest)
 
 
-def devices_wait(desk: Desk, guest: str) -> bool:
+def awaits_devices(desk: Handover, guest: str) -> bool:
     """Whether a guest is held after a handoff because devices of it are not back."""
     if not any(name.startswith("iova:") for name in desk.custody.names()):
         return False
-    from memconsole.backend.handoff import alone
+    from memconsole.backend.handoff import restart_one
 
-    return alone.devices_wait(desk, guest)
+    return restart_one.awaits_devices(desk, guest)
 
 
-def give_back(desk: Desk, work: Work, guest: Guest) -> None:
+def reattach_devices(desk: Handover, work: PreparedAction, guest: Guest) -> None:
     """The step before ``guest resume`` of one whose devices are not back."""
-    from memconsole.backend.handoff import alone
+    from memconsole.backend.handoff import restart_one
 
-    work.step("devices", f"give {guest.name} its devices back as they were", lambda: alone.give_back(desk, guest.name))
+    work.step(
+        "devices",
+        f"give {guest.name} its devices back",
+        lambda: restart_one.reattach_devices(desk, guest.name),
+    )
 
 
-def rehearse(desk: Desk, action: HandoffRehearse) -> Work:
+def rehearse(desk: sequence.HandoffDesk, action: HandoffRehearse) -> PreparedAction:
     """See :mod:`memconsole.backend.handoff.sequence`."""
     from memconsole.backend.handoff import sequence
 

@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import time
+from typing import Protocol
 
 import msgspec
 
 from memconsole.actions import Release, Reserve
-from memconsole.backend.desk import Desk, custody_name
-from memconsole.backend.state import Change
+from memconsole.backend import needs
+from memconsole.backend.custody import payloads
+from memconsole.backend.holdings import custody_name
+from memconsole.backend.ledger.state import StateChange
 from memconsole.backend.stores import memfd
 from memconsole.backend.verbs import handoff
-from memconsole.backend.verbs.common import free_name, known_region, not_frozen
-from memconsole.backend.verbs.work import Work
+from memconsole.backend.verbs.common import free_name, known_region
+from memconsole.backend.work import PreparedAction
 from memconsole.model import Region, RegionState
 from memconsole.units import format_duration, format_size
 
 
-def reserve(desk: Desk, action: Reserve) -> Work:
+class RegionReleasing(needs.OwnRegionFds, needs.RegionReaching, Protocol):
+    """What ``release`` needs."""
+
+
+def reserve(desk: needs.OwnRegionFds, action: Reserve) -> PreparedAction:
     """Set memory aside: ``create`` makes it, ``hold`` puts it into custody."""
-    work = Work(action.name, f"region {action.name} is reserved: {format_size(action.size)}")
+    work = PreparedAction(action.name, f"region {action.name} is reserved: {format_size(action.size)}")
     free_name(work, desk, action.name, region=True, guest=False)
     creation(work, desk, action)
     return work
 
 
-def creation(work: Work, desk: Desk, action: Reserve) -> None:
+def creation(work: PreparedAction, desk: needs.OwnRegionFds, action: Reserve) -> None:
     """The steps that make a region, and the refusals that the store has; ``work.change`` gets the region."""
     if action.store != memfd.NAME:
         work.refuse("NoSuchStore", f"there is no store {action.store}", f"stores: {memfd.NAME}", "leave --store out")
-    promised = desk.promised()
-    work.refusals += memfd.check(action.size, action.page_size, action.node, promised=promised)
+    if custody_name(action.name, 0) in desk.custody.names():
+        what = f"custody holds memory under the name {action.name}, which the ledger does not know"
+        work.refuse("NameInCustody", what, "reserving the name would free that memory", "choose another name")
+    promised = desk.promised_bytes()
+    work.refusals += memfd.reserve_refusals(
+        action.size, action.page_size, action.node, promised=promised, root=desk.root
+    )
     if work.refusals:
         return
     region = Region(
@@ -46,26 +58,25 @@ def creation(work: Work, desk: Desk, action: Reserve) -> None:
     work.aims = msgspec.structs.replace(work.aims, regions=(region,))
 
     def create() -> None:
-        fds = memfd.reserve(
+        fds = memfd.reserve_segments(
             action.name, action.size, action.page_size, action.node, prefault=action.prefault, promised=promised
         )
-        desk.hold(action.name, fds)
+        desk.hold_region(action.name, fds)
         made = msgspec.structs.replace(region, segments=memfd.segments(fds))
         work.change = msgspec.structs.replace(work.change, regions=(made,))
 
     def hold() -> None:
-        payload = msgspec.json.encode(work.change.regions[0])
         for index, fd in enumerate(desk.fds(action.name)):
-            desk.custody.put(custody_name(action.name, index), fd, payload)
+            payloads.put(desk.custody, custody_name(action.name, index), fd, work.change.regions[0])
 
     size = f"{format_size(action.size)} in pages of {format_size(action.page_size)}"
-    prefault = ", every page put in place" if action.prefault else ""
+    prefault = ", every page given a frame" if action.prefault else ""
     work.step(
         "create",
-        f"make the memory of region {action.name}: {size}{prefault}",
+        f"create the memory of region {action.name}: {size}{prefault}",
         create,
-        lambda: desk.let_go(action.name),
-        "give it back",
+        lambda: desk.close_fds(action.name),
+        "free it",
     )
     work.step(
         "hold",
@@ -76,31 +87,26 @@ def creation(work: Work, desk: Desk, action: Reserve) -> None:
     )
 
 
-def release(desk: Desk, action: Release) -> Work:
+def release(desk: RegionReleasing, action: Release) -> PreparedAction:
     """Free a region: ``wipe`` zeroes its contents, ``free`` takes its frames from everybody, ``forget`` drops it from
     custody. There is no undo.
     """
-    work = Work(action.region, f"region {action.region} is released")
+    work = PreparedAction(action.region, f"region {action.region} is released")
+    left = custody_names(desk, action.region)
+    if left and action.region not in desk.state.regions:
+        work.text = f"custody freed what it held as region {action.region}: {', '.join(left)}"
+        work.step("forget", f"take {', '.join(left)} out of custody", lambda: drop_custody(desk, action.region))
+        return work
     region = known_region(work, desk, action.region)
     if region is None:
         return work
-    not_frozen(work, region, "released")
-    grants = desk.state.grants_of(region=region.name)
-    if grants:
-        ids = ", ".join(f"{grant.id} to {grant.guest}" for grant in grants)
-        work.refuse("Granted", f"region {region.name} is granted", ids, f"memconsole revoke {grants[0].id}")
-    elif not desk.has(region.name):
-        work.text = f"region {region.name} is forgotten; its memory was lost already"
-    elif mapped := desk.reach(region).mapped:
-        pids = ", ".join(str(pid) for pid in sorted({over.pid for over in mapped}))
-        work.refuse(
-            "StillMapped",
-            f"region {region.name} is still mapped",
-            f"processes {pids} map it without a grant",
-            f"end process {mapped[0].pid} first",
-        )
+    _in_the_way(work, desk, region)
     if work.refusals:
         return work
+    if not desk.holds_region(region.name):
+        work.text = f"region {region.name} is forgotten; its memory was lost already"
+        if left:
+            work.text = f"region {region.name} is released, with what was left of it: {', '.join(left)}"
 
     wiped: list[str] = []
     work.step(
@@ -111,38 +117,60 @@ def release(desk: Desk, action: Release) -> Work:
 
     def free() -> None:
         began = time.monotonic_ns()
-        desk.free(region.name)
+        desk.free_region(region.name)
         took = format_duration(time.monotonic_ns() - began)
         if wiped[0]:
             work.text = f"region {region.name} is released: {wiped[0]}, freed in {took}"
 
-    work.step("free", f"free its {format_size(region.size)} for everybody", free)
+    work.step("free", f"free its {format_size(region.size)}", free)
 
     def forget() -> None:
         drop_custody(desk, region.name)
-        handoff.tidy(desk)
+        handoff.finish_sessions(desk)
 
     work.step("forget", "take it out of custody", forget)
-    work.change = Change(without_regions=(region.name,))
+    work.change = StateChange(without_regions=(region.name,))
     return work
 
 
-def _wipe(desk: Desk, region: Region) -> str:
+def _in_the_way(work: PreparedAction, desk: RegionReleasing, region: Region) -> None:
+    """Refuse while somebody has the region."""
+    grants = desk.state.grants_of(region=region.name)
+    if grants:
+        ids = ", ".join(f"{grant.id} to {grant.guest}" for grant in grants)
+        work.refuse(
+            "Granted", f"region {region.name} is granted", f"its grants: {ids}", f"memconsole revoke {grants[0].id}"
+        )
+    elif desk.holds_region(region.name) and (mapped := desk.region_reach(region).mapped):
+        pids = ", ".join(str(pid) for pid in sorted({over.pid for over in mapped}))
+        work.refuse(
+            "StillMapped",
+            f"region {region.name} is still mapped",
+            f"processes {pids} map it without a grant",
+            f"have process {mapped[0].pid} unmap it: it may still use the contents",
+        )
+
+
+def _wipe(desk: needs.RegionFds, region: Region) -> str:
     """Zero the contents of a region; how fast, or why not; nothing if its memory is lost."""
-    if not desk.has(region.name):
+    if not desk.holds_region(region.name):
         return ""
     began = time.monotonic_ns()
-    zeroed = memfd.wipe(desk.fds(region.name))
+    zeroed = memfd.wipe_segments(desk.fds(region.name))
     took = time.monotonic_ns() - began
     if zeroed is None:
-        return "its frames are zeroed by the kernel before anybody gets them"
+        return "the kernel zeroes its frames before they are used again"
     rate = format_size(zeroed * 1_000_000_000 // max(1, took))
     return f"{format_size(zeroed)} zeroed at {rate}/s" if zeroed else "it held nothing"
 
 
-def drop_custody(desk: Desk, region: str) -> None:
+def drop_custody(desk: needs.InCustody, region: str) -> None:
     """Take a region's segments out of custody, as many as are there."""
+    for name in custody_names(desk, region):
+        desk.custody.drop(name)
+
+
+def custody_names(desk: needs.InCustody, region: str) -> list[str]:
+    """What custody holds as segments of a region, whether or not the ledger knows it."""
     prefix = custody_name(region, 0)[:-1]
-    for name in desk.custody.names():
-        if name.startswith(prefix):
-            desk.custody.drop(name)
+    return [name for name in desk.custody.names() if name.startswith(prefix)]

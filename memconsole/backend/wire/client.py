@@ -8,17 +8,18 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
+from memconsole import decoding
 from memconsole.actions import Action
 from memconsole.backend.wire import protocol
-from memconsole.backend.wire.protocol import INTERFACE, Reply
-from memconsole.errors import Denied, MemconsoleError, NoControl, WireError
-from memconsole.model import Capability, Event, Outcome, Plan, Snapshot
+from memconsole.backend.wire.protocol import INTERFACE, VarlinkReply
+from memconsole.errors import Denied, MemconsoleError, NoControl, UsageError, WireError
+from memconsole.model import Capability, Event, Outcome, Part, Plan, Snapshot
 
 if TYPE_CHECKING:
     from memconsole.extents import ExtentTable
@@ -32,8 +33,6 @@ _CONTROL = socket.CMSG_SPACE(4 * protocol.MAX_FDS)
 _IDLE = 4
 
 T = TypeVar("T")
-
-_decode_reply = msgspec.json.Decoder(Reply).decode
 
 
 class Greeting(msgspec.Struct, frozen=True):
@@ -83,7 +82,7 @@ class _Capabilities(msgspec.Struct, frozen=True):
     capabilities: tuple[Capability, ...]
 
 
-class Connection:
+class ClientConnection:
     """One connection, for one call at a time."""
 
     def __init__(self, path: Path) -> None:
@@ -117,17 +116,17 @@ class Connection:
         except (BrokenPipeError, ConnectionResetError):
             pass
 
-    def receive(self, method: str, within: float | None, *, acting: bool = False) -> tuple[Reply, list[int]]:
+    def receive(self, method: str, within: float | None, *, acting: bool = False) -> tuple[VarlinkReply, list[int]]:
         """The next reply to ``method`` and its fds; errors as :meth:`call`."""
         raw = self._message(method, within, acting=acting)
         try:
-            reply = _decode_reply(raw)
-        except msgspec.DecodeError as error:
-            raise WireError(f"an answer to {method} that cannot be read", str(error)) from None
+            reply = decoding.json(raw, VarlinkReply, what=f"the answer to {method}", limit=MAX_REPLY)
+        except decoding.Undecodable as error:
+            raise WireError(error.what, error.why) from None
         if reply.error is not None:
             raise protocol.error_of(reply.error, reply.parameters)
         fds, self._fds = self._fds, []
-        return reply, fds
+        return msgspec.structs.replace(reply, parameters=protocol.given(reply.parameters)), fds
 
     def _message(self, method: str, within: float | None, *, acting: bool) -> bytes:
         deadline = None if within is None else time.monotonic() + within
@@ -194,13 +193,13 @@ def _unreachable(path: Path, error: OSError) -> MemconsoleError:
     if isinstance(error, FileNotFoundError):
         return NoControl(what, "there is no such socket", start, code="NoSocket")
     if isinstance(error, ConnectionRefusedError):
-        return NoControl(what, "the socket was left behind by one that died", start, code="StaleSocket")
+        return NoControl(what, "the control process that made the socket died", start, code="StaleSocket")
     if isinstance(error, PermissionError):
         return Denied(
-            f"{path} may not be opened", "its permissions forbid it", "run as root or as a member of its group"
+            f"{path} cannot be opened", "its permissions forbid it", "run as root or as a member of its group"
         )
     if isinstance(error, (TimeoutError, BlockingIOError)):
-        return NoControl(what, "it does not take connections", "look at its log", code="NoAnswer")
+        return NoControl(what, "it takes no connections", "see its log", code="NoAnswer")
     return NoControl(what, str(error), start)
 
 
@@ -208,7 +207,7 @@ def _no_answer(path: Path, method: str, seconds: float) -> NoControl:
     return NoControl(
         f"the control process at {path} does not answer {method}",
         f"nothing came within {seconds:g} s",
-        "look at its log; restart it if it hangs: guests and memory stay",
+        "see its log; restart it if it hangs: guests and memory stay",
         code="NoAnswer",
     )
 
@@ -224,9 +223,10 @@ class Client:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
-        self._idle: list[Connection] = []
+        self._idle: list[ClientConnection] = []
         self._lock = threading.Lock()
         self._latest: _Snapshot | None = None
+        self._knows_parts = True
         connection, self._greeting = self._open()
         self._put_back(connection)
 
@@ -240,23 +240,33 @@ class Client:
         """Why this user may only look, or nothing."""
         return self._greeting.read_only
 
-    @property
-    def greeting(self) -> Greeting:
-        """What the service said of itself when this client first connected."""
-        return self._greeting
+    def snapshot(self, parts: Collection[Part] = ()) -> Snapshot:
+        """See :class:`Source`; one that did not change since the last call is not sent again.
 
-    def snapshot(self) -> Snapshot:
-        """See :class:`Source`; one that did not change since the last call is not sent again."""
+        A service that does not know of parts yet gives one without.
+        """
         latest = self._latest
         known = latest.generation if latest is not None else None
-        taken = self._ask("GetSnapshot", {"known": known}, _Snapshot)
+        taken = self._take_snapshot(known, parts)
         if taken.snapshot is None:
             if latest is None:
-                raise WireError("no snapshot came", "the service took it for known")
+                raise WireError(
+                    "the answer has no snapshot", "the service sent none", "upgrade the older of client and service"
+                )
             taken = latest
         self._latest = taken
         assert taken.snapshot is not None  # noqa: S101 - what is kept always has one
         return taken.snapshot
+
+    def _take_snapshot(self, known: int | None, parts: Collection[Part]) -> _Snapshot:
+        if parts and self._knows_parts:
+            try:
+                return self._ask("GetSnapshot", {"known": known, "parts": sorted(parts)}, _Snapshot)
+            except UsageError as error:
+                if error.code != "InvalidParameter":
+                    raise
+                self._knows_parts = False
+        return self._ask("GetSnapshot", {"known": known}, _Snapshot)
 
     def extents(self, key: str) -> ExtentTable:
         """See :class:`Source`; the table is mapped, never copied."""
@@ -266,7 +276,7 @@ class Client:
         try:
             index = _read(raw, _Extents).fd
             if not 0 <= index < len(fds):
-                raise WireError("no table came", f"fd {index} of {len(fds)}")
+                raise WireError("the answer has no table", f"fd {index} of {len(fds)}")
             return ExtentTable.from_fd(fds[index])
         finally:
             for fd in fds:
@@ -283,13 +293,18 @@ class Client:
             for fd in fds:
                 undo.callback(os.close, fd)
             if _read(raw, _Segments).fds != list(range(len(fds))):
-                raise WireError("not every segment came", f"{len(fds)} descriptors came", "is the service as old?")
+                raise WireError(
+                    "the answer lacks segments",
+                    f"{len(fds)} descriptors came",
+                    "upgrade the older of client and service, then restart the service",
+                )
             undo.pop_all()
         return fds
 
-    def plan(self, action: Action) -> Plan:
+    def plan(self, action: Action, after: Sequence[Action] = ()) -> Plan:
         """See :class:`Source`."""
-        return self._ask("Plan", {"action": action}, _Plan).plan
+        before = {"after": list(after)} if after else {}
+        return self._ask("Plan", {"action": action, **before}, _Plan).plan
 
     def apply(self, action: Action) -> Outcome:
         """See :class:`Source`; an action is sent once, on a connection of its own, and never again by itself."""
@@ -316,17 +331,18 @@ class Client:
         """What the host can do, by what the control process may see."""
         return self._ask("Doctor", {}, _Capabilities).capabilities
 
-    def follow(self, after: int) -> Iterator[Event]:
+    def follow(self, after: int) -> Generator[Event, None, None]:
         """The events above ``after``, and every new one as it happens; ends with the service, by its error."""
         for reply in self._stream("Events", {"after": after}):
             yield from _read(reply, _Events).events
 
-    def watch(self, every: float = 1.0) -> Iterator[Snapshot]:
-        """A Snapshot now and every so many seconds; only what changed is sent."""
+    def watch(self, every: float = 1.0, parts: Collection[Part] = ()) -> Generator[Snapshot, None, None]:
+        """A Snapshot with these parts now and every so many seconds; only what changed is sent."""
         from memconsole.backend.wire import delta
 
         last: tuple[int, Snapshot] | None = None
-        for reply in self._stream("Watch", {"every_ms": int(every * 1000)}):
+        wanted = {"parts": sorted(parts)} if parts else {}  # which an older service refuses
+        for reply in self._stream("Watch", {"every_ms": int(every * 1000), **wanted}):
             last = delta.advance(last, _read(reply, delta.Watched))
             yield last[1]
 
@@ -339,8 +355,8 @@ class Client:
 
     # --- connections ----------------------------------------------------------------------------------------------
 
-    def _open(self) -> tuple[Connection, Greeting]:
-        connection = Connection(self._path)
+    def _open(self) -> tuple[ClientConnection, Greeting]:
+        connection = ClientConnection(self._path)
         try:
             raw, _ = connection.call("Hello", {"protocol": protocol.PROTOCOL}, CONNECT_S)
             return connection, _read(raw, Greeting)
@@ -348,7 +364,7 @@ class Client:
             connection.close()
             raise
 
-    def _take(self) -> Connection:
+    def _take(self) -> ClientConnection:
         while True:
             with self._lock:
                 connection = self._idle.pop() if self._idle else None
@@ -358,7 +374,7 @@ class Client:
                 return connection
             connection.close()
 
-    def _put_back(self, connection: Connection) -> None:
+    def _put_back(self, connection: ClientConnection) -> None:
         with self._lock:
             if len(self._idle) < _IDLE:
                 self._idle.append(connection)
@@ -402,10 +418,10 @@ class Client:
 
 def _read(raw: msgspec.Raw, kind: type[T]) -> T:
     try:
-        return msgspec.json.decode(raw, type=kind)
-    except msgspec.DecodeError as error:
+        return decoding.json(raw, kind, what="an answer of the control process", limit=MAX_REPLY)
+    except decoding.Undecodable as error:
         raise WireError(
-            "an answer of the control process cannot be read",
-            str(error),
-            "it is of another version: upgrade the older of the two, then restart the service",
+            error.what,
+            error.why,
+            "upgrade the older of client and service, then restart the service",
         ) from None

@@ -7,25 +7,25 @@ Time too: a message once begun must be finished, and an answer taken, within ``L
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import heapq
 import itertools
 import logging
 import os
 import select
 import socket
-import struct
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from memconsole import unforeseen
+from memconsole.backend.peers.peer import EXHAUSTED, ConnectionLimits, ConnectionSlots, Peer, PeerLog
+
 log = logging.getLogger("memconsole.wire")
 
-_UCRED = struct.Struct("=iII")
-_SO_PEERGROUPS = 59
 _RECEIVE = 1 << 16
 _SEND_BUFFER = 1 << 20
 _READ = select.EPOLLIN | select.EPOLLRDHUP
@@ -34,41 +34,14 @@ _PARKED = -1
 
 @dataclass(frozen=True)
 class Limits:
-    """What peers may cost; sizes in bytes."""
+    """What peers may cost; sizes in bytes. Strangers are peers of rank 0: all of them do not fill ``buffered``."""
 
     message: int = 1 << 20
+    strangers_message: int = 1 << 16
     buffered: int = 32 << 20
-    connections: int = 1024
-    per_user: int = 128
+    shares: ConnectionLimits = field(default_factory=ConnectionLimits)
     patience_s: float = 10.0
-
-
-@dataclass(frozen=True)
-class Peer:
-    """Who is at the other end (SO_PEERCRED, SO_PEERGROUPS), as it was when it connected."""
-
-    pid: int
-    uid: int
-    gid: int
-    groups: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, sock: socket.socket) -> Peer:
-        """The peer of a connected unix socket."""
-        pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-        size = 4 * 256
-        while True:
-            try:
-                raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, size)
-            except OSError as error:
-                if error.errno != errno.ERANGE:
-                    raise
-                size *= 16
-                continue
-            return cls(pid, uid, gid, struct.unpack(f"={len(raw) // 4}I", raw))
-
-    def __str__(self) -> str:
-        return f"uid {self.uid} pid {self.pid}"
+    strangers_idle_s: float = 30.0
 
 
 class Speaker(Protocol):
@@ -77,33 +50,34 @@ class Speaker(Protocol):
     end: bytes
     """What ends a message; it is no part of it."""
 
-    def opened(self, connection: Connection) -> None:
+    def opened(self, connection: PeerConnection) -> None:
         """A peer connected."""
 
-    def received(self, connection: Connection, message: bytes) -> None:
+    def received(self, connection: PeerConnection, message: bytes) -> None:
         """A whole message arrived; the next comes when ``connection.busy`` is false and all output is taken."""
 
-    def refuse(self, connection: Connection, code: str, why: str) -> None:
+    def refuse(self, connection: PeerConnection, code: str, why: str) -> None:
         """Say, if there is a way to, why the connection is about to be closed."""
 
-    def closed(self, connection: Connection) -> None:
+    def closed(self, connection: PeerConnection) -> None:
         """The connection is gone."""
 
 
 @dataclass(eq=False)
-class Connection:
+class PeerConnection:
     """One peer; ``busy`` holds back its further messages, ``streaming`` makes its hang-up the end of everything."""
 
     loop: Loop
     sock: socket.socket
     peer: Peer
     speaker: Speaker
+    rank: int
     busy: bool = False
     streaming: bool = False
     open: bool = True
     inbox: bytearray = field(default_factory=bytearray)
     outbox: deque[tuple[memoryview, tuple[int, ...]]] = field(default_factory=deque)
-    waiting_since: float = 0.0
+    waiting_since: float = field(default_factory=time.monotonic)
     ended: bool = False
     finishing: bool = False
     mask: int = 0
@@ -139,16 +113,19 @@ def _close_all(fds: Sequence[int]) -> None:
 class Loop:
     """The epoll loop; only ``call`` and ``stop`` may be called from other threads."""
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(self, limits: Limits | None = None, rank: Callable[[Peer], int] | None = None) -> None:
+        """``rank`` says which of ``Limits.shares`` a peer belongs to; everybody to the last, if there is none."""
         self.limits = limits or Limits()
+        last = len(self.limits.shares.ranks) - 1
+        self._places = ConnectionSlots(self.limits.shares, rank or (lambda _: last))
+        self.peers = PeerLog(self.later)
         self._epoll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake, select.EPOLLIN)
         self._listeners: dict[int, tuple[socket.socket, Speaker]] = {}
-        self._connections: dict[int, Connection] = {}
-        self._users: Counter[int] = Counter()
+        self._connections: dict[int, PeerConnection] = {}
         self._buffered = 0
-        self._runnable: deque[Connection] = deque()
+        self._runnable: deque[PeerConnection] = deque()
         self._calls: deque[Callable[[], None]] = deque()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
@@ -199,14 +176,28 @@ class Loop:
                 if fd == self._wake:
                     os.eventfd_read(self._wake)
                 elif fd in self._listeners:
-                    self._accept(*self._listeners[fd])
-                else:
-                    self._ready(fd, event)
+                    with unforeseen.contained("a connection's begin", "loop"):
+                        self._accept(*self._listeners[fd])
+                elif (connection := self._connections.get(fd)) is not None:
+                    with self.contained(connection):
+                        self._ready(connection, event)
             while self._calls:
-                self._calls.popleft()()
+                with unforeseen.contained("a call to the loop", "loop"):
+                    self._calls.popleft()()
             for _ in range(len(self._runnable)):
-                self._take(self._runnable.popleft())
+                connection = self._runnable.popleft()
+                with self.contained(connection):
+                    self._take(connection)
             self._due()
+
+    @contextlib.contextmanager
+    def contained(self, connection: PeerConnection) -> Iterator[None]:
+        """An exception that was not foreseen ends the one connection it came of."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - this is where it ends
+            unforeseen.note(error, f"the service of {connection.peer}", "loop")
+            self.drop(connection)
 
     def close(self) -> None:
         """Close every connection, listener and descriptor."""
@@ -240,7 +231,8 @@ class Loop:
     def _due(self) -> None:
         now = time.monotonic()
         while self._timers and self._timers[0][0] <= now:
-            heapq.heappop(self._timers)[2]()
+            with unforeseen.contained("a timer of the loop", "loop"):
+                heapq.heappop(self._timers)[2]()
 
     # --- connections ----------------------------------------------------------------------------------------------
 
@@ -250,7 +242,7 @@ class Loop:
         except BlockingIOError:
             return
         except OSError as error:
-            if error.errno not in {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}:
+            if error.errno not in EXHAUSTED:
                 raise
             log.warning("cannot accept a connection: %s; trying again in a second", error.strerror)
             self._epoll.modify(listener.fileno(), 0)
@@ -259,30 +251,27 @@ class Loop:
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         peer = Peer.of(sock)
-        connection = Connection(self, sock, peer, speaker)
+        rank, crowded = self._places.take(peer)
+        connection = PeerConnection(self, sock, peer, speaker, rank)
         self._connections[sock.fileno()] = connection
-        self._users[peer.uid] += 1
         self._epoll.register(sock.fileno(), _READ)
         connection.mask = _READ
         if not self._sweeping:
             self._sweeping = True
             self.later(1.0, self._sweep)
         speaker.opened(connection)
-        if len(self._connections) > self.limits.connections:
-            self._refuse(connection, "TooManyClients", f"{self.limits.connections} are connected")
-        elif peer.uid and self._users[peer.uid] > self.limits.per_user:
-            self._refuse(connection, "TooManyClients", f"user {peer.uid} has {self.limits.per_user} connections")
+        if crowded:
+            self._refuse(connection, "TooManyClients", crowded)
 
-    def drop(self, connection: Connection) -> None:
+    def drop(self, connection: PeerConnection) -> None:
         """Close a connection now, whatever it still wanted."""
         if not connection.open:
             return
         connection.open = False
         fd = connection.sock.fileno()
         del self._connections[fd]
-        self._users[connection.peer.uid] -= 1
-        if not self._users[connection.peer.uid]:
-            del self._users[connection.peer.uid]
+        self._places.give_up(connection.peer, connection.rank)
+        connection.peer.close()
         self._buffered -= len(connection.inbox)
         connection.inbox.clear()
         for _, fds in connection.outbox:
@@ -291,19 +280,17 @@ class Loop:
         if connection.mask != _PARKED:
             self._epoll.unregister(fd)
         connection.sock.close()
-        connection.speaker.closed(connection)
+        with unforeseen.contained("a connection's end", "loop"):
+            connection.speaker.closed(connection)
 
-    def _refuse(self, connection: Connection, code: str, why: str) -> None:
+    def _refuse(self, connection: PeerConnection, code: str, why: str) -> None:
         connection.busy = True
         self._buffered -= len(connection.inbox)
         connection.inbox.clear()
         connection.speaker.refuse(connection, code, why)
         connection.finish()
 
-    def _ready(self, fd: int, event: int) -> None:
-        connection = self._connections.get(fd)
-        if connection is None:
-            return
+    def _ready(self, connection: PeerConnection, event: int) -> None:
         if event & select.EPOLLOUT:
             self.flush(connection)
         if not connection.open:
@@ -317,7 +304,7 @@ class Loop:
         else:
             self._watch(connection)
 
-    def _hung_up(self, connection: Connection) -> None:
+    def _hung_up(self, connection: PeerConnection) -> None:
         if connection.busy and not connection.finishing:
             # Calls sent before the peer left are still to be heard; epoll would report the hang-up all the while.
             self._epoll.unregister(connection.sock.fileno())
@@ -325,11 +312,11 @@ class Loop:
         else:
             self.drop(connection)
 
-    def _accepting(self, connection: Connection) -> bool:
+    def _accepting(self, connection: PeerConnection) -> bool:
         held = connection.busy or connection.outbox or connection.ended or connection.finishing
         return not held and self._stop_at is None
 
-    def _watch(self, connection: Connection) -> None:
+    def _watch(self, connection: PeerConnection) -> None:
         mask = _READ if self._accepting(connection) else 0
         if connection.streaming:
             mask |= select.EPOLLRDHUP
@@ -343,7 +330,7 @@ class Loop:
             self._epoll.modify(connection.sock.fileno(), mask)
         connection.mask = mask
 
-    def _receive(self, connection: Connection) -> None:
+    def _receive(self, connection: PeerConnection) -> None:
         try:
             data = connection.sock.recv(_RECEIVE)
         except BlockingIOError:
@@ -363,12 +350,12 @@ class Loop:
         self._buffered += len(data)
         if inbox.find(connection.speaker.end, searched) >= 0:
             self._take(connection)
-        elif len(inbox) > self.limits.message:
-            self._refuse(connection, "TooLarge", f"a message is at most {self.limits.message} bytes")
+        elif len(inbox) > (most := self.limits.message if connection.rank else self.limits.strangers_message):
+            self._refuse(connection, "TooLarge", f"a message is at most {most} bytes")
         elif self._buffered > self.limits.buffered:
             self._refuse(connection, "Busy", f"unfinished messages of all clients exceed {self.limits.buffered} bytes")
 
-    def proceed(self, connection: Connection) -> None:
+    def proceed(self, connection: PeerConnection) -> None:
         """Let a connection's next message be taken in its turn; close it if its peer ended and nothing is left."""
         if connection.busy or connection.outbox or not connection.open:
             return
@@ -379,7 +366,7 @@ class Loop:
         else:
             self._watch(connection)
 
-    def _take(self, connection: Connection) -> None:
+    def _take(self, connection: PeerConnection) -> None:
         if connection.busy or connection.outbox or not connection.open or connection.finishing or self._stop_at:
             return
         inbox = connection.inbox
@@ -395,7 +382,7 @@ class Loop:
         if connection.inbox or connection.ended:
             self.proceed(connection)
 
-    def flush(self, connection: Connection) -> None:
+    def flush(self, connection: PeerConnection) -> None:
         """Send what the peer will take of what is queued."""
         outbox = connection.outbox
         try:
@@ -415,7 +402,7 @@ class Loop:
             self._watch(connection)
             return
         except OSError as error:
-            log.info("dropped %s: %s", connection.peer, error.strerror)
+            self.peers.line(logging.INFO, connection.peer, "dropped %s: %s", connection.peer, error.strerror)
             self.drop(connection)
             return
         if connection.finishing:
@@ -426,15 +413,24 @@ class Loop:
             self.proceed(connection)
 
     def _sweep(self) -> None:
-        oldest = time.monotonic() - self.limits.patience_s
-        for connection in list(self._connections.values()):
-            if connection.waiting_since > oldest:
-                continue
-            if connection.outbox:
-                log.warning("dropped %s: it does not read what it asked for", connection.peer)
-                self.drop(connection)
-            elif connection.inbox and not connection.busy:
-                self._refuse(connection, "Unfinished", f"a message is finished within {self.limits.patience_s:g} s")
         self._sweeping = bool(self._connections)
         if self._sweeping:
             self.later(1.0, self._sweep)
+        now = time.monotonic()
+        for connection in list(self._connections.values()):
+            self._end_overdue(connection, now - connection.waiting_since)
+
+    def _end_overdue(self, connection: PeerConnection, waited: float) -> None:
+        patience = self.limits.patience_s
+        if connection.outbox:
+            if waited > patience:
+                text = "dropped %s: it does not read what it asked for"
+                self.peers.line(logging.WARNING, connection.peer, text, connection.peer)
+                self.drop(connection)
+        elif connection.busy:
+            pass
+        elif connection.inbox:
+            if waited > patience:
+                self._refuse(connection, "Unfinished", f"a message is finished within {patience:g} s")
+        elif not connection.rank and waited > self.limits.strangers_idle_s:
+            self.drop(connection)

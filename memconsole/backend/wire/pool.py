@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 from collections.abc import Callable
 
-log = logging.getLogger("memconsole.wire")
+from memconsole import unforeseen
 
 
 class Pool:
@@ -29,7 +28,7 @@ class Pool:
                 return False
             self._unfinished += 1
             if self._unfinished > len(self._threads) and len(self._threads) < self._most_threads:
-                thread = threading.Thread(target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True)
+                thread = unforeseen.thread(f"{self._name}-{len(self._threads)}", self._work)
                 self._threads.append(thread)
                 thread.start()
         self._jobs.put(job)
@@ -44,9 +43,7 @@ class Pool:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            try:
+            with unforeseen.contained(f"a job of {self._name}", "job"):
                 job()
-            except Exception:
-                log.exception("a job failed")
             with self._lock:
                 self._unfinished -= 1

@@ -16,13 +16,17 @@ from typing import Any
 
 import msgspec
 
-from memconsole import errors
+from memconsole import decoding, errors
 from memconsole.errors import KernelRefused, MemconsoleError, NoControl, UsageError, WireError
 
 INTERFACE = "io.memconsole"
 SERVICE = "org.varlink.service"
-PROTOCOL = 1
-"""Raised when a client of the version before could not work with a server of this one, or the other way round."""
+PROTOCOL = 2
+"""Raised when a client of the version before could not work with a server of this one, or the other way round.
+
+Not for what is added: a client passes over what it does not know of a reply, and a server refuses by name a method or
+parameter that it does not know, so a newer client can do without.
+"""
 
 MAX_FDS = 253
 """The most file descriptors beside one message (SCM_MAX_FD)."""
@@ -30,7 +34,7 @@ MAX_FDS = 253
 EMPTY = msgspec.Raw(b"{}")
 
 
-class Request(msgspec.Struct, frozen=True):
+class VarlinkCall(msgspec.Struct, frozen=True):
     """A call; a member that Varlink does not know is ignored, as it asks."""
 
     method: str
@@ -40,7 +44,12 @@ class Request(msgspec.Struct, frozen=True):
     upgrade: bool | None = False
 
 
-class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
+def given(parameters: msgspec.Raw) -> msgspec.Raw:
+    """The parameters of a message; ``null``, as some write it where there are none, stands for none."""
+    return EMPTY if bytes(parameters) == b"null" else parameters
+
+
+class VarlinkReply(msgspec.Struct, frozen=True, omit_defaults=True):
     """An answer, or an error by name."""
 
     parameters: msgspec.Raw = EMPTY
@@ -48,7 +57,7 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
     continues: bool | None = False
 
 
-class Fault(msgspec.Struct, frozen=True, omit_defaults=True):
+class Fault(msgspec.Struct, frozen=True):
     """The parameters of every error of ``io.memconsole``; ``errno`` and ``source`` where a system call failed."""
 
     code: str = ""
@@ -85,9 +94,9 @@ def error_of(name: str, parameters: msgspec.Raw) -> MemconsoleError:
         return _standard_error(member, parameters)
     cls = ERRORS.get(member) if interface == INTERFACE else None
     try:
-        fault = msgspec.json.decode(parameters, type=Fault)
-    except msgspec.DecodeError as error:
-        return WireError(f"an error {name} that cannot be read", str(error))
+        fault = decoding.convert(_told(parameters, name), Fault, what=f"the error {name}")
+    except decoding.Undecodable as error:
+        return WireError(error.what, error.why)
     if cls is None:
         return MemconsoleError(fault.what or name, fault.why, fault.remedy, code=fault.code or member)
     if issubclass(cls, KernelRefused):
@@ -97,13 +106,24 @@ def error_of(name: str, parameters: msgspec.Raw) -> MemconsoleError:
     return cls(fault.what, fault.why, fault.remedy, code=fault.code)
 
 
+def _told(parameters: msgspec.Raw, name: str) -> dict[str, Any]:
+    """The parameters of an error that say something."""
+    found = decoding.json(given(parameters), dict[str, Any], what=f"the error {name}")
+    return {member: value for member, value in found.items() if value is not None}
+
+
 def _standard_error(member: str, parameters: msgspec.Raw) -> MemconsoleError:
     try:
-        about = ", ".join(str(value) for value in msgspec.json.decode(parameters, type=dict[str, Any]).values())
-    except msgspec.DecodeError:
+        about = ", ".join(str(value) for value in _told(parameters, member).values())
+    except decoding.Undecodable:
         about = ""
     if member == "InvalidParameter":
-        return UsageError(f"the control process does not take {about or 'these parameters'}", "", code=member)
+        return UsageError(
+            f"the control process does not take {about or 'these parameters'}",
+            "the value is not of its type",
+            "see the interface's description",
+            code=member,
+        )
     return WireError(
         f"the control process does not know {about or 'this call'}",
         "it is of another version",
@@ -127,7 +147,7 @@ def gone(path: str, method: str, *, acting: bool) -> NoControl:
     return NoControl(
         f"the control process at {path} went away during {method}",
         "its end of the connection was closed before the answer",
-        "start it again; the action is then wholly done or wholly not, look before you repeat it"
+        "start it again; the action is then wholly done or wholly not, check the events before you repeat it"
         if acting
         else "start it again with memconsole serve",
         code="ControlDied",

@@ -1,7 +1,8 @@
 """The service ``io.memconsole``: Varlink calls to a Source, by role, each answered or refused before its deadline.
 
 epoll loop ── received ─→ role ─→ method ─┬─ fresh Snapshot, events, introspection: answered on the spot
-                                          ├─ Pool "read": survey, PFN tables, plans
+                                          ├─ Pool "read": survey, PFN tables
+                                          ├─ Pool "plan": plans, which may look at files for long: readers do not wait
                                           └─ Pool "act":  applied Actions, with who asked
               streams (more): one tick looks for news, every subscriber takes what it lacks when it has taken the rest
 """
@@ -12,41 +13,44 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from functools import partial
+from typing import Annotated, Any, ClassVar, Protocol
 
 import msgspec
 
 import memconsole
-from memconsole import actions
+from memconsole import actions, decoding, unforeseen
 from memconsole.actions import Action
-from memconsole.backend.wire import protocol
-from memconsole.backend.wire.loop import Connection, Loop, Peer
+from memconsole.backend.peers.peer import Peer, Rate
+from memconsole.backend.wire import named, protocol
+from memconsole.backend.wire.call import Call, log
+from memconsole.backend.wire.loop import Loop, PeerConnection
 from memconsole.backend.wire.pool import Pool
-from memconsole.backend.wire.protocol import INTERFACE, SERVICE, Request
+from memconsole.backend.wire.protocol import INTERFACE, SERVICE, VarlinkCall
 from memconsole.backend.wire.roles import Role, Roles
-from memconsole.backend.wire.shared import SharedSurvey, Taken
+from memconsole.backend.wire.shared_survey import SharedSnapshot, SharedSurvey
 from memconsole.backend.wire.streams import Streams
 from memconsole.errors import Denied, MemconsoleError, Refused
-from memconsole.model import Outcome, Snapshot
+from memconsole.model import Outcome, Part, Snapshot
 from memconsole.source import Source
-
-log = logging.getLogger("memconsole.wire")
 
 READ_S = 30.0
 ACT_S = 900.0
 DENIALS_EVERY_S = 60.0
+DENIALS = 20
+"""Denials that are recorded within that time, of all users together: whoever has 65536 uids is one of them."""
 _BACKTICKED = re.compile(r"`([^`]*)`")
 
 
-class Served(Source, Protocol):
+class ServiceSource(Source, Protocol):
     """A Source that is told who asks, and whose ``events`` wait for nothing: the loop's own thread calls them."""
 
     def apply(self, action: Action, *, peer: str = "") -> Outcome:
         """See :class:`Source`; ``peer`` goes into the ledger."""
 
-    def lend(self, region: str, *, peer: str = "") -> tuple[int, ...]:
+    def open_readonly(self, region: str, *, peer: str = "") -> tuple[int, ...]:
         """Read-only fds of a region's segments, in order, which the caller closes; it becomes an event."""
 
     def denied(self, peer: str, what: str) -> None:
@@ -69,8 +73,9 @@ class _Hello(_Strict, frozen=True):
     protocol: int
 
 
-class _Known(_Strict, frozen=True):
+class _Wanted(_Strict, frozen=True):
     known: int | None = None
+    parts: tuple[Part, ...] | None = None
 
 
 class _Key(_Strict, frozen=True):
@@ -85,8 +90,17 @@ class _Action(_Strict, frozen=True):
     action: dict[str, Any]
 
 
+MOST_BEFORE = 256
+"""Actions that one may be planned after: each is planned as well, and who may only look can ask for it."""
+
+
+class _Planned(_Strict, frozen=True):
+    action: dict[str, Any]
+    after: Annotated[tuple[dict[str, Any], ...], msgspec.Meta(max_length=MOST_BEFORE)] | None = None
+
+
 class _After(_Strict, frozen=True):
-    after: int = 0
+    after: int | None = None
 
 
 class _At(_Strict, frozen=True):
@@ -95,52 +109,7 @@ class _At(_Strict, frozen=True):
 
 class _Every(_Strict, frozen=True):
     every_ms: int | None = None
-
-
-@dataclass(eq=False)
-class Call:
-    """One call on its way to its answer; every method is called on the loop's thread."""
-
-    connection: Connection
-    method: str
-    more: bool
-    oneway: bool
-    open: bool = True
-
-    def answer(self, parameters: bytes, fds: Sequence[int] = (), *, continues: bool = False) -> None:
-        """Reply with JSON parameters, and with file descriptors, which are closed once they are sent."""
-        if not self.open or self.oneway:
-            for fd in fds:
-                os.close(fd)
-        else:
-            tail = b',"continues":true}\0' if continues else b"}\0"
-            self.connection.send(b'{"parameters":' + parameters + tail, fds)
-        self._done(continues)
-
-    def fail(self, error: Exception) -> None:
-        """Reply with an error; one that nobody foresaw is logged."""
-        if not isinstance(error, MemconsoleError):
-            log.error("%s failed", self.method, exc_info=error)
-            error = MemconsoleError(
-                f"{self.method} failed",
-                f"{type(error).__name__}: {error}",
-                "this is a fault of memconsole: see the service's log",
-                code="Internal",
-            )
-        name, fault = protocol.fault_of(error)
-        self.reject(name, msgspec.to_builtins(fault))
-
-    def reject(self, name: str, about: dict[str, Any]) -> None:
-        """Reply with an error by its whole name."""
-        if self.open and not self.oneway:
-            self.connection.send(msgspec.json.encode({"error": name, "parameters": about}) + b"\0")
-        self._done(continues=False)
-
-    def _done(self, continues: bool) -> None:
-        if self.open and not continues:
-            self.open = False
-            if self.connection.busy:
-                self.connection.release()
+    parts: tuple[Part, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +122,7 @@ class Method:
 
 
 @dataclass
-class Answer:
+class CallResult:
     """What a worker found: JSON parameters and descriptors."""
 
     parameters: bytes
@@ -165,18 +134,20 @@ class Service:
     """The speaker of Varlink on the control socket, over one Source."""
 
     loop: Loop
-    source: Served
+    source: ServiceSource
     roles: Roles
     end: bytes = b"\0"
-    _denials: dict[int, float] = field(default_factory=dict)
+    _denials: Rate = field(default_factory=lambda: Rate(1, DENIALS, DENIALS_EVERY_S))
     _held: list[tuple[Call, float, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._read = Pool("memconsole-read", 4, 256)
+        self._think = Pool("memconsole-plan", 2, 128)
         self._act = Pool("memconsole-act", 4, 64)
-        self.survey = SharedSurvey(self.loop, self._read, self.source.snapshot)
+        # One at a time is taken, and none waits behind those who read tables or the past.
+        self._look = Pool("memconsole-survey", 1, 1)
+        self.survey = SharedSurvey(self.loop, self._look, self.source.snapshot)
         self._streams = Streams(self.loop, self._read, self.survey, self.source)
-        self._decode = msgspec.json.Decoder(Request).decode
 
     def farewell(self) -> None:
         """Tell subscribers that the service ends."""
@@ -185,31 +156,33 @@ class Service:
     def close(self, within: float) -> None:
         """Wait, once the loop has ended, for what is still under way."""
         self._act.close(within)
+        self._think.close(within)
+        self._look.close(within)
         self._read.close(within)
 
     # --- the loop's side ------------------------------------------------------------------------------------------
 
-    def opened(self, connection: Connection) -> None:
+    def opened(self, connection: PeerConnection) -> None:
         """Nothing is said until the peer calls."""
 
-    def closed(self, connection: Connection) -> None:
+    def closed(self, connection: PeerConnection) -> None:
         """Forget a subscriber."""
         if connection.streaming:
             self._streams.closed(connection)
 
-    def refuse(self, connection: Connection, code: str, why: str) -> None:
+    def refuse(self, connection: PeerConnection, code: str, why: str) -> None:
         """Name the bound of the loop that a peer ran into."""
-        log.warning("refused %s: %s: %s", connection.peer, code, why)
+        self.loop.peers.line(logging.WARNING, connection.peer, "refused %s: %s: %s", connection.peer, code, why)
         Call(connection, "", more=False, oneway=False).fail(
-            Refused("the connection is closed", why, "see the interface's documentation", code=code)
+            Refused("the connection is closed", why, "see the interface's description", code=code)
         )
 
-    def received(self, connection: Connection, message: bytes) -> None:
+    def received(self, connection: PeerConnection, message: bytes) -> None:
         """Serve one call."""
         try:
-            request = self._decode(message)
-        except msgspec.DecodeError as error:
-            self.refuse(connection, "NotVarlink", f"this is no call: {error}")
+            request = decoding.json(message, VarlinkCall, what="the call")
+        except decoding.Undecodable as error:
+            self.refuse(connection, "NotVarlink", f"this is no call: {error.why}")
             connection.finish()
             return
         call = Call(connection, request.method, bool(request.more and not request.oneway), bool(request.oneway))
@@ -220,10 +193,10 @@ class Service:
             elif method.role and (role := self.roles.of(connection.peer)) < method.role:
                 self._deny(call, role)
             else:
-                parameters = msgspec.json.decode(request.parameters, type=method.parameters)
+                parameters = decoding.json(protocol.given(request.parameters), method.parameters, what=request.method)
                 method.serve(self, call, parameters)
-        except msgspec.ValidationError as error:
-            call.reject(f"{SERVICE}.InvalidParameter", {"parameter": _parameter(str(error))})
+        except decoding.Undecodable as error:
+            call.reject(f"{SERVICE}.InvalidParameter", {"parameter": _parameter(error.why)})
         except Exception as error:  # noqa: BLE001 - one call's fault must not end the service; fail() logs it
             call.fail(error)
 
@@ -239,44 +212,44 @@ class Service:
         what = call.method.rpartition(".")[2]
         self.record_denial(peer, what)
         role_name = "a viewer" if role is Role.VIEWER else "neither operator nor viewer"
-        raise Denied(f"{what} is denied", f"user {peer.uid} is {role_name}", "ask an operator, or be made one")
+        raise Denied(
+            f"{what} is denied", f"user {peer.uid} is {role_name}", "ask an operator, or join the operators' group"
+        )
 
     def record_denial(self, peer: Peer, what: str) -> None:
-        """Have a denial recorded; of one user once a minute, so that nobody can flood the ledger."""
-        now = time.monotonic()
-        if now - self._denials.get(peer.uid, -DENIALS_EVERY_S) >= DENIALS_EVERY_S:
-            self._denials[peer.uid] = now
+        """Have a denial recorded; of one user once a minute, and few of all, so that they cannot flood the ledger."""
+        if self._denials.take(peer.uid):
             log.warning("denied %s to %s", what, peer)
-            self.read(lambda: self.source.denied(str(peer), what))
+            who = peer.who()
+            self.read(lambda: self.source.denied(who, what))
 
     def read(self, job: Callable[[], None]) -> bool:
         """Run a job among the reading calls; false if too many wait."""
         return self._read.submit(job)
 
-    def each(self, seconds: float, what: Callable[[Snapshot], None]) -> None:
+    def each(self, seconds: float, what: Callable[[Snapshot], None], parts: Collection[Part] = ()) -> None:
         """Have ``what`` called with a Snapshot every so many seconds; an error is logged once, not each time."""
         complaint = ""
 
         def begin() -> None:
-            self.survey.get(taken)
+            self.survey.get(taken, parts)
 
-        def taken(found: Taken | Exception) -> None:
+        def taken(found: SharedSnapshot | MemconsoleError) -> None:
             if not self.read(lambda: job(found)):
                 self.loop.later(seconds, begin)
 
-        def job(found: Taken | Exception) -> None:
+        def done(found: SharedSnapshot | MemconsoleError) -> None:
+            if isinstance(found, MemconsoleError):
+                raise found
+            what(found.snapshot)
+
+        def job(found: SharedSnapshot | MemconsoleError) -> None:
             nonlocal complaint
-            try:
-                if isinstance(found, Exception):
-                    raise found
-                what(found.snapshot)
-                complaint = ""
-            except MemconsoleError as error:
-                if str(error) != complaint:
-                    complaint = str(error)
-                    log.warning("%s", error)
-            finally:
-                self.loop.call(lambda: self.loop.later(seconds, begin))
+            said = unforeseen.attempt("what is done every while", "job", partial(done, found))
+            if said is not None and str(said) != complaint:
+                log.warning("%s", said)
+            complaint = "" if said is None else str(said)
+            self.loop.call(lambda: self.loop.later(seconds, begin))
 
         self.loop.call(begin)
 
@@ -304,65 +277,74 @@ class Service:
         if p.protocol != protocol.PROTOCOL:
             raise protocol.version_mismatch(protocol.PROTOCOL, p.protocol)
         role = self.roles.of(call.connection.peer)
-        reason = self.source.read_only or ("" if role is Role.OPERATOR else "your user may look, not act")
+        reason = self.source.read_only or ("" if role is Role.OPERATOR else "your user is a viewer: it cannot act")
         hello = {"protocol": protocol.PROTOCOL, "version": memconsole.__version__, "label": self.source.label}
         call.answer(msgspec.json.encode({**hello, "role": role.name.lower(), "read_only": reason}))
 
-    def _get_snapshot(self, call: Call, p: _Known) -> None:
-        taken = self.survey.latest
+    def _get_snapshot(self, call: Call, p: _Wanted) -> None:
+        taken = self.survey.latest(p.parts or ())
         if taken is not None:
             self._send_snapshot(call, taken, p.known)
             return
         self._hold(call, READ_S)
 
-        def then(found: Taken | Exception) -> None:
-            if isinstance(found, Taken):
+        def then(found: SharedSnapshot | MemconsoleError) -> None:
+            if isinstance(found, SharedSnapshot):
                 self._send_snapshot(call, found, p.known)
             else:
                 call.fail(found)
 
-        self.survey.get(then)
+        self.survey.get(then, p.parts or ())
 
-    def _send_snapshot(self, call: Call, taken: Taken, known: int | None) -> None:
+    def _send_snapshot(self, call: Call, taken: SharedSnapshot, known: int | None) -> None:
         if taken.generation == known:
             call.answer(b'{"generation":%d}' % taken.generation)
         else:
             call.answer(b'{"generation":%d,"snapshot":%b}' % (taken.generation, taken.encoded))
 
     def _get_extents(self, call: Call, p: _Key) -> None:
-        def work() -> Answer:
+        def work() -> CallResult:
             table = self.source.extents(p.key)
             try:
                 # What a client gets must not be a way to change what another gets.
                 fd = os.open(f"/proc/self/fd/{table.fd}", os.O_RDONLY | os.O_CLOEXEC)
                 about = {"fd": 0, "rows": len(table), "page_size": table.page_size}
-                return Answer(msgspec.json.encode(about), (fd,))
+                return CallResult(msgspec.json.encode(about), (fd,))
             finally:
                 table.close()
 
         self._work(call, self._read, READ_S, work)
 
     def _open_region(self, call: Call, p: _Region) -> None:
-        peer = str(call.connection.peer)
+        peer = call.connection.peer.who()
 
-        def work() -> Answer:
-            fds = self.source.lend(p.region, peer=peer)
+        def work() -> CallResult:
+            fds = self.source.open_readonly(p.region, peer=peer)
             about = {"fds": list(range(len(fds))), "sizes": [os.fstat(fd).st_size for fd in fds]}
-            return Answer(msgspec.json.encode(about), fds)
+            return CallResult(msgspec.json.encode(about), fds)
 
         self._work(call, self._read, READ_S, work)
 
-    def _plan(self, call: Call, p: _Action) -> None:
+    def _plan(self, call: Call, p: _Planned) -> None:
         action = actions.decode(p.action)
-        self._work(call, self._read, READ_S, lambda: Answer(msgspec.json.encode({"plan": self.source.plan(action)})))
+        after = tuple(actions.decode(each) for each in p.after or ())
+        role = self.roles.of(call.connection.peer)
+
+        def work() -> CallResult:
+            if role is not Role.OPERATOR:
+                for each in (*after, action):
+                    named.check(each)
+            return CallResult(msgspec.json.encode({"plan": self.source.plan(action, after)}))
+
+        self._work(call, self._think, READ_S, work)
 
     def _apply(self, call: Call, p: _Action) -> None:
         action = actions.decode(p.action)
-        peer = str(call.connection.peer)
+        peer = call.connection.peer.who()
 
-        def work() -> Answer:
+        def work() -> CallResult:
             try:
-                return Answer(msgspec.json.encode({"outcome": self.source.apply(action, peer=peer)}))
+                return CallResult(msgspec.json.encode({"outcome": self.source.apply(action, peer=peer)}))
             finally:
                 self.loop.call(self._applied)
 
@@ -374,33 +356,33 @@ class Service:
 
     def _events(self, call: Call, p: _After) -> None:
         if call.more:
-            self._streams.listen(call, p.after)
+            self._streams.listen(call, p.after or 0)
         else:
-            call.answer(msgspec.json.encode({"events": self.source.events(p.after)}))
+            call.answer(msgspec.json.encode({"events": self.source.events(p.after or 0)}))
 
     def _history(self, call: Call, p: _After) -> None:
-        def work() -> Answer:
-            return Answer(msgspec.json.encode({"times": self.source.history(p.after)}))
+        def work() -> CallResult:
+            return CallResult(msgspec.json.encode({"times": self.source.history(p.after or 0)}))
 
         self._work(call, self._read, READ_S, work)
 
     def _get_past(self, call: Call, p: _At) -> None:
-        def work() -> Answer:
-            return Answer(msgspec.json.encode({"snapshot": self.source.at(p.at_ns)}))
+        def work() -> CallResult:
+            return CallResult(msgspec.json.encode({"snapshot": self.source.at(p.at_ns)}))
 
         self._work(call, self._read, READ_S, work)
 
     def _watch(self, call: Call, p: _Every) -> None:
         if call.more:
-            self._streams.watch(call, max(p.every_ms or 1000, 250) / 1000)
+            self._streams.watch(call, max(p.every_ms or 1000, 250) / 1000, p.parts or ())
         else:
-            self._get_snapshot(call, _Known())
+            self._get_snapshot(call, _Wanted(parts=p.parts))
 
     def _doctor(self, call: Call, _: _Nothing) -> None:
-        def work() -> Answer:
-            from memconsole.backend.doctor import doctor
+        def work() -> CallResult:
+            from memconsole.backend.diagnose.doctor import doctor
 
-            return Answer(msgspec.json.encode({"capabilities": doctor()}))
+            return CallResult(msgspec.json.encode({"capabilities": doctor()}))
 
         self._work(call, self._read, READ_S, work)
 
@@ -416,29 +398,26 @@ class Service:
     def _expire(self) -> None:
         """Forget the calls that were answered, and answer those whose time is over."""
         now = time.monotonic()
-        for call, _, seconds in [held for held in self._held if held[0].open and held[1] <= now]:
+        over = [held for held in self._held if held[0].open and held[1] <= now]
+        self._held = [held for held in self._held if held[0].open and held[1] > now]
+        if self._held:
+            self.loop.later(1.0, self._expire)
+        for call, _, seconds in over:
             call.fail(
                 Refused(
                     f"no answer to {call.method} within {seconds:g} s",
                     "it is still under way",
-                    "look at the events before you repeat it",
+                    "check the events before you repeat it",
                     code="Deadline",
                 )
             )
-        self._held = [held for held in self._held if held[0].open]
-        if self._held:
-            self.loop.later(1.0, self._expire)
 
-    def _work(self, call: Call, pool: Pool, seconds: float, work: Callable[[], Answer]) -> None:
+    def _work(self, call: Call, pool: Pool, seconds: float, work: Callable[[], CallResult]) -> None:
         def job() -> None:
-            if not call.connection.open and not call.oneway and pool is self._read:
+            if not call.connection.open and not call.oneway and pool is not self._act:
                 return  # nobody is left to read it
-            answer: Answer | Exception
-            try:
-                answer = work()
-            except Exception as error:  # noqa: BLE001 - the caller is told, and fail() logs what is no refusal
-                answer = error
-            if not self.loop.call(lambda: self._finish(call, answer)) and isinstance(answer, Answer):
+            answer = unforeseen.attempt(call.method, "call", work)
+            if not self.loop.call(lambda: self._finish(call, answer)) and isinstance(answer, CallResult):
                 for fd in answer.fds:
                     os.close(fd)
 
@@ -447,20 +426,21 @@ class Service:
         else:
             raise Refused(f"{call.method} must wait", "too many calls wait already", "try again", code="Busy")
 
-    def _finish(self, call: Call, answer: Answer | Exception) -> None:
-        if isinstance(answer, Answer):
-            call.answer(answer.parameters, answer.fds)
-        else:
-            call.fail(answer)
+    def _finish(self, call: Call, answer: CallResult | MemconsoleError) -> None:
+        with self.loop.contained(call.connection):
+            if isinstance(answer, CallResult):
+                call.answer(answer.parameters, answer.fds)
+            else:
+                call.fail(answer)
 
     METHODS: ClassVar[dict[str, Method]] = {
         f"{SERVICE}.GetInfo": Method(_Nothing, Role.NOBODY, _get_info),
         f"{SERVICE}.GetInterfaceDescription": Method(_Interface, Role.NOBODY, _describe),
         f"{INTERFACE}.Hello": Method(_Hello, Role.VIEWER, _hello),
-        f"{INTERFACE}.GetSnapshot": Method(_Known, Role.VIEWER, _get_snapshot),
+        f"{INTERFACE}.GetSnapshot": Method(_Wanted, Role.VIEWER, _get_snapshot),
         f"{INTERFACE}.GetExtents": Method(_Key, Role.VIEWER, _get_extents),
         f"{INTERFACE}.OpenRegion": Method(_Region, Role.OPERATOR, _open_region),
-        f"{INTERFACE}.Plan": Method(_Action, Role.VIEWER, _plan),
+        f"{INTERFACE}.Plan": Method(_Planned, Role.VIEWER, _plan),
         f"{INTERFACE}.Apply": Method(_Action, Role.OPERATOR, _apply),
         f"{INTERFACE}.Events": Method(_After, Role.VIEWER, _events),
         f"{INTERFACE}.Watch": Method(_Every, Role.VIEWER, _watch),

@@ -6,21 +6,20 @@ Nothing is queued for a subscriber, so a slow one costs nothing and loses nothin
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import msgspec
 
+from memconsole import unforeseen
 from memconsole.backend.wire import delta
-from memconsole.backend.wire.loop import Connection, Loop
+from memconsole.backend.wire.call import Call
+from memconsole.backend.wire.loop import Loop, PeerConnection
 from memconsole.backend.wire.pool import Pool
-from memconsole.backend.wire.shared import SharedSurvey, Taken
-from memconsole.errors import Refused
+from memconsole.backend.wire.shared_survey import SharedSnapshot, SharedSurvey
+from memconsole.errors import MemconsoleError, Refused
+from memconsole.model import Part
 from memconsole.source import Source
-
-if TYPE_CHECKING:
-    from memconsole.backend.wire.server import Call
 
 TICK_S = 0.2
 
@@ -35,11 +34,12 @@ class EventStream:
 
 @dataclass(eq=False)
 class WatchStream:
-    """A subscriber to Snapshots; it has ``base``, and wants the next ``every`` so many seconds."""
+    """A subscriber to Snapshots; it has ``base``, and wants the next ``every`` so many seconds, with ``parts``."""
 
     call: Call
     every: float
-    base: Taken | None = None
+    parts: Collection[Part] = ()
+    base: SharedSnapshot | None = None
     sent_at: float = 0.0
 
 
@@ -51,8 +51,8 @@ class Streams:
         self._pool = pool
         self._survey = survey
         self._source = source
-        self._listeners: dict[Connection, EventStream] = {}
-        self._watchers: dict[Connection, WatchStream] = {}
+        self._listeners: dict[PeerConnection, EventStream] = {}
+        self._watchers: dict[PeerConnection, WatchStream] = {}
         self._ticking = False
         self._comparing = False
 
@@ -61,19 +61,19 @@ class Streams:
         self._listeners[call.connection] = EventStream(call, after)
         self._begin(call.connection)
 
-    def watch(self, call: Call, every: float) -> None:
+    def watch(self, call: Call, every: float, parts: Collection[Part] = ()) -> None:
         """Begin a stream of Snapshots; its connection hears nothing else from now on."""
-        self._watchers[call.connection] = WatchStream(call, every)
+        self._watchers[call.connection] = WatchStream(call, every, parts)
         self._begin(call.connection)
 
-    def _begin(self, connection: Connection) -> None:
+    def _begin(self, connection: PeerConnection) -> None:
         connection.busy = connection.streaming = True
         self.news()
         if not self._ticking:
             self._ticking = True
             self._loop.later(TICK_S, self._tick)
 
-    def closed(self, connection: Connection) -> None:
+    def closed(self, connection: PeerConnection) -> None:
         """Forget a subscriber."""
         self._listeners.pop(connection, None)
         self._watchers.pop(connection, None)
@@ -93,8 +93,8 @@ class Streams:
     def news(self) -> None:
         """Look for news on behalf of every subscriber that has taken the last."""
         self._tell()
-        if self._due():
-            self._survey.get(self._show)
+        if due := self._due():
+            self._survey.get(self._show, {part for stream in due for part in stream.parts})
 
     # --- events ---------------------------------------------------------------------------------------------------
 
@@ -102,10 +102,9 @@ class Streams:
         ready = [stream for connection, stream in self._listeners.items() if not connection.outbox]
         if not ready:
             return
-        try:
-            found = self._source.events(min(stream.after for stream in ready))
-        except Exception as error:  # noqa: BLE001 - the subscribers are told, and fail() logs what is no refusal
-            self._fail(ready, error)
+        found = unforeseen.attempt("Events", "call", lambda: self._source.events(min(stream.after for stream in ready)))
+        if isinstance(found, MemconsoleError):
+            self._fail(ready, found)
             return
         encoded: dict[int, bytes] = {}
         for stream in ready:
@@ -126,12 +125,12 @@ class Streams:
             if not connection.outbox and now - stream.sent_at >= stream.every
         ]
 
-    def _show(self, taken: Taken | Exception) -> None:
+    def _show(self, taken: SharedSnapshot | MemconsoleError) -> None:
         due = self._due()
-        if isinstance(taken, Exception):
+        if isinstance(taken, MemconsoleError):
             self._fail(due, taken)
             return
-        old: dict[int, Taken] = {}
+        old: dict[int, SharedSnapshot] = {}
         for stream in due:
             if stream.base is None:
                 whole = b'{"generation":%d,"snapshot":%b}' % (taken.generation, taken.encoded)
@@ -141,31 +140,39 @@ class Streams:
         if old and not self._comparing:
             self._compare(list(old.values()), taken)
 
-    def _compare(self, old: Sequence[Taken], new: Taken) -> None:
+    def _compare(self, old: Sequence[SharedSnapshot], new: SharedSnapshot) -> None:
         """Work out, away from the loop, what each subscriber lacks."""
 
-        def job() -> None:
-            changes = {
+        def compare() -> dict[int, bytes]:
+            return {
                 base.generation: b'{"generation":%d,"base":%d,"changes":%b}'
                 % (new.generation, base.generation, msgspec.json.encode(delta.between(base.snapshot, new.snapshot)))
                 for base in old
             }
+
+        def job() -> None:
+            changes = unforeseen.attempt("Watch", "call", compare)
             self._loop.call(lambda: self._compared(changes, new))
 
         self._comparing = self._pool.submit(job)
 
-    def _compared(self, changes: dict[int, bytes], new: Taken) -> None:
+    def _compared(self, changes: dict[int, bytes] | MemconsoleError, new: SharedSnapshot) -> None:
         self._comparing = False
+        if isinstance(changes, MemconsoleError):
+            self._fail([stream for stream in self._due() if stream.base is not None], changes)
+            return
         for stream in self._due():
             if stream.base is not None and stream.base.generation in changes:
                 self._send(stream, new, changes[stream.base.generation])
 
-    def _send(self, stream: WatchStream, taken: Taken, parameters: bytes) -> None:
+    def _send(self, stream: WatchStream, taken: SharedSnapshot, parameters: bytes) -> None:
         stream.base = taken
         stream.sent_at = time.monotonic()
         stream.call.answer(parameters, continues=True)
 
     def end(self) -> None:
         """Tell every subscriber that the service ends."""
-        ending = Refused("the control process ends", "it was asked to", "connect again once it is back", code="Ending")
+        ending = Refused(
+            "the control process is ending", "it was asked to", "connect again once it is back", code="Ending"
+        )
         self._fail([*self._listeners.values(), *self._watchers.values()], ending)

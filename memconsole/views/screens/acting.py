@@ -4,107 +4,112 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import ClassVar, Generic, Literal
 
 from textual import work
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
 from textual.message import Message
 from textual.suggester import SuggestFromList
 from textual.widgets import Button, Input, Label, Select, Static
 
-from memconsole import actions
-from memconsole.actions import Action, Field, Kind
+from memconsole import actions, bulk
+from memconsole.actions import Action, ActionField, ArgumentKind
 from memconsole.errors import MemconsoleError
-from memconsole.model import Danger, Plan, Refusal, Snapshot
-from memconsole.views.screens.dialogs import Dialog
-from memconsole.views.widgets.bars import line
+from memconsole.model import Danger, Plan, Snapshot
+from memconsole.views.bound import bound
+from memconsole.views.screens.dialogs import Dialog, Result
+from memconsole.views.widgets.bars import line, plain
 from memconsole.views.widgets.facts import Lines
-
-if TYPE_CHECKING:
-    from memconsole.views.app import ConsoleApp
 
 Answer = Literal["apply", "options"]
 WIDTH = 70
 """Cells of a dialog's text."""
 
 
-def names_of(kind: Kind, snapshot: Snapshot | None) -> list[str]:
+def names_of(kind: ArgumentKind, snapshot: Snapshot | None) -> list[str]:
     """What exists of a kind of argument, to complete from."""
     if snapshot is None:
         return []
     return {
-        Kind.REGION: [region.name for region in snapshot.regions],
-        Kind.GUEST: [guest.name for guest in snapshot.guests],
-        Kind.GRANT: [grant.id for grant in snapshot.grants],
-        Kind.WINDOW: [window.id for window in snapshot.windows],
-        Kind.BDF: [device.bdf for device in snapshot.devices],
+        ArgumentKind.REGION: [region.name for region in snapshot.regions],
+        ArgumentKind.GUEST: [guest.name for guest in snapshot.guests],
+        ArgumentKind.GRANT: [grant.id for grant in snapshot.grants],
+        ArgumentKind.WINDOW: [window.id for window in snapshot.windows],
+        ArgumentKind.BDF: [device.bdf for device in snapshot.devices],
     }.get(kind, [])
 
 
-class Form(Dialog[Action]):
-    """The arguments of an action, each checked as it is typed, and the command that does the same."""
+class FieldForm(Dialog[Result], Generic[Result]):
+    """Fields to fill in, each checked and completed as it is typed, and the command that does the same.
+
+    Ctrl+s, Enter and the button go on; Up, Down and Tab go from one to the next. What is made of the texts, and of what
+    other forms there are, is :meth:`built`.
+    """
 
     DEFAULT_CSS = """
-    Form VerticalScroll { height: auto; max-height: 16; scrollbar-size-vertical: 1; }
-    Form .-row { height: 1; }
-    Form .-row Label { width: 13; color: $secondary; }
-    Form .-row Input, Form .-row Select { width: 26; }
-    Form .-row Select { height: 1; }
-    Form .-row Select SelectCurrent { background: $panel; }
-    Form .-row .-help { width: 1fr; margin: 0 0 0 1; color: $text-muted; }
-    Form .-row.-bad .-help { color: $error; }
-    Form .-cli { margin: 1 0 0 0; }
+    FieldForm VerticalScroll { height: auto; max-height: 16; scrollbar-size-vertical: 1; }
+    FieldForm .-row { height: auto; }
+    FieldForm .-row Label { width: 13; color: $secondary; }
+    FieldForm .-row Input, FieldForm .-row Select { width: 26; }
+    FieldForm .-row Select { height: 1; }
+    FieldForm .-row Select SelectCurrent { background: $panel; }
+    FieldForm .-row .-help { width: 1fr; margin: 0 0 0 1; color: $text-muted; }
+    FieldForm .-row.-bad .-help { color: $error; }
+    FieldForm .-cli { margin: 1 0 0 0; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("ctrl+s", "submit", "Go on", id="form-submit"),
-        Binding("down", "app.focus_next", show=False, id="form-next"),
-        Binding("up", "app.focus_previous", show=False, id="form-previous"),
+        bound("form-submit", "submit", "Apply"),
+        bound("form-next", "app.focus_next", show=False),
+        bound("form-previous", "app.focus_previous", show=False),
     ]
 
-    def __init__(self, cls: type[Action], given: Mapping[str, str]) -> None:
+    def __init__(self, title: str, fields: Sequence[ActionField], given: Mapping[str, str]) -> None:
         super().__init__()
-        self._cls = cls
-        self._fields = actions.fields(cls)
+        self._title = title
+        self._fields = fields
         self._given = given
+        self._ids = [field.name if field.name.isidentifier() else str(number) for number, field in enumerate(fields)]
 
-    @property
-    def console(self) -> ConsoleApp:
-        """The app."""
-        return cast("ConsoleApp", self.app)
+    def built(self, texts: Mapping[str, str]) -> tuple[Result, str]:
+        """What the texts make, and the command that does the same.
+
+        Raises:
+            MemconsoleError: they make nothing.
+        """
+        raise NotImplementedError
 
     def compose(self) -> ComposeResult:
-        """A row for each argument: its name, its value, what it is."""
+        """A row for each field: its name, its value, what it is."""
         with Vertical() as box:
-            box.border_title = self._cls.spec.title
+            box.border_title = plain(self._title).markup
             box.border_subtitle = "Tab: next   Enter: plan it"
             with VerticalScroll(can_focus=False):
-                for field in self._fields:
-                    with Horizontal(classes="-row", id=f"row-{field.name}"):
+                for id, field in zip(self._ids, self._fields, strict=True):
+                    with Horizontal(classes="-row", id=f"row-{id}"):
                         mark = "*" if field.required else ""
-                        yield Label(field.name.replace("_", " ") + mark)
-                        yield self._editor(field)
-                        yield Static(Content(field.arg.help), classes="-help")
+                        yield Label(plain(field.name.replace("_", " ") + mark))
+                        yield self._editor(f"arg-{id}", field)
+                        yield Static(plain(field.arg.help), classes="-help")
             yield Static(classes="-cli", id="cli")
             with Horizontal(classes="-buttons"):
                 yield Button("Cancel", id="cancel", compact=True)
                 yield Button("Plan", id="plan", variant="primary", compact=True)
 
-    def _editor(self, field: Field) -> Input | Select[str]:
+    def _editor(self, id: str, field: ActionField) -> Input | Select[str]:
         shown = self._given.get(field.name, "")
         if not shown and not field.required and field.default is not None:
             shown = actions.write_value(field, field.default)
-        id = f"arg-{field.name}"
-        choices = ("no", "yes") if field.arg.kind is Kind.FLAG else field.arg.choices
-        if choices:
+        choices = ("no", "yes") if field.arg.kind is ArgumentKind.FLAG else field.arg.choices
+        if choices and shown in choices:
             return Select([(choice, choice) for choice in choices], value=shown, allow_blank=False, id=id, compact=True)
-        names = names_of(field.arg.kind, self.console.snapshot)
+        names = [*choices, *names_of(field.arg.kind, self.console.snapshot)]
         return Input(shown, id=id, compact=True, suggester=SuggestFromList(names) if names else None)
 
     def on_mount(self) -> None:
-        """Begin at the first argument that has no value."""
+        """Begin at the first field that has no value."""
         empty = next((each for each in self.query(Input) if not each.value), None)
         (empty or self.query_one("#plan", Button)).focus()
         self._check()
@@ -112,18 +117,18 @@ class Form(Dialog[Action]):
     def _texts(self) -> dict[str, str]:
         """What was written, without what was left out."""
         texts = {}
-        for field in self._fields:
-            editor = self.query_one(f"#arg-{field.name}")
+        for id, field in zip(self._ids, self._fields, strict=True):
+            editor = self.query_one(f"#arg-{id}")
             text = str(editor.value).strip() if isinstance(editor, Input | Select) else ""
             if text:
                 texts[field.name] = text
         return texts
 
-    def _check(self) -> Action | None:
-        """The Action as it stands; wrong arguments say why in their row."""
+    def _check(self) -> Result | None:
+        """What the texts make as they stand; wrong ones say why in their row."""
         texts = self._texts()
-        for field in self._fields:
-            row = self.query_one(f"#row-{field.name}")
+        for id, field in zip(self._ids, self._fields, strict=True):
+            row = self.query_one(f"#row-{id}")
             why = ""
             if field.name in texts:
                 try:
@@ -131,15 +136,15 @@ class Form(Dialog[Action]):
                 except MemconsoleError as error:
                     why = error.remedy or error.what
             row.set_class(bool(why), "-bad")
-            row.query_one(".-help", Static).update(Content(f"✖ {why}" if why else field.arg.help))
+            row.query_one(".-help", Static).update(plain(f"✖ {why}" if why else field.arg.help))
         cli = self.query_one("#cli", Static)
         try:
-            action = actions.build(self._cls.spec.id, texts)
+            made, command = self.built(texts)
         except MemconsoleError as error:
             cli.update(line([("✖ ", "$error"), (error.what, "$text-muted")]))
             return None
-        cli.update(line([("$ ", "$success"), (actions.cli_form(action), "$text-muted")]))
-        return action
+        cli.update(line([("$ ", "$success"), (command, "$text-muted")]))
+        return made
 
     def on_input_changed(self) -> None:
         """Check as one types."""
@@ -161,33 +166,49 @@ class Form(Dialog[Action]):
             self.dismiss(None)
 
     def action_submit(self) -> None:
-        """Go on to the plan, or to the first argument that is missing or wrong."""
-        action = self._check()
-        if action is not None:
-            self.dismiss(action)
+        """Go on to the plan, or to the first field that is missing or wrong."""
+        made = self._check()
+        if made is not None:
+            self.dismiss(made)
             return
         texts = self._texts()
-        bad = [f.name for f in self._fields if self.query_one(f"#row-{f.name}").has_class("-bad")]
-        missing = [field.name for field in self._fields if field.required and field.name not in texts]
-        for name in (*bad, *missing):
-            self.query_one(f"#arg-{name}").focus()
+        bad = [id for id in self._ids if self.query_one(f"#row-{id}").has_class("-bad")]
+        fields = zip(self._ids, self._fields, strict=True)
+        missing = [id for id, field in fields if field.required and field.name not in texts]
+        for id in (*bad, *missing):
+            self.query_one(f"#arg-{id}").focus()
             return
+
+
+class Form(FieldForm[Action]):
+    """The arguments of an action; with ``many``, for so many rows: what is ``given`` is of the first, and not asked."""
+
+    def __init__(self, cls: type[Action], given: Mapping[str, str], *, many: int = 0) -> None:
+        asked = tuple(field for field in actions.fields(cls) if not (many and field.name in given))
+        super().__init__(cls.spec.title + (f": {many:,} rows" if many else ""), asked, given)
+        self._cls = cls
+        self._of_row = given if many else {}
+
+    def built(self, texts: Mapping[str, str]) -> tuple[Action, str]:
+        """The Action, on the first row where there are many."""
+        action = actions.build(self._cls.spec.id, {**texts, **self._of_row})
+        return action, actions.cli_form(action)
 
 
 def plan_lines(plan: Plan) -> list[Content]:
     """A plan in lines: its effects in order with their undo, or the refusals with their remedies."""
     lines: list[Content] = []
     for refusal in plan.refusals:
-        lines += _hanging("✖ ", f"{refusal.code}: {refusal.what}", "bold $error")
-        lines += _hanging("  ", refusal.why, "$text-muted")
-        lines += _hanging("  ▸ ", refusal.remedy, "")
+        lines += hanging("✖ ", f"{refusal.code}: {refusal.what}", "bold $error")
+        lines += hanging("  ", refusal.why, "$text-muted")
+        lines += hanging("  ▸ ", refusal.remedy, "")
     for number, effect in enumerate(plan.effects, 1):
-        lines += _hanging(f"{number:>2} ", effect.text, "$text-disabled" if plan.refusals else "")
-        lines += _hanging("   undo: ", effect.undo, "$text-muted")
+        lines += hanging(f"{number:>2} ", effect.text, "$text-disabled" if plan.refusals else "")
+        lines += hanging("   undo: ", effect.undo, "$text-muted")
     return lines
 
 
-def _hanging(lead: str, text: str, style: str) -> list[Content]:
+def hanging(lead: str, text: str, style: str) -> list[Content]:
     """Text behind a lead, its further lines below its first one; nothing for no text."""
     wrapped = textwrap.wrap(text, WIDTH - len(lead))
     leads = [lead] + [" " * len(lead)] * len(wrapped)
@@ -205,7 +226,7 @@ class Confirmation(Dialog[Answer]):
     Confirmation #ask { margin: 1 0 0 0; height: auto; }
     Confirmation.-destroys > Vertical { border: round $error; border-title-color: $error; }
     """
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("o", "options", "Options", id="plan-options")]
+    BINDINGS: ClassVar[list[BindingType]] = [bound("plan-options", "options", "Options")]
 
     class Planned(Message):
         """The source has made its plan."""
@@ -219,23 +240,18 @@ class Confirmation(Dialog[Answer]):
         self._action = action
         self._plan: Plan | None = None
 
-    @property
-    def console(self) -> ConsoleApp:
-        """The app."""
-        return cast("ConsoleApp", self.app)
-
     def compose(self) -> ComposeResult:
         """The command, the plan, the name to type, the buttons."""
         spec = self._action.spec
         destroys = spec.danger is Danger.DESTROYS
         self.set_class(destroys, "-destroys")
         with Vertical() as box:
-            box.border_title = f"✖ {spec.title}" if destroys else spec.title
+            box.border_title = f"{spec.title} · destroys" if destroys else spec.title
             yield Static(line([("$ ", "$success"), (actions.cli_form(self._action), "$text-muted")]), classes="-cli")
             with VerticalScroll():
                 yield Lines()
             yield Static(id="ask")
-            yield Input(id="name", disabled=True, compact=True)
+            yield Input(id="name", compact=True)
             with Horizontal(classes="-buttons"):
                 yield Button("Options", id="options", compact=True)
                 yield Button("Cancel", id="cancel", compact=True)
@@ -245,39 +261,35 @@ class Confirmation(Dialog[Answer]):
 
     def on_mount(self) -> None:
         """Ask for the plan."""
-        self.query_one("#name").display = False
-        self.query_one(Lines).say([Content.styled("planning…", "$text-muted")])
-        self.query_one("#cancel", Button).focus()
+        self.query_one(Lines).show_lines([Content.styled("planning…", "$text-muted")])
+        name = self.query_one("#name", Input)
+        name.display = self._action.spec.danger is Danger.DESTROYS
+        # Keys go where Enter does nothing yet: the plan is to be seen before it is answered.
+        (name if name.display else self.query_one(VerticalScroll)).focus()
         self._ask()
 
     @work(thread=True, group="plan", exclusive=True)
     def _ask(self) -> None:
-        source = self.console.source
-        try:
-            plan = source.plan(self._action)
-        except MemconsoleError as error:
-            refusal = Refusal(error.code, error.what, error.why, error.remedy)
-            plan = Plan(
-                self._action.spec.id, actions.cli_form(self._action), self._action.spec.danger, refusals=(refusal,)
-            )
-        self.post_message(self.Planned(plan))
+        self.post_message(self.Planned(bulk.plan_one(self.console.source, self._action)))
 
     def on_confirmation_planned(self, event: Planned) -> None:
         """Show the plan; it may be applied unless it is refused."""
         self._plan = event.plan
         lines = plan_lines(event.plan) or [Content("nothing would change")]
-        self.query_one(Lines).say(lines)
+        self.query_one(Lines).show_lines(lines)
         apply, ask = self.query_one("#apply", Button), self.query_one("#ask", Static)
+        name = self.query_one("#name", Input)
+        name.display = event.plan.confirm is not None and not event.plan.refusals
         if event.plan.refusals:
             names = ", ".join(refusal.code for refusal in event.plan.refusals)
-            ask.update(line([(f"✖ it cannot be applied: {names}", "bold $error")]))
-            apply.tooltip = f"refused: {names}"
+            ask.update(line([(f"✖ refused: {names}", "bold $error")]))
+            apply.tooltip = plain(f"refused: {names}")
+            self.query_one("#cancel", Button).focus()
             return
         if event.plan.confirm is not None:
             ask.update(line([("type ", ""), (event.plan.confirm, "bold $error"), (" to confirm", "")]))
-            name = self.query_one("#name", Input)
-            name.display, name.disabled = True, False
             name.focus()
+            self._judge(name.value)
             return
         ask.update("")
         ask.display = False
@@ -286,7 +298,13 @@ class Confirmation(Dialog[Answer]):
 
     def on_input_changed(self, event: Input.Changed) -> None:
         """The name must be exactly right."""
-        self.query_one("#apply", Button).disabled = self._plan is None or event.value != self._plan.confirm
+        self._judge(event.value)
+
+    def _judge(self, typed: str) -> None:
+        plan = self._plan
+        right = plan is not None and plan.confirm is not None and not plan.refusals and typed == plan.confirm
+        if plan is None or plan.confirm is not None:
+            self.query_one("#apply", Button).disabled = not right
 
     def on_input_submitted(self) -> None:
         """Enter applies when the name is right."""

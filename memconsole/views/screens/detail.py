@@ -7,15 +7,25 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.widget import Widget
 
-from memconsole.fields import TABLES, Table
-from memconsole.model import Snapshot
-from memconsole.views import tables
-from memconsole.views.screens.listing import JOINED_KEY, PFN_KEY, action_bindings, make_table, prefill
+from memconsole.field import Table
+from memconsole.fields import TABLES
+from memconsole.model import Part, Snapshot
+from memconsole.views import glance, tables
+from memconsole.views.bound import bound
+from memconsole.views.screens.listing import (
+    IOVA_KEY,
+    JOINED_KEY,
+    PFN_KEY,
+    PLACE_KEY,
+    action_bindings,
+    make_table,
+    prefill,
+)
 from memconsole.views.screens.reach import Reach
 from memconsole.views.view import View, entitle
 from memconsole.views.widgets.facts import Lines, facts_of, laid_out
@@ -45,7 +55,7 @@ def _about(table_id: str) -> Parts:
     return parts
 
 
-FINDINGS = Section(TABLES["findings"], _about("findings"), "severity,id,what,remedy")
+FINDINGS = Section(TABLES["findings"], _about("findings"), "severity,id,observed,remedy")
 EVENTS = Section(TABLES["events"], _about("events"), "at,kind,text,peer")
 
 
@@ -91,10 +101,11 @@ class Detail(View):
         self._laid_for = self.room
         lines = self.query_one(Lines)
         if self.item is None:
-            lines.say([Content.styled(f"there is no {self.subject} in this snapshot", "$warning")])
+            lines.show_lines([Content.styled(f"there is no {self.subject} in this snapshot", "$warning")])
         else:
             facts = facts_of(self.TABLE.fields, self.item, before if before is not self.item else None)
-            lines.say(self._head() + laid_out(facts, max(self.room - 2, 20)))
+            width = max(self.room - 2, 20)
+            lines.show_lines(self._head() + laid_out(facts, width) + self._tail(width))
         for widget, section in zip(self.query(VirtualTable), self.SECTIONS, strict=True):
             rows = section.parts(snapshot, self.item) if self.item is not None else ()
             widget.load(rows)
@@ -106,6 +117,11 @@ class Detail(View):
         if not self._gone:
             return []
         return [Content.styled(f"✖ {self.subject} is gone; this is what it was", "bold $error")]
+
+    def _tail(self, width: int) -> list[Content]:
+        """What stands below the facts."""
+        del width
+        return []
 
     def on_resize(self) -> None:
         """Lay the facts out anew, if there is other room for them; a view that comes in front is resized, too."""
@@ -171,15 +187,24 @@ class GuestDetail(Detail):
     """A guest: its RAM joined with the regions behind it, its grants, windows and vCPUs."""
 
     TABLE = TABLES["guests"]
+    PARTS = frozenset({Part.USAGE, Part.PLACEMENT})
     BINDINGS: ClassVar[list[BindingType]] = [*action_bindings("guests", on_subject=True), PFN_KEY, JOINED_KEY]
     SECTIONS = (
         Section(tables.RAM, lambda _, guest: guest.seen.ram if guest.seen else ()),
         Section(TABLES["grants"], lambda snapshot, guest: [g for g in snapshot.grants if g.guest == guest.name]),
         Section(TABLES["windows"], lambda snapshot, guest: [w for w in snapshot.windows if w.guest == guest.name]),
-        Section(tables.VCPUS, lambda _, guest: guest.seen.vcpus if guest.seen else ()),
+        Section(tables.VCPUS, lambda _, guest: tables.vcpus(guest)),
+        Section(tables.CELLS, lambda _, guest: guest.managed.cells if guest.managed else ()),
+        Section(tables.MODULES, lambda _, guest: guest.managed.modules if guest.managed else ()),
+        Section(tables.DISKS, lambda _, guest: guest.managed.disks if guest.managed else ()),
         FINDINGS,
         EVENTS,
     )
+
+    def _tail(self, width: int) -> list[Content]:
+        """Its trends, where they are known."""
+        rows = glance.guest_trends(self.item) if self.item is not None and not self._gone else []
+        return [Content(""), *glance.trend_lines(rows, width)] if rows else []
 
 
 class GrantDetail(Detail):
@@ -205,7 +230,7 @@ class WindowDetail(Detail):
     """An MMIO window and its device."""
 
     TABLE = TABLES["windows"]
-    BINDINGS: ClassVar[list[BindingType]] = [*action_bindings("windows", on_subject=True)]
+    BINDINGS: ClassVar[list[BindingType]] = [*action_bindings("windows", on_subject=True), PLACE_KEY]
     SECTIONS = (
         Section(TABLES["devices"], lambda snapshot, window: [d for d in snapshot.devices if d.bdf == window.bdf]),
         FINDINGS,
@@ -217,6 +242,7 @@ class DeviceDetail(Detail):
     """A PCI function: its windows and its IOMMU group."""
 
     TABLE = TABLES["devices"]
+    BINDINGS: ClassVar[list[BindingType]] = [IOVA_KEY]
     SECTIONS = (
         Section(TABLES["windows"], lambda snapshot, device: [w for w in snapshot.windows if w.bdf == device.bdf]),
         Section(TABLES["domains"], lambda snapshot, device: [d for d in snapshot.domains if d.group == device.group]),
@@ -228,6 +254,7 @@ class DomainDetail(Detail):
     """An IOMMU domain: the devices attached to it, what they were granted, and what it must not use."""
 
     TABLE = TABLES["domains"]
+    BINDINGS: ClassVar[list[BindingType]] = [IOVA_KEY]
     SECTIONS = (
         Section(TABLES["grants"], lambda snapshot, domain: [g for g in snapshot.grants if g.dma in domain.devices]),
         Section(TABLES["devices"], lambda snapshot, domain: [d for d in snapshot.devices if d.bdf in domain.devices]),
@@ -238,7 +265,7 @@ class DomainDetail(Detail):
 class Note(Detail):
     """Something that was noticed: all of its words, and the way to what it is about."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("o", "subject", "Open subject", id="open-subject")]
+    BINDINGS: ClassVar[list[BindingType]] = [bound("open-subject", "subject", "Open subject")]
 
     def action_subject(self) -> None:
         """Open what it is about."""

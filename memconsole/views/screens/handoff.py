@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, ClassVar
 
 from textual import work
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.message import Message
 
-from memconsole import timeline
-from memconsole.actions import HandoffRun
-from memconsole.errors import MemconsoleError
-from memconsole.model import Condition, HandoffReport, Plan, Region, Severity, Snapshot
+from memconsole import readiness, timeline
+from memconsole.model import HandoffReport, Readiness, Region, Snapshot
+from memconsole.readiness import Verdict
 from memconsole.units import format_duration, format_size
+from memconsole.views.bound import bound
 from memconsole.views.screens.overview import Panel
 from memconsole.views.view import View
 from memconsole.views.widgets.bars import Part, line
@@ -29,26 +29,30 @@ _STYLES = {"phase": "$primary", "blackout": "$error", "guest": "$warning", "devi
 LABEL = 12
 
 
-def condition_lines(conditions: tuple[Condition, ...], width: int) -> list[Content]:
-    """What stands in the way first, with evidence and remedy; then how many conditions hold."""
+def condition_lines(found: Readiness | None, now_ns: int, width: int) -> list[Content]:
+    """What stands in the way first, with risk and remedy; then how many conditions hold, and when that was judged."""
+    if readiness.verdict(found) is Verdict.UNKNOWN or found is None:
+        return [line([("? ", "bold $warning"), (readiness.sentence(found), "")])]
     lines: list[Content] = []
-    for each in sorted(
-        (each for each in conditions if not each.ok), key=lambda each: each.severity is not Severity.ERROR
-    ):
-        refuses = each.severity is Severity.ERROR
-        mark: Part = ("✖ ", "bold $error") if refuses else ("▲ ", "bold $warning")
-        first, *rest = textwrap.wrap(f"{each.id}: wanted: {each.what}", max(width - 2, 20))
+    for each in found.failing:
+        mark: Part = ("✖ FAIL ", "bold $error") if each.refuses else ("▲ warn ", "bold $warning")
+        first, *rest = textwrap.wrap(f"{each.id}: {each.observed}", max(width - 7, 20))
         lines.append(line([mark, (first, "")]))
-        lines += [line([("  ", ""), (part, "")]) for part in rest]
-        for lead, text, style in (("  ", each.evidence, "$text-muted"), ("▸ ", each.remedy, "")):
-            wrapped = textwrap.wrap(text, max(width - 4, 20))
-            lines += [
-                line([(f"  {lead if not row else '  '}", "$primary"), (part, style)])
-                for row, part in enumerate(wrapped)
-            ]
-    holds = sum(each.ok for each in conditions)
-    lines.append(line([("✔ ", "$success"), (f"{holds} of {len(conditions)} conditions hold", "")]))
+        lines += [line([("       ", ""), (part, "")]) for part in rest]
+        lines += _advice("risk: ", each.risk, "$text-muted", width)
+        lines += _advice("▸ ", each.remedy, "", width)
+    holds = f"{found.total - len(found.failing)} of {found.total} conditions hold"
+    mark = ("✔ ", "$success") if readiness.verdict(found) is Verdict.READY else ("▸ ", "$text-muted")
+    lines.append(line([mark, (holds, ""), (f"  {readiness.age(found, now_ns)}; r looks again", "$text-muted")]))
     return lines
+
+
+def _advice(lead: str, text: str, style: str, width: int) -> list[Content]:
+    wrapped = textwrap.wrap(text, max(width - 7 - len(lead), 20))
+    return [
+        line([(f"       {lead if not row else ' ' * len(lead)}", "$primary"), (part, style)])
+        for row, part in enumerate(wrapped)
+    ]
 
 
 def report_lines(report: HandoffReport, width: int) -> list[Content]:
@@ -74,6 +78,10 @@ def report_lines(report: HandoffReport, width: int) -> list[Content]:
                 ]
             )
         )
+    for guest in report.guests:
+        if said := timeline.clock(guest):
+            shown = textwrap.shorten(said, max(width - LABEL - 8, 20), placeholder="…")
+            lines.append(line([(f"{guest.name[:LABEL]:<{LABEL}} ", "$secondary"), (f"clock: {shown}", "")]))
     for region in report.regions:
         verdict: Part = (
             ("✖ pages moved", "$error") if region.same is False else ("✔ every page where it was", "$success")
@@ -102,17 +110,19 @@ def kernel_lines(snapshot: Snapshot) -> list[Content]:
     came = f"booted by a kexec, number {survival.kexec_count}" if survival.kexec_count else "booted cold"
     lines = [line([(f"{'kernel':<{LABEL}} ", "$secondary"), (f"{survival.detail or came}", "")])]
     for session in survival.sessions:
-        side = _SIDES.get(session.custody.partition(":")[0], "in nobody's custody")
+        side = _SIDES.get(session.custody.partition(":")[0], "outside custody")
         held = ", ".join(map(str, session.holders))
         lines.append(
-            line([(f"{'session':<{LABEL}} ", "$secondary"), (f"{session.name}  {side}, its file held by {held}", "")])
+            line([(f"{'session':<{LABEL}} ", "$secondary"), (f"{session.name}  {side}, open in process {held}", "")])
         )
     if not survival.sessions:
-        lines.append(line([(f"{'sessions':<{LABEL}} ", "$secondary"), ("none is open: nothing is preserved", "")]))
+        lines.append(
+            line([(f"{'sessions':<{LABEL}} ", "$secondary"), ("no session is open: nothing is preserved", "")])
+        )
     elif survival.preserved is None:
-        lines.append(line([(f"{'tree':<{LABEL}} ", "$secondary"), (survival.unread or "it is being read…", "")]))
+        lines.append(line([(f"{'tree':<{LABEL}} ", "$secondary"), (survival.unread or "reading…", "")]))
     else:
-        words = f"{format_size(survival.preserved)} preserved in {survival.runs:,} runs, of everybody together"
+        words = f"{format_size(survival.preserved)} preserved in {survival.runs:,} runs, by all sessions together"
         lines.append(line([(f"{'tree':<{LABEL}} ", "$secondary"), (words, "")]))
     lines += [_kept_line(region) for region in snapshot.regions if region.seen is not None]
     return lines
@@ -121,7 +131,7 @@ def kernel_lines(snapshot: Snapshot) -> list[Content]:
 def _kept_line(region: Region) -> Content:
     seen = region.seen
     preserved = seen.preserved if seen is not None else None
-    came = "retrieved from the kernel before" if seen is not None and seen.retrieved else "made under this kernel"
+    came = "retrieved from the previous kernel" if seen is not None and seen.retrieved else "made under this kernel"
     words: list[Part] = [(f"{region.name[:LABEL]:<{LABEL}} ", "$secondary"), (f"{format_size(region.size)} {came}", "")]
     if preserved is not None:
         whole = preserved == region.size
@@ -130,28 +140,30 @@ def _kept_line(region: Region) -> Content:
     return line(words)
 
 
-_SIDES = {"session": "of this kernel, in custody", "incoming": "of the kernel before, kept in custody"}
+_SIDES = {"session": "of this kernel, in custody", "incoming": "of the previous kernel, kept in custody"}
 
 
 class Handoff(View):
-    """What a handoff would meet (key ``c`` looks again), how the last one went, and what the kernel says now."""
+    """What a handoff would meet (key ``r`` looks again), how the last one went, and what the kernel says now."""
 
     DEFAULT_CSS = """
     Handoff > VerticalScroll { scrollbar-size-vertical: 1; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("c", "check", "Check", id="handoff-check", tooltip="look for everything that could fail"),
-        Binding("J", "begin('handoff-run')", "Hand off", id="handoff-run"),
-        Binding("B", "begin('handoff-rehearse')", "Rehearse", id="handoff-rehearse"),
+        bound("handoff-check", "check", "Check", tooltip="check every condition"),
+        bound("handoff-run", "begin('handoff-run')", "Hand off"),
+        bound("handoff-rehearse", "begin('handoff-rehearse')", "Rehearse"),
     ]
+
+    _asked: Readiness | None = None
+    """What key ``r`` found, until the control process has looked later than that."""
 
     class Checked(Message):
         """The source has looked."""
 
-        def __init__(self, plan: Plan | None, why: str) -> None:
+        def __init__(self, found: Readiness) -> None:
             super().__init__()
-            self.plan = plan
-            self.why = why
+            self.found = found
 
     def compose(self) -> ComposeResult:
         """The last handoff above, conditions and the kernel's word below."""
@@ -161,19 +173,29 @@ class Handoff(View):
             yield Panel(id="kernel")
 
     def on_mount(self) -> None:
-        """Titles; nothing was looked at yet."""
+        """Titles."""
         self.query_one("#last", Panel).border_title = "Last handoff"
-        conditions = self.query_one("#conditions", Panel)
-        conditions.border_title = "Conditions"
-        self.query_one("#kernel", Panel).border_title = "Kernel truth"
-        conditions.say([Content("press c to look for everything that could fail")])
+        self.query_one("#conditions", Panel).border_title = "Conditions"
+        self.query_one("#kernel", Panel).border_title = "What the kernel says"
 
     def show(self, snapshot: Snapshot) -> None:
         """Show the report of a Snapshot."""
         made = snapshot.handoff
-        nothing = [Content("none was made since this memory was reserved; press B to rehearse one")]
-        self.query_one("#last", Panel).say(nothing if made is None else report_lines(made, self._width))
-        self.query_one("#kernel", Panel).say(kernel_lines(snapshot))
+        nothing = [Content("no handoff was made since this memory was reserved; press B to rehearse one")]
+        self.query_one("#last", Panel).show_lines(nothing if made is None else report_lines(made, self._width))
+        self.query_one("#kernel", Panel).show_lines(kernel_lines(snapshot))
+        self._show_conditions(snapshot)
+
+    def _show_conditions(self, snapshot: Snapshot) -> None:
+        found, asked = snapshot.readiness, self._asked
+        if (
+            asked is not None
+            and not self.console.source.read_only
+            and (not found or found.checked_ns < asked.checked_ns)
+        ):
+            found = asked
+        now = max(snapshot.taken_ns, found.checked_ns if found is not None else 0)
+        self.query_one("#conditions", Panel).show_lines(condition_lines(found, now, self._width))
 
     @property
     def _width(self) -> int:
@@ -181,25 +203,25 @@ class Handoff(View):
 
     def action_check(self) -> None:
         """Ask what a handoff would meet now."""
-        self.query_one("#conditions", Panel).say([Content("looking…")])
-        self._look()
+        if why := self.console.source.read_only:
+            self.notify(why, title="Nothing can be checked here", severity="warning", markup=False)
+            return
+        self.query_one("#conditions", Panel).show_lines([Content("looking…")])
+        self._check_in_thread()
 
     def action_begin(self, id: str) -> None:
         """Begin a handoff: its arguments, its plan, its confirmation."""
         self.console.begin(id, {}, options=True)
 
     @work(thread=True, group="check", exclusive=True)
-    def _look(self) -> None:
-        try:
-            plan, why = self.console.source.plan(HandoffRun()), ""
-        except MemconsoleError as error:
-            plan, why = None, str(error)
-        self.post_message(self.Checked(plan, why))
+    def _check_in_thread(self) -> None:
+        self.post_message(self.Checked(readiness.judge(self.console.source.plan)))
 
     def on_handoff_checked(self, event: Checked) -> None:
         """Show what was found."""
-        lines = [Content(event.why)] if event.plan is None else condition_lines(event.plan.conditions, self._width)
-        self.query_one("#conditions", Panel).say(lines)
+        self._asked = event.found
+        if self.console.snapshot is not None:
+            self._show_conditions(self.console.snapshot)
 
     def on_resize(self) -> None:
         """Draw the picture anew."""

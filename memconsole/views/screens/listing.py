@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 
 from memconsole import actions
-from memconsole.fields import TABLES, Table
-from memconsole.model import Snapshot
+from memconsole.field import Table
+from memconsole.fields import TABLES
+from memconsole.model import Part, Snapshot
 from memconsole.views import tables
+from memconsole.views.bound import bound
+from memconsole.views.console import Console
 from memconsole.views.view import View, entitle
+from memconsole.views.widgets.pane import FROM as PANE_FROM
+from memconsole.views.widgets.pane import Pane
 from memconsole.views.widgets.table import VirtualTable
 
-if TYPE_CHECKING:
-    from memconsole.views.app import ConsoleApp
-
 SUBJECT_KINDS = {
-    "regions": actions.Kind.REGION,
-    "guests": actions.Kind.GUEST,
-    "grants": actions.Kind.GRANT,
-    "windows": actions.Kind.WINDOW,
+    "regions": actions.ArgumentKind.REGION,
+    "guests": actions.ArgumentKind.GUEST,
+    "grants": actions.ArgumentKind.GRANT,
+    "windows": actions.ArgumentKind.WINDOW,
 }
 """What an argument of a row of each table is called."""
 
@@ -35,7 +37,7 @@ def action_bindings(table_id: str, *, on_subject: bool = False) -> list[BindingT
         takes = any(field.arg.kind is SUBJECT_KINDS.get(table_id) and field.required for field in actions.fields(cls))
         if spec.on == table_id and spec.key and (takes or not on_subject):
             word = spec.words[-1].capitalize()
-            found.append(Binding(spec.key, f"act('{id}')", word, id=id, tooltip=spec.help))
+            found.append(bound(id, f"act('{id}')", word, tooltip=spec.help))
     return found
 
 
@@ -56,9 +58,9 @@ class ActionTable(VirtualTable):
     """A table whose rows can be acted on; its subclasses bind the keys."""
 
     @property
-    def console(self) -> ConsoleApp:
+    def console(self) -> Console:
         """The app, which plans and applies."""
-        return cast("ConsoleApp", self.app)
+        return cast("Console", self.app)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Grey out actions where nothing may be changed, and those that need a row where there is none."""
@@ -73,8 +75,15 @@ class ActionTable(VirtualTable):
         return self.console.why_not(action_id, self.table.id, self.selected)
 
     def action_act(self, action_id: str) -> None:
-        """Begin an action on the row under the cursor."""
-        self.console.begin(action_id, prefill(action_id, self.table.id, self.selected))
+        """Begin an action on the marked rows, or on the one under the cursor."""
+        many = [prefill(action_id, self.table.id, item) for item in self.chosen]
+        if self.rows.marked and not many:
+            why = "the filter hides every marked row; Escape clears the marks"
+            self.notify(why, title="Nothing marked is shown", severity="warning", markup=False)
+        elif len(many) > 1 and all(many):
+            self.console.begin_all(action_id, many)
+        else:
+            self.console.begin(action_id, many[0] if many else {})
 
     def action_pfn(self) -> None:
         """Open the PFN map of the row under the cursor."""
@@ -87,10 +96,15 @@ class ActionTable(VirtualTable):
             self.console.open_reach(self.selected.name)
 
 
-PFN_KEY = Binding("f", "pfn", "PFN map", id="pfn", tooltip="where every page of it is")
+PFN_KEY = bound("pfn", "pfn", "PFN map", tooltip="show where every page of it is")
 
 
-JOINED_KEY = Binding("w", "joined", "Joined", id="joined", tooltip="its memory with frames, windows and IOVAs")
+PLACE_KEY = bound("pfn", "pfn", "Host map", tooltip="show its place in the host's physical memory")
+IOVA_KEY = bound("pfn", "pfn", "IOVA map", tooltip="show where each IOVA leads, and where it should")
+
+JOINED_KEY = bound(
+    "joined", "joined", "Reach", tooltip="who and what reaches its memory: frames, windows, IOVAs side by side"
+)
 
 
 class RegionTable(ActionTable):
@@ -114,7 +128,13 @@ class GrantTable(ActionTable):
 class WindowTable(ActionTable):
     """MMIO windows, and what is done to them."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [*action_bindings("windows")]
+    BINDINGS: ClassVar[list[BindingType]] = [*action_bindings("windows"), PLACE_KEY]
+
+
+class IovaTable(ActionTable):
+    """IOMMU domains, or devices that are in one."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [IOVA_KEY]
 
 
 CLASSES: dict[str, type[VirtualTable]] = {
@@ -122,6 +142,8 @@ CLASSES: dict[str, type[VirtualTable]] = {
     "guests": GuestTable,
     "grants": GrantTable,
     "windows": WindowTable,
+    "devices": IovaTable,
+    "domains": IovaTable,
 }
 
 
@@ -134,14 +156,20 @@ class Listing(View):
     """One table or several, one above the other; the one with the focus gets most of the room."""
 
     DEFAULT_CSS = """
+    Listing.-pane > Pane { display: block; }
     Listing.-several VirtualTable { height: 1fr; min-height: 3; border-top: solid $border; }
     Listing.-several VirtualTable { border-title-color: $secondary; }
     Listing.-several VirtualTable:focus { height: 2fr; border-top: solid $primary; border-title-color: $primary; }
     """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        bound("pane", "pane", "Details", show=False, tooltip="show or hide the details of the row in front"),
+    ]
     TABLES: ClassVar[Sequence[tuple[Table, str]]] = ()
     """The tables, each with what to say when it is empty."""
     COLUMNS: ClassVar[str | None] = None
     """The columns of the first table, the most important ones first; None for the usual ones."""
+    NEWEST_FIRST: ClassVar[bool] = False
+    """Whether the rows of the first table are sorted by its first field, the largest first."""
     STAY_ON_TOP: ClassVar[bool] = False
     """Whether a cursor on the first row stays there when rows come in before it."""
 
@@ -150,7 +178,57 @@ class Listing(View):
         self.set_class(len(self.TABLES) > 1, "-several")
         for index, (table, empty) in enumerate(self.TABLES):
             columns = None if index else self.COLUMNS
-            yield make_table(table, empty=empty, columns=columns, stay_on_top=self.STAY_ON_TOP)
+            made = make_table(table, empty=empty, columns=columns, stay_on_top=self.STAY_ON_TOP)
+            if self.NEWEST_FIRST and not index:
+                made.rows.sort(table.fields[0], reverse=True)
+            yield made
+        yield Pane()
+
+    def on_mount(self) -> None:
+        """Lay the tables out as they were."""
+        for widget in self.query(VirtualTable):
+            layout = self.console.memory.layouts.get(widget.table.id)
+            if layout is not None:
+                widget.lay_out_as(layout)
+
+    def on_virtual_table_arranged(self, event: VirtualTable.Arranged) -> None:
+        """Remember how a table is laid out."""
+        event.stop()
+        self.console.memory.arrange(event.table.table.id, event.table.layout_now)
+
+    def on_resize(self) -> None:
+        """Show the pane where there is room for it."""
+        self.tell_pane()
+
+    def on_virtual_table_chosen(self) -> None:
+        """The pane follows the cursor."""
+        self.tell_pane()
+
+    def on_choosing_changed(self) -> None:
+        """The pane follows the table that is in use, and what becomes of its row."""
+        self.tell_pane()
+
+    def tell_pane(self) -> None:
+        """Show in the pane, where there is one, what is known of the row under the cursor."""
+        shown = self.console.pane and self.room >= PANE_FROM
+        self.set_class(shown, "-pane")
+        table = self.current_table
+        if shown and table is not None:
+            self.query_one(Pane).tell(table.table, table.selected)
+
+    def action_pane(self) -> None:
+        """Show or hide the pane."""
+        self.console.pane = not self.console.pane
+        self.tell_pane()
+        if self.console.pane and self.room < PANE_FROM:
+            words = f"it needs {PANE_FROM} columns, there are {self.room}; Enter shows the same"
+            self.notify(words, title="No room for the details of a row", timeout=3, markup=False)
+
+    @property
+    def parts(self) -> frozenset[Part]:
+        """What its columns need."""
+        fields = [field for widget in self.query(VirtualTable) for field in widget.rows.needed]
+        return frozenset(field.part for field in fields if field.part is not None)
 
     def show(self, snapshot: Snapshot) -> None:
         """Show the tables' rows."""
@@ -161,11 +239,17 @@ class Listing(View):
                 entitle(widget, f" {widget.table.title} {len(rows):,} ")
 
     def about(self, subject: str) -> None:
-        """Filter by this subject's name."""
+        """Filter by a filter, or by the name of a subject (``guest:web`` where the table has no field of that name).
+
+        Raises:
+            UsageError: it is no filter.
+        """
         super().about(subject)
         if subject:
             table = self.query(VirtualTable).first()
-            table.set_filter(subject.partition(":")[2] or subject)
+            kind, _, name = subject.partition(":")
+            is_field = any(kind in {field.id, field.title.lower()} for field in table.table.fields)
+            table.set_filter(f'"{name}"' if f"{kind}s" in TABLES and not is_field else subject)
 
 
 class Regions(Listing):
@@ -177,7 +261,12 @@ class Regions(Listing):
 class Guests(Listing):
     """Guests."""
 
-    TABLES = ((TABLES["guests"], "no guests yet; n starts one, a takes a running process as one"),)
+    TABLES = ((TABLES["guests"], "no guests yet; n starts one, a attaches a running process"),)
+    COLUMNS = (
+        "name,kind,state,pid,cpu,memory,rss,cpu_trend,vcpus,beats,wrong,gap,huge,grants,"
+        "threads,affinity,nodes,read,written,uptime"
+    )
+    PARTS = frozenset({Part.USAGE})
 
 
 class Grants(Listing):
@@ -185,7 +274,7 @@ class Grants(Listing):
 
     TABLES = (
         (TABLES["grants"], "no grants yet; m on a region grants it to a guest"),
-        (TABLES["quarantine"], "✔ no pin keeps revoked frames"),
+        (TABLES["quarantine"], "✔ no revoked frames are pinned"),
     )
 
 
@@ -194,19 +283,15 @@ class Events(Listing):
 
     TABLES = ((TABLES["events"], "nothing has happened yet"),)
     COLUMNS = "seq,at,text,subject,kind,peer"
+    NEWEST_FIRST = True
     STAY_ON_TOP = True
-
-    def on_mount(self) -> None:
-        """The newest first."""
-        table = self.query(VirtualTable).first()
-        table.set_sort(table.rows.fields[0], reverse=True)
 
 
 class Mmio(Listing):
     """MMIO windows, the devices they belong to, and who has which physical addresses."""
 
     TABLES = (
-        (TABLES["windows"], "no PCI device has a window here"),
+        (TABLES["windows"], "this host has no MMIO windows"),
         (TABLES["devices"], "no PCI devices"),
         (tables.IOMEM, "the kernel does not show /proc/iomem's addresses; 1 says why"),
     )
@@ -226,6 +311,6 @@ class Audit(Listing):
     """Where what should be and what is differ, and what could not be read."""
 
     TABLES = (
-        (TABLES["findings"], "✔ what should be is what is"),
+        (TABLES["findings"], "✔ no findings"),
         (tables.GAPS, "✔ everything could be read"),
     )

@@ -1,160 +1,38 @@
-"""The first view: the host's memory in bars, what is held in it, what would survive, what is wrong, what happened."""
+"""The first view: is this host ready, what do its guests do, what is wrong, where does its memory go, and how goes it.
+
+Parts stand by priority from top to bottom, two or three side by side where the terminal is wide; the tables get the
+lines that are left, guests first. Tab goes from part to part, and Enter to the view that has more of it.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual.app import ComposeResult
+from textual.binding import BindingType
 from textual.containers import Horizontal, VerticalScroll
-from textual.content import Content
+from textual.message import Message
 
 from memconsole.fields import TABLES
-from memconsole.model import Memory, Snapshot, Survival
-from memconsole.units import format_duration, format_size
-from memconsole.views import tables
-from memconsole.views.looks import bar, look
+from memconsole.model import Part, Snapshot
+from memconsole.units import format_duration
+from memconsole.views import glance, tables
+from memconsole.views.bound import bound
+from memconsole.views.screens.listing import make_table
 from memconsole.views.view import View, entitle
-from memconsole.views.widgets.bars import line
-from memconsole.views.widgets.facts import STYLES, Lines
-from memconsole.views.widgets.table import VirtualTable, fit
+from memconsole.views.widgets.facts import Lines
+from memconsole.views.widgets.table import VirtualTable
 
 if TYPE_CHECKING:
+    from textual.content import Content
     from textual.widget import Widget
 
-LABEL = 9
-NUMBERS = 21
-MOST_ROWS = 8
-METER = 36
-"""The least width of a meter; two stand side by side where they fit."""
-
-
-class Meter(NamedTuple):
-    """A part of a whole in bytes, and its tone; without one the tone says how full it is."""
-
-    title: str
-    part: int
-    whole: int
-    tone: str = ""
-
-
-def meters(memory: Memory) -> list[Meter]:
-    """The host's memory, its nodes where there are several, its pools and its swap."""
-    found = [Meter("used", memory.total - memory.available, memory.total)]
-    if memory.shmem:
-        found.append(Meter("shared", memory.shmem, memory.total, "calm"))
-    if memory.huge_shmem:
-        found.append(Meter("  in 2M", memory.huge_shmem, memory.shmem or memory.total, "calm"))
-    if len(memory.nodes) > 1:
-        found += [Meter(f"node {node.number}", node.total - node.free, node.total) for node in memory.nodes]
-    found += [
-        Meter(f"{format_size(pool.page_size)} pool", (pool.total - pool.free) * pool.page_size, size)
-        for pool in memory.pools
-        if (size := pool.total * pool.page_size)
-    ]
-    if memory.swap_total:
-        found.append(Meter("swap", memory.swap_total - memory.swap_free, memory.swap_total))
-    return found
-
-
-def memory_lines(memory: Memory, width: int) -> list[Content]:
-    """The meters in lines of ``width`` cells, side by side where there is room."""
-    found = meters(memory)
-    columns = 2 if len(found) > 2 and width >= 2 * METER + 2 else 1
-    cell = (width - 2 * (columns - 1)) // columns
-    height = -(-len(found) // columns)
-    drawn = [_drawn(meter, cell) for meter in found]
-    lines = [Content("  ").join(drawn[row::height]) for row in range(height)]
-    if not any(pool.total for pool in memory.pools):
-        lines.append(line([(fit("pools", LABEL), "$secondary"), ("no huge pages are set aside", "$text-muted")]))
-    return lines
-
-
-def _drawn(meter: Meter, width: int) -> Content:
-    """One meter: title, bar, ``PART of WHOLE`` and per cent."""
-    full = meter.part / meter.whole if meter.whole else 0.0
-    filled, empty = bar(full, max(width - LABEL - NUMBERS, 4))
-    tone = meter.tone or ("bad" if full > 0.95 else "warn" if full > 0.85 else "good")
-    numbers = f" {format_size(meter.part):>6} of {format_size(meter.whole):<5}{full * 100:>4.0f}%"
-    return line([(fit(meter.title, LABEL), "$secondary"), (filled, STYLES[tone]), (empty, "$border"), (numbers, "")])
-
-
-def held_lines(snapshot: Snapshot) -> list[Content]:
-    """What is held: regions, guests and grants, counted by state."""
-    size = sum(region.size for region in snapshot.regions)
-    resident = sum(region.seen.resident for region in snapshot.regions if region.seen)
-    memory = sum(guest.memory for guest in snapshot.guests)
-    wrong = sum(guest.progress.wrong for guest in snapshot.guests if guest.progress)
-    gap = max((guest.progress.gap_ns for guest in snapshot.guests if guest.progress), default=0)
-    lines = [
-        _count("regions", len(snapshot.regions), f"{format_size(size)}, {format_size(resident)} in place"),
-        _states(region.state for region in snapshot.regions),
-        _count("guests", len(snapshot.guests), f"{format_size(memory)} of RAM"),
-        _states(guest.state for guest in snapshot.guests),
-        _count("grants", len(snapshot.grants), ""),
-        _states(grant.state for grant in snapshot.grants),
-    ]
-    lazy = [(grant.length, grant.faults) for grant in snapshot.grants if grant.faults]
-    if lazy:
-        size, there = sum(length for length, _ in lazy), sum(faults.present for _, faults in lazy)
-        rate = sum(faults.rate for _, faults in lazy)
-        lines.append(_count("lazy", len(lazy), f"{rate:,} faults/s, {format_size(there)} of {format_size(size)}"))
-    if any(guest.progress for guest in snapshot.guests):
-        verdict = ("✖ ", "$error") if wrong else ("✔ ", "$success")
-        words = f"{wrong:,} wrong, longest gap {format_duration(gap)}"
-        lines.append(line([(fit("canaries", LABEL), "$secondary"), verdict, (words, "")]))
-    return [each for each in lines if each.plain]
-
-
-def _count(title: str, number: int, words: str) -> Content:
-    return line([(fit(title, LABEL), "$secondary"), (f"{number:,}", "bold"), (f"  {words}" if words else "", "")])
-
-
-def _states(states: Iterable[str]) -> Content:
-    parts = []
-    for state, number in Counter(states).most_common():
-        glyph, tone = look("state", state)
-        parts += [(f"{glyph} {number:,} {state}  ", STYLES[tone])]
-    return line([(" " * LABEL, ""), *parts]) if parts else Content("")
-
-
-def survival_lines(survival: Survival) -> list[Content]:
-    """Whether memory here would survive a kexec, in words."""
-    lines = [
-        _yes_no("KHO", survival.kho, "the kernel hands over", _missing(survival.kho_cmdline, "kho=on")),
-        _yes_no("LUO", survival.luo, "/dev/liveupdate is there", _missing(survival.luo_cmdline, "liveupdate=on")),
-    ]
-    if survival.scratch:
-        size = sum(item.end - item.start for item in survival.scratch)
-        lines.append(_plain("scratch", f"{format_size(size)} in {len(survival.scratch)}"))
-    if survival.incoming:
-        lines.append(_plain("handed in", ", ".join(survival.incoming)))
-    if survival.outgoing:
-        lines.append(_plain("to hand on", ", ".join(survival.outgoing)))
-    lines.append(_plain("kexecs", f"{survival.kexec_count} since power-on"))
-    verdict = (
-        ("◆ guest memory can outlive this kernel", "bold $success")
-        if survival.kho and survival.luo
-        else ("▲ guest memory ends with this kernel", "bold $warning")
-    )
-    lines.insert(0, line([verdict]))
-    if survival.detail:
-        lines.append(Content.styled(survival.detail, "$text-muted"))
-    return lines
-
-
-def _missing(on_cmdline: bool, word: str) -> str:
-    return "asked for, but not there" if on_cmdline else f"absent (no {word})"
-
-
-def _yes_no(title: str, there: bool, yes: str, no: str) -> Content:
-    mark = ("✔ ", "$success") if there else ("✖ ", "$error")
-    return line([(fit(title, LABEL), "$secondary"), mark, (yes if there else no, "")])
-
-
-def _plain(title: str, text: str) -> Content:
-    return line([(fit(title, LABEL), "$secondary"), (text, "")])
+PAIRED = 110
+"""Columns from which on parts stand side by side."""
+TABLE_FRAME = 2
+"""Lines of a table that are no rows: its title and its header."""
+LEAST_GUESTS, LEAST_FINDINGS = 3, 2
+MOST_FINDINGS = 8
 
 
 class Panel(Lines):
@@ -162,88 +40,171 @@ class Panel(Lines):
 
     DEFAULT_CSS = """
     Panel { border: round $border; border-title-color: $primary; border-title-style: bold; padding: 0 1; height: auto; }
-    Panel { text-wrap: nowrap; text-overflow: ellipsis; }
+    Panel { border-subtitle-color: $text-muted; text-wrap: nowrap; text-overflow: ellipsis; }
     """
+
+
+class GlancePanel(Panel, can_focus=True):
+    """A part of the Overview; Enter, or a click, leads to the view that has more of it."""
+
+    DEFAULT_CSS = """
+    GlancePanel { border: none; border-top: solid $border; }
+    GlancePanel:focus { border-top: solid $primary; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [bound("open", "open", "Open")]
+
+    class Opened(Message):
+        """The operator wants to see more of it."""
+
+        def __init__(self, leads_to: str) -> None:
+            super().__init__()
+            self.leads_to = leads_to
+
+    def __init__(self, title: str, leads_to: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.border_title = title
+        self.leads_to = leads_to
+
+    def action_open(self) -> None:
+        """Go to the view that has more of it."""
+        self.post_message(self.Opened(self.leads_to))
+
+    def on_click(self) -> None:
+        """A click goes there too."""
+        self.action_open()
+
+
+class VerdictPanel(GlancePanel):
+    """Whether this host is ready to hand off; Enter goes to the conditions."""
 
 
 class Overview(View):
-    """The host at a glance; Tab goes to findings, events and gaps, Enter opens one."""
+    """The host at a glance."""
 
     DEFAULT_CSS = """
     Overview > VerticalScroll { scrollbar-size-vertical: 1; }
-    Overview .-pair { height: auto; }
+    Overview Horizontal { height: auto; }
+    Overview.-stacked Horizontal { layout: vertical; }
+    Overview Horizontal > Panel { width: 1fr; height: auto; }
+    Overview #verdict { width: 3fr; }
+    Overview #last { width: 2fr; }
+    Overview.-stacked Horizontal > Panel { width: 100%; }
     Overview VirtualTable {
-        border: round $border; border-title-color: $primary; border-title-style: bold;
-        min-height: 4; max-height: 100%;
+        border-top: solid $border; border-title-color: $primary; border-title-style: bold; min-height: 3;
     }
-    Overview #events { height: 1fr; min-height: 7; }
-    Overview VirtualTable:focus { border: round $primary; }
-    Overview #survival { width: 1fr; }
-    Overview #held { width: 1fr; }
-    Overview .-pair > Panel { height: 100%; }
+    Overview VirtualTable:focus { border-top: solid $primary; }
+    Overview #events { height: 1fr; min-height: 6; }
     """
 
-    _shown: tuple[Snapshot, int] | None = None
-    """What the panels were last filled with: a Snapshot and a width."""
+    PARTS = frozenset({Part.USAGE})
+    _shown: tuple[Snapshot, int, int] | None = None
+    """What the parts were last filled with: a Snapshot, a width, and a height."""
 
     def compose(self) -> ComposeResult:
-        """Panels above, tables below."""
+        """The parts by priority."""
         with VerticalScroll(can_focus=False):
-            yield Panel(id="memory")
-            with Horizontal(classes="-pair"):
-                yield Panel(id="held")
-                yield Panel(id="survival")
+            with Horizontal():
+                yield VerdictPanel("Ready to hand off?", "handoff", id="verdict")
+                yield GlancePanel("Last rehearsal", "handoff", id="last")
+            yield make_table(
+                tables.GLANCE,
+                columns="name,state,cpu,pages,stall,blackout,cpu_trend,rss,page_faults,memory,vcpus,gap,kind,pid",
+                empty="no guests yet; n starts one, a attaches a running process",
+                id="guests-now",
+            )
             yield VirtualTable(
                 TABLES["findings"],
-                columns="severity,subject,what,id,remedy",
-                empty="✔ what should be is what is",
-                id="findings",
+                columns="severity,subject,observed,id,remedy",
+                empty="✔ no findings",
+                id="findings-now",
             )
+            with Horizontal():
+                yield GlancePanel("Physical memory", "host", id="memory")
+                yield GlancePanel("Trends", "guests", id="trends")
+            with Horizontal():
+                yield GlancePanel("Memory by kind", "regions", id="meters")
+                yield GlancePanel("Regions and guests", "regions", id="held")
+                yield GlancePanel("Live update", "handoff", id="survival")
             yield VirtualTable(
                 TABLES["events"],
                 columns="at,subject,text,peer",
                 empty="nothing has happened yet",
                 stay_on_top=True,
-                id="events",
+                id="events-now",
             )
-            yield VirtualTable(tables.GAPS, empty="✔ everything could be read", id="gaps")
+            yield VirtualTable(tables.GAPS, empty="✔ everything could be read", id="gaps-now")
 
     def on_mount(self) -> None:
-        """Titles that do not change."""
-        self.query_one("#memory", Panel).border_title = "Memory"
-        self.query_one("#held", Panel).border_title = "Held"
-        self.query_one("#survival", Panel).border_title = "Survival"
-        events = self.query_one("#events", VirtualTable)
-        events.set_sort(TABLES["events"].fields[0], reverse=True)
+        """The newest events first."""
+        self.query_one("#events-now", VirtualTable).set_sort(TABLES["events"].fields[0], reverse=True)
 
     def show(self, snapshot: Snapshot) -> None:
-        """Fill panels and tables."""
-        was, self._shown = self._shown, (snapshot, max(self.room - 5, 40))
-        if was is None or was[0] is not snapshot or was[1] != self._shown[1]:
-            self._say(*self._shown)
-        self._fill("findings", snapshot.findings, "Findings")
+        """Fill the parts, and give the tables what room is left."""
+        shown = (snapshot, self.room, self.app.size.height)
+        if self._shown is not None and self._shown[0] is snapshot and self._shown[1:] == shown[1:]:
+            return
+        self._shown = shown
+        self.set_class(self.room < PAIRED, "-stacked")
+        above = self._say(snapshot)
+        self._fill("guests", tables.glance_rows(snapshot), "Guests")
+        self._fill("findings", TABLES["findings"].rows(snapshot), "Findings")
         self._fill("events", snapshot.events, "Events")
         self._fill("gaps", snapshot.gaps, "What could not be read")
+        self._share(snapshot, self.app.size.height - 4 - above)
 
-    def _say(self, snapshot: Snapshot, width: int) -> None:
-        memory = self.query_one("#memory", Panel)
-        memory.say(memory_lines(snapshot.memory, width))
-        thp = f"shmem huge pages: {snapshot.memory.shmem_thp}" if snapshot.memory.shmem_thp else ""
-        memory.border_subtitle = thp
-        held, survival = held_lines(snapshot), survival_lines(snapshot.survival)
-        self.query_one("#held", Panel).say(held)
-        self.query_one("#survival", Panel).say(survival)
-        self.query_one(".-pair").styles.height = max(len(held), len(survival)) + 2
+    def _say(self, snapshot: Snapshot) -> int:
+        """Fill the panels; the lines that those of them take that are in sight whatever the tables need."""
+        stacked = self.room < PAIRED
+        wide = self.room - 3  # the scrollbar, and a cell at either side
+        widths = (wide * 3 // 5 - 2, wide * 2 // 5 - 3, wide // 2 - 2, wide // 3 - 3)
+        of_verdict, of_last, half, third = (wide,) * 4 if stacked else widths
+        verdict = glance.verdict_lines(snapshot, of_verdict)
+        last = glance.rehearsal_lines(snapshot, of_last)
+        use, place = glance.use_lines(snapshot, half), glance.place_lines(snapshot, half)
+        busy = glance.processor_lines(snapshot, half)
+        trends = glance.trend_lines(glance.host_trends(snapshot), half)
+        meters = glance.memory_lines(snapshot.memory, third)
+        self.query_one("#last").display = not stacked
+        self._panel("verdict", [*verdict, *last] if stacked else verdict)
+        self._panel("last", last)
+        self._panel("memory", use if stacked else [*use, *place, *busy])
+        self._panel("trends", trends)
+        self._panel("meters", [*place, *busy, *meters] if stacked else meters)
+        self._panel("held", glance.held_lines(snapshot))
+        self._panel("survival", glance.survival_lines(snapshot.survival))
+        entitle(self.query_one("#trends"), ", ".join(filter(None, ["Trends", glance.trend_span(snapshot)])))
+        thp = f"Memory by kind, shmem huge pages: {snapshot.memory.shmem_thp}" if snapshot.memory.shmem_thp else ""
+        entitle(self.query_one("#meters"), thp or "Memory by kind")
+        if stacked:
+            return len(verdict) + len(last) + len(use) + len(trends) + 3
+        return max(len(verdict), len(last)) + max(len(use) + len(place) + len(busy), len(trends)) + 2
 
-    def _fill(self, id: str, rows: tuple[Any, ...], title: str) -> None:
-        table = self.query_one(f"#{id}", VirtualTable)
+    def _panel(self, id: str, lines: list[Content]) -> None:
+        self.query_one(f"#{id}", Panel).show_lines(lines)
+
+    def _fill(self, name: str, rows: Any, title: str) -> None:
+        table = self.query_one(f"#{name}-now", VirtualTable)
         table.load(rows)
-        if id != "events":
-            table.styles.height = min(max(len(rows), 1), MOST_ROWS) + 3
         entitle(table, f"{title} {len(rows):,}" if rows else title)
 
+    def _share(self, snapshot: Snapshot, room: int) -> None:
+        """Give guests and findings what they need of so many lines, guests first, and each of them its least."""
+        room -= 2 * TABLE_FRAME
+        findings = min(max(len(snapshot.findings), 1), MOST_FINDINGS)
+        guests = min(max(len(snapshot.guests), 1), max(room - findings, LEAST_GUESTS, room * 3 // 5))
+        findings = min(findings, max(room - guests, LEAST_FINDINGS))
+        gaps = min(len(snapshot.gaps), MOST_FINDINGS)
+        for name, rows in (("guests", guests), ("findings", findings), ("gaps", gaps)):
+            table = self.query_one(f"#{name}-now", VirtualTable)
+            table.styles.height = rows + TABLE_FRAME
+        self.query_one("#gaps-now").display = bool(snapshot.gaps)
+
+    def on_glance_panel_opened(self, event: GlancePanel.Opened) -> None:
+        """Go to the view that has more of a part."""
+        self.console.open_view(event.leads_to)
+
     def on_resize(self) -> None:
-        """Draw the bars anew."""
+        """Draw the parts anew."""
         if self.console.snapshot is not None:
             self.show(self.console.snapshot)
 
@@ -255,5 +216,5 @@ class Overview(View):
 
     @property
     def first_focus(self) -> Widget | None:
-        """The findings."""
-        return self.query_one("#findings", VirtualTable)
+        """The guests."""
+        return self.query_one("#guests-now", VirtualTable)

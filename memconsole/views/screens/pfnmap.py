@@ -1,42 +1,39 @@
-"""The PFN map: where every page of a guest or a region is, from the whole down to one page.
-
-``HeatMap`` draws, ``pagefacts`` knows what to say of the page under the cursor, and this view brings the table: it is
-scanned in a thread, when the view is opened and when the operator asks for it again, not with the Snapshot's refresh.
-"""
+"""The PFN map: where every page of a guest or a region is, from the whole down to one page."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, cast
 
-from textual import events, work
+from textual import work
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, Vertical
+from textual.binding import BindingType
 from textual.content import Content
 from textual.message import Message
 from textual.widget import Widget
-from textual.widgets import Input
 from textual.worker import get_current_worker
 
+from memconsole import joined, recording, unforeseen
 from memconsole.errors import MemconsoleError
-from memconsole.extents import ExtentTable, Stats
-from memconsole.fields import Field, Table
+from memconsole.extents import ExtentTable, Flag
+from memconsole.field import Field, Table
 from memconsole.model import Snapshot
 from memconsole.source import Source
-from memconsole.units import format_size
-from memconsole.views.view import View
-from memconsole.views.widgets.facts import STYLES, Fact, Lines
-from memconsole.views.widgets.heatmap import HeatMap
-from memconsole.views.widgets.pagefacts import Space, describe, describe_cell
-from memconsole.views.widgets.pagegrid import LOOKS, RUNS, Look, Marks
-from memconsole.views.widgets.table import VirtualTable, fit
-
-PANEL = 38
-"""Columns the panel needs to stand beside the map; with fewer it goes below."""
-ENOUGH = 64
-"""Cells a row must keep beside the panel."""
-LABEL = 10
+from memconsole.units import PAGE, format_size
+from memconsole.views.bound import bound
+from memconsole.views.screens import pfnmodes
+from memconsole.views.screens.domainmap import DomainModel
+from memconsole.views.screens.mapmodel import Goal, MapModel, Mode, size_words
+from memconsole.views.screens.mapview import MapView
+from memconsole.views.view import subject_of
+from memconsole.views.widgets import pagefacts
+from memconsole.views.widgets.facts import Fact, Lines
+from memconsole.views.widgets.layers import PresenceLayer, RunsLayer
+from memconsole.views.widgets.pagefacts import MapSpace
+from memconsole.views.widgets.pagegrid import Block, Marks
+from memconsole.views.widgets.table import VirtualTable
 
 
 class Subject(NamedTuple):
@@ -49,7 +46,7 @@ class Subject(NamedTuple):
 
 
 def subjects(snapshot: Snapshot) -> list[Subject]:
-    """The maps of a Snapshot: its guests, then its regions."""
+    """The maps of a Snapshot: its guests, then its regions, then IOMMU domains whose page tables are shown."""
     found = [
         Subject(
             f"guest:{guest.name}",
@@ -68,6 +65,11 @@ def subjects(snapshot: Snapshot) -> list[Subject]:
         )
         for region in snapshot.regions
     ]
+    found += [
+        Subject(f"domain:{domain.group}", domain.mapped, domain.mapped, domain.extents)
+        for domain in snapshot.domains
+        if domain.mapped
+    ]
     return found
 
 
@@ -85,7 +87,7 @@ SUBJECTS = Table(
     subjects,
     lambda subject: str(subject.key),
     (
-        Field("key", "Map of", "a guest, by gpa; a region, by offset", lambda s: s.key, width=30),
+        Field("key", "Map of", "a guest, by gpa; a region, by offset; a domain, by IOVA", lambda s: s.key, width=30),
         Field("size", "Size", "bytes it spans", lambda s: s.size, _shown_size, "bytes", 8, right=True),
         Field("resident", "Resident", "bytes with a frame", lambda s: s.resident, _shown_size, "bytes", 8, right=True),
         Field("runs", "Runs", "runs of frames, once scanned", lambda s: s.runs, _shown_number, width=10, right=True),
@@ -93,95 +95,180 @@ SUBJECTS = Table(
 )
 
 
-class GoTo(Input):
-    """Asks for a page; Escape thinks better of it."""
+def map_words(view: str, snapshot: Snapshot | None, words: str) -> tuple[str, str]:
+    """The subject and where to go there, of the words behind a map's name: ``pfn NAME [ADDRESS]``, ``host [ADDRESS]``.
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "leave", "Back", show=False)]
+    Raises:
+        UsageError: a region and a guest have the name. NotFound: neither has.
+    """
+    if view == "host":
+        return "", words
+    name, _, rest = words.partition(" ")
+    if not name or snapshot is None:
+        return name, rest
+    return joined.table_key(snapshot, name), rest
 
-    class Left(Message):
-        """The operator does not want to go anywhere."""
 
-    def action_leave(self) -> None:
-        """Say so."""
-        self.post_message(self.Left())
+def map_of(table_id: str, item: Any) -> Goal | str:
+    """The map of an entity of a table, or why it has none."""
+    if table_id == "windows" and item.io:
+        return f"{item.id} is a range of ports, which are no memory"
+    if table_id == "windows":
+        return Goal("host", "", item.start // PAGE)
+    if table_id in {"devices", "domains"} and item.group is None:
+        return f"{item.bdf} is in no IOMMU group: nothing confines its DMA"
+    if table_id in {"devices", "domains"}:
+        return Goal("pfn", f"domain:{item.group}")
+    return Goal("pfn", f"region:{item.region}" if table_id == "grants" else subject_of(table_id, item))
 
 
-class PfnMap(View):
-    """The heat map of one guest or region with what the cursor is on; without a subject, the list of what there is."""
+FRAGMENTS = 1
+"""The number of the mode that counts runs."""
+
+
+class PfnModel:
+    """The map of a guest or a region: its table, what changed, and whose its pages are."""
+
+    def __init__(self, subject: str, snapshot: Snapshot, source: Source, before: ExtentTable | None) -> None:
+        self.subject = subject
+        self._source = source
+        self.table = table = source.extents(subject)
+        self.marks = None if before is None else Marks(before, table)
+        self.stats = table.stats()
+        self.space = MapSpace(snapshot, subject)
+        self._snapshot = snapshot
+        table.lookup_pfn(0)  # sorts the frames here, so that no key has to wait for it
+
+    @property
+    def page_size(self) -> int:
+        """Bytes of a page."""
+        return self.table.page_size
+
+    @property
+    def modes(self) -> Sequence[Mode]:
+        """By kind of page, runs, node, sharing, writes, what is preserved, what devices reach."""
+        table, source = self.table, self._source
+        alone = ("in one process alone", "shared by several processes")
+        why = "the kernel tells it of a guest's own mappings, not of a region's file: see the map of its guest"
+        dirty = ("written since soft-dirty was cleared", "not written since")
+        never = "the kernel has no soft-dirty bits, or nothing was written since they were cleared"
+        return (
+            Mode("page size", partial(PresenceLayer, table), quick=True, marked=True),
+            Mode("runs", partial(RunsLayer, table), quick=True),
+            Mode("NUMA node", lambda: pfnmodes.by_node(table, self._snapshot)),
+            Mode("sharing", lambda: pfnmodes.by_flag(table, "exclusive", Flag.EXCLUSIVE, alone, why)),
+            Mode("soft-dirty", lambda: pfnmodes.by_flag(table, "soft-dirty", Flag.SOFT_DIRTY, dirty, never)),
+            Mode("preserved", lambda: pfnmodes.by_preserved(table, source)),
+            Mode("devices", lambda: pfnmodes.by_device(table, self._snapshot, source)),
+        )
+
+    def blocks(self) -> Sequence[Block]:
+        """The parts of its space."""
+        return self.space.blocks(self.table)
+
+    def words(self, cell_bytes: int) -> Sequence[str]:
+        """Size, cell, and pages by kind."""
+        stats, size = self.stats, self.page_size
+        return (
+            f"{size_words(stats.pages, size)} in {format_size(cell_bytes)}",
+            f"{size_words(stats.present, size)} {100 * stats.present // max(stats.pages, 1)}% resident",
+            f"{size_words(stats.huge, size)} huge",
+            f"{size_words(stats.swapped, size)} swap",
+            f"{stats.runs:,} runs",
+        )
+
+    def facts(self, page: int) -> Sequence[Fact]:
+        """The page's addresses, its frame, whose it is."""
+        return pagefacts.describe(self.space, self.table, self.marks, page)
+
+    def cell_facts(self, first: int, pages: int) -> Sequence[Fact]:
+        """The cell's pages by kind."""
+        return pagefacts.describe_cell(self.table, first, pages)
+
+    def find(self, text: str) -> int:
+        """The page of an address, ``hva ADDRESS`` or ``pfn NUMBER``.
+
+        Raises:
+            UsageError, NotFound: it is none, or not there.
+        """
+        return self.space.find(text, self.table)
+
+    def goal(self, page: int) -> Goal | str:
+        """Its frame on the host map."""
+        row = self.table.lookup(page)
+        extent = None if row is None else self.table[row]
+        if extent is None or not extent.flags & Flag.PRESENT:
+            return f"no frame is at {page * self.page_size:#x}: the page is not resident"
+        return Goal("host", "host", extent.pfn + page - extent.offset)
+
+    def take(self, snapshot: Snapshot) -> bool:
+        """Whose the pages are by now."""
+        before, self._snapshot = self._snapshot, snapshot
+        same = all(getattr(before, name) is getattr(snapshot, name) for name in ("regions", "guests", "grants"))
+        if not same:
+            self.space = MapSpace(snapshot, self.subject)
+        return not same
+
+    def against(self, path: str) -> Marks:
+        """What differs from the map of this subject in a recorded Snapshot.
+
+        Raises:
+            BadFile: the file is none. NotFound: it has no map of this subject.
+        """
+        with contextlib.closing(recording.Recording(path)) as then, then.extents(self.subject) as before:
+            return Marks(before, self.table)
+
+    def close(self) -> None:
+        """Nothing: its table is closed with the last who shows it."""
+
+
+class PfnMap(MapView):
+    """The map of one guest or region with what the cursor is on; without a subject, the list of what there is."""
 
     DEFAULT_CSS = """
-    PfnMap { layout: vertical; }
-    PfnMap > #pfn-title { height: 1; width: 1fr; padding: 0 1; }
-    PfnMap > #pfn-body { height: 1fr; layout: vertical; }
-    PfnMap #pfn-panel { height: auto; }
-    PfnMap #pfn-facts { padding: 0 1; }
-    PfnMap #pfn-legend { padding: 0 1; }
-    PfnMap.-beside > #pfn-body { layout: horizontal; }
-    PfnMap.-beside #pfn-panel { width: 1fr; height: 1fr; }
-    PfnMap.-beside #pfn-legend { margin-top: 1; }
-    PfnMap GoTo { display: none; border: none; height: 1; padding: 0 1; }
-    PfnMap.-asking GoTo { display: block; }
     PfnMap > VirtualTable { display: none; }
     PfnMap.-picking > VirtualTable { display: block; }
     PfnMap.-picking > #pfn-body { display: none; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("g", "ask", "Go to", id="pfn.go", tooltip="an address, hva ADDRESS, or pfn NUMBER"),
-        Binding("r", "rescan", "Scan again", id="pfn.rescan", tooltip="read the map again and mark what moved"),
-        Binding("s", "pick", "Other map", id="pfn.pick"),
+        bound("pfn.pick", "pick", "Other map"),
+        bound("pfn.fragments", "runs", "Fragments", tooltip="show how many runs of frames a cell is in"),
     ]
 
-    class Scanned(Message):
-        """A scan ended: with a table and what changed since the one before, or with an error."""
+    class Compared(Message):
+        """A map was compared with a recorded one."""
 
-        def __init__(
-            self,
-            subject: str,
-            table: ExtentTable | None,
-            stats: Stats | None,
-            marks: Marks | None,
-            error: MemconsoleError | None,
-        ) -> None:
+        def __init__(self, model: PfnModel, marks: Marks | None, error: MemconsoleError | None) -> None:
             super().__init__()
-            self.subject = subject
-            self.table = table
-            self.stats = stats
+            self.model = model
             self.marks = marks
             self.error = error
 
-    class Opened(Message):
-        """A map is on the screen, or the reason why it is not."""
+    PLACEHOLDER = "0x1000000, 64M, hva 0x7f0000000000, pfn 0x1234"
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.table: ExtentTable | None = None
-        self.marks: Marks | None = None
-        self.error: MemconsoleError | None = None
-        self.scanning = False
-        self._stats: Stats | None = None
-        self._snapshot: Snapshot | None = None
-        self._space: Space | None = None
-        self._shown = ""
-        self._scanned_from: Source | None = None
-        self._legend_for: tuple[bool, bool, str] | None = None
+    _against = ""
 
     def compose(self) -> ComposeResult:
-        """Title, map and panel, the question where to go, and the list of maps."""
-        yield Lines(id="pfn-title")
-        with Horizontal(id="pfn-body"):
-            yield HeatMap(self._say_all)
-            with Vertical(id="pfn-panel"):
-                yield Lines(id="pfn-facts")
-                yield Lines(id="pfn-legend")
-        yield GoTo(placeholder="0x1000000, 64M, hva 0x7f0000000000, pfn 0x1234", select_on_focus=True)
-        yield VirtualTable(SUBJECTS, empty="no guests and no regions: nothing has pages here")
+        """The map, and the list of maps."""
+        yield from super().compose()
+        yield VirtualTable(SUBJECTS, empty="there are no guests and no regions to map")
 
-    # --- what is shown ----------------------------------------------------------------------------------------------
+    def on_mount(self) -> None:
+        """Nothing is asked yet."""
+        self.set_class(not self._shown, "-picking")
+
+    def read_model(self, source: Source, subject: str, snapshot: Snapshot, before: MapModel | None) -> MapModel:
+        """Scan; of an IOMMU domain, by IOVA."""
+        kind, _, name = subject.partition(":")
+        if kind == "domain":
+            return DomainModel(source, snapshot, name)
+        former = before.table if isinstance(before, PfnModel) and before.subject == subject else None
+        return PfnModel(subject, snapshot, source, former)
 
     @property
-    def map(self) -> HeatMap:
-        """The heat map."""
-        return self.query_one(HeatMap)
+    def table(self) -> ExtentTable | None:
+        """The table on the screen."""
+        return self.model.table if isinstance(self.model, PfnModel) else None
 
     @property
     def first_focus(self) -> Widget | None:
@@ -193,210 +280,76 @@ class PfnMap(View):
         """The list of maps, while it is shown."""
         return None if self._shown else self.query_one(VirtualTable)
 
-    def about(self, subject: str) -> None:
-        """Open the map of ``region:NAME`` or ``guest:NAME``; the list of maps for none."""
-        super().about(subject)
-        if subject != self._shown:
-            self._shown = subject
-            self._begin()
-
     def _begin(self) -> None:
-        """Forget the map and scan, if there is a subject."""
-        self.table = self.marks = self.error = self._space = self._stats = None
-        self.map.clear()
         self.set_class(not self._shown, "-picking")
-        if self._shown:
-            self._scan()
-        self._say_all()
+        super()._begin()
 
     def show(self, snapshot: Snapshot) -> None:
-        """Take what a new Snapshot says of whose the pages are; the map itself stays as it was scanned.
-
-        The map of another source (the past, the present) is another map.
-        """
-        before, self._snapshot = self._snapshot, snapshot
-        if self._shown and self._scanned_from is not self.console.source:
-            self._begin()
+        """Keep the list of maps, or what is said of the map, up to date."""
+        super().show(snapshot)
         if not self._shown:
             self.set_class(True, "-picking")
             self.query_one(VirtualTable).load(subjects(snapshot))
             self._say_title()
-        elif before is None or any(
-            getattr(before, name) is not getattr(snapshot, name) for name in ("regions", "guests", "grants")
-        ):
-            self._draw()
-
-    def _draw(self) -> None:
-        """Put table and Snapshot together."""
-        if self.table is not None and self._snapshot is not None:
-            self._space = Space(self._snapshot, self._shown)
-            self.map.show(self.table, self._space.blocks(self.table), self.marks)
-
-    def on_mount(self) -> None:
-        """Nothing is asked yet."""
-        self.set_class(not self._shown, "-picking")
-
-    def on_resize(self, event: events.Resize) -> None:
-        """Put the panel beside the map where there is room for both."""
-        width = event.size.width
-        beside = HeatMap.cells_for(width - PANEL) >= min(ENOUGH, HeatMap.cells_for(width))
-        self.set_class(beside, "-beside")
-        self.map.styles.width = HeatMap.width_for(width - PANEL) if beside else "1fr"
-        self.call_after_refresh(self._say_all)
-
-    # --- scanning ---------------------------------------------------------------------------------------------------
-
-    def action_rescan(self) -> None:
-        """Read the map again and mark what moved."""
-        if self._shown and not self.scanning:
-            self._scan()
-            self._say_title()
-
-    def _scan(self) -> None:
-        self.scanning = True
-        self._scanned_from = self.console.source
-        self._scan_in_thread(self._scanned_from, self._shown, self.table)
-
-    @work(thread=True, exclusive=True, group="pfn-scan", exit_on_error=False)
-    def _scan_in_thread(self, source: Source, subject: str, before: ExtentTable | None) -> None:
-        worker = get_current_worker()
-        try:
-            table = source.extents(subject)
-            table.lookup_pfn(0)  # sorts the frames here, so that no key has to wait for it
-            marks = None if before is None else Marks(before, table)
-            scanned = self.Scanned(subject, table, table.stats(), marks, None)
-        except MemconsoleError as error:
-            scanned = self.Scanned(subject, None, None, None, error)
-        if not worker.is_cancelled:
-            self.post_message(scanned)
-
-    def on_pfn_map_scanned(self, message: Scanned) -> None:
-        """Show what a scan found; after an error, what was there before, and the error."""
-        message.stop()
-        if message.subject != self._shown:
-            return
-        self.scanning, self.error = False, message.error
-        if message.table is not None:
-            self.table, self.marks, self._stats = message.table, message.marks, message.stats
-            self._draw()
-        self._say_all()
-        self.post_message(self.Opened())
-
-    # --- words ------------------------------------------------------------------------------------------------------
-
-    def _say_all(self) -> None:
-        self._say_title()
-        self._say_facts()
-        self._say_legend()
 
     def _say_title(self) -> None:
-        self.query_one("#pfn-title", Lines).say([self._title()])
-
-    def _title(self) -> Content:
-        if not self._shown:
-            return Content.styled("Enter opens a map, / filters", "$text-muted")
-        parts: list[str | tuple[str, str]] = [(self._shown, "bold $primary")]
-        if self.marks is not None:
-            marks = self.marks
-            parts.append((f"  moved {marks.moved:,} came {marks.came:,} gone {marks.gone:,}", "$warning"))
-        if self._stats is not None and self.table is not None:
-            stats, size = self._stats, self.table.page_size
-            words = [
-                f"{format_size(stats.pages * size)} in {format_size(self.map.cell_pages * size)}",
-                f"{format_size(stats.present * size)} {100 * stats.present // max(stats.pages, 1)}% resident",
-                f"{format_size(stats.huge * size)} huge",
-                f"{format_size(stats.swapped * size)} swap",
-                f"{stats.runs:,} runs",
-            ]
-            parts.append("  " + "  ".join(words))
-        if self.scanning:
-            parts.append(("  scanning…", "$accent"))
-        if self.error is not None:
-            parts.append((f"  {self.error}", "bold $error"))
-        return Content.assemble(*parts)
-
-    def _say_facts(self) -> None:
-        facts: Sequence[Fact] = ()
-        if self.table is not None and self._space is not None:
-            facts = describe(self._space, self.table, self.marks, self.map.cursor)
-            facts = [*facts, *describe_cell(self.table, *self.map.cell)]
-        widget = self.query_one("#pfn-facts", Lines)
-        width = max(20, (widget.size.width or self.size.width))
-        columns = 1 if self.has_class("-beside") else 2
-        height, cell = -(-len(facts) // columns), width // columns
-        widget.say([self._fact_line(facts[row::height], cell) for row in range(height)])
-
-    @staticmethod
-    def _fact_line(facts: Sequence[Fact], cell: int) -> Content:
-        parts = []
-        for fact in facts:
-            parts.append((fit(fact.title, LABEL), "$secondary"))
-            parts.append((fit(fact.text, cell - LABEL - 1) + " ", STYLES[fact.tone]))
-        return Content.assemble(*parts)
-
-    def _say_legend(self) -> None:
-        key = (self.map.by_runs, self.has_class("-beside"), self.app.theme)
-        if key == self._legend_for:
-            return
-        self._legend_for = key
-        looks = (LOOKS[1], *RUNS) if self.map.by_runs else LOOKS[1:]
-        if self.has_class("-beside"):
-            lines = [Content.assemble(self._sample(look), (f" {look.title}", "$text-muted")) for look in looks]
-            lines += [Content("")] * (len(RUNS) + 1 - len(lines))  # as high as the other legend: no new layout
-        elif self.map.by_runs:
-            lines = [Content.assemble(*map(self._sample, RUNS), ("  a digit D: 2^D runs or more", "$text-muted"))]
+        if self._shown:
+            super()._say_title()
         else:
-            parts: list[tuple[str, str]] = []
-            for look in looks:
-                parts += [self._sample(look), (f" {look.brief}  " if look.brief else "", "$text-muted")]
-            lines = [Content.assemble(*parts)]
-        self.query_one("#pfn-legend", Lines).say(lines)
-
-    def _sample(self, look: Look) -> tuple[str, str]:
-        return look.glyph, self.map.get_component_styles(f"heatmap--{look.id}").color.hex
+            words = Content.styled("Enter opens a map, / filters", "$text-muted")
+            self.query_one("#pfn-title", Lines).show_lines([words])
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """The keys of a map do nothing in the list of maps."""
-        if action in {"ask", "rescan", "pick"} and not self._shown:
+        if action in {"ask", "rescan", "pick", "open", "mode", "runs"} and not self._shown:
             return False
         return super().check_action(action, parameters)
 
-    # --- where to go ------------------------------------------------------------------------------------------------
+    def action_runs(self) -> None:
+        """Show how many runs a cell has, or again what it is made of."""
+        self.colour_by(0 if self.mode == FRAGMENTS else FRAGMENTS)
 
-    def action_ask(self) -> None:
-        """Ask for a page."""
-        if self.table is not None:
-            self.add_class("-asking")
-            self.query_one(GoTo).focus()
+    def aim(self, target: str | int | None) -> None:
+        """Go to a page, or (``against FILE``) mark what differs from a recorded Snapshot."""
+        word, _, path = str(target).partition(" ")
+        if word == "against" and path:
+            self._against = path.strip()
+            if self.model is not None and not self.scanning:
+                self._compare()
+        else:
+            super().aim(target)
 
-    def _asked(self) -> None:
-        self.remove_class("-asking")
-        self.map.focus()
+    def on_map_view_map_opened(self) -> None:
+        """What was asked for before the map was there."""
+        self._compare()
 
-    def on_go_to_left(self, message: GoTo.Left) -> None:
-        """Back to the map."""
+    def _compare(self) -> None:
+        path, self._against = self._against, ""
+        if path and isinstance(self.model, PfnModel):
+            self._compare_in_thread(self.model, path)
+
+    @work(thread=True, exclusive=True, group="pfn-compare", exit_on_error=False)
+    def _compare_in_thread(self, model: PfnModel, path: str) -> None:
+        worker = get_current_worker()
+        found = unforeseen.attempt("the comparison", "console", partial(model.against, path))
+        if not worker.is_cancelled:
+            failed = found if isinstance(found, MemconsoleError) else None
+            self.post_message(self.Compared(model, None if failed else cast("Marks", found), failed))
+
+    def on_pfn_map_compared(self, message: Compared) -> None:
+        """Show what differs, or say why it is not known."""
         message.stop()
-        self._asked()
-
-    def on_input_submitted(self, message: Input.Submitted) -> None:
-        """Go there, or say why not."""
-        message.stop()
-        if self.table is None or self._space is None:
-            self._asked()
-            return
-        try:
-            page = self._space.find(message.value, self.table)
-        except MemconsoleError as error:
-            self.notify(str(error), severity="error")
-            return
-        self._asked()
-        self.map.go(page)
+        if message.error is not None:
+            self.notify(str(message.error), severity="error", markup=False)
+        elif message.model is self.model and message.marks is not None:
+            message.model.marks = message.marks
+            self._show_mode(0)
 
     def action_pick(self) -> None:
         """Show the list of maps."""
         self.console.open_view("pfn")
 
-    def on_virtual_table_opened(self, message: VirtualTable.Opened) -> None:
+    def on_virtual_table_row_opened(self, message: VirtualTable.RowOpened) -> None:
         """Open the map that was chosen."""
         message.stop()
         self.console.open_view("pfn", message.item.key)

@@ -5,28 +5,31 @@ The tables behind it are read in a thread, when the view is opened and when the 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 from textual import work
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.content import Content
 from textual.message import Message
 from textual.worker import get_current_worker
 
-from memconsole import joined
+from memconsole import joined, unforeseen
 from memconsole.errors import MemconsoleError
 from memconsole.fields import REACHED, SPANS
 from memconsole.joined import Frame, Joined
 from memconsole.model import Snapshot
 from memconsole.source import Source
+from memconsole.views.bound import bound
 from memconsole.views.view import View, entitle
 from memconsole.views.widgets.facts import Lines
-from memconsole.views.widgets.table import VirtualTable, fit
+from memconsole.views.widgets.fitting import fit
+from memconsole.views.widgets.table import VirtualTable
 
 
 class Reach(View):
-    """A target (``reach:TARGET``, see :func:`joined.ask`): a guest joined, or a frame and who reaches it."""
+    """A target (``reach:TARGET``, see :func:`joined.resolve_target`): a guest joined, or a frame and who reaches it."""
 
     DEFAULT_CSS = """
     Reach > Lines { padding: 0 1; height: auto; }
@@ -34,7 +37,7 @@ class Reach(View):
     Reach > VirtualTable:focus { border-top: solid $primary; border-title-color: $primary; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("r", "again", "Ask again", id="reach.again", tooltip="read the tables again"),
+        bound("reach.again", "again", "Ask again", tooltip="read the tables again"),
     ]
 
     class Answered(Message):
@@ -56,8 +59,8 @@ class Reach(View):
     def compose(self) -> ComposeResult:
         """What it is about, and a table of either kind."""
         yield Lines()
-        yield VirtualTable(SPANS, empty="nothing of it is mapped", id="spans")
-        yield VirtualTable(REACHED, empty="nobody reaches it", id="reachers")
+        yield VirtualTable(SPANS, empty="it has no memory mapped", id="spans")
+        yield VirtualTable(REACHED, empty="no process, guest or device reaches it", id="reachers")
 
     def about(self, subject: str) -> None:
         """Look for another target."""
@@ -78,28 +81,28 @@ class Reach(View):
 
     def _ask(self, snapshot: Snapshot) -> None:
         self._asked = self.console.source
-        self._say()
+        self._show_lines()
         self._ask_in_thread(self._asked, snapshot, self._target)
 
     @work(thread=True, exclusive=True, group="reach", exit_on_error=False)
     def _ask_in_thread(self, source: Source, snapshot: Snapshot, target: str) -> None:
         worker = get_current_worker()
-        answer, trouble = None, None
-        try:
-            answer = joined.ask(snapshot, source, target)
-        except MemconsoleError as error:
-            trouble = error
-        if not worker.is_cancelled:
-            self.post_message(self.Answered(target, answer, trouble))
+        answer = unforeseen.attempt("reach", "console", partial(joined.resolve_target, snapshot, source, target))
+        if worker.is_cancelled:
+            return
+        if isinstance(answer, MemconsoleError):
+            self.post_message(self.Answered(target, None, answer))
+        else:
+            self.post_message(self.Answered(target, answer, None))
 
     def on_reach_answered(self, message: Answered) -> None:
         """Show what was found."""
         message.stop()
         if message.target == self._target:
             self.answer, self.error = message.answer, message.error
-            self._say()
+            self._show_lines()
 
-    def _say(self) -> None:
+    def _show_lines(self) -> None:
         spans, reachers = self.query_one("#spans", VirtualTable), self.query_one("#reachers", VirtualTable)
         answer = self.answer
         spans.display, reachers.display = isinstance(answer, Joined), isinstance(answer, Frame)
@@ -109,7 +112,7 @@ class Reach(View):
         elif isinstance(answer, Frame):
             reachers.load(answer.reached)
             entitle(reachers, f" {REACHED.title} {len(answer.reached):,} ")
-        self.query_one(Lines).say(self._lines())
+        self.query_one(Lines).show_lines(self._lines())
         shown = spans if spans.display else reachers
         if shown.display and self.console.view is self:
             self.screen.set_focus(shown, scroll_visible=False)
@@ -123,6 +126,6 @@ class Reach(View):
             return [Content.styled(f"looking for {self._target} ...", "$text-muted")]
         lines = []
         if isinstance(self.answer, Frame):
-            lines = [Content(fit(line, width)) for line in joined.about(self.answer)]
+            lines = [Content(fit(line, width)) for line in joined.frame_lines(self.answer)]
         unseen = [f"not seen: {gap.source}: {gap.why}" for gap in self.answer.unseen]
         return lines + [Content.styled(fit(line, width), "$warning") for line in unseen]

@@ -5,22 +5,36 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
 from textual.content import Content
+from textual.events import Click
 from textual.widget import Widget
 
-from memconsole import actions
-from memconsole.views.widgets.table import printable
+from memconsole import actions, keys
+from memconsole.escaping import escape
+from memconsole.units import format_count
 
 if TYPE_CHECKING:
     from textual.binding import ActiveBinding
     from textual.screen import Screen
 
 Part = tuple[str, str]
+LEAST_TITLE = 3
 
 
 def line(parts: Iterable[Part]) -> Content:
     """One line of styled parts, free of what a terminal would obey."""
-    return Content.assemble(*((printable(text), style) for text, style in parts))
+    return Content.assemble(*((escape(text), style) for text, style in parts))
+
+
+def plain(text: str) -> Content:
+    """Text of others, which may have lines: no markup, and nothing that a terminal would obey."""
+    return Content(escape(text, keep="\n"))
+
+
+def width_of(parts: Iterable[Part]) -> int:
+    """Cells of a line of parts."""
+    return sum(cell_len(text) for text, _ in parts)
 
 
 def spread(left: Content, right: Content, width: int) -> Content:
@@ -39,12 +53,20 @@ class Bar(Widget):
         super().__init__()
         self._left: tuple[Part, ...] = ()
         self._right: tuple[Part, ...] = ()
+        self.keys_at: list[tuple[int, int, str]] = []
+        """From which column to which a click is as good as which key."""
 
-    def say(self, left: Sequence[Part], right: Sequence[Part] = ()) -> None:
+    def show_parts(self, left: Sequence[Part], right: Sequence[Part] = ()) -> None:
         """Show these parts at the left and at the right end."""
         if (self._left, self._right) != (tuple(left), tuple(right)):
             self._left, self._right = tuple(left), tuple(right)
             self.refresh()
+
+    def on_click(self, event: Click) -> None:
+        """What is clicked is as good as its key."""
+        for start, end, key in self.keys_at:
+            if start <= event.x < end:
+                self.app.simulate_key(key)
 
     def render(self) -> Content:
         """The line."""
@@ -66,23 +88,44 @@ class Title(Bar):
 class Tabs(Bar):
     """The views by number; the present one stands out."""
 
-    def show(self, names: Sequence[tuple[str, int | None]], current: int) -> None:
-        """Show the views' titles with a count where there is one; ``current`` is an index, or -1."""
-        wide = self.size.width >= 110
+    def show(self, names: Sequence[tuple[str, str, int | None]], current: int) -> None:
+        """Show the views' keys and titles, with a count where there is one; ``current`` is an index, or -1.
+
+        A click on one is as good as its key.
+
+        Where they do not fit, counts are rounded down to thousands and the longest titles are cut.
+        """
+        titles = [title for _, title, _ in names]
+        lead, counts, behind = " {} ", [f" {count:,}" if count else "" for _, _, count in names], " "
+        if (
+            sum(len(lead) + len(title) + len(count) for title, count in zip(titles, counts, strict=True))
+            > self.size.width
+        ):
+            lead, counts, behind = " {}", [f":{format_count(count)}" if count else "" for _, _, count in names], ""
+            titles = shortened(titles, self.size.width - sum(len(lead) - 1 + len(count) for count in counts))
         parts: list[Part] = []
-        for index, (title, count) in enumerate(names):
+        self.keys_at = []
+        for index, (title, count) in enumerate(zip(titles, counts, strict=True)):
+            begin = width_of(parts)
             here = index == current
             style = "reverse $primary" if here else ""
-            number = (index + 1) % 10
-            lead = f" {number} " if wide else f" {number}"
             parts += [
-                (lead, "bold reverse $primary" if here else "bold $accent"),
+                (lead.format(keys.shown(names[index][0])), "bold reverse $primary" if here else "bold $accent"),
                 (title, f"bold {style}" if here else ""),
             ]
-            if wide and count:
-                parts.append((f" {count:,}", style or "$text-muted"))
-            parts.append((" " if wide else "", style))
-        self.say(parts)
+            if count:
+                parts.append((count, style or "$text-muted"))
+            parts.append((behind, style))
+            self.keys_at.append((begin, width_of(parts), names[index][0]))
+        self.show_parts(parts)
+
+
+def shortened(titles: Sequence[str], room: int) -> list[str]:
+    """The titles in so many cells together, the longest ones cut first; each keeps ``LEAST_TITLE`` letters."""
+    longest = max((len(title) for title in titles), default=0)
+    while longest > LEAST_TITLE and sum(min(len(title), longest) for title in titles) > room:
+        longest -= 1
+    return [title if len(title) <= longest else title[: longest - 1] + "…" for title in titles]
 
 
 def rank(id: str) -> int:
@@ -117,21 +160,35 @@ class Keys(Bar):
         """Show the keys of the focused widget and its views."""
         found = self.screen.active_bindings
         self.grey = {key: active for key, active in found.items() if not active.enabled}
-        shown = {active.binding.id or key: active for key, active in found.items()}
+        shown: dict[str, ActiveBinding] = {}
+        for key, active in found.items():
+            id = active.binding.id or ""
+            usual = id in keys.OF_BINDING and key == keys.split(keys.OF_BINDING[id].keys)[0]
+            if usual or (id or key) not in shown:
+                shown[id or key] = active
         listed = [active for active in shown.values() if active.binding.show and active.binding.description]
         listed.sort(key=lambda active: rank(active.binding.id or ""))
-        last = [active for active in listed if active.binding.id in self.ALWAYS]
+        last = [shown[id] for id in self.ALWAYS if id in shown]
         right = [part for active in last for part in self._key(active)]
-        room = self.size.width - sum(len(text) for text, _ in right)
+        start = self.size.width - width_of(right)
+        self.keys_at = []
         left: list[Part] = []
-        for active in listed:
-            if active.binding.id not in self.ALWAYS:
-                parts = self._key(active)
-                room -= sum(len(text) for text, _ in parts)
-                if room < 0:
-                    break
-                left += parts
-        self.say(left, right)
+        at = 0
+        for active in [each for each in listed if each not in last]:
+            parts = self._key(active)
+            if at + width_of(parts) > start:
+                break
+            left += parts
+            at = self._clickable(active, at, parts)
+        for active in last:
+            start = self._clickable(active, start, self._key(active))
+        self.show_parts(left, right)
+
+    def _clickable(self, active: ActiveBinding, start: int, parts: Sequence[Part]) -> int:
+        """Note where a key stands; returns where the next one begins."""
+        end = start + width_of(parts)
+        self.keys_at.append((start, end, active.binding.key))
+        return end
 
     def _key(self, active: ActiveBinding) -> list[Part]:
         key = self.app.get_key_display(active.binding)

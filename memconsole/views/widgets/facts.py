@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from textual.content import Content
+from textual.geometry import Region
 from textual.widget import Widget
 
-from memconsole.fields import Field
-from memconsole.views.looks import look
-from memconsole.views.widgets.table import fit, printable
+from memconsole.escaping import escape
+from memconsole.field import Field
+from memconsole.views.looks import value_look
+from memconsole.views.widgets.fitting import fit
 
 LABEL = 11
 CELL = 38
@@ -34,9 +36,9 @@ def facts_of(fields: Sequence[Field], item: Any, before: Any | None) -> list[Fac
     facts = []
     for field in fields:
         value = field.get(item)
-        glyph, tone = look(field.id, value)
+        glyph, tone = value_look(field.id, value)
         text = field.show(value)
-        changed = before is not None and field.get(before) != value
+        changed = field.news and before is not None and field.get(before) != value
         facts.append(Fact(field.title, f"{glyph} {text}" if glyph else text, tone, changed))
     return facts
 
@@ -57,7 +59,7 @@ def laid_out(facts: Sequence[Fact], width: int) -> list[Content]:
                 parts += _parts(short[index], fit(short[index].text, cell - LABEL - 3))
         lines.append(Content.assemble(*parts))
     for fact in long:
-        wrapped = textwrap.wrap(printable(fact.text), max(width - LABEL - 2, 10)) or [""]
+        wrapped = textwrap.wrap(escape(fact.text), max(width - LABEL - 2, 10)) or [""]
         lines.append(Content.assemble(*_parts(fact, wrapped[0])))
         lines += [Content.styled(" " * (LABEL + 1) + text, STYLES[fact.tone]) for text in wrapped[1:]]
     return lines
@@ -69,7 +71,7 @@ def _parts(fact: Fact, text: str) -> list[tuple[str, str]]:
 
 
 class Lines(Widget):
-    """Lines of text as high as they are; painted again only when they change."""
+    """Lines of text as high as they are; where none of them wraps, those alone are painted again that changed."""
 
     DEFAULT_CSS = "Lines { height: auto; width: 1fr; }"
     ALLOW_SELECT = True
@@ -77,14 +79,22 @@ class Lines(Widget):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._content = Content("")
+        self._lines: tuple[Content, ...] = ()
 
-    def say(self, lines: Sequence[Content]) -> None:
+    def show_lines(self, lines: Sequence[Content]) -> None:
         """Show these lines."""
-        content = Content("\n").join(lines)
-        if not content.is_same(self._content):
-            layout = content.plain.count("\n") != self._content.plain.count("\n")
-            self._content = content
-            self.refresh(layout=layout)
+        before, self._lines = self._lines, tuple(lines)
+        changed = [row for row, (was, now) in enumerate(zip(before, lines, strict=False)) if not now.is_same(was)]
+        if not changed and len(before) == len(lines):
+            return
+        self._content = Content("\n").join(lines)
+        if len(before) == len(lines) and self._is_a_row_each(before) and self._is_a_row_each(lines):
+            self.refresh(*(Region(0, row, self.size.width, 1) for row in changed))
+        else:
+            self.refresh(layout=len(before) != len(lines))
+
+    def _is_a_row_each(self, lines: Sequence[Content]) -> bool:
+        return self.styles.text_wrap == "nowrap" and not any("\n" in each.plain for each in lines)
 
     def render(self) -> Content:
         """The lines."""

@@ -1,4 +1,4 @@
-"""The heat map of a PFN map: a cell a glyph, from the whole guest down to one page.
+"""The map of an address space: a cell a glyph, from the whole down to one page; what colours it is a layer.
 
 A line is ``ADDRESS CELLS MINIMAP``. The glyph says what most pages of the cell are, the colour says it again. The
 minimap is the whole map from top to bottom, the part on the screen inverted. Counting is done by the native core for
@@ -14,23 +14,24 @@ from typing import ClassVar, NamedTuple
 from rich.segment import Segment
 from rich.style import Style
 from textual import events
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.geometry import Region
 from textual.strip import Strip
 from textual.widget import Widget
 
-from memconsole.extents import ExtentTable
-from memconsole.views.widgets.pagegrid import ALL_LOOKS, OUTSIDE, Axis, Block, Grid, Marks, looks, next_kind, next_run
+from memconsole.views.bound import bound
+from memconsole.views.widgets.layers import Layer
+from memconsole.views.widgets.pagegrid import ALL_LOOKS, OUTSIDE, TONES, Axis, Block, Grid, Marks
 
 GUTTER = 15
 EDGE = 1
 ZOOM_BITS = 3
 WIDEST = 256
+STEP = 16
 GLYPHS = [look.glyph for look in ALL_LOOKS]
-Search = Callable[[ExtentTable, Axis, int, int], int | None]
 
 
-class Line(NamedTuple):
+class MapLine(NamedTuple):
     """All that is on a line: where its row begins (-1 is no row), its cells, the cursor's column or -1, the minimap."""
 
     page: int
@@ -51,52 +52,46 @@ class Styles(NamedTuple):
 
 
 class HeatMap(Widget, can_focus=True):
-    """A PFN map with a cursor on one page; the arrow keys go from cell to cell, zooming keeps the page."""
+    """A map with a cursor on one page; the arrow keys go from cell to cell, zooming keeps the page."""
 
     ALLOW_SELECT = False
+    help_title = "The map"
     COMPONENT_CLASSES: ClassVar[set[str]] = {
         "heatmap--address",
         "heatmap--cursor",
-        *(f"heatmap--{look.id}" for look in ALL_LOOKS),
+        *(f"heatmap--{tone}" for tone in TONES),
     }
     DEFAULT_CSS = """
     HeatMap { height: 1fr; width: 1fr; }
     HeatMap .heatmap--address { color: $text-muted; }
     HeatMap .heatmap--cursor { text-style: reverse bold; }
-    HeatMap .heatmap--outside { color: $foreground; }
-    HeatMap .heatmap--absent { color: $foreground 40%; }
-    HeatMap .heatmap--thin { color: $primary; }
-    HeatMap .heatmap--half { color: $primary; }
-    HeatMap .heatmap--full { color: $primary; }
-    HeatMap .heatmap--part-huge { color: $success; }
-    HeatMap .heatmap--huge { color: $success; }
-    HeatMap .heatmap--swap { color: $warning; text-style: bold; }
-    HeatMap .heatmap--moved { color: $error; text-style: bold; }
-    HeatMap .heatmap--came { color: $accent; text-style: bold; }
-    HeatMap .heatmap--gone { color: $error; text-style: bold; }
-    HeatMap .heatmap--runs0, HeatMap .heatmap--runs1 { color: $success; }
-    HeatMap .heatmap--runs2, HeatMap .heatmap--runs3, HeatMap .heatmap--runs4 { color: $primary; }
-    HeatMap .heatmap--runs5, HeatMap .heatmap--runs6 { color: $warning; }
-    HeatMap .heatmap--runs7, HeatMap .heatmap--runs8, HeatMap .heatmap--runs9 { color: $error; text-style: bold; }
+    HeatMap .heatmap--plain { color: $foreground; }
+    HeatMap .heatmap--dim { color: $text-muted; }
+    HeatMap .heatmap--calm { color: $primary; }
+    HeatMap .heatmap--good { color: $success; }
+    HeatMap .heatmap--second { color: $secondary; }
+    HeatMap .heatmap--rise { color: $warning; }
+    HeatMap .heatmap--warn { color: $warning; text-style: bold; }
+    HeatMap .heatmap--bad { color: $error; text-style: bold; }
+    HeatMap .heatmap--news { color: $accent; text-style: bold; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("left", "move(-1, 0)", "Left", show=False, id="pfn.left"),
-        Binding("right", "move(1, 0)", "Right", show=False, id="pfn.right"),
-        Binding("up", "move(0, -1)", "Up", show=False, id="pfn.up"),
-        Binding("down", "move(0, 1)", "Down", show=False, id="pfn.down"),
-        Binding("pageup", "page(-1)", "Page up", show=False, id="pfn.page-up"),
-        Binding("pagedown", "page(1)", "Page down", show=False, id="pfn.page-down"),
-        Binding("home", "edge(-1)", "First page", show=False, id="pfn.first"),
-        Binding("end", "edge(1)", "Last page", show=False, id="pfn.last"),
-        Binding("plus,equals_sign,enter", "zoom(1)", "Zoom in", key_display="+", id="pfn.zoom-in"),
-        Binding("minus", "zoom(-1)", "Zoom out", key_display="-", id="pfn.zoom-out"),
-        Binding("z", "whole", "Page/whole", id="pfn.whole"),
-        Binding("n", "kind(1)", "Next kind", id="pfn.next-kind"),
-        Binding("N", "kind(-1)", "Previous kind", show=False, id="pfn.previous-kind"),
-        Binding("full_stop", "run(1)", "Next run", show=False, key_display=".", id="pfn.next-run"),
-        Binding("comma", "run(-1)", "Previous run", show=False, key_display=",", id="pfn.previous-run"),
-        Binding("f", "runs", "Fragments", id="pfn.fragments"),
-        Binding("v", "marks", "Marks", show=False, id="pfn.marks"),
+        bound("pfn.left", "move(-1, 0)", "Left", show=False),
+        bound("pfn.right", "move(1, 0)", "Right", show=False),
+        bound("pfn.up", "move(0, -1)", "Up", show=False),
+        bound("pfn.down", "move(0, 1)", "Down", show=False),
+        bound("pfn.page-up", "page(-1)", "Page up", show=False),
+        bound("pfn.page-down", "page(1)", "Page down", show=False),
+        bound("pfn.first", "edge(-1)", "First page", show=False),
+        bound("pfn.last", "edge(1)", "Last page", show=False),
+        bound("pfn.zoom-in", "zoom(1)", "Zoom in"),
+        bound("pfn.zoom-out", "zoom(-1)", "Zoom out"),
+        bound("pfn.whole", "whole", "Page/whole"),
+        bound("pfn.next-kind", "kind(1)", "Next kind"),
+        bound("pfn.previous-kind", "kind(-1)", "Previous kind", show=False),
+        bound("pfn.next-run", "run(1)", "Next run", show=False),
+        bound("pfn.previous-run", "run(-1)", "Previous run", show=False),
+        bound("pfn.marks", "marks", "Marks", show=False),
     ]
 
     def __init__(self, moved: Callable[[], None]) -> None:
@@ -106,9 +101,8 @@ class HeatMap(Widget, can_focus=True):
         super().__init__()
         self._moved = moved
         self.cursor = 0
-        self.by_runs = False
         self.show_marks = True
-        self._table: ExtentTable | None = None
+        self._layer: Layer | None = None
         self._marks: Marks | None = None
         self._axis = Axis(())
         self._grid = Grid(self._axis, 1, 1)
@@ -117,18 +111,18 @@ class HeatMap(Widget, can_focus=True):
         self._top = 0
         self._rows: list[tuple[int, bytes]] = []
         self._overview = b""
-        self._lines: list[Line] = []
+        self._lines: list[MapLine] = []
         self._colours: Styles | None = None
 
     # --- what is shown ----------------------------------------------------------------------------------------------
 
-    def show(self, table: ExtentTable, blocks: Sequence[Block], marks: Marks | None = None) -> None:
-        """Show a table, which must stay open until the next call; marks name what changed with it.
+    def show(self, layer: Layer, blocks: Sequence[Block], page_size: int, marks: Marks | None = None) -> None:
+        """Show a layer, whose table must stay open until the next call; marks name what changed with it.
 
         The same blocks as before keep cursor and zoom; other blocks are shown whole.
         """
         axis = Axis(blocks)
-        self._table, self._marks, self._page_size = table, marks, table.page_size
+        self._layer, self._marks, self._page_size = layer, marks, page_size
         if axis.blocks != self._axis.blocks:
             self._begin(axis)
         self._count_overview()
@@ -137,7 +131,7 @@ class HeatMap(Widget, can_focus=True):
 
     def clear(self) -> None:
         """Show nothing; the table may be closed afterwards."""
-        self._table = self._marks = None
+        self._layer = self._marks = None
         self._begin(Axis(()))
         self._overview = b""
         self._count()
@@ -152,13 +146,7 @@ class HeatMap(Widget, can_focus=True):
         """The pages of a whole cell: the zoom."""
         return self._grid.cell
 
-    def look_at(self, page: int) -> int:
-        """The look (see ``pagegrid.ALL_LOOKS``) the cell of a page has on the screen; OUTSIDE if it is not there."""
-        row, column = self._grid.place(page)
-        line = row - self._top
-        return self._rows[line][1][column] if 0 <= line < len(self._rows) else OUTSIDE
-
-    def go(self, page: int) -> None:
+    def go_to_page(self, page: int) -> None:
         """Put the cursor on a page (the nearest one the map has), and the page on the screen."""
         if not self._axis.blocks:
             return
@@ -177,12 +165,12 @@ class HeatMap(Widget, can_focus=True):
             return
         row, column = self._grid.place(self.cursor)
         if rows:
-            self.go(self._grid.page(min(max(row + rows, 0), self._grid.rows - 1), column))
+            self.go_to_page(self._grid.page(min(max(row + rows, 0), self._grid.rows - 1), column))
         else:
             first, pages = self._grid.cell_at(self.cursor)
             slot = self._axis.slot(first) + (pages if columns > 0 else -1)
             for page, _ in self._axis.pieces(slot, 1) if slot >= 0 else ():
-                self.go(self._grid.cell_at(page)[0])
+                self.go_to_page(self._grid.cell_at(page)[0])
 
     def action_page(self, way: int) -> None:
         """Go a screen up or down."""
@@ -191,7 +179,7 @@ class HeatMap(Widget, can_focus=True):
     def action_edge(self, way: int) -> None:
         """Go to the first or the last page."""
         if self._axis.blocks:
-            self.go(self._axis.blocks[0].page if way < 0 else self._axis.blocks[-1].end - 1)
+            self.go_to_page(self._axis.blocks[0].page if way < 0 else self._axis.blocks[-1].end - 1)
 
     def action_zoom(self, way: int) -> None:
         """Make cells eight times smaller or larger, no larger than shows the whole; the cursor stays on its page."""
@@ -207,18 +195,13 @@ class HeatMap(Widget, can_focus=True):
 
     def action_kind(self, way: int) -> None:
         """Go to the nearest page of another kind."""
-        self._seek(next_kind, way)
+        if self._layer is not None and self._axis.blocks:
+            self._go_or_ring(self._layer.next_kind(self._axis, self.cursor, way))
 
     def action_run(self, way: int) -> None:
         """Go to the next run of frames, or the end of the one before."""
-        self._seek(next_run, way)
-
-    def action_runs(self) -> None:
-        """Show how many runs a cell has, or again what it is made of."""
-        self.by_runs = not self.by_runs
-        self._count_overview()
-        self._count()
-        self._moved()
+        if self._layer is not None and self._axis.blocks:
+            self._go_or_ring(self._layer.next_run(self._axis, self.cursor, way))
 
     def action_marks(self) -> None:
         """Show or hide what changed with the last scan."""
@@ -226,14 +209,11 @@ class HeatMap(Widget, can_focus=True):
         self._count_overview()
         self._count()
 
-    def _seek(self, search: Search, way: int) -> None:
-        if self._table is None or not self._axis.blocks:
-            return
-        page = search(self._table, self._axis, self.cursor, way)
+    def _go_or_ring(self, page: int | None) -> None:
         if page is None:
             self.app.bell()
         else:
-            self.go(page)
+            self.go_to_page(page)
 
     # --- mouse ------------------------------------------------------------------------------------------------------
 
@@ -245,9 +225,9 @@ class HeatMap(Widget, can_focus=True):
         if column == self._grid.width:
             height = max(1, self.size.height)
             for page, _ in self._axis.pieces(self._axis.pages * line // height, 1):
-                self.go(page)
+                self.go_to_page(page)
         elif 0 <= column < self._grid.width and self._top + line < self._grid.rows:
-            self.go(self._grid.page(self._top + line, column))
+            self.go_to_page(self._grid.page(self._top + line, column))
 
     def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
         """Go three rows down."""
@@ -263,9 +243,9 @@ class HeatMap(Widget, can_focus=True):
 
     @staticmethod
     def cells_for(width: int) -> int:
-        """How many cells a row has in so many columns: a power of two, so that rows begin at round addresses."""
+        """How many cells a row has in so many columns: a multiple of 16, so that rows begin at round addresses."""
         room = min(WIDEST, max(8, width - GUTTER - EDGE))
-        return 1 << (room.bit_length() - 1)
+        return room // STEP * STEP or 8
 
     @classmethod
     def width_for(cls, width: int) -> int:
@@ -277,6 +257,7 @@ class HeatMap(Widget, can_focus=True):
         self._lay(self._whole().cell if self._is_whole else self._grid.cell)
         self._count_overview()
         self._count()
+        self._moved()
 
     def _whole(self) -> Grid:
         return Grid.fit(self._axis, self.cells_for(self.size.width), max(1, self.size.height))
@@ -325,17 +306,17 @@ class HeatMap(Widget, can_focus=True):
     # --- counting and painting --------------------------------------------------------------------------------------
 
     def _draw(self, ranges: list[tuple[int, int, int]]) -> bytearray:
-        if self._table is None:
+        if self._layer is None:
             return bytearray()
-        cells = looks(self._table, ranges, by_runs=self.by_runs)
-        if self._marks is not None and self.show_marks and not self.by_runs:
+        cells = self._layer.draw(ranges)
+        if self._marks is not None and self.show_marks:
             self._marks.draw(cells, ranges)
         return cells
 
     def _count(self) -> None:
         """Count the cells on the screen."""
         height = self.size.height
-        cells = bytes(self._draw(list(self._grid.ranges(self._top, height)) if self._table else []))
+        cells = bytes(self._draw(list(self._grid.ranges(self._top, height)) if self._layer else []))
         self._rows, at = [], 0
         for row in range(self._top, min(self._top + height, self._grid.rows) if cells else 0):
             page, pages = self._grid.row(row)
@@ -368,7 +349,7 @@ class HeatMap(Widget, can_focus=True):
         cursor_row, cursor_column = self._grid.place(self.cursor) if self._axis.blocks else (-1, -1)
         thumb = self._thumb()
         lines = [
-            Line(
+            MapLine(
                 *(self._rows[y] if y < len(self._rows) else (-1, b"")),
                 cursor_column if cursor_row == self._top + y else -1,
                 self._overview[y] if y < len(self._overview) else OUTSIDE,
@@ -392,7 +373,7 @@ class HeatMap(Widget, can_focus=True):
     def _styles_now(self) -> Styles:
         if self._colours is None:
             get = self.get_component_rich_style
-            looks = [get(f"heatmap--{look.id}") for look in ALL_LOOKS]
+            looks = [get(f"heatmap--{look.tone}") for look in ALL_LOOKS]
             self._colours = Styles(
                 self.rich_style,
                 get("heatmap--address"),

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from memconsole.errors import NotFound, UsageError
 from memconsole.extents import ExtentTable, Flag
-from memconsole.model import Grant, GrantState, Guest, Region, Snapshot
+from memconsole.model import Grant, Guest, Region, Snapshot
 from memconsole.units import format_size, parse_address
 from memconsole.views.widgets.facts import Fact
 from memconsole.views.widgets.pagegrid import Block, Marks, count, kind_of
@@ -28,7 +28,7 @@ class Home(NamedTuple):
     offset: int | None
 
 
-class Space:
+class MapSpace:
     """A map's space, out of a Snapshot: the part of it that says where each page is and whose."""
 
     def __init__(self, snapshot: Snapshot, subject: str) -> None:
@@ -41,9 +41,7 @@ class Space:
         else:
             self.guest = next((guest for guest in snapshot.guests if guest.name == name), None)
         self.grants: list[Grant] = [
-            grant
-            for grant in snapshot.grants
-            if (grant.region if kind == "region" else grant.guest) == name and grant.state is not GrantState.REVOKED
+            grant for grant in snapshot.grants if (grant.region if kind == "region" else grant.guest) == name
         ]
         self.ram = self.guest.seen.ram if self.guest is not None and self.guest.seen is not None else ()
 
@@ -117,7 +115,11 @@ class Space:
             for mapping in grant.seen:
                 if mapping.start <= hva < mapping.end:
                     return mapping.offset + hva - mapping.start
-        raise NotFound(f"nothing of {self.subject} is mapped at {hva:#x}", "", "see the guest's RAM for what is")
+        raise NotFound(
+            f"nothing of {self.subject} is mapped at {hva:#x}",
+            "the address is outside its RAM",
+            "see the guest's RAM for what is",
+        )
 
     def find(self, text: str, table: ExtentTable) -> int:
         """The page a person asks for: ``ADDRESS`` of this space, ``hva ADDRESS``, or ``pfn NUMBER``.
@@ -128,26 +130,41 @@ class Space:
         """
         word, _, rest = text.strip().lower().partition(" ")
         if word == "pfn":
-            pfn = _number(rest)
+            pfn = number_of(rest)
             page = table.lookup_pfn(pfn)
             if page is None:
-                raise NotFound(f"no page of {self.subject} is in frame {pfn:#x}", "", "r scans again")
+                raise NotFound(
+                    f"no page of {self.subject} is in frame {pfn:#x}",
+                    "no row of the map has this frame",
+                    "r scans again",
+                )
             return page
         address = self.address_of(parse_address(rest)) if word == "hva" else parse_address(text)
         page = address // table.page_size
         if not any(block.page <= page < block.end for block in self.blocks(table)):
-            raise NotFound(f"{address:#x} is not in {self.subject}", "", "the left margin shows which addresses are")
+            raise NotFound(
+                f"{address:#x} is not in {self.subject}",
+                "the map does not reach there",
+                "the left margin shows which addresses are",
+            )
         return page
 
 
-def _number(text: str) -> int:
+def number_of(text: str) -> int:
+    """A frame number, decimal or hexadecimal.
+
+    Raises:
+        UsageError: it is neither.
+    """
     try:
         return int(text.strip(), 0)
     except ValueError:
-        raise UsageError(f"{text!r} is not a frame number", "", "write pfn 0x1234 or pfn 4660") from None
+        raise UsageError(
+            f"{text!r} is not a frame number", "it is neither hexadecimal nor decimal", "write pfn 0x1234 or pfn 4660"
+        ) from None
 
 
-def describe(space: Space, table: ExtentTable, marks: Marks | None, page: int) -> list[Fact]:
+def describe(space: MapSpace, table: ExtentTable, marks: Marks | None, page: int) -> list[Fact]:
     """What there is to say of one page, always in the same order and number of facts."""
     address = page * table.page_size
     row = table.lookup(page)
@@ -175,7 +192,7 @@ def describe(space: Space, table: ExtentTable, marks: Marks | None, page: int) -
     ]
 
 
-def _part_of(space: Space, home: Home | None) -> str:
+def _part_of(space: MapSpace, home: Home | None) -> str:
     if space.region is not None:
         return space.region.name
     if home is None or home.region is None:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import enum
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
 from memconsole.extents import Extent, ExtentTable, Flag
+
+HUGE_PAGES = 512
+"""Base pages of a huge page, of which no cell shall hold a part only."""
 
 
 class Block(NamedTuple):
@@ -90,13 +93,17 @@ class Grid:
 
     @classmethod
     def fit(cls, axis: Axis, width: int, height: int) -> Grid:
-        """The grid with the smallest cells (a power of two of pages) that shows all in ``height`` rows, if any does."""
+        """The grid with the smallest cells that shows all in ``height`` rows, if any does.
+
+        A cell is a power of two of pages; below a huge page also one and a half of it, so that little stays empty.
+        """
         largest = max((block.pages for block in axis.blocks), default=1)
         cell = 1
         while True:
-            grid = cls(axis, width, cell)
-            if grid.rows <= height or grid.span >= largest:
-                return grid
+            for size in (cell, cell * 3 // 2) if 1 < cell < HUGE_PAGES else (cell,):
+                grid = cls(axis, width, size)
+                if grid.rows <= height or grid.span >= largest:
+                    return grid
             cell *= 2
 
     def place(self, page: int) -> tuple[int, int]:
@@ -142,7 +149,7 @@ class Grid:
 # --- what a cell is -------------------------------------------------------------------------------------------------
 
 
-class Kind(enum.Enum):
+class PageKind(enum.Enum):
     """What a page is."""
 
     ABSENT = "absent"
@@ -151,17 +158,17 @@ class Kind(enum.Enum):
     SWAP = "swapped"
 
 
-def kind_of(extent: Extent | None) -> Kind:
+def kind_of(extent: Extent | None) -> PageKind:
     """The kind of the pages of a row; None is no row."""
     if extent is None:
-        return Kind.ABSENT
+        return PageKind.ABSENT
     if extent.flags & Flag.SWAP:
-        return Kind.SWAP
-    return Kind.HUGE if extent.flags & Flag.HUGE else Kind.SMALL
+        return PageKind.SWAP
+    return PageKind.HUGE if extent.flags & Flag.HUGE else PageKind.SMALL
 
 
-class Look(NamedTuple):
-    """How a cell of a category is drawn: its name (also of its style), its glyph, and what the legend calls it.
+class CellLook(NamedTuple):
+    """How a cell of a category is drawn: its name, its glyph, what the legend calls it, its tone (a style of the map).
 
     ``brief`` is for a legend of one line, where it stands for this glyph and those before it that have none.
     """
@@ -170,25 +177,68 @@ class Look(NamedTuple):
     glyph: str
     title: str
     brief: str = ""
+    tone: str = "plain"
 
 
 LOOKS = (
-    Look("outside", " ", ""),
-    Look("absent", "·", "absent", "absent"),
-    Look("thin", "░", "4K pages, under half of it"),
-    Look("half", "▒", "4K pages, half of it or more"),
-    Look("full", "▓", "4K pages, all of it", "4K by fill"),
-    Look("part-huge", "▄", "huge pages, a part of it"),
-    Look("huge", "█", "huge pages, all of it", "huge by fill"),
-    Look("swap", "s", "swapped", "swap"),
-    Look("moved", "*", "moved to another frame", "moved"),
-    Look("came", "+", "came since the last scan", "came"),
-    Look("gone", "-", "gone since the last scan", "gone"),
+    CellLook("outside", " ", ""),
+    CellLook("absent", "·", "absent", "absent", "dim"),
+    CellLook("thin", "░", "4K pages, under half of it", "", "calm"),
+    CellLook("half", "▒", "4K pages, half of it or more", "", "calm"),
+    CellLook("full", "▓", "4K pages, all of it", "4K by fill", "calm"),
+    CellLook("part-huge", "▄", "huge pages, a part of it", "", "good"),
+    CellLook("huge", "█", "huge pages, all of it", "huge by fill", "good"),
+    CellLook("swap", "s", "swapped", "swap", "warn"),
+    CellLook("moved", "*", "moved to another frame", "moved", "bad"),
+    CellLook("came", "+", "came since the last scan", "came", "news"),
+    CellLook("gone", "-", "gone since the last scan", "gone", "bad"),
 )
 OUTSIDE, ABSENT, THIN, HALF, FULL, PART_HUGE, HUGE, SWAP, MOVED, CAME, GONE = range(len(LOOKS))
-RUNS = tuple(Look(f"runs{digit}", str(digit), f"{1 << digit} or more runs") for digit in range(10))
+_RUN_TONES = ("good", "good", "calm", "calm", "calm", "rise", "rise", "bad", "bad", "bad")
+RUNS = tuple(
+    CellLook(f"runs{digit}", str(digit), f"{1 << digit} or more runs", "", tone)
+    for digit, tone in enumerate(_RUN_TONES)
+)
 FIRST_RUNS = len(LOOKS)
-ALL_LOOKS = LOOKS + RUNS
+USES = (
+    CellLook("use-ram", "·", "RAM of no region and no VM", "RAM", "dim"),
+    CellLook("use-kernel", "k", "the kernel itself", "kernel", "warn"),
+    CellLook("use-firmware", "f", "kept by firmware", "firmware", "rise"),
+    CellLook("use-scratch", "c", "KHO scratch", "scratch", "news"),
+    CellLook("use-preserved", "p", "preserved, of no region", "preserved", "good"),
+    CellLook("use-region", "█", "a region", "region", "calm"),
+    CellLook("use-guest", "▓", "RAM of a VM of others", "other VM", "good"),
+    CellLook("use-persistent", "d", "persistent memory, DAX", "DAX", "second"),
+    CellLook("use-window", "w", "a BAR", "BAR", "second"),
+    CellLook("use-granted", "W", "a BAR granted to a guest", "granted BAR", "news"),
+    CellLook("use-mmio", "m", "other MMIO", "MMIO", "second"),
+    CellLook("use-bus", " ", "space of a bus, or nothing", "hole"),
+    CellLook("use-region-part", "▄", "a region, a part of it", "", "calm"),
+    CellLook("use-guest-part", "░", "RAM of a VM of others, a part of it", "", "good"),
+)
+FIRST_USE = FIRST_RUNS + len(RUNS)
+_LETTER_TONES = ("calm", "good", "warn", "news", "second", "bad")
+LETTERS = tuple(
+    CellLook(f"letter-{letter}", letter, letter, "", _LETTER_TONES[number % len(_LETTER_TONES)])
+    for number, letter in enumerate("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+)
+FIRST_LETTER = FIRST_USE + len(USES)
+NUMBERS = tuple(
+    CellLook(f"number-{number}", str(number), str(number), "", _LETTER_TONES[number % len(_LETTER_TONES)])
+    for number in range(10)
+)
+FIRST_NUMBER = FIRST_LETTER + len(LETTERS)
+ANSWERS = (
+    CellLook("answer-yes", "█", "yes", "yes", "good"),
+    CellLook("answer-no", "░", "no", "no", "calm"),
+    CellLook("answer-bad", "!", "no, and it should", "wrong", "bad"),
+    CellLook("answer-odd", "?", "yes, and nothing accounts for it", "unaccounted", "warn"),
+    CellLook("answer-apart", "x", "reserved", "reserved", "second"),
+    CellLook("answer-elsewhere", "*", "elsewhere", "elsewhere", "bad"),
+)
+YES, NO, BAD, ODD, APART, ELSEWHERE = range(FIRST_NUMBER + len(NUMBERS), FIRST_NUMBER + len(NUMBERS) + len(ANSWERS))
+ALL_LOOKS = LOOKS + RUNS + USES + LETTERS + NUMBERS + ANSWERS
+TONES = tuple(dict.fromkeys(look.tone for look in ALL_LOOKS))
 
 
 class Counts(NamedTuple):
@@ -207,7 +257,7 @@ def count(table: ExtentTable, first: int, pages: int) -> Counts:
     return Counts(pages, bins.present[0], bins.swapped[0], bins.huge[0], bins.runs[0])
 
 
-def looks(table: ExtentTable, ranges: Iterable[tuple[int, int, int]], *, by_runs: bool = False) -> bytearray:
+def cell_looks(table: ExtentTable, ranges: Iterable[tuple[int, int, int]], *, by_runs: bool = False) -> bytearray:
     """The look of every cell of ranges (first page, pages, cells) as an index into :data:`ALL_LOOKS`.
 
     A cell shows what most of its present or swapped pages are, and how full it is; ``by_runs``, how many rows touch it.
@@ -268,7 +318,7 @@ class Marks:
         self.moved, self.came, self.gone = totals[MOVED], totals[CAME], totals[GONE]
 
     def draw(self, cells: bytearray, ranges: Iterable[tuple[int, int, int]]) -> None:
-        """Mark the cells (as :func:`looks` gave them for the same ranges) that hold a change."""
+        """Mark the cells (as :func:`cell_looks` gave them for the same ranges) that hold a change."""
         at = 0
         for first, pages, number in ranges:
             bins = self._table.bin(first, pages, number)
@@ -290,18 +340,11 @@ class Marks:
 # --- searching ------------------------------------------------------------------------------------------------------
 
 
-def _uniform(table: ExtentTable, kind: Kind, first: int, pages: int) -> bool:
-    counts = count(table, first, pages)
-    have = {
-        Kind.ABSENT: pages - counts.present - counts.swapped,
-        Kind.SMALL: counts.present - counts.huge,
-        Kind.HUGE: counts.huge,
-        Kind.SWAP: counts.swapped,
-    }
-    return have[kind] == pages
+Alike = Callable[[int, int], bool]
+"""Whether all of so many pages from a page on are of one kind."""
 
 
-def _reach(table: ExtentTable, kind: Kind, page: int, pages: int, way: int) -> int:
+def _reach(alike: Alike, page: int, pages: int, way: int) -> int:
     """How many of the ``pages`` from ``page`` on (``way`` 1) or back (-1), itself included, are of this kind.
 
     Gallops: the ranges looked at double, then halve, so that every row is counted about three times.
@@ -310,7 +353,7 @@ def _reach(table: ExtentTable, kind: Kind, page: int, pages: int, way: int) -> i
     while known < pages:
         step = min(step, pages - known)
         first = page + known if way > 0 else page - known - step + 1
-        if _uniform(table, kind, first, step):
+        if alike(first, step):
             known += step
             step *= 2
         elif step == 1:
@@ -321,20 +364,36 @@ def _reach(table: ExtentTable, kind: Kind, page: int, pages: int, way: int) -> i
     return known
 
 
-def next_kind(table: ExtentTable, axis: Axis, page: int, way: int) -> int | None:
-    """The nearest page after (``way`` 1) or before (-1) this one of another kind, or None when all are alike."""
-    kind = kind_of(_row_of(table, page))
+def next_unlike(alike: Alike, axis: Axis, page: int, way: int) -> int | None:
+    """The nearest page after (``way`` 1) or before (-1) this one that is not alike, or None when all are."""
     index = axis.index(page)
     while 0 <= index < len(axis.blocks):
         block = axis.blocks[index]
         room = block.end - page if way > 0 else page - block.page + 1
-        reach = _reach(table, kind, page, room, way)
+        reach = _reach(alike, page, room, way)
         if reach < room:
             return page + way * reach
         index += way
         if 0 <= index < len(axis.blocks):
             page = axis.blocks[index].page if way > 0 else axis.blocks[index].end - 1
     return None
+
+
+def next_kind(table: ExtentTable, axis: Axis, page: int, way: int) -> int | None:
+    """The nearest page after (``way`` 1) or before (-1) this one of another kind, or None when all are alike."""
+    kind = kind_of(_row_of(table, page))
+
+    def alike(first: int, pages: int) -> bool:
+        counts = count(table, first, pages)
+        have = {
+            PageKind.ABSENT: pages - counts.present - counts.swapped,
+            PageKind.SMALL: counts.present - counts.huge,
+            PageKind.HUGE: counts.huge,
+            PageKind.SWAP: counts.swapped,
+        }
+        return have[kind] == pages
+
+    return next_unlike(alike, axis, page, way)
 
 
 def next_run(table: ExtentTable, axis: Axis, page: int, way: int) -> int | None:

@@ -1,23 +1,22 @@
 """The rows of a virtual table as values: order, filter, and what changed since the last Snapshot; no terminal.
 
-Grammar of a filter: terms between blanks, all of which must hold. ``TEXT`` is found in any shown column, ``FIELD:TEXT``
-in that field, ``!TERM`` must not be found; upper and lower case are the same.
+The language of a filter is that of :mod:`memconsole.where`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
-from memconsole.fields import Field, Table
-
-Test = Callable[[int], bool]
+from memconsole import where
+from memconsole.field import Field, Table, in_order
 
 
 class RowSet:
     """The entities of one table, sorted and filtered as the operator asked.
 
-    Entities that did not change should be the same objects as before (see :func:`memconsole.views.refresh.settle`), or
+    Entities that did not change should be the same objects as before (see :func:`memconsole.differ.settled`), or
     they are compared, one by one. Text is made only for rows that are shown or searched.
     """
 
@@ -30,17 +29,31 @@ class RowSet:
         self.order: list[int] = []
         self.sort_field: Field | None = None
         self.reverse = False
-        self.filter_text = ""
+        self._where = where.EVERYTHING
         self._at: dict[str, int] = {}
         self._sorted: list[int] = []
         self._texts: list[str | None] = []
         self.loaded = False
+        self.marked: set[str] = set()
+        self._marked_last: str | None = None
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, row: int) -> Any:
         return self.items[self.order[row]]
+
+    @property
+    def filter_text(self) -> str:
+        """The filter that the rows are chosen by; empty: all are shown."""
+        return self._where.text
+
+    @property
+    def needed(self) -> Iterator[Field]:
+        """The fields whose values are wanted: those that are shown, sorted by, or named by the filter."""
+        yield from (*self.fields, *self._where.fields)
+        if self.sort_field is not None:
+            yield self.sort_field
 
     @property
     def total(self) -> int:
@@ -60,6 +73,35 @@ class RowSet:
             return self.order.index(index)
         except ValueError:
             return None
+
+    # --- marks ------------------------------------------------------------------------------------------------------
+
+    def is_marked(self, row: int) -> bool:
+        """Whether the entity in a row is marked."""
+        return bool(self.marked) and self.key(row) in self.marked
+
+    @property
+    def hidden_marks(self) -> int:
+        """How many marked entities the filter hides."""
+        return len(self.marked) - sum(map(self.is_marked, range(len(self)))) if self.marked and self._where else 0
+
+    @property
+    def last_marked(self) -> int | None:
+        """The row that was marked last, if it is shown."""
+        return self.row_of(self._marked_last) if self._marked_last is not None else None
+
+    def toggle(self, row: int) -> None:
+        """Mark the entity in a row, or take its mark away."""
+        key = self.key(row)
+        self.marked ^= {key}
+        self._marked_last = key
+
+    def mark(self, rows: Iterable[int], *, keep: bool = True) -> None:
+        """Mark these rows, those that are marked stay so unless told otherwise."""
+        keys = {self.key(row) for row in rows}
+        self.marked = self.marked | keys if keep else keys
+
+    # --- what is there ----------------------------------------------------------------------------------------------
 
     def load(self, items: Sequence[Any]) -> bool:
         """Take the entities of a new Snapshot; says whether anything that is shown may differ."""
@@ -83,13 +125,20 @@ class RowSet:
         self.loaded = True
         self.items, self.keys, self._texts = items, keys, texts
         self._at = {key: index for index, key in enumerate(keys)}
+        self.marked &= self._at.keys()
         self._sort()
         return True
+
+    def is_news(self, key: str) -> bool:
+        """Whether more of an entity changed with the last load than what always runs on."""
+        old = self.before.get(key)
+        plain = self.table.plain
+        return old is not None and plain(old) != plain(self.items[self._at[key]])
 
     def changed(self, key: str, field: Field) -> int:
         """0 if the field did not change with the last load, 1 if it rose, -1 if it fell, 2 if it changed otherwise."""
         old = self.before.get(key)
-        if old is None:
+        if old is None or not field.news:
             return 0
         was, now = field.get(old), field.get(self.items[self._at[key]])
         if was == now:
@@ -110,9 +159,14 @@ class RowSet:
         self._sort()
 
     def filter(self, text: str) -> None:
-        """Keep only the rows a filter (see the grammar above) finds."""
-        narrower = text.startswith(self.filter_text) and not {"!", ":"} & set(text)
-        self.filter_text = text
+        """Keep only the rows a filter finds.
+
+        Raises:
+            UsageError: it is none; the one before stays.
+        """
+        found = where.parse(text, self.table.fields)
+        narrower = self._where.plain and found.plain and text.startswith(self.filter_text)
+        self._where = found
         self._filter(self.order if narrower else self._sorted)
 
     def warm(self, budget: int) -> bool:
@@ -130,31 +184,18 @@ class RowSet:
         if self.sort_field is None:
             self._sorted = list(range(count - 1, -1, -1) if self.reverse else range(count))
         else:
-            get = self.sort_field.get
-            values = [get(item) for item in self.items]
-            known = [index for index in range(count) if values[index] is not None]
-            known.sort(key=values.__getitem__, reverse=self.reverse)
-            self._sorted = known + [index for index in range(count) if values[index] is None]
+            self._sorted = in_order(self.sort_field, self.items, reverse=self.reverse)
         self._filter(self._sorted)
 
     def _filter(self, among: Sequence[int]) -> None:
-        tests = [self._test(term) for term in self.filter_text.lower().split()]
-        if not tests:
+        if not self._where:
             self.order = self._sorted
         else:
-            self.order = [index for index in among if all(test(index) for test in tests)]
-
-    def _test(self, term: str) -> Test:
-        if term.startswith("!") and len(term) > 1:
-            inner = self._test(term[1:])
-            return lambda index: not inner(index)
-        name, colon, value = term.partition(":")
-        field = next((field for field in self.table.fields if field.id == name), None) if colon else None
-        if field is not None:
-            return lambda index: value in field.text(self.items[index]).lower()
-        return lambda index: term in (self._texts[index] or self._text(index))
+            chosen, items = self._where, self.items
+            self.order = [index for index in among if chosen(items[index], partial(self._text, index))]
 
     def _text(self, index: int) -> str:
-        item = self.items[index]
-        text = self._texts[index] = "\x1f".join(field.text(item) for field in self.fields).lower()
+        text = self._texts[index]
+        if text is None:
+            text = self._texts[index] = where.row_text(self.fields, self.items[index])
         return text

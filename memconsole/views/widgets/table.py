@@ -12,43 +12,36 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple
 
-import msgspec
-from rich.cells import cell_len, set_cell_size
 from rich.segment import Segment
 from rich.style import Style
 from textual import events
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.cache import LRUCache
 from textual.geometry import Region, Size
 from textual.message import Message
 from textual.strip import Strip
 
-from memconsole.fields import Field, Table
-from memconsole.views.looks import glyphs, look
-from memconsole.views.painting import Sheet
+from memconsole.errors import UsageError
+from memconsole.field import Field, Table
+from memconsole.views.bound import bound
+from memconsole.views.looks import value_look
+from memconsole.views.remembering import Layout
+from memconsole.views.widgets.choosing import Choosing
+from memconsole.views.widgets.columns import GAP, GUTTER, Column, columns_for
+from memconsole.views.widgets.fitting import fit
 from memconsole.views.widgets.rowset import RowSet
 
-GUTTER = 2
-GAP = 2
-LEAST = 6
 KEPT_STRIPS = 1024
-CURSORS = (" ", "▹", "▸")
-"""No cursor, a cursor where keys do not go, and one where they do."""
+CURSORS = (" ", "▹", "▸", "■", "◇", "◆")
+"""No cursor, a cursor where keys do not go, and one where they do; the same of a marked row."""
+MARKED = 3
 TRENDS = {0: " ", 1: "↑", -1: "↓", 2: "•"}
 PLAIN = ("", "", "")
 STYLE = itemgetter(1)
 TONES = ("good", "warn", "bad", "dim", "calm")
 
 
-class Column(NamedTuple):
-    """A field in its place on the screen."""
-
-    field: Field
-    x: int
-    width: int
-
-
-class Line(NamedTuple):
+class TableLine(NamedTuple):
     """What a painted line depends on: the entity, what it was before, the cursor on it, and the layout."""
 
     item: Any
@@ -57,21 +50,7 @@ class Line(NamedTuple):
     layout: int
 
 
-def printable(text: str) -> str:
-    """The text without what a terminal would obey: a process may call itself anything."""
-    return text if text.isprintable() else "".join(char if char.isprintable() else "·" for char in text)
-
-
-def fit(text: str, width: int, *, right: bool = False) -> str:
-    """The text in exactly ``width`` cells, cut with an ellipsis where it is longer."""
-    text = printable(text)
-    length = len(text) if text.isascii() else cell_len(text)
-    if length > width:
-        return set_cell_size(text, width - 1) + "…" if width > 0 else ""
-    return " " * (width - length) + text if right else text + " " * (width - length)
-
-
-class VirtualTable(Sheet, can_focus=True):
+class VirtualTable(Choosing, can_focus=True):
     """The rows of one ``fields.Table``, with a cursor that stays on its entity through refresh, sort and filter."""
 
     DEFAULT_CSS = """
@@ -101,26 +80,24 @@ class VirtualTable(Sheet, can_focus=True):
     }
     ALLOW_SELECT = False
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "open", "Open", id="open"),
-        Binding("up,k", "move(-1)", "Up", show=False, id="up"),
-        Binding("down,j", "move(1)", "Down", show=False, id="down"),
-        Binding("pageup", "page(-1)", "Page up", show=False, id="page-up"),
-        Binding("pagedown", "page(1)", "Page down", show=False, id="page-down"),
-        Binding("home,g", "first", "First row", show=False, id="first"),
-        Binding("end,G", "last", "Last row", show=False, id="last"),
-        Binding("left,h", "sideways(-1)", "Columns left", show=False, id="columns-left"),
-        Binding("right,l", "sideways(1)", "Columns right", show=False, id="columns-right"),
-        Binding("slash", "filter", "Filter", id="filter"),
-        Binding("s", "pick_sort", "Sort", id="sort"),
-        Binding("less_than_sign", "sort_next(-1)", "Sort by the column left", show=False, id="sort-left"),
-        Binding("greater_than_sign", "sort_next(1)", "Sort by the column right", show=False, id="sort-right"),
-        Binding("i", "reverse", "Reverse the order", show=False, id="reverse"),
-        Binding("c", "columns", "Columns", id="columns"),
-        Binding("y", "copy_text", "Copy row", show=False, id="copy"),
-        Binding("Y", "copy_json", "Copy row as JSON", show=False, id="copy-json"),
+        bound("open", "open", "Open"),
+        bound("up", "move(-1)", "Up", show=False),
+        bound("down", "move(1)", "Down", show=False),
+        bound("page-up", "page(-1)", "Page up", show=False),
+        bound("page-down", "page(1)", "Page down", show=False),
+        bound("first", "first", "First row", show=False),
+        bound("last", "last", "Last row", show=False),
+        bound("columns-left", "sideways(-1)", "Columns left", show=False),
+        bound("columns-right", "sideways(1)", "Columns right", show=False),
+        bound("filter", "filter", "Filter"),
+        bound("sort", "pick_sort", "Sort"),
+        bound("sort-left", "sort_next(-1)", "Sort by the column left", show=False),
+        bound("sort-right", "sort_next(1)", "Sort by the column right", show=False),
+        bound("reverse", "reverse", "Reverse the order", show=False),
+        bound("columns", "columns", "Columns"),
     ]
 
-    class Opened(Message):
+    class RowOpened(Message):
         """The operator opened a row."""
 
         def __init__(self, table: VirtualTable, item: Any) -> None:
@@ -133,16 +110,19 @@ class VirtualTable(Sheet, can_focus=True):
             """The table it happened in."""
             return self.table
 
-    class Wanted(Message):
-        """The operator wants a dialog about the table: ``filter``, ``sort`` or ``columns``."""
+    class Chosen(Message):
+        """The cursor went to another row."""
 
-        def __init__(self, table: VirtualTable, what: str) -> None:
+        def __init__(self, table: VirtualTable) -> None:
             super().__init__()
             self.table = table
-            self.what = what
 
-    class Changed(Message):
-        """Rows, order, filter or the focus changed: what a title says about the table may differ."""
+    class Arranged(Message):
+        """The operator chose other columns, or another order."""
+
+        def __init__(self, table: VirtualTable) -> None:
+            super().__init__()
+            self.table = table
 
     def __init__(
         self,
@@ -157,8 +137,11 @@ class VirtualTable(Sheet, can_focus=True):
         super().__init__(**kwargs)
         self._stay_on_top = stay_on_top
         self.table = table
-        self.rows = RowSet(table, table.pick(columns))
+        self.usual = table.pick(columns)
+        """The columns that are shown where none were chosen."""
+        self.rows = RowSet(table, self.usual)
         self.empty = empty
+        self.complaint = ""
         self.cursor = 0
         self._key: str | None = None
         self._left = 1
@@ -166,8 +149,8 @@ class VirtualTable(Sheet, can_focus=True):
         self._columns: tuple[Column, ...] = ()
         self._layout_for: tuple[int, int] = (-1, -1)
         self._width = 0
-        self._strips: LRUCache[tuple[str, int], tuple[Line, Strip]] = LRUCache(KEPT_STRIPS)
-        self._painted: dict[int, Line | None] = {}
+        self._strips: LRUCache[tuple[str, int], tuple[TableLine, Strip]] = LRUCache(KEPT_STRIPS)
+        self._painted: dict[int, TableLine | None] = {}
         self._style_table: dict[str, Style] = {}
         self._mixed: dict[tuple[bool, tuple[str, ...]], Style] = {}
         self.virtual_size = Size(0, 1)
@@ -175,9 +158,9 @@ class VirtualTable(Sheet, can_focus=True):
     # --- what is shown ------------------------------------------------------------------------------------------
 
     @property
-    def selected(self) -> Any | None:
-        """The entity under the cursor, or None in an empty table."""
-        return self.rows[self.cursor] if self.cursor < len(self.rows) else None
+    def help_title(self) -> str:
+        """What the help calls its keys."""
+        return self.table.title
 
     def load(self, items: Sequence[Any]) -> None:
         """Show the entities of a new Snapshot; repaints the lines that differ."""
@@ -199,23 +182,65 @@ class VirtualTable(Sheet, can_focus=True):
         return row is not None
 
     def set_filter(self, text: str) -> None:
-        """Show only the rows that this filter finds; see :mod:`memconsole.views.widgets.rowset`."""
+        """Show only the rows that this filter finds; see :mod:`memconsole.where`.
+
+        Raises:
+            UsageError: it is none; the one before stays.
+        """
         if text != self.rows.filter_text:
             self.rows.filter(text)
             self._reordered()
+        self._complain("")
+
+    def try_filter(self, text: str) -> None:
+        """Show what a filter finds as it is typed; while it is none, the last one stays, and ``complaint`` says why."""
+        try:
+            self.set_filter(text)
+        except UsageError as error:
+            self._complain(str(error))
+
+    def _complain(self, text: str) -> None:
+        if text != self.complaint:
+            self.complaint = text
+            self.post_message(self.Changed())
 
     def set_sort(self, field: Field | None, *, reverse: bool = False) -> None:
         """Order the rows by a field, or as the Snapshot has them."""
         self.rows.sort(field, reverse=reverse)
         self._relayout()
         self._reordered()
+        self.post_message(self.Arranged(self))
+
+    def sort_by(self, field: Field | None) -> None:
+        """Order the rows by a field; the other way round where they are ordered by it already."""
+        again = field is self.rows.sort_field
+        largest_first = field is not None and field.largest_first
+        self.set_sort(field, reverse=not self.rows.reverse if again else largest_first)
 
     def set_columns(self, names: Sequence[str]) -> None:
-        """Show these fields, in the table's own order."""
-        self.rows.show([field for field in self.table.fields if field.id in names])
+        """Show these fields, in this order; names that are no fields are left out, the first field is never missing."""
+        known = {field.id: field for field in self.table.fields}
+        found = [known[name] for name in names if name in known]
+        self.rows.show(found or self.table.fields[:1])
         self._left = 1
         self._relayout()
         self._reordered()
+        self.post_message(self.Arranged(self))
+
+    def lay_out_as(self, layout: Layout) -> None:
+        """Show columns and order as they were chosen before."""
+        if layout.columns:
+            self.set_columns(layout.columns)
+        by = next((field for field in self.table.fields if field.id == layout.sort), None)
+        if by is not None:
+            self.set_sort(by, reverse=layout.reverse)
+
+    @property
+    def layout_now(self) -> Layout:
+        """The columns and the order there are."""
+        rows = self.rows
+        by = rows.sort_field.id if rows.sort_field is not None else ""
+        return Layout(tuple(field.id for field in rows.fields), by, rows.reverse)
 
     def _reordered(self) -> None:
         self._follow()
@@ -224,7 +249,7 @@ class VirtualTable(Sheet, can_focus=True):
     def _follow(self) -> None:
         """Keep the cursor on its entity, else near where it was."""
         self.virtual_size = Size(0, len(self.rows) + 1)
-        self._scroll_update(self.virtual_size)  # not only with the layout, when it is too late for this frame
+        self.lay_scrollbars()
         row = self.rows.row_of(self._key) if self._key is not None else None
         self._move_to(min(self.cursor, max(len(self.rows) - 1, 0)) if row is None else row, keep=row is None)
 
@@ -244,6 +269,7 @@ class VirtualTable(Sheet, can_focus=True):
         if old != row:
             self.refresh_row(old)
             self.refresh_row(row)
+            self.post_message(self.Chosen(self))
 
     def refresh_row(self, row: int) -> None:
         """Repaint the line a row is on."""
@@ -297,46 +323,20 @@ class VirtualTable(Sheet, can_focus=True):
         names = ("header", "sorted", "key", "cursor", "mark", "changed", *TONES)
         styles = {name: self.get_component_rich_style(f"table--{name}", partial=True) for name in names}
         styles["base"] = self.rich_style
-        columns = self._columns_for(width)
+        columns = columns_for(self.rows.fields, self._left, width, self.rows.sort_field)
         if (columns, styles, self.size.width) != (self._columns, self._style_table, self._width):
             self._columns, self._style_table, self._width = columns, styles, self.size.width
             self._mixed.clear()
             self._layout_number += 1
 
-    def _columns_for(self, width: int) -> tuple[Column, ...]:
-        """The columns that have room, the first one always; what is left over goes to columns of text."""
-        fields = self.rows.fields
-        chosen = [fields[0], *fields[self._left :]]
-        room = width - GUTTER
-        widths: list[int] = []
-        for field in chosen:
-            wanted = max(field.width + glyphs(field.id), len(field.title) + 2 * (field is self.rows.sort_field))
-            if widths and room < min(LEAST, wanted):
-                break
-            widths.append(min(wanted, max(room, LEAST)))
-            room -= widths[-1] + GAP
-        shown = chosen[: len(widths)]
-        spare = room + GAP
-        stretchy = [index for index, field in enumerate(shown) if not field.right and field.width > LEAST]
-        if spare > 0 and stretchy and len(shown) == len(chosen):
-            total = sum(shown[index].width for index in stretchy)
-            for index in stretchy:
-                widths[index] += spare * shown[index].width // total
-        x = GUTTER
-        columns = []
-        for field, cells in zip(shown, widths, strict=True):
-            columns.append(Column(field, x, cells))
-            x += cells + GAP
-        return tuple(columns)
-
-    def _line(self, y: int) -> Line | None:
+    def _line(self, y: int) -> TableLine | None:
         row = self.scroll_offset.y + y - 1
         if not 0 <= row < len(self.rows):
             return None
         key = self.rows.key(row)
-        on = 0 if row != self.cursor else 2 if self.has_focus else 1
+        on = (0 if row != self.cursor else 2 if self.has_focus else 1) + MARKED * self.rows.is_marked(row)
         before = self.rows.before.get(key, self)
-        return Line(self.rows[row], before, on, self._layout_number)
+        return TableLine(self.rows[row], before, on, self._layout_number)
 
     def render_line(self, y: int) -> Strip:
         """One line of the table: the header, a row, or an empty one."""
@@ -368,26 +368,31 @@ class VirtualTable(Sheet, can_focus=True):
         more_left = self._left > 1
         more_right = self._left + len(columns) - 1 < len(fields)
         segments = [Segment(" " * GUTTER, base)]
-        for index, (field, _, cells) in enumerate(columns):
+        for index, (field, x, cells) in enumerate(columns):
             sorted_here = field is self.rows.sort_field
             title = f"{field.title} {'▼' if self.rows.reverse else '▲'}" if sorted_here else field.title
             style = styles["base"] + styles["sorted"] if sorted_here else base
             gap = "◂ " if index == 0 and more_left else " " * GAP
-            segments += [Segment(fit(title, cells, right=field.right), style), Segment(gap, base)]
+            room = min(cells, width - more_right - x)  # the last cell says that there are more columns
+            segments += [Segment(fit(title, room, right=field.right), style), Segment(gap, base)]
         strip = Strip(segments).adjust_cell_length(width, base)
         if more_right:
             strip = Strip([*strip.crop(0, width - 1), Segment("▸", styles["base"] + styles["sorted"])], width)
         return strip
 
-    def _row(self, key: str, line: Line, width: int) -> Strip:
+    def _row(self, key: str, line: TableLine, width: int) -> Strip:
         item, before, cursor, _ = line
-        touched = before is not None and before is not self
+        touched = before is not None and before is not self and self.rows.is_news(key)
         mark = "+" if before is None else "•" if touched else " "
-        on, plain = cursor == 2, self._style(cursor == 2, ())
-        parts = [(CURSORS[cursor], self._style(on, ("calm",))), (mark, self._style(on, ("mark",)))]
+        on = cursor % MARKED == MARKED - 1
+        plain = self._style(on, ())
+        parts = [
+            (CURSORS[cursor], self._style(on, ("mark" if cursor >= MARKED else "calm",))),
+            (mark, self._style(on, ("mark",))),
+        ]
         for index, (field, _, cells) in enumerate(self._columns):
             value = field.get(item)
-            glyph, tone = look(field.id, value)
+            glyph, tone = value_look(field.id, value)
             text = f"{glyph} {field.show(value)}" if glyph else field.show(value)
             trend = self.rows.changed(key, field) if touched else 0
             names = (tone, "" if index else "key", "changed" if trend else "")
@@ -440,7 +445,7 @@ class VirtualTable(Sheet, can_focus=True):
     def action_open(self) -> None:
         """Open the row under the cursor."""
         if self.selected is not None:
-            self.post_message(self.Opened(self, self.selected))
+            self.post_message(self.RowOpened(self, self.selected))
 
     def action_filter(self) -> None:
         """Ask for a filter."""
@@ -461,7 +466,7 @@ class VirtualTable(Sheet, can_focus=True):
         fields = self.rows.fields
         at = fields.index(self.rows.sort_field) if self.rows.sort_field in fields else (-1 if by > 0 else len(fields))
         at = min(max(at + by, 0), len(fields) - 1)
-        self.set_sort(fields[at], reverse=self.rows.reverse)
+        self.set_sort(fields[at], reverse=fields[at].largest_first)
 
     def action_reverse(self) -> None:
         """Turn the order round."""
@@ -471,27 +476,12 @@ class VirtualTable(Sheet, can_focus=True):
         """Ask which columns to show."""
         self.post_message(self.Wanted(self, "columns"))
 
-    def action_copy_text(self) -> None:
-        """Copy the row as it is shown, tab-separated (OSC 52)."""
-        if self.selected is not None:
-            self._copy("\t".join(field.text(self.selected) for field in self.rows.fields))
-
-    def action_copy_json(self) -> None:
-        """Copy the whole entity as JSON (OSC 52)."""
-        if self.selected is not None:
-            self._copy(msgspec.json.encode(self.selected).decode())
-
-    def _copy(self, text: str) -> None:
-        self.app.copy_to_clipboard(text)
-        self.notify(fit(text.replace("\t", "  "), 60).rstrip(), title="Copied", timeout=2)
-
     def on_click(self, event: events.Click) -> None:
         """A click chooses a row, a double click opens it, a click on a title sorts by it."""
         if event.y == 0:
             for column in self._columns:
                 if column.x <= event.x < column.x + column.width:
-                    again = column.field is self.rows.sort_field
-                    self.set_sort(column.field, reverse=again and not self.rows.reverse)
+                    self.sort_by(column.field)
             return
         row = self.scroll_offset.y + event.y - 1
         if row < len(self.rows):

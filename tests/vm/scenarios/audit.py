@@ -17,18 +17,18 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import lab_guest as lab
-from edu import BDF as EDU
-from edu import PAGE, SIZE, started
-from guests import AgentProcess
-from lab_host import fresh
-from services import Service, services
+from support import lab_guest as lab
+from support.edu import BDF as EDU
+from support.edu import PAGE, SIZE, started
+from support.guests import AgentProcess
+from support.lab_host import fresh
+from support.services import Service, services
 
 from memconsole import actions as do
-from memconsole.backend import tables
-from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.custody.holder import KeeperCustody
 from memconsole.backend.dma import iommufd, vfio
-from memconsole.backend.handoff.luo import Session
+from memconsole.backend.handoff.luo import LuoSession
+from memconsole.backend.observe import pfn_tables
 from memconsole.backend.wire.client import Client
 from memconsole.cli import main
 from memconsole.errors import MemconsoleError
@@ -125,7 +125,7 @@ class Host:
 def listed(text: str) -> Found:
     """What the command said."""
     findings = json.loads(text)
-    assert all(each["what"] and each["evidence"] and each["remedy"] for each in findings), findings
+    assert all(each["observed"] and each["evidence"] and each["remedy"] for each in findings), findings
     return sorted((each["id"], each["subject"]) for each in findings)
 
 
@@ -261,7 +261,7 @@ def frames_change(host: Host) -> Iterator[Found]:
         punch(memory, 0, 3)
         os.write(other, bytes(SIZE))
         os.pwrite(memory, bytes(3 * PAGE), 0)
-        time.sleep(tables.FRESH_S)
+        time.sleep(pfn_tables.FRESH_S)
         host.client.extents("region:moved").close()
     yield [("region-moved", "moved")]
     host.client.apply(do.Release("moved"))
@@ -290,7 +290,7 @@ def a_vm_is_not_ours(host: Host) -> Iterator[Found]:
 
 @contextlib.contextmanager
 def a_session_is_not_ours(host: Host) -> Iterator[Found]:
-    with Session.create("stranger") as session, plain_file(PAGE) as file:
+    with LuoSession.create("stranger") as session, plain_file(PAGE) as file:
         session.preserve(file, 1)
         yield [("session-outside-custody", "stranger")]
     assert not fresh(host.client).survival.sessions

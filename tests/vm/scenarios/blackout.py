@@ -12,9 +12,9 @@ import subprocess
 import sys
 import time
 
-import lab_guest as lab
-import lab_host as host
 import msgspec
+from support import lab_guest as lab
+from support import lab_host as host
 
 from memconsole.actions import GuestStart, GuestStop, HandoffRun, Release
 from memconsole.backend.wire.client import Client

@@ -10,9 +10,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
-import lab_guest as lab
-import lab_host as host
+from support import lab_guest as lab
+from support import lab_host as host
+from support.luo_incoming import Incoming
 
 from memconsole.backend.handoff import image, luo
 from memconsole.extents import ExtentTable, digest_fd
@@ -22,10 +25,20 @@ NOTES = lab.SHARE / "notes.json"
 ROUNDS = 3
 
 
+T = TypeVar("T")
+
+
 def timed(act: Callable[[], object]) -> int:
     began = time.perf_counter_ns()
     act()
     return time.perf_counter_ns() - began
+
+
+def measured(act: Callable[[], T]) -> tuple[int, T]:
+    """How many nanoseconds it took, and what came of it."""
+    began = time.perf_counter_ns()
+    made = act()
+    return time.perf_counter_ns() - began, made
 
 
 def full() -> int:
@@ -48,8 +61,8 @@ def first() -> None:
         fds[kind] = full()
         took = []
         for row in range(ROUNDS + 1):
-            session = luo.Session.create(f"cost-{kind}")
-            took.append(timed(lambda fd=fds[kind], session=session: session.preserve(fd, 1)))
+            session = luo.LuoSession.create(f"cost-{kind}")
+            took.append(timed(partial(session.preserve, fds[kind], 1)))
             if row < ROUNDS:
                 session.close()
         sessions.append(session)
@@ -61,12 +74,11 @@ def first() -> None:
 
 def second() -> None:
     for kind, known in json.loads(NOTES.read_text()).items():
-        session = luo.Session.retrieve(f"cost-{kind}")
-        taken: list[int] = []
-        retrieve = timed(lambda session=session, taken=taken: taken.append(session.retrieve_fd(1)))
-        found: list[object] = []
-        places = timed(lambda taken=taken, found=found: found.append(list(placement(taken[0]))))
-        contents = timed(lambda taken=taken, found=found: found.append(digest_fd(taken[0])))
+        session = Incoming.retrieve(f"cost-{kind}")
+        retrieve, fd = measured(partial(session.retrieve_fd, 1))
+        places, placed = measured(partial(placement, fd))
+        contents, digest = measured(partial(digest_fd, fd))
+        found: list[object] = [list(placed), digest]
         lab.say(
             "cost",
             found == [known["placed"], known["contents"]],
@@ -78,7 +90,7 @@ def second() -> None:
             contents_ns=contents,
         )
         session.finish()
-        os.close(taken[0])
+        os.close(fd)
     lab.say("end")
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 
-import lab_guest as lab
-import lab_host as host
-from edu import BDF as EDU
-from edu import (
+from support import lab_guest as lab
+from support import lab_host as host
+from support.edu import BDF as EDU
+from support.edu import (
     DST,
     PAGE,
     SIZE,
@@ -24,10 +24,10 @@ from edu import (
     started,
     tables,
 )
-from services import services
+from support.services import services
 
 from memconsole import actions as do
-from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.custody.holder import KeeperCustody
 from memconsole.backend.dma import iommufd, vfio
 from memconsole.backend.kernel import procmaps
 from memconsole.errors import MemconsoleError

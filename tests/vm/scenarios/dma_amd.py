@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import os
 
-import lab_guest as lab
-import lab_host as host
-from edu import BDF as EDU
-from edu import PAGE, SIZE, Guest, bytes_of, counted, found, frames, grants, started
-from services import services
+from support import lab_guest as lab
+from support import lab_host as host
+from support.edu import BDF as EDU
+from support.edu import PAGE, SIZE, Guest, bytes_of, counted, found, frames, grants, started
+from support.services import services
+from support.waiting import until
 
 from memconsole import actions as do
-from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.custody.holder import KeeperCustody
 from memconsole.backend.dma import iommufd
 from memconsole.backend.kernel import iommu, pci
 from memconsole.backend.wire.client import Client
@@ -105,7 +106,7 @@ with services() as service:
     client.apply(do.Revoke("g1"))
     guest.do("close")
     client.apply(do.WindowRevoke(f"{EDU}:0"))
-    host.until(lambda: shown(client)[1].startswith("identity"), "nobody has the device any more")
+    until(lambda: shown(client)[1].startswith("identity"), "nobody has the device any more", host.PATIENCE)
     lab.say("not-confined-again", shown=shown(client))
     client.close()
 lab.say("end")

@@ -10,10 +10,10 @@ import os
 import sys
 import time
 
-import lab_guest as lab
-import lab_host as host
-from edu import BDF as EDU
-from timing import timed
+from support import lab_guest as lab
+from support import lab_host as host
+from support.edu import BDF as EDU
+from support.timing import timed
 
 from memconsole import actions as do
 from memconsole.backend.control import Control
@@ -42,7 +42,7 @@ def ours(control: Control) -> tuple[int, int]:
     """Nanoseconds of the step that maps it for the device, and of the whole of ``map --dma``."""
     control.apply(do.Reserve("large", SIZE, prefault=True))
     steps: list[int] = []
-    back = timed(control._desk.spaces, "map", steps)
+    back = timed(control._desk.address_spaces, "map", steps)
     began = time.perf_counter_ns()
     grant = control.apply(do.Map("large", "vm", gpa=LARGE, dma=EDU)).subject
     took = time.perf_counter_ns() - began

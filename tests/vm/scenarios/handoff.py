@@ -11,9 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-import lab_guest as lab
-import lab_host as host
 import msgspec
+from support import lab_guest as lab
+from support import lab_host as host
 
 from memconsole import timeline
 from memconsole.actions import GuestStart, GuestStop, HandoffRun, Map, Release, Reserve, Revoke
@@ -127,7 +127,7 @@ def landed() -> Client:
         if name in notes:
             progress = host.beaten(client, name, notes[name])
             lab.say(f"goes-on-{name}", progress.wrong == 0, before=notes[name], progress=str(progress))
-    snapshot = client.snapshot()
+    snapshot = host.heard(client)
     report = snapshot.handoff
     assert report is not None
     lab.say("report", report.state == "done" and all(each.back for each in report.guests), report=builtins(report))

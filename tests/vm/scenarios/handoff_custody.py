@@ -11,10 +11,10 @@ import json
 import sys
 from pathlib import Path
 
-import lab_guest as lab
-import lab_host as host
 import msgspec
 from msgspec.structs import replace
+from support import lab_guest as lab
+from support import lab_host as host
 
 from memconsole.actions import GuestResume, GuestStart, GuestStop, Release, Reserve
 from memconsole.backend.wire.client import Client
@@ -48,7 +48,7 @@ def held(*kinds: str) -> list[str]:
 def found(client: Client) -> dict[str, list[str]]:
     """The subjects of every finding that is not only told, by its id."""
     by: dict[str, list[str]] = {}
-    for each in client.snapshot().findings:
+    for each in host.heard(client).findings:
         if each.severity is not Severity.INFO:
             by.setdefault(each.id, []).append(each.subject)
     return by

@@ -3,7 +3,8 @@
 Who drives the device is this scenario, through the BAR that sysfs shows: the canary's vCPU has no driver. The witness
 of the page tables is the text of debugfs itself, each leaf's IOVA and last entry, read by nothing of memconsole.
 
-handoff_devices FAULTS [differs]    so many faults before the jump; a second jump, after which frames are others
+handoff_devices FAULTS [differs]    so many faults (1 to 4) on each side of the jump; a second jump, after which
+                                    frames are others
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ import sys
 import time
 from pathlib import Path
 
-import lab_guest as lab
-import lab_host as host
 import msgspec
+from support import lab_guest as lab
+from support import lab_host as host
+from support.faultpoints import fault_points
 
 from memconsole import actions as do
 from memconsole import paths, timeline
-from memconsole.backend import steps
-from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.custody.holder import KeeperCustody
 from memconsole.backend.dma import vfio
 from memconsole.backend.wire.client import Client
 from memconsole.errors import MemconsoleError
@@ -40,7 +41,7 @@ PAGE = 4096
 NOTES = lab.SHARE / "notes.json"
 PATTERN = bytes(range(256)) * 8
 FAULTS = int(sys.argv[1])
-AFTER = ("handoff-back.bound", "handoff-back.attached", "handoff-back.mapped", "handoff-back.compared")
+AFTER = ("handoff-back.bound", "handoff-back.attached", "handoff-back.compared", "handoff-back.mapped")
 
 
 def witness() -> list[tuple[str, str]]:
@@ -61,7 +62,7 @@ class Edu:
     def move(self, source: int, target: int, command: int) -> None:
         for register, value in ((0x80, source), (0x88, target), (0x90, len(PATTERN)), (0x98, command)):
             self._words[register // 8] = value
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + host.PATIENCE
         while self._words[0x98 // 8] & 1:
             assert time.monotonic() < deadline, "the DMA does not end"
 
@@ -126,14 +127,13 @@ def as_before(client: Client, was: list[tuple[str, str]]) -> str:
 
 
 def faults(client: Client, was: list[tuple[str, str]], count: int) -> Client:
-    """kill -9 at the new steps' points (a rotating sample of ``count``): everybody goes on as before."""
+    """kill -9 at so many of the steps' points: everybody goes on as before."""
     points = [
-        each for each in steps.fault_points(host.plan(client, host.action())) if ".iova-" in each or ".quiesce-" in each
+        each for each in fault_points(host.plan(client, host.action())) if ".iova-" in each or ".quiesce-" in each
     ]
     lab.say("points", len(points) == 4, points=points)
-    day = int(time.time() // 86400)
     for row in range(count):
-        point = points[(day + row * len(points) // count) % len(points)]
+        point = points[row * len(points) // count]
         client, died = host.killed_at(client, point)
         why = as_before(client, was)
         lab.say(f"killed-{point}", not why and not left() and died == "ControlDied", why=why, left=left(), died=died)
@@ -168,7 +168,7 @@ def landed() -> Client:
     code = Path("/run/early.code").read_text().strip()
     lab.say("early", code == "0", code=code, err=Path("/run/early.log").read_text())
     lab.say("quiet", vfio.driver("/", EDU) is None and not masters())
-    for point in AFTER if FAULTS else ():
+    for point in AFTER[-FAULTS:]:
         lab.say(f"killed-{point}", host.try_to_serve(point) is None)
     client = host.serve()
     why = as_before(client, was)

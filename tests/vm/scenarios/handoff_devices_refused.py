@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
-import lab_guest as lab
-import lab_host as host
 from msgspec.structs import replace
+from support import lab_guest as lab
+from support import lab_host as host
 
 from memconsole import actions as do
 from memconsole import paths
-from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.custody.holder import KeeperCustody
 from memconsole.backend.dma import vfio
 from memconsole.model import Condition, Severity
 
@@ -31,89 +30,106 @@ def free(bdf: str) -> None:
 
 def without_vfio() -> str:
     """A kernel that speaks the ABIs and has neither vfio-pci nor iommufd."""
-    data = bytearray((lab.SHARE / "bzImage").read_bytes())
-    start = (data[0x1F1] + 1) * 512 + int.from_bytes(data[0x248:0x24C], "little")
-    length = int.from_bytes(data[0x24C:0x250], "little")
-    data[start : start + length] = (b"\x7fELF" + b"luo-v5\0memfd-v2\0kho-v4\0").ljust(length, b"\0")
-    path = Path("/tmp/bzImage.bare")
-    path.write_bytes(data)
-    return str(path)
+    return lab.image_of((b"\x7fELF" + b"luo-v5\0memfd-v2\0kho-v4\0").ljust(4096, b"\0"), "/tmp/bzImage.bare")
 
 
-def main() -> None:
-    client = host.serve()
-    fine = host.action()
-    client.apply(do.GuestStart("vm", memory=8 * MIB))
-    client.apply(do.Reserve("ring", MIB))
+class Host:
+    """The host of a VM with one device granted, and a handoff that nothing speaks against unless a test has it so."""
 
-    def against(action: do.HandoffRun = fine) -> list[Condition]:
+    def __init__(self) -> None:
+        self.client = host.serve()
+        self.fine = host.action()
+        self.client.apply(do.GuestStart("vm", memory=8 * MIB))
+        self.client.apply(do.Reserve("ring", MIB))
+
+    def against(self, action: do.HandoffRun | None = None) -> list[Condition]:
         """The conditions that do not hold, and are about devices."""
-        found = client.plan(action).conditions
+        found = host.plan(self.client, action or self.fine).conditions
         return [each for each in found if not each.ok and ("device-" in each.id or each.id == "command-line-iommu")]
 
-    def said(id: str, severity: Severity, act: Callable[[], list[Condition]] = against) -> None:
-        found = act()
-        fine = [(each.id, each.severity) for each in found] == [(id, severity)] and found[0].evidence
-        lab.say(f"said-{id}", bool(fine), found=[(each.id, each.severity, each.evidence) for each in found])
+    def said(self, id: str, severity: Severity, action: do.HandoffRun | None = None) -> None:
+        """One condition, and no other, speaks against it."""
+        found = self.against(action)
+        alone = [(each.id, each.severity) for each in found] == [(id, severity)] and found[0].observed
+        lab.say(f"said-{id}", bool(alone), found=[(each.id, each.severity, each.observed) for each in found])
 
-    def given(bdf: str) -> str:
-        return client.apply(do.Map("ring", "vm", gpa=GPA, dma=bdf)).subject
+    def clean(self, verdict: str) -> None:
+        """Nothing does."""
+        refusals = host.plan(self.client, self.fine).refusals
+        lab.say(verdict, self.against() == [] and not refusals, found=str((self.against(), refusals)))
 
-    lab.say("clean-without", against() == [] and not client.plan(fine).refusals, found=str(against()))
-    grant = given(ALONE)
-    lab.say("clean", against() == [] and not client.plan(fine).refusals, found=str(client.plan(fine).refusals))
-    steps = [effect.text for effect in client.plan(fine).effects if effect.id.startswith(("iova", "quiesce"))]
-    lab.say("planned", len(steps) == 2, steps=steps)
+    def given(self, bdf: str) -> str:
+        """Let a device reach the ring; the grant."""
+        return self.client.apply(do.Map("ring", "vm", gpa=GPA, dma=bdf)).subject
 
-    # --- the next kernel
-    line = fine.append
-    without = replace(fine, append=line.replace("intel_iommu=on", ""))
-    said("command-line-iommu", Severity.ERROR, lambda: against(without))
-    said("device-driver", Severity.ERROR, lambda: against(replace(fine, kernel=without_vfio())))
+
+def the_next_kernel(here: Host) -> None:
+    line = here.fine.append
+    here.said("command-line-iommu", Severity.ERROR, replace(here.fine, append=line.replace("intel_iommu=on", "")))
+    here.said("device-driver", Severity.ERROR, replace(here.fine, kernel=without_vfio()))
     modules = Path(f"/lib/modules/{os.uname().release}")
     modules.mkdir(parents=True)
     (modules / "modules.alias").write_text("alias pci:v00001234d000011E8sv*sd*bc*sc*i* edu_host\n")
-    said("device-wanted", Severity.WARNING)
-    ids = replace(fine, append=f"{line} vfio-pci.ids=8086:1,1234:11e8")
-    lab.say("wanted-no-more", against(ids) == [], found=str(against(ids)))
+    here.said("device-wanted", Severity.WARNING)
+    ids = replace(here.fine, append=f"{line} vfio-pci.ids=8086:1,1234:11e8")
+    lab.say("wanted-no-more", here.against(ids) == [], found=str(here.against(ids)))
     (modules / "modules.alias").unlink()
 
-    # --- this one
+
+def this_one(here: Host, keeper: KeeperCustody) -> None:
     subprocess.run(["umount", "/sys/kernel/debug"], check=True)
-    said("device-hidden", Severity.WARNING)
+    here.said("device-hidden", Severity.WARNING)
     subprocess.run(["mount", "-t", "debugfs", "debug", "/sys/kernel/debug"], check=True)
-    keeper = KeeperCustody(paths.runtime_dir() / "keeper")
     device, payload = keeper.get(f"vfio:{ALONE}")
     other = os.memfd_create("no device")
     keeper.put(f"vfio:{ALONE}", other, payload)
-    said("device-restless", Severity.ERROR)
-    codes = [each.code for each in client.plan(fine).refusals]
+    os.close(other)
+    here.said("device-restless", Severity.ERROR)
+    codes = [each.code for each in here.client.plan(here.fine).refusals]
     lab.say("refused", codes == ["DeviceRestless"], codes=codes)
     keeper.put(f"vfio:{ALONE}", device, payload)
     os.close(device)
-    lab.say("clean-again", against() == [], found=str(against()))
-    client.apply(do.Revoke(grant))
+    here.clean("clean-again")
 
-    # --- other devices
+
+def other_devices(here: Host) -> str:
+    """A device that shares a group, and one that cannot be reset: whose grant it is."""
     for bdf in (TWIN, SIBLING, RESETS):
         free(bdf)
-    grant = given(TWIN)
-    said("device-beside", Severity.WARNING)
-    client.apply(do.Revoke(grant))
-    grant = given(RESETS)
-    said("device-reset", Severity.WARNING)
+    grant = here.given(TWIN)
+    here.said("device-beside", Severity.WARNING)
+    here.client.apply(do.Revoke(grant))
+    grant = here.given(RESETS)
+    here.said("device-reset", Severity.WARNING)
+    return grant
 
-    # --- and one that nobody has any more: the keeper lost it, and the control process is another
-    client.close()
+
+def one_that_is_lost(here: Host, keeper: KeeperCustody, grant: str) -> None:
+    """The keeper lost a device, and the control process is another."""
+    here.client.close()
     served = subprocess.run(["pgrep", "-f", "memconsole serve"], capture_output=True, text=True, check=True).stdout
     os.kill(int(served.split()[0]), 9)
-    os.close(other)
     keeper.drop(f"vfio:{RESETS}")
     keeper.close()
-    client = host.serve()
-    said("device-lost", Severity.ERROR)
-    client.apply(do.Revoke(grant))
-    lab.say("clean-at-last", against() == [] and not client.plan(fine).refusals, found=str(against()))
+    here.client = host.serve()
+    here.said("device-lost", Severity.ERROR)
+    here.client.apply(do.Revoke(grant))
+    here.clean("clean-at-last")
+
+
+def main() -> None:
+    here = Host()
+    here.clean("clean-without")
+    grant = here.given(ALONE)
+    here.clean("clean")
+    effects = here.client.plan(here.fine).effects
+    steps = [effect.text for effect in effects if effect.id.startswith(("iova", "quiesce"))]
+    lab.say("planned", len(steps) == 2, steps=steps)
+    the_next_kernel(here)
+    keeper = KeeperCustody(paths.runtime_dir() / "keeper")
+    this_one(here, keeper)
+    here.client.apply(do.Revoke(grant))
+    one_that_is_lost(here, keeper, other_devices(here))
     lab.say("end")
 
 

@@ -15,16 +15,16 @@ import sys
 import time
 from pathlib import Path
 
-import lab_guest as lab
-import lab_host as host
 import msgspec
-from edu import BDF as EDU
-from edu import PAGE, tables
-from firmware import DST, HOLE, STATUS, firmware
+from support import lab_guest as lab
+from support import lab_host as host
+from support.edu import BDF as EDU
+from support.edu import PAGE, tables
+from support.firmware import DST, HOLE, STATUS, firmware
 
 from memconsole import actions as do
 from memconsole import paths, timeline
-from memconsole.backend.custody import KeeperCustody
+from memconsole.backend.custody.holder import KeeperCustody
 from memconsole.backend.dma import vfio
 from memconsole.backend.wire.client import Client
 from memconsole.errors import MemconsoleError
@@ -52,7 +52,7 @@ def counted() -> tuple[int, int, int]:
         os.close(fd)
 
 
-def until(client: Client, state: GuestState, within: float = 180) -> bool:
+def becomes(client: Client, state: GuestState, within: float = host.PATIENCE) -> bool:
     deadline = time.monotonic() + within
     while host.guest(host.fresh(client), GUEST).state is not state:
         if time.monotonic() > deadline:
@@ -74,8 +74,8 @@ def begin() -> Client:
     client.apply(start)
     plan = host.plan(client, host.action())
     awake = next(each for each in plan.conditions if each.id == "guest-incapable")
-    lab.say("awake", not awake.ok and "suspended" in awake.evidence, condition=str(awake))
-    lab.say("suspended", until(client, GuestState.SUSPENDED), counted=counted())
+    lab.say("awake", not awake.ok and "suspended" in awake.observed, condition=str(awake))
+    lab.say("suspended", becomes(client, GuestState.SUSPENDED), counted=counted())
     lab.say("dma", counted() == (ROUNDS, 0, ROUNDS), counted=counted())
     return client
 
@@ -104,7 +104,7 @@ def rehearse(client: Client) -> None:
     stays = next(each for each in plan.conditions if each.id == "guest-stays")
     client.apply(do.HandoffRehearse())
     why, now = is_as_it_was(client), host.guest(client.snapshot(), GUEST).pid
-    lab.say("rehearsed", not why and now == pid and GUEST in stays.evidence, why=why, condition=str(stays))
+    lab.say("rehearsed", not why and now == pid and GUEST in stays.observed, why=why, condition=str(stays))
 
 
 def jump(client: Client) -> None:
@@ -124,7 +124,7 @@ def landed() -> Client:
     for point in AFTER if FAULTS else ():
         lab.say(f"killed-{point}", host.try_to_serve(point) is None)
     client = host.serve()
-    lab.say("still-suspended", until(client, GuestState.SUSPENDED, 5), guest=str(host.guest(client.snapshot(), GUEST)))
+    lab.say("still-suspended", becomes(client, GuestState.SUSPENDED), guest=str(host.guest(client.snapshot(), GUEST)))
     lab.say("counted", list(counted()) == notes["counted"], counted=counted(), before=notes["counted"])
     now = ram()
     lab.say("tables", now == notes["ram"] and len(now) == RAM // PAGE - len(HOLE), pages=len(now))
@@ -141,7 +141,7 @@ def landed() -> Client:
     lab.say("tidy", not left, left=left)
 
     client.apply(do.GuestResume(GUEST))
-    lab.say("woken", until(client, GuestState.SUSPENDED), counted=counted())
+    lab.say("woken", becomes(client, GuestState.SUSPENDED), counted=counted())
     lab.say("dma-again", counted() == (2 * ROUNDS, 1, 2 * ROUNDS), counted=counted())
     lab.say("findings-after", host.findings(client) == [], findings=host.findings(client))
     return client

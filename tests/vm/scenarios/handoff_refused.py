@@ -9,21 +9,21 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import lab_guest as lab
-import lab_host as host
 from msgspec.structs import replace
+from support import lab_guest as lab
+from support import lab_host as host
+from support.waiting import until
 
 from memconsole import paths
 from memconsole.actions import GuestAttach, GuestStart, GuestStop, HandoffRun, Release, Reserve
 from memconsole.backend.control import Control
-from memconsole.backend.custody import KeeperCustody, OwnCustody
+from memconsole.backend.custody.holder import KeeperCustody, OwnCustody
 from memconsole.backend.handoff import image, luo
-from memconsole.backend.handoff.check import code
+from memconsole.backend.handoff.check import refusal_code
 from memconsole.backend.wire.client import Client
-from memconsole.model import Plan, Severity
+from memconsole.model import GuestState, Plan, Severity
 
 MIB = 1 << 20
 POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
@@ -34,13 +34,7 @@ OLD = Path("/run/old")
 
 def with_words(words: bytes, name: str) -> str:
     """The lab's kernel with an uncompressed one in it that says these words; none: with nothing that could be read."""
-    data = bytearray((lab.SHARE / "bzImage").read_bytes())
-    start = (data[0x1F1] + 1) * 512 + int.from_bytes(data[0x248:0x24C], "little")
-    length = int.from_bytes(data[0x24C:0x250], "little")
-    data[start : start + length] = (b"\x7fELF" + words if words else b"").ljust(length, b"\0")
-    path = Path(f"/tmp/bzImage.{name}")
-    path.write_bytes(data)
-    return str(path)
+    return lab.image_of((b"\x7fELF\0" + words if words else b"").ljust(4096, b"\0"), f"/tmp/bzImage.{name}")
 
 
 class Refusals:
@@ -57,7 +51,7 @@ class Refusals:
         """Start it; a stand-in for an old QEMU is the first that its PATH leads to."""
         env = os.environ | {"PATH": f"{OLD}:{os.environ['PATH']}"}
         done = subprocess.run(
-            [host.TOOL, "serve", "--state-dir", "/run/state"],
+            [host.TOOL, "serve", "--state-dir", host.STATE, "--record", str(host.RECORD_S)],
             capture_output=True,
             text=True,
             check=False,
@@ -66,7 +60,7 @@ class Refusals:
         )
         if done.returncode:
             raise AssertionError(done.stderr)
-        return Client(paths.control_socket())
+        return host.connected()
 
     def again(self) -> None:
         """Another control process in its place."""
@@ -85,13 +79,13 @@ class Refusals:
     def refused(self, id: str, **changes: str) -> None:
         """It is refused by this name, and by no other."""
         codes = [each.code for each in self.plan(**changes).refusals]
-        lab.say(f"refused-{id}", codes == [code(id)], codes=codes)
+        lab.say(f"refused-{id}", codes == [refusal_code(id)], codes=codes)
 
     def warned(self, id: str, **changes: str) -> None:
         """It is warned of by this name, and not refused."""
         plan = self.plan(**changes)
         found = {each.id: each for each in plan.conditions if not each.ok}
-        fine = id in found and found[id].severity is Severity.WARNING and bool(found[id].evidence)
+        fine = id in found and found[id].severity is Severity.WARNING and bool(found[id].observed)
         lab.say(f"warned-{id}", fine and not plan.refusals, found=sorted(found), said=str(found.get(id)))
 
     def pid(self, guest: str) -> int:
@@ -111,6 +105,7 @@ def of_the_image(seen: Refusals) -> None:
     seen.refused("image-memfd-abi", kernel=with_words(b"kho-v4\0luo-v5\0memfd-v1\0", "memfd"))
     seen.warned("image-abi-unknown", kernel=with_words(b"", "unknown"))
     seen.refused("image-unreadable", initrd="/nowhere")
+    seen.refused("image-without-initrd", initrd="")
     vast = Path("/tmp/vast")
     with vast.open("wb") as file:
         file.truncate(1 << 30)
@@ -155,7 +150,7 @@ def of_memory(seen: Refusals) -> None:
     with contextlib.closing(KeeperCustody(paths.runtime_dir() / "keeper")) as keeper:
         keeper.drop("region:lost:0")
     seen.again()
-    seen.warned("memory-lost")
+    seen.refused("region-lost")
     seen.client.apply(Release("lost"))
 
 
@@ -166,7 +161,7 @@ def of_guests(seen: Refusals) -> None:
     os.kill(seen.pid("c0"), signal.SIGCONT)
     client.apply(GuestStart("c1", memory=4 * MIB))
     os.kill(seen.pid("c1"), signal.SIGKILL)
-    time.sleep(1)
+    until(lambda: host.guest(client.snapshot(), "c1").state is GuestState.GONE, "it is seen to be gone", host.PATIENCE)
     seen.warned("guest-ended")
     client.apply(GuestStop("c1"))
     client.apply(Release("c1"))
@@ -178,7 +173,8 @@ def of_guests(seen: Refusals) -> None:
     process.wait()
     words = ["-machine", "q35", "-accel", "kvm", "-nodefaults", "-display", "none", "-m", "16", "-S"]
     vm = subprocess.Popen(["qemu-system-x86_64", *words])
-    time.sleep(5)
+    foreign = f"qemu-{vm.pid}"
+    until(lambda: any(each.name == foreign for each in client.snapshot().guests), "the VM is seen", host.PATIENCE)
     seen.warned("guest-foreign")
     vm.kill()
     vm.wait()
@@ -192,11 +188,11 @@ def of_this_kernel(seen: Refusals) -> None:
     device = os.open(luo.DEVICE, os.O_RDWR)
     seen.refused("device-taken")
     os.close(device)
-    with luo.Session.create("another:one"):
+    with luo.LuoSession.create("another:one"):
         seen.warned("session-elsewhere")
     with contextlib.closing(Control(Path("/run/embedded"), OwnCustody())) as embedded:
         codes = [each.code for each in embedded.plan(seen.fine).refusals]
-        lab.say("refused-custody", codes == [code("custody")], codes=codes)
+        lab.say("refused-custody", codes == [refusal_code("custody")], codes=codes)
 
 
 def main() -> None:

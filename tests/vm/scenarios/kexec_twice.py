@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lab_guest as lab
+from support import lab_guest as lab
 
 lab.say(f"stage-{lab.stage()}", Path("/dev/liveupdate").exists(), uptime=Path("/proc/uptime").read_text().split()[0])
 if lab.stage() < 3:

@@ -19,9 +19,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import lab_guest as lab
-import lab_host as host
 import msgspec
+from support import lab_guest as lab
+from support import lab_host as host
 
 from memconsole.actions import GuestStart, Reserve
 from memconsole.backend import steps
@@ -113,7 +113,7 @@ def held_to(client: Client) -> None:
     notes = json.loads(NOTES.read_text())
     why = host.all_count_on(client, CANARIES, notes)
     lab.say("count-on", not why, why=why)
-    snapshot = client.snapshot()
+    snapshot = host.heard(client)
     states = {guest.name: guest.state for guest in snapshot.guests}
     lab.say("run", states == dict.fromkeys(GUESTS, GuestState.RUNNING), states=states)
     lab.say("once", vmms() == dict.fromkeys(GUESTS, 1), vmms=vmms())
@@ -132,7 +132,7 @@ def swept(client: Client) -> None:
     """Every canary has checked all of its memory since the jump."""
     goals = {guest.name: guest.memory // 4096 for guest in client.snapshot().guests if guest.name in CANARIES}
     first = {guest.name: guest.progress for guest in client.snapshot().guests}
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + host.PATIENCE
     while goals and time.monotonic() < deadline:
         for guest in client.snapshot().guests:
             before, now = first.get(guest.name), guest.progress

@@ -15,13 +15,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import lab_guest as lab
+from support import lab_guest as lab
+from support.luo_incoming import Incoming, covers, retrieve_fd
 
 from memconsole.backend.handoff import image, luo
 from memconsole.backend.kernel import handover, kho
 from memconsole.backend.kernel.handover.memory import KCORE, Core, DevMem
+from memconsole.backend.kernel.handover.values import Preserved
 from memconsole.errors import MemconsoleError
 from memconsole.extents import ExtentTable, digest_fd
 
@@ -64,6 +67,13 @@ def where(fd: int, size: int) -> tuple[str, list[tuple[int, int, int]]]:
         return table.digest(), [(row.offset, row.pfn, row.count) for row in table]
 
 
+def preserved() -> Preserved:
+    """What this kernel preserved up to now."""
+    found = handover.live("out").preserved
+    assert found is not None
+    return found
+
+
 def timed(act: Callable[[], object]) -> float:
     began = time.monotonic()
     act()
@@ -93,8 +103,8 @@ class Writer:
 
 def refusals() -> None:
     """What cannot be preserved, and a device that another has."""
-    with luo.Session.create("memconsole:refusals") as session:
-        refused("session-exists", "SessionExists", lambda: luo.Session.create("memconsole:refusals"))
+    with luo.LuoSession.create("memconsole:refusals") as session:
+        refused("session-exists", "SessionExists", lambda: luo.LuoSession.create("memconsole:refusals"))
         huge = os.memfd_create("huge", os.MFD_HUGETLB)
         os.ftruncate(huge, 2 * MIB)
         vast = os.memfd_create("vast")
@@ -105,29 +115,29 @@ def refusals() -> None:
         refused("vast", "TooLarge", lambda: session.preserve(vast, 3))
         for fd in (huge, vast, null):
             os.close(fd)
-    refused("not-a-session", "NotASession", lambda: luo.Session.adopt(sys.stderr.fileno()))
+    refused("not-a-session", "NotASession", lambda: luo.LuoSession.adopt(sys.stderr.fileno()))
     device = os.open(luo.DEVICE, os.O_RDWR)
-    refused("second-opener", "Busy", lambda: luo.Session.create("memconsole:second"))
+    refused("second-opener", "Busy", lambda: luo.LuoSession.create("memconsole:second"))
     os.close(device)
-    refused("unknown-session", "NoSession", lambda: luo.Session.retrieve("memconsole:nobody"))
+    refused("unknown-session", "NoSession", lambda: Incoming.retrieve("memconsole:nobody"))
 
 
 def dropped() -> None:
     """A session that is closed preserves nothing any more."""
     fd = os.memfd_create("dropped")
     os.ftruncate(fd, MIB)
-    session = luo.Session.create("memconsole:dropped")
+    session = luo.LuoSession.create("memconsole:dropped")
     session.preserve(fd, 1)
     _, rows = where(fd, MIB)
-    held = all(handover.live("out").preserved.covers(pfn, count) for _, pfn, count in rows)
+    held = all(covers(preserved(), pfn, count) for _, pfn, count in rows)
     try:
         os.ftruncate(fd, 0)
         frozen = False
     except PermissionError:
         frozen = True
     session.close()
-    left = handover.live("out").preserved
-    gone = not any(left.covers(pfn) for _, pfn, count in rows for pfn in range(pfn, pfn + count))
+    left = preserved()
+    gone = not any(covers(left, pfn) for _, pfn, count in rows for pfn in range(pfn, pfn + count))
     os.ftruncate(fd, 0)
     os.close(fd)
     lab.say("dropped", rows and held and frozen and gone, held=held, frozen=frozen, gone=gone, rows=len(rows))
@@ -144,6 +154,7 @@ def both_memories(address: int) -> None:
 
 def first() -> None:
     before = handover.live("out")
+    pages_before = preserved().pages
     both_memories(before.blobs[0].address)
     refused("nothing-in", "NotFound", lambda: handover.live("in"))
     lab.say("clean", before.luo is not None and not before.luo.sessions and not before.gaps, blobs=str(before.blobs))
@@ -153,25 +164,23 @@ def first() -> None:
     Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled").write_text("advise")
     fds = {token: make(token) for token in SIZES}
     writer = Writer(fds[SMALL], SIZES[SMALL])
-    sessions = {name: luo.Session.create(luo.session_name(name)) for name in sorted(set(OWNERS.values()))}
-    times = {token: timed(lambda token=token: sessions[OWNERS[token]].preserve(fds[token], token)) for token in SIZES}
+    sessions = {name: luo.LuoSession.create(luo.session_name(name)) for name in sorted(set(OWNERS.values()))}
+    times = {token: timed(partial(sessions[OWNERS[token]].preserve, fds[token], token)) for token in SIZES}
     seen = writer.count
     time.sleep(0.2)
     lab.say("writes-go-on", writer.count > seen, seen=seen, later=writer.count)
     one, two = sessions["guest-1"], sessions["guest-2"]
     refused("token-used", "TokenUsed", lambda: one.preserve(fds[STATE], SMALL))
     refused("preserved-twice", "AlreadyPreserved", lambda: two.preserve(fds[SMALL], 99))
-    refused("retrieve-outgoing", "WrongSide", lambda: one.retrieve_fd(SMALL))
+    refused("retrieve-outgoing", "WrongSide", lambda: retrieve_fd(one, SMALL))
     refused("finish-outgoing", "WrongSide", one.finish)
-    adopted = luo.Session.adopt(os.dup(one.fd))
+    adopted = luo.LuoSession.adopt(os.dup(one.fd))
     lab.say("adopted", adopted.name == "memconsole:guest-1" and not os.get_inheritable(one.fd), found=adopted.name)
-    out = handover.live("out")
     placed = {token: where(fds[token], SIZES[token]) for token in SIZES}
-    covered = all(out.preserved.covers(pfn, count) for _, rows in placed.values() for _, pfn, count in rows)
-    huge = out.preserved.orders.get(9, 0) >= SIZES[HUGE] // (2 * MIB)
-    lab.say(
-        "covered", covered and huge, orders=out.preserved.orders, pages=out.preserved.pages, was=before.preserved.pages
-    )
+    kept = preserved()
+    covered = all(covers(kept, pfn, count) for _, rows in placed.values() for _, pfn, count in rows)
+    huge = kept.orders.get(9, 0) >= SIZES[HUGE] // (2 * MIB)
+    lab.say("covered", covered and huge, orders=kept.orders, pages=kept.pages, was=pages_before)
     writer.stop()
     NOTES.write_text(
         json.dumps(
@@ -182,7 +191,7 @@ def first() -> None:
                 "digests": {token: digest_fd(fds[token]) for token in SIZES},
                 "positions": {token: os.lseek(fds[token], 4242 + token, os.SEEK_SET) for token in SIZES},
                 "placed": placed,
-                "runs": [list(run) for run in out.preserved.runs],
+                "runs": [list(run) for run in kept.runs],
             }
         )
     )
@@ -198,7 +207,7 @@ def load() -> None:
     if "frozen" in sys.argv:
         image.load(str(lab.SHARE / "bzImage.frozen"), initrd, lab.next_command_line())
         return
-    found, scratch = image.inspect(kernel), kho.survival().scratch
+    found, scratch = image.inspect(kernel, image.opened(kernel)), kho.survival().scratch
     largest = max(region.end - region.start for region in scratch)
     vast = Path("/tmp/vast")
     with vast.open("wb") as file:
@@ -219,8 +228,8 @@ def load() -> None:
 
 IN_A_SMALL_CGROUP = """
 import os, sys
-from memconsole.backend.handoff import luo
-session = luo.Session.adopt(int(sys.argv[1]))
+from support.luo_incoming import Incoming
+session = Incoming.adopt(int(sys.argv[1]))
 open("/sys/fs/cgroup/small/cgroup.procs", "w").write(str(os.getpid()))
 session.retrieve_fd(10)
 """
@@ -231,7 +240,7 @@ def charged() -> None:
     Path("/sys/fs/cgroup/cgroup.subtree_control").write_text("+memory")
     Path("/sys/fs/cgroup/small").mkdir()
     Path("/sys/fs/cgroup/small/memory.max").write_text(str(12 * MIB))
-    session = luo.Session.retrieve("memconsole:guest-3")
+    session = Incoming.retrieve("memconsole:guest-3")
     os.set_inheritable(session.fd, True)
     command = [sys.executable, "-c", IN_A_SMALL_CGROUP, str(session.fd)]
     done = subprocess.run(command, capture_output=True, text=True, close_fds=False, check=False)
@@ -248,9 +257,9 @@ def second() -> None:
         metadata=str(handed.metadata),
         gaps=str(handed.gaps),
     )
-    one = luo.Session.retrieve("memconsole:guest-1")
-    two = luo.Session.retrieve("memconsole:guest-2")
-    refused("retrieved-twice", "AlreadyRetrieved", lambda: luo.Session.retrieve("memconsole:guest-1"))
+    one = Incoming.retrieve("memconsole:guest-1")
+    two = Incoming.retrieve("memconsole:guest-2")
+    refused("retrieved-twice", "AlreadyRetrieved", lambda: Incoming.retrieve("memconsole:guest-1"))
     refused("unknown-token", "NoToken", lambda: one.retrieve_fd(12345))
     refused("preserve-incoming", "WrongSide", lambda: one.preserve(sys.stderr.fileno(), 1))
     fds, times = {}, {}
@@ -278,15 +287,15 @@ def second() -> None:
     lab.say("finished-twice")
     two.close()
     charged()
-    own = luo.Session.create(luo.session_name("guest-1"))
+    own = luo.LuoSession.create(luo.session_name("guest-1"))
     own.preserve(fds[HUGE], HUGE)
     out = handover.live("out")
     _, rows = where(fds[HUGE], SIZES[HUGE])
     lab.say(
         "covered-again",
-        all(out.preserved.covers(pfn, count) for _, pfn, count in rows),
+        all(covers(preserved(), pfn, count) for _, pfn, count in rows),
         metadata=str(out.metadata),
-        pages=out.preserved.pages,
+        pages=preserved().pages,
     )
     lab.say("end")
 

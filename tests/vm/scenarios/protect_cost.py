@@ -18,16 +18,17 @@ from collections.abc import Callable
 from fcntl import ioctl
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
-import lab_guest as lab
-import lab_host as host
-from guests import mapping_of
-from timing import timed
+from support import lab_guest as lab
+from support import lab_host as host
+from support.guests import mapping_of
+from support.timing import timed
 
 from memconsole import actions as do
 from memconsole.agent import userfaultfd
-from memconsole.backend import lazy
 from memconsole.backend.control import Control
+from memconsole.backend.exports import userfault
 from memconsole.backend.revoke.ladder import Ladder
 from memconsole.model import Rung
 
@@ -46,7 +47,7 @@ def bare() -> int:
         memory.madvise(host.MADV_POPULATE_WRITE)
         view = ctypes.c_char.from_buffer(memory)
         address = ctypes.addressof(view)
-        uffd = userfaultfd()
+        uffd, _ = userfaultfd()
         ioctl(uffd, API, struct.pack("QQQ", 0xAA, 1 << 17 | 1 << 4 | 1 << 9, 0))
         ioctl(uffd, REGISTER, struct.pack("QQQQ", address, SIZE, 13, 0))
         began = time.perf_counter_ns()
@@ -90,7 +91,6 @@ def end(pid: int) -> None:
 
 def timed_ioctl(took: list[int]) -> Callable[[], None]:
     """Have the rung's own UFFDIO_RWPROTECT leave its nanoseconds; what is returned puts the call back."""
-    was = lazy.fcntl
 
     def call(fd: int, request: int, argument: bytes) -> bytes:
         began = time.perf_counter_ns()
@@ -99,8 +99,9 @@ def timed_ioctl(took: list[int]) -> Callable[[], None]:
             took.append(time.perf_counter_ns() - began)
         return done
 
-    lazy.fcntl = SimpleNamespace(ioctl=call)
-    return lambda: setattr(lazy, "fcntl", was)
+    patch = mock.patch.object(userfault, "fcntl", SimpleNamespace(ioctl=call))
+    patch.start()
+    return patch.stop
 
 
 def protected(control: Control) -> tuple[int, int, int]:
@@ -114,7 +115,7 @@ def protected(control: Control) -> tuple[int, int, int]:
     calls: list[int] = []
     bars: list[int] = []
     rungs: list[int] = []
-    back = (timed_ioctl(calls), timed(control._desk.uffds, "bar", bars), timed(Ladder, "_protect", rungs))
+    back = (timed_ioctl(calls), timed(control._desk.userfaults, "block_access", bars), timed(Ladder, "_protect", rungs))
     report = control.apply(do.Revoke(grant.id, within=0.5)).revoke
     for put in back:
         put()

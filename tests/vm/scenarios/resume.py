@@ -13,15 +13,16 @@ import sys
 import time
 from pathlib import Path
 
-import lab_guest as lab
 import msgspec
+from support import lab_guest as lab
 
-from memconsole.backend.custody import KeeperCustody
+from memconsole.agent import Type
+from memconsole.backend.custody.holder import KeeperCustody
 from memconsole.backend.exports.fd import Hub
 from memconsole.backend.guests.base import Offer
 from memconsole.backend.guests.canary import CanaryGuest
 from memconsole.backend.handoff import bootplan, luo
-from memconsole.backend.handoff.bootplan import Hold, Moment, Plan, Start, Verify
+from memconsole.backend.handoff.bootplan import BootPlan, ClockReading, Hold, Start, Verify
 from memconsole.backend.stores import memfd
 from memconsole.errors import KernelRefused, MemconsoleError
 from memconsole.extents import ExtentTable
@@ -40,10 +41,10 @@ class Notes(msgspec.Struct):
 
     beats: dict[str, int]
     digests: dict[str, str]
-    paused: Moment
-    saved: Moment
-    jumped: Moment
-    early: tuple[Moment, Moment]
+    paused: ClockReading
+    saved: ClockReading
+    jumped: ClockReading
+    early: tuple[ClockReading, ClockReading]
 
 
 def digest(fd: int, size: int) -> str:
@@ -59,12 +60,18 @@ def state(name: str) -> str:
     return f"state:{name}"
 
 
+def sweep(guest: CanaryGuest, within: float) -> tuple[int, int]:
+    """Have a canary check every page at once: how many were checked, and how many bytes are wrong."""
+    answer = guest._ask(Type.SWEEP, within, patient=True)
+    return answer.pages, answer.wrong
+
+
 def until_swept(guest: CanaryGuest, pages: int) -> None:
     """Wait until a canary has stamped and checked all of its memory by itself."""
     progress = guest.progress()
     assert progress is not None
     goal = progress.checked + pages
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 900
     while (now := guest.progress()) is not None and now.checked < goal:
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -75,10 +82,10 @@ def births(custody: KeeperCustody, hub: Hub) -> dict[str, CanaryGuest]:
     Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled").write_text("advise")
     guests = {}
     for name, size in GUESTS.items():
-        (fd,) = memfd.reserve(name, size)
+        (fd,) = memfd.reserve_segments(name, size)
         custody.put(region(name), fd, name.encode())
         guests[name] = CanaryGuest.start(name, hub, RUNTIME / "vmm" / name, args=["--as", "kvm"], within=60)
-        mine = memfd.give(fd, Access.RW)
+        mine = memfd.segment_fd(fd, Access.RW)
         assert guests[name].offer(Offer(f"g-{name}", mine, 0, size, Access.RW, 0), 30)
         os.close(mine)
         os.close(fd)
@@ -102,7 +109,7 @@ def preserve(custody: KeeperCustody) -> tuple[list[Hold], list[Verify], dict[str
     holds, verifies, digests = [], [], {}
     for name, size in GUESTS.items():
         fd, payload = custody.get(region(name))
-        with luo.Session.create(luo.session_name(name)) as session:
+        with luo.LuoSession.create(luo.session_name(name)) as session:
             session.preserve(fd, 1)
             custody.put(f"session:{name}", session.fd)
         digests[name] = digest(fd, size)
@@ -113,7 +120,9 @@ def preserve(custody: KeeperCustody) -> tuple[list[Hold], list[Verify], dict[str
     return holds, verifies, digests
 
 
-def save(custody: KeeperCustody, session: luo.Session, name: str, guest: CanaryGuest, token: int) -> tuple[Hold, Start]:
+def save(
+    custody: KeeperCustody, session: luo.LuoSession, name: str, guest: CanaryGuest, token: int
+) -> tuple[Hold, Start]:
     """A guest's state, preserved, and how it goes on from it."""
     fd = os.memfd_create(state(name), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     guest.save(fd, 10)
@@ -128,13 +137,13 @@ def save(custody: KeeperCustody, session: luo.Session, name: str, guest: CanaryG
     return Hold(bootplan.MANIFEST_SESSION, token, state(name)), start
 
 
-def jump(custody: KeeperCustody, guests: dict[str, CanaryGuest], early: Moment) -> None:
+def jump(custody: KeeperCustody, guests: dict[str, CanaryGuest], early: ClockReading) -> None:
     holds, verifies, digests = preserve(custody)
     lab.load()
     paused = bootplan.moment()
     manifest = os.memfd_create("manifest", os.MFD_CLOEXEC)
     starts, beats = [], {}
-    with luo.Session.create(bootplan.MANIFEST_SESSION) as session:
+    with luo.LuoSession.create(bootplan.MANIFEST_SESSION) as session:
         for token, (name, guest) in enumerate(guests.items(), 2):
             hold, start = save(custody, session, name, guest, token)
             holds.append(hold)
@@ -145,7 +154,7 @@ def jump(custody: KeeperCustody, guests: dict[str, CanaryGuest], early: Moment) 
         if HOW == "unfit":
             holds.append(Hold("memconsole:nobody", 1, "region:nobody:0"))
         saved = bootplan.moment()
-        raw = bytearray(bootplan.encode(Plan(tuple(holds), tuple(verifies), tuple(starts), (), saved)))
+        raw = bytearray(bootplan.encode(BootPlan(tuple(holds), tuple(verifies), tuple(starts), (), saved)))
         if HOW == "broken":
             raw[-20] ^= 1
         os.write(manifest, raw)
@@ -170,7 +179,7 @@ def first() -> None:
     hub = Hub(RUNTIME / "agents")
     guests = births(custody, hub)
     for name, guest in guests.items():
-        pages, wrong = guest.sweep(30)
+        pages, wrong = sweep(guest, 30)
         lab.say(f"swept-{name}", (pages, wrong) == (GUESTS[name] // 4096 - 4, 0), progress=str(guest.progress()))
     jump(custody, guests, early)
 
@@ -234,10 +243,10 @@ def unfinished() -> list[str]:
 
 def look(name: str, guest: CanaryGuest, hub: Hub, notes: Notes) -> None:
     """A guest after a jump: it is the same one, it counts on, and all of its memory is right."""
-    assert hub.connected(name, 30)
+    assert hub.connected(name, 900)
     progress = guest.progress()
     assert progress is not None
-    pages, wrong = guest.sweep(60)
+    pages, wrong = sweep(guest, 900)
     until_swept(guest, 1024)
     restored, blackout = guest.blackout()
     after = guest.progress()
@@ -260,7 +269,7 @@ def look(name: str, guest: CanaryGuest, hub: Hub, notes: Notes) -> None:
 def trouble(custody: KeeperCustody, notes: Notes) -> None:
     """What was held back can go on later: its state and its memory are all there is to it."""
     for name in set(GUESTS) - set(goes_on()) if HOW in {"moved", "broken"} else ():
-        plan = Plan((Hold("x", 1, region(name)), Hold("x", 2, state(name))), (), (start_of(name),))
+        plan = BootPlan((Hold("x", 1, region(name)), Hold("x", 2, state(name))), (), (start_of(name),))
         fd = os.memfd_create("manifest")
         os.write(fd, bootplan.encode(plan))
         custody.put(bootplan.MANIFEST, fd)
@@ -277,9 +286,10 @@ def trouble(custody: KeeperCustody, notes: Notes) -> None:
 
 
 def start_of(name: str) -> Start:
-    words = ("memconsole-canary", "--socket", str(RUNTIME / "agents"), "--name", name, "--restore", "3")
-    words = (program(words[0]), *words[1:], "--give", f"g-{name}=4")
-    return Start(name, words, "/tmp", f"/tmp/{name}.log", ((state(name), 3), (region(name), 4)))
+    words = (program("memconsole-canary"), "--socket", str(RUNTIME / "agents"), "--name", name, "--restore", "3")
+    return Start(
+        name, (*words, "--give", f"g-{name}=4"), "/tmp", f"/tmp/{name}.log", ((state(name), 3), (region(name), 4))
+    )
 
 
 def homeless(code: int, err: str) -> None:

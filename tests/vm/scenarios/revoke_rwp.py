@@ -19,17 +19,15 @@ from collections.abc import Callable
 from fcntl import ioctl
 from pathlib import Path
 
-import lab_guest as lab
-
-sys.path.append(str(Path(lab.__file__).parents[1]))
+from support import lab_guest as lab
 from support.guests import mapping_of
 from support.worlds import worlds
 
 from memconsole import actions as do
 from memconsole.agent import userfaultfd
-from memconsole.backend import lazy
 from memconsole.backend.control import Control
-from memconsole.backend.custody import OwnCustody
+from memconsole.backend.custody.holder import OwnCustody
+from memconsole.backend.exports import userfault
 from memconsole.extents import digest_fd
 from memconsole.model import Rung
 
@@ -48,7 +46,7 @@ def bare() -> int:
         for at in range(0, SIZE, 4096):
             memory[at] = 1
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        uffd = userfaultfd()
+        uffd, _ = userfaultfd()
         ioctl(uffd, API, struct.pack("QQQ", 0xAA, 1 << 17 | 1 << 4 | 1 << 9, 0))
         ioctl(uffd, REGISTER, struct.pack("QQQQ", address, SIZE, 13, 0))
         began = time.perf_counter_ns()
@@ -130,7 +128,7 @@ def rung(control: Control) -> None:
     control.apply(do.GuestStart("c1", memory=4 * M))
     control.apply(do.Map("more", "c1", gpa=1 << 30))
     pid, path = pid_of(control, "c1"), Path("/run/mnt/guests/c1/ram/more")
-    lab.say("handed", control._desk.uffds.has("g2"), guest=pid)
+    lab.say("handed", control._desk.userfaults.has_uffd("g2"), guest=pid)
     os.kill(pid, signal.SIGSTOP)
     (fd,) = control._desk.fds("more")
     inode, (address, _) = inode_of(control, "more"), mapping_of(pid, inode_of(control, "more"))
@@ -142,7 +140,7 @@ def rung(control: Control) -> None:
         assert error.errno == errno.ENOSYS, error  # noqa: PT017 - a kernel without it has a way less
     lab.say("ways-before", word != bytes(8) and set(ways) == {word}, ways=[way.hex() for way in ways])
     kept, floor = digest_fd(fd), bare()
-    uffds, began, bar = control._desk.uffds, [], control._desk.uffds.bar
+    uffds, began, bar = control._desk.userfaults, [], control._desk.userfaults.block_access
 
     def timed(grant: str) -> str:
         """The rung itself, with its time taken."""
@@ -151,8 +149,9 @@ def rung(control: Control) -> None:
         began.append(time.perf_counter_ns() - start)
         return why
 
-    uffds.bar = timed
+    setattr(uffds, "block_access", timed)  # noqa: B010 - a method of this one object
     report = control.apply(do.Revoke("g2", within=0.5)).revoke
+    assert report is not None
     lab.say("rung", report.rung is Rung.PROTECT, report=repr(report), took_ns=began[0], bare_ns=floor)
     lab.say("kept", digest_fd(fd) == kept)
     os.pwrite(fd, b"LATER-02", 0)
@@ -166,7 +165,7 @@ def rung(control: Control) -> None:
     os.kill(pid, signal.SIGCONT)
     control.apply(do.GuestStop("c1"))
     held = [name for name in control._desk.custody.names() if name.startswith("uffd")]
-    lab.say("let-go", not control._desk.shields and not held)
+    lab.say("let-go", not control._desk.blocked_mappings and not held)
     control.apply(do.Release("more"))
 
 
@@ -174,7 +173,7 @@ def waits(control: Control) -> None:
     """A guest that runs into its bar waits there, and can be ended."""
     control.apply(do.GuestStart("c2", memory=4 * M))
     pid, (grant,) = pid_of(control, "c2"), [each.id for each in control.snapshot().grants]
-    lab.say("bars", control._desk.uffds.bar(grant) == "")
+    lab.say("bars", control._desk.userfaults.block_access(grant) == "")
     lab.say("waits", stands_still(pid), stack=Path(f"/proc/{pid}/stack").read_text(encoding="ascii"))
     control.apply(do.GuestStop("c2"))
     lab.say("ends", not Path(f"/proc/{pid}").exists())
@@ -196,12 +195,14 @@ def somebody_else(control: Control) -> None:
     pid, (grant,) = pid_of(control, "c3"), [each.id for each in control.snapshot().grants]
     address, length = mapping_of(pid, inode_of(control, "c3"))
     path = f"/proc/{pid}/map_files/{address:x}-{address + length:x}"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", OTHER, path], **pipes) as other:
+    command = [sys.executable, "-c", OTHER, path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
         other.stdout.readline()
         os.kill(pid, signal.SIGSTOP)
         kept = digest_fd(control._desk.fds("c3")[0])
         report = control.apply(do.Revoke(grant, within=0.5)).revoke
+        assert report is not None
         tried = (Rung.ASK, Rung.PROTECT, Rung.COPY)
         lab.say("not-enough", (report.rung, report.tried) == (Rung.COPY, tried), report=repr(report))
         lab.say("moved-whole", digest_fd(control._desk.fds("c3")[0]) == kept)
@@ -229,7 +230,7 @@ def dies(point: str) -> None:
                 grants == ["g1"]
                 and control._state.unfinished == {}
                 and "(more to c4) is cut after" in said
-                and len(control._desk.shields) == 1
+                and len(control._desk.blocked_mappings) == 1
                 and digest_fd(control._desk.fds("more")[0]) == kept
                 and closed(lambda: by_mem(pid, address))
             )
@@ -238,7 +239,7 @@ def dies(point: str) -> None:
             control.apply(do.GuestStop("c4"))
 
 
-lab.say("rwp", lazy.rwp())
+lab.say("rwp", userfault.rwp())
 for directory in ("/run/memconsole", "/run/mnt"):
     Path(directory).mkdir(exist_ok=True)
 embedded = Control(Path("/run/memconsole/embedded"), OwnCustody(), mountpoint=Path("/run/mnt"))

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lab_guest as lab
+from support import lab_guest as lab
 
 BIN = Path(sys.executable).parent
 TOOL = str(BIN / "memconsole")

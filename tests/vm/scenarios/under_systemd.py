@@ -1,10 +1,14 @@
-"""The units of this project under a real systemd: sockets, restarts, kills, its fd store, and a handoff.
+"""The units of this project under a real systemd: a kill, an ordinary kexec that is refused, its fd store, a handoff.
 
-under_systemd [faults]      faults: memconsole-resume.service dies at each of its points, and is started again each time
+under_systemd [all] [faults] [forced]
+    all     stops, restarts and kills of each kind, on both sides
+    faults  memconsole-resume.service dies at each of its points, and is started again each time
+    forced  before the handoff ``systemctl kexec --force``, by which systemd 261 and newer carries its fd stores
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,18 +16,24 @@ import sys
 import time
 from pathlib import Path
 
-import lab_guest as lab
-import lab_host as host
 import msgspec
+from support import lab_guest as lab
+from support import lab_host as host
+from support.waiting import until
 
 from memconsole import paths
-from memconsole.actions import GuestStart, Reserve
+from memconsole.actions import Action, GuestStart, GuestStop, HandoffRehearse, Release, Reserve
+from memconsole.backend.kernel.census import links
 from memconsole.backend.wire.client import Client
 from memconsole.errors import NoControl
-from memconsole.model import GuestState, Plan
+from memconsole.model import Condition, GuestState, Plan, Severity
 
 GUESTS = ("c0", "c1")
-FAULTS = "faults" in sys.argv
+CONTENTS = b"known contents, page after page\n" * 4096
+OTHER = Path("/etc/systemd/system/other.service")
+ALL, FAULTS, FORCED = ("all" in sys.argv, "faults" in sys.argv, "forced" in sys.argv)
+HANDED = 3 if FORCED else 2
+"""The stage behind the handoff."""
 UNITS = ("memconsole.service", "memconsole.socket", "memconsole-resume.service")
 
 
@@ -66,8 +76,8 @@ def plan() -> Plan:
     return host.plan(client(), host.action())
 
 
-def custody() -> str:
-    return next(each.evidence for each in plan().conditions if each.id == "custody")
+def condition(id: str, action: Action) -> Condition:
+    return next(each for each in host.plan(client(), action).conditions if each.id == id)
 
 
 def lives_through(name: str, act: str, *words: str) -> None:
@@ -119,32 +129,116 @@ def said_of_units() -> list[str]:
 
 def ready(stage: int) -> None:
     """The service is there, with custody where its systemd can have it."""
-    found = custody()
-    stores = version() >= 254 and stage == 1  # behind a jump the keeper has everything
+    found = condition("custody", HandoffRehearse()).observed
+    stores = version() >= 254 and stage < HANDED  # behind a jump of ours the keeper has everything
     lab.say("custody", ("systemd" in found) == stores, custody=found)
     lab.say("fdstore", (int(shown("memconsole.service", "NFileDescriptorStore")) > 0) == stores)
     cgroups = {pid: Path(f"/proc/{pid}/cgroup").read_text().strip() for pid in pids().values()}
-    unit = "memconsole.service" if stage == 1 else "memconsole-resume.service"
+    unit = "memconsole.service" if stage < HANDED else "memconsole-resume.service"
     lab.say("cgroups", all(unit in each for each in cgroups.values()), cgroups=cgroups)
+
+
+def written() -> None:
+    """Known contents, by a descriptor of the process that has the region."""
+    main = int(shown("memconsole.service", "MainPID"))
+    for fd, said in links("/", main).items():
+        if said.startswith("/memfd:memconsole:spare:"):
+            with Path(f"/proc/{main}/fd/{fd}").open("r+b") as file:
+                file.write(CONTENTS)
+            return
+    lab.say("written", ok=False, why="the service has no descriptor of region spare")
+
+
+def whole() -> bool:
+    """Whether the contents are those that were written."""
+    fds = client().open_region("spare")
+    try:
+        return os.pread(fds[0], len(CONTENTS), 0) == CONTENTS
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def kexec_is_refused(name: str) -> None:
+    """Whoever asks for an ordinary kexec is told what to do instead, and nothing is stopped."""
+    lab.load()
+    before = pids()
+    beats = host.beats(client(), before)
+    for words in (["kexec"], ["isolate", "kexec.target"]):
+        done = subprocess.run(["systemctl", *words], capture_output=True, text=True, check=False)
+        fine = done.returncode != 0 and "use-memconsole-handoff-run" in done.stderr
+        jobs = systemctl("list-jobs", "--no-legend")
+        lab.say(f"{name}-{words[0]}", fine and "kexec" not in jobs, said=done.stderr, jobs=jobs)
+    why = host.all_count_on(client(), before, beats)
+    lab.say(name, not why and pids() == before, why=why, pids=(before, pids()))
+
+
+def another_unit() -> None:
+    """A unit of somebody else with a descriptor in systemd's fd store is named before the jump that would lose it."""
+    OTHER.write_text(
+        "[Service]\nType=notify\nFileDescriptorStoreMax=4\nFileDescriptorStorePreserve=yes\n"
+        f"ExecStart={sys.executable} {Path(__file__).with_name('stores_a_file.py')}\n"
+    )
+    systemctl("daemon-reload")
+    systemctl("start", OTHER.name)
+    found = condition("fdstore-left", host.action())
+    named = not found.ok and OTHER.name in found.observed and found.severity is Severity.WARNING
+    lab.say("fdstore-left", named if version() >= 254 else found.ok, evidence=found.observed)
+    systemctl("stop", OTHER.name)
+    systemctl("clean", "--what=fdstore", OTHER.name)
 
 
 def first() -> None:
     units()
-    systemctl("stop", "memconsole.service")
-    lab.say("stopped", shown("memconsole.service", "ActiveState") == "inactive")
+    if ALL:
+        systemctl("stop", "memconsole.service")
+        lab.say("stopped", shown("memconsole.service", "ActiveState") == "inactive")
+        client()
+        by = shown("memconsole.socket", "NAccepted")
+        lab.say("activated", shown("memconsole.service", "ActiveState") == "active", by=by)
     talks = client()
-    lab.say(
-        "activated", shown("memconsole.service", "ActiveState") == "active", by=shown("memconsole.socket", "NAccepted")
-    )
     for name in GUESTS:
         lab.say(f"started-{name}", text=talks.apply(GuestStart(name, memory=8 << 20)).text)
     talks.apply(Reserve("spare", 4 << 20, prefault=True))
-    ready(1)
+    written()
     lives_through("killed", "kill", "--kill-who=main", "--signal=SIGKILL", "memconsole.service")
-    lives_through("restarted", "restart", "memconsole.service")
-    lives_through("stopped-and-called", "stop", "memconsole.service")
+    ready(1)
+    if ALL:
+        lives_through("restarted", "restart", "memconsole.service")
+        lives_through("stopped-and-called", "stop", "memconsole.service")
+    another_unit()
+    kexec_is_refused("kexec-refused")
     regions = {each.name: each.state for each in client().snapshot().regions}
     lab.say("regions", set(regions) == {*GUESTS, "spare"}, regions=regions)
+
+
+def came() -> None:
+    """Behind a kexec of systemd's own: memory is there and known, guests have ended and are said to have."""
+    units()
+    talks = client()
+    shown_now = host.fresh(talks)
+    regions = {each.name: each.state for each in shown_now.regions if each.seen is not None and each.seen.retrieved}
+    lab.say("came", set(regions) == {*GUESTS, "spare"}, regions=regions, all=str(shown_now.regions))
+    lab.say("came-whole", whole())
+    states = {each.name: each.state for each in shown_now.guests}
+    lab.say("came-guests", states == dict.fromkeys(GUESTS, GuestState.GONE), states=states)
+    found = [(each.id, each.subject) for each in shown_now.findings if each.severity != "info"]
+    wanted = [("kexec-foreign", "host"), *(("guest-ended", name) for name in GUESTS)]
+    lab.say("came-findings", sorted(found) == sorted(wanted), findings=msgspec.to_builtins(shown_now.findings))
+    remedies = [each.remedy for each in shown_now.findings]
+    lab.say("came-remedies", not any("release" in each for each in remedies), remedies=remedies)
+    made = plan()
+    bad = sorted(each.id for each in made.conditions if not each.ok)
+    lab.say("came-check", not made.refusals and "guest-ended" in bad, refusals=str(made.refusals), bad=bad)
+    talks.apply(GuestStop("c0"))
+    talks.apply(GuestStop("c1"))
+    talks.apply(Release("c0"))
+    talks.apply(Release("c1"))
+    for name in GUESTS:
+        talks.apply(GuestStart(name, memory=8 << 20))
+    left = [each for each in host.findings(talks) if each[0] != "kexec-foreign"]
+    lab.say("came-goes-on", not host.all_count_on(talks, GUESTS) and not left, left=left)
+    ready(2)
 
 
 def second() -> None:
@@ -165,31 +259,54 @@ def second() -> None:
     report = talks.snapshot().handoff
     assert report is not None
     lab.say("report", report.state == "done" and all(each.back for each in report.guests), report=str(report))
-    lab.say("same", len(report.regions) == 3 and all(each.same for each in report.regions))
+    lab.say("same", len(report.regions) == 3 and all(each.same for each in report.regions) and whole())
     bad = [each for each in talks.snapshot().findings if each.severity != "info"]
     lab.say("findings", not bad, findings=msgspec.to_builtins(bad))
-    ready(2)
-    lives_through("killed-behind", "kill", "--kill-who=main", "--signal=SIGKILL", "memconsole.service")
-    lives_through("restarted-behind", "restart", "memconsole.service")
+    ready(HANDED)
+    if ALL:
+        lives_through("killed-behind", "kill", "--kill-who=main", "--signal=SIGKILL", "memconsole.service")
+        lives_through("restarted-behind", "restart", "memconsole.service")
+    kexec_is_refused("kexec-refused-behind")
     before = pids()
     systemctl("restart", "memconsole-resume.service")
     running = {each.name: each.state for each in client().snapshot().guests}
     fine = pids() == before and set(running.values()) == {GuestState.RUNNING}
     lab.say("resume-again", fine and shown("memconsole-resume.service", "ActiveState") == "active", before=before)
+    kexec_is_let_begin()
     for pid in before.values():
         assert pid is not None
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def kexec_is_let_begin() -> None:
+    """With the last guest and region gone, what refused is gone too."""
+    talks = client()
+    for name in GUESTS:
+        talks.apply(GuestStop(name))
+    for name in (*GUESTS, "spare"):
+        talks.apply(Release(name))
+    wants = shown("kexec.target", "Requires").split()
+    lab.say("kexec-may-begin", wants == ["systemd-kexec.service"], wants=wants)
 
 
 def main() -> None:
-    if lab.stage() > 1:
+    if lab.stage() == HANDED:
         second()
         lab.say("end")
         return
-    first()
+    if lab.stage() == 1:
+        first()
+        if FORCED:
+            said = systemctl("kexec", "--force")
+            time.sleep(host.PATIENCE)
+            lab.say("forced", ok=False, said=said)
+            return
+    else:
+        came()
+    until(lambda: not plan().refusals, "nothing refuses, and the image is looked at", host.PATIENCE)
     share = lab.SHARE
     words = ["handoff", "run", "--kernel", f"{share}/bzImage", "--initrd", f"{share}/initrd", "--yes"]
-    lab.say("planned", not plan().refusals)
     command = [host.TOOL, *words, "--append", lab.next_command_line()]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=host.PATIENCE * 4)
     lab.say("handoff", ok=False, code=done.returncode, text=done.stdout + done.stderr)

@@ -1,5 +1,6 @@
 """What one kernel hands over to the next: a decoder of KHO's and LUO's own structures, live or from a dump.
 
+    abi         the words by which layouts are called
     values      what was found, as values
     memory      physical memory: /proc/kcore, /dev/mem, an ELF core
     fdt         flattened device trees

@@ -3,6 +3,7 @@
     /        compatible="kho-v4"; preserved-memory-map=<u64 PA of the radix tree>
     /NAME    preserved-data=<u64 PA>; blob-size=<u64>
 
+``compatible`` is a word of :mod:`.abi`, or several: one that is known here is enough. A root that has none is opaque.
 A blob is known by the name KHO gives it (``kexec-metadata``: u32 version=1, char previous_release[65], u32
 kexec_count) or by the ABI it names itself (LUO's, or an FDT's ``compatible``); any other is opaque.
 
@@ -15,18 +16,17 @@ A dump taken at the jump has all of it.
 from __future__ import annotations
 
 import os
-import re
 import struct
 from collections.abc import Callable
 from typing import Literal
 
 from memconsole.backend.kernel import tree
-from memconsole.backend.kernel.handover import fdt, radix, records
-from memconsole.backend.kernel.handover.fdt import Node
-from memconsole.backend.kernel.handover.memory import Core, Memory, this_host
+from memconsole.backend.kernel.handover import abi, fdt, radix, records
+from memconsole.backend.kernel.handover.fdt import FdtNode
+from memconsole.backend.kernel.handover.memory import Core, PhysicalMemory, this_host
 from memconsole.backend.kernel.handover.values import Blob, Handover, Luo, Metadata, Preserved
 from memconsole.errors import BadFile, MemconsoleError, NotFound
-from memconsole.model import Gap, Range
+from memconsole.model import Range, Unread
 from memconsole.units import PAGE
 
 Side = Literal["out", "in"]
@@ -36,7 +36,6 @@ ROOTS = frozenset({"kho-v4"})
 SEARCHED = 64 << 30
 """Bytes of memory in which an outgoing FDT is looked for."""
 
-_KHO_ABI = re.compile(r"kho-v[0-9]{1,9}")
 _STRINGS = b"preserved-memory-map\0compatible\0preserved-data\0blob-size\0"
 _METADATA = struct.Struct("=I65sI")
 _MAP, _DATA, _SIZE = "preserved-memory-map", "preserved-data", "blob-size"
@@ -45,7 +44,7 @@ _TREE = "the tree of preserved pages"
 _FREED = "the kernel freed its pages when it booted"
 
 
-def decode(blob: bytes, memory: Memory, side: str = "") -> Handover:
+def decode(blob: bytes, memory: PhysicalMemory, side: str = "") -> Handover:
     """The handover whose root FDT is ``blob``; parts that cannot be read are gaps.
 
     Raises:
@@ -82,14 +81,14 @@ def describe(path: str) -> tuple[Handover, ...]:
     """
     head = _head(path)
     if head.startswith(fdt.MAGIC):
-        if not _KHO_ABI.fullmatch(_kind(head)):
-            raise BadFile(f"{path} is no root FDT of KHO", f"its compatible is {_kind(head)!r}")
+        if not _is_root(head):
+            raise BadFile(f"{path} is no root FDT of KHO", f"its compatible is {', '.join(_kinds(head))!r}")
         return (decode(head, _NoMemory()),)
     with Core(path) as memory:
         found = []
         for address in memory.find(fdt.MAGIC, memory.size):
             blob = memory.read(address, PAGE)
-            if _kind(blob) in ROOTS:
+            if _is_root(blob):
                 found.append(decode(blob, memory, f"{address:#x}"))
     if not found:
         raise BadFile(f"{path} has no handover", "no page of it is a root FDT of KHO", "dump a kernel that has kho=on")
@@ -107,13 +106,13 @@ class _Decoder:
     """Collects the parts of a handover; one that cannot be read becomes a gap and does not cost the others."""
 
     def __init__(
-        self, memory: Memory, side: str, contents: Callable[[str, int, int], bytes], *, freed: bool = False
+        self, memory: PhysicalMemory, side: str, contents: Callable[[str, int, int], bytes], *, freed: bool = False
     ) -> None:
         self._memory = memory
         self._side = side
         self._contents = contents
         self._freed = freed
-        self._gaps: list[Gap] = []
+        self._gaps: list[Unread] = []
         self._metadata: Metadata | None = None
         self._luo: Luo | None = None
         self._reserved: tuple[Range, ...] = ()
@@ -125,7 +124,8 @@ class _Decoder:
             BadFile: ``blob`` is no FDT.
         """
         root = fdt.parse(blob, _STRINGS)
-        kind = root.text("compatible")
+        offered = root.texts("compatible")
+        kind = next((each for each in offered if each in ROOTS), ", ".join(offered))
         if kind not in ROOTS:
             return Handover(self._side, kind)
         return Handover(
@@ -139,9 +139,9 @@ class _Decoder:
             gaps=tuple(self._gaps),
         )
 
-    def _preserved(self, root: Node) -> Preserved | None:
+    def _preserved(self, root: FdtNode) -> Preserved | None:
         if self._freed:
-            self._gaps.append(Gap(_TREE, _FREED, "a dump taken at the jump has it"))
+            self._gaps.append(Unread(_TREE, _FREED, "a dump taken at the jump has it"))
             return None
         try:
             return radix.walk(self._memory, root.number(_MAP))
@@ -149,7 +149,7 @@ class _Decoder:
             self._gaps.append(_gap(_TREE, error))
             return None
 
-    def _blob(self, node: Node) -> list[Blob]:
+    def _blob(self, node: FdtNode) -> list[Blob]:
         """A child of the root, and what is behind it."""
         try:
             address, size = node.number(_DATA), node.number(_SIZE)
@@ -171,14 +171,14 @@ class _Decoder:
             return self._read_metadata(data)
         if data.startswith(fdt.MAGIC):
             found = fdt.parse(data)
-            if found.text("compatible") == "memblock-v1":
+            if "memblock-v1" in found.texts("compatible"):
                 self._reserved = tuple(_reserved(child) for child in found.children.values())
-            return found.text("compatible") or "opaque"
+            return ", ".join(found.texts("compatible")) or "opaque"
         kind = records.compatible(data)
         if kind in records.LUO:
             self._luo = records.luo(self._memory, data)
         elif name == "LUO" and self._freed:
-            self._gaps.append(Gap("LUO", _FREED, "a dump taken at the jump has it"))
+            self._gaps.append(Unread("LUO", _FREED, "a dump taken at the jump has it"))
         return kind
 
     def _read_metadata(self, data: bytes) -> str:
@@ -191,9 +191,9 @@ class _Decoder:
         return "kexec-metadata-v1"
 
 
-def _gap(source: str, error: MemconsoleError) -> Gap:
+def _gap(source: str, error: MemconsoleError) -> Unread:
     """What is missing, with the structure that was torn."""
-    return Gap(source, f"{error.what}: {error.why}" if error.why else error.what, error.remedy)
+    return Unread(source, f"{error.what}: {error.why}" if error.why else error.what, error.remedy)
 
 
 def _incoming(name: str, _address: int, size: int) -> bytes:
@@ -204,14 +204,14 @@ _place: dict[str, int] = {}
 """Where the outgoing root FDT of the kernel of this boot ID is: it stays there."""
 
 
-def _outgoing(memory: Memory) -> bytes:
+def _outgoing(memory: PhysicalMemory) -> bytes:
     boot_id = tree.line("/", "/proc/sys/kernel/random/boot_id")
     if boot_id not in _place:
         _place[boot_id] = _search(memory)
     return memory.read(_place[boot_id], PAGE)
 
 
-def _search(memory: Memory) -> int:
+def _search(memory: PhysicalMemory) -> int:
     """Where the outgoing root FDT of this kernel is: a page of KHO whose metadata is what debugfs shows as outgoing.
 
     Raises:
@@ -235,14 +235,19 @@ def _search(memory: Memory) -> int:
     )
 
 
-def _kind(blob: bytes) -> str:
+def _kinds(blob: bytes) -> tuple[str, ...]:
     try:
-        return fdt.parse(blob, _STRINGS).text("compatible")
+        return fdt.parse(blob, _STRINGS).texts("compatible")
     except BadFile:
-        return ""
+        return ()
 
 
-def _reserved(node: Node) -> Range:
+def _is_root(blob: bytes) -> bool:
+    """Whether a tree is KHO's, of a version that is known here or not."""
+    return any(abi.family(each) == "kho" for each in _kinds(blob))
+
+
+def _reserved(node: FdtNode) -> Range:
     start = node.number("start")
     return Range(start, start + node.number("size"), node.name)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field
 
+from memconsole.decoding import text
 from memconsole.errors import BadFile
 
 MAGIC = b"\xd0\x0d\xfe\xed"
@@ -25,16 +26,16 @@ _DEPTH = 64
 
 
 @dataclass
-class Node:
+class FdtNode:
     """A node: its properties' values as they stand, and its children, both in order."""
 
     name: str = ""
     properties: dict[str, bytes] = field(default_factory=dict)
-    children: dict[str, Node] = field(default_factory=dict)
+    children: dict[str, FdtNode] = field(default_factory=dict)
 
-    def text(self, name: str) -> str:
-        """A property that is a string, without its NUL; empty when there is none."""
-        return self.properties.get(name, b"").split(bytes(1))[0].decode("utf-8", "backslashreplace")
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A property that is a list of strings, without their NULs; empty when there is none."""
+        return tuple(text(part) for part in self.properties.get(name, b"").split(bytes(1)) if part)
 
     def number(self, name: str) -> int:
         """A property that is a native u64, as KHO writes them.
@@ -50,7 +51,7 @@ class Node:
         return int.from_bytes(value, "little")
 
 
-def parse(blob: bytes, strings: bytes = b"") -> Node:
+def parse(blob: bytes, strings: bytes = b"") -> FdtNode:
     """The root node of a tree.
 
     Raises:
@@ -77,14 +78,14 @@ class _Parser:
         self._names = names
         self._at = 0
 
-    def root(self) -> Node:
+    def root(self) -> FdtNode:
         """The one node of a struct block."""
-        top = Node()
+        top = FdtNode()
         open_nodes = [top]
         while True:
             token = self._word()
             if token == _BEGIN:
-                node = Node(self._string())
+                node = FdtNode(self._string())
                 if len(open_nodes) > _DEPTH or node.name in open_nodes[-1].children:
                     raise _bad(f"a node {node.name!r} too deep, or twice")
                 open_nodes[-1].children[node.name] = node
@@ -114,13 +115,13 @@ class _Parser:
         end = self._block.find(bytes(1), self._at)
         if end < 0:
             raise _bad("a name has no end")
-        return self._take(end + 1 - self._at)[:-1].decode("utf-8", "backslashreplace")
+        return text(self._take(end + 1 - self._at)[:-1])
 
     def _name(self, offset: int) -> str:
         end = self._names.find(bytes(1), offset)
         if end < 0:
             raise _bad(f"a property's name at {offset:#x} of its strings")
-        return self._names[offset:end].decode("utf-8", "backslashreplace")
+        return text(self._names[offset:end])
 
 
 def _bad(why: str) -> BadFile:

@@ -28,7 +28,7 @@ _NO_ADDRESS = (1 << 64) - 1
 _CHUNK = 1 << 20
 
 
-class Memory(Protocol):
+class PhysicalMemory(Protocol):
     """Physical memory: ``read`` gives exactly ``length`` bytes, or raises BadFile where there is no memory."""
 
     def read(self, address: int, length: int) -> bytes:
@@ -36,7 +36,7 @@ class Memory(Protocol):
         ...
 
 
-class Segment(NamedTuple):
+class CoreSegment(NamedTuple):
     """``size`` bytes of memory from ``address`` on, at ``offset`` of the file."""
 
     address: int
@@ -125,7 +125,7 @@ class Core:
             parts += part
         return bytes(parts)
 
-    def _segments(self) -> Iterator[Segment]:
+    def _segments(self) -> Iterator[CoreSegment]:
         try:
             magic, word, order, *_, kind, _machine, _version, _entry, table, _, _, _, size, count, _, _, _ = (
                 _EHDR.unpack(self._at(0, _EHDR.size))
@@ -133,10 +133,10 @@ class Core:
         except BadFile as error:
             raise BadFile(f"{self.path} is not an ELF core", "it is too short") from error
         if (magic, word, order, kind, size) != (b"\x7fELF", _CLASS64, _LITTLE, _ET_CORE, _PHDR.size):
-            raise BadFile(f"{self.path} is not an ELF core", "64 bits, little-endian, type core are wanted")
+            raise BadFile(f"{self.path} is not an ELF core", "its header is not that of a 64-bit little-endian core")
         headers = self._at(table, count * size)
         found = sorted(
-            Segment(address, length, offset)
+            CoreSegment(address, length, offset)
             for kind, _flags, offset, _virtual, address, length, _memory, _align in _PHDR.iter_unpack(headers)
             if kind == _PT_LOAD and address != _NO_ADDRESS and length
         )
@@ -147,10 +147,10 @@ class Core:
             # A kernel's own text is in the direct map too; the segment that reaches further is enough.
             skip = max(0, end - segment.address)
             if skip < segment.size:
-                yield Segment(segment.address + skip, segment.size - skip, segment.offset + skip)
+                yield CoreSegment(segment.address + skip, segment.size - skip, segment.offset + skip)
                 end = segment.address + segment.size
 
-    def _holding(self, address: int) -> Segment:
+    def _holding(self, address: int) -> CoreSegment:
         row = bisect.bisect_right(self._starts, address) - 1
         if row < 0 or address >= self.segments[row].address + self.segments[row].size:
             raise BadFile(f"there is no memory at {address:#x}", f"{self.path} has none there")
@@ -220,7 +220,7 @@ def this_host(root: tree.Root = "/") -> Core | DevMem:
 class Walk:
     """Reads structures of pages, each page once: what is met twice is a circle, and work is bounded by memory."""
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: PhysicalMemory) -> None:
         self._memory = memory
         self._seen: set[int] = set()
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from memconsole.backend.kernel.handover.memory import Memory, Walk
+from memconsole.backend.kernel.handover.memory import PhysicalMemory, Walk
 from memconsole.backend.kernel.handover.values import Preserved, Run
 from memconsole.errors import BadFile
 
@@ -27,7 +27,7 @@ _FULL = (1 << 64) - 1
 _FRAMES = 1 << 40
 
 
-def walk(memory: Memory, root: int) -> Preserved:
+def walk(memory: PhysicalMemory, root: int) -> Preserved:
     """The set of frames that the tree at ``root`` preserves.
 
     Raises:

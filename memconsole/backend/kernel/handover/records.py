@@ -20,8 +20,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 
-from memconsole.backend.kernel.handover.memory import Memory, Walk
-from memconsole.backend.kernel.handover.values import File, Flb, FolioRun, Luo, Memfd, Session
+from memconsole.backend.kernel.handover import abi
+from memconsole.backend.kernel.handover.memory import PhysicalMemory, Walk
+from memconsole.backend.kernel.handover.values import File, Flb, FolioRun, Luo, PreservedMemfd, PreservedSession
+from memconsole.decoding import text
 from memconsole.errors import BadFile
 from memconsole.units import PAGE
 
@@ -40,7 +42,7 @@ _LARGEST_FILE = 16 << 40
 """Bytes; the kernel itself refuses larger ones (EFBIG)."""
 
 
-def luo(memory: Memory, blob: bytes) -> Luo | None:
+def luo(memory: PhysicalMemory, blob: bytes) -> Luo | None:
     """LUO's state behind its blob; None where it is of an ABI this decoder does not know, or no LUO state at all.
 
     Raises:
@@ -53,10 +55,11 @@ def luo(memory: Memory, blob: bytes) -> Luo | None:
 def compatible(raw: bytes) -> str:
     """The ABI a blob names at its beginning, ``opaque`` if it names none."""
     name = raw[:48].split(bytes(1))[0]
-    return name.decode() if name.isascii() and b"-v" in name and name.decode().isprintable() else "opaque"
+    found = text(name)
+    return found if name.isascii() and found.isprintable() and abi.parse(found) is not None else "opaque"
 
 
-def _luo_v5(memory: Memory, blob: bytes) -> Luo:
+def _luo_v5(memory: PhysicalMemory, blob: bytes) -> Luo:
     if len(blob) < _LUO.size:
         raise BadFile("LUO's state is truncated", f"{len(blob)} bytes of {_LUO.size}")
     _, number, sessions_pa, flbs_pa = _LUO.unpack_from(blob)
@@ -64,13 +67,13 @@ def _luo_v5(memory: Memory, blob: bytes) -> Luo:
     return Luo(number, tuple(_sessions(pages, sessions_pa)), tuple(_flbs(pages, flbs_pa)))
 
 
-def _sessions(pages: Walk, address: int) -> Iterator[Session]:
+def _sessions(pages: Walk, address: int) -> Iterator[PreservedSession]:
     for raw, files_pa, count in _blocks(pages, address, _SESSION, "LUO's list of sessions"):
         name = _text(raw)
         files = tuple(_files(pages, files_pa, name))
         if len(files) != count:
             raise BadFile(f"session {name} is corrupt", f"{len(files)} files, but it should have {count}")
-        yield Session(name, files)
+        yield PreservedSession(name, files)
 
 
 def _files(pages: Walk, address: int, session: str) -> Iterator[File]:
@@ -103,7 +106,7 @@ def _blocks(pages: Walk, address: int, entry: struct.Struct, what: str) -> Itera
         yield from entry.iter_unpack(page[_BLOCK.size : _BLOCK.size + count * entry.size])
 
 
-def _memfd_v2(pages: Walk, address: int, what: str) -> Memfd:
+def _memfd_v2(pages: Walk, address: int, what: str) -> PreservedMemfd:
     page = pages.page(address, what)
     position, size, seals, flags, folios, first_pa, total, _, order = _MEMFD.unpack_from(page)
     if size > _LARGEST_FILE or folios > -(-size // PAGE) or order > _LARGEST_ORDER:
@@ -111,7 +114,7 @@ def _memfd_v2(pages: Walk, address: int, what: str) -> Memfd:
     if folios * _FOLIO.size > total * PAGE:
         raise BadFile(f"{what} is corrupt", f"{folios} folios listed in {total} pages")
     array = _vmalloc(pages, first_pa, total, order, what) if folios else iter(())
-    return Memfd(position, size, seals, flags, folios, _extents(array, folios, -(-size // PAGE), what))
+    return PreservedMemfd(position, size, seals, flags, folios, _extents(array, folios, -(-size // PAGE), what))
 
 
 def _vmalloc(pages: Walk, address: int, total: int, order: int, what: str) -> Iterator[bytes]:
@@ -160,8 +163,8 @@ def _join(found: list[FolioRun], run: FolioRun) -> None:
 
 
 def _text(raw: bytes) -> str:
-    return raw.split(bytes(1))[0].decode("utf-8", "backslashreplace")
+    return text(raw.split(bytes(1))[0])
 
 
-LUO: dict[str, Callable[[Memory, bytes], Luo]] = {"luo-v5": _luo_v5}
-FILES: dict[str, Callable[[Walk, int, str], Memfd]] = {"memfd-v2": _memfd_v2}
+LUO: dict[str, Callable[[PhysicalMemory, bytes], Luo]] = {"luo-v5": _luo_v5}
+FILES: dict[str, Callable[[Walk, int, str], PreservedMemfd]] = {"memfd-v2": _memfd_v2}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import bisect
 from typing import NamedTuple
 
-from memconsole.model import Gap, Range, Value
+from memconsole.model import Range, Unread, Value
 
 
 class Run(NamedTuple):
@@ -36,13 +35,8 @@ class Preserved(Value, frozen=True):
         """How many frames the set holds."""
         return sum(run.count for run in self.runs)
 
-    def covers(self, pfn: int, count: int = 1) -> bool:
-        """Whether all of these frames are in the set."""
-        row = bisect.bisect_right(self.runs, pfn, key=lambda run: run.pfn) - 1
-        return row >= 0 and pfn + count <= self.runs[row].pfn + self.runs[row].count
 
-
-class Memfd(Value, frozen=True):
+class PreservedMemfd(Value, frozen=True):
     """A preserved memfd: its position, size and seals, how many folios, and where they are."""
 
     position: int
@@ -59,10 +53,10 @@ class File(Value, frozen=True):
     compatible: str
     token: int
     data: int
-    memfd: Memfd | None = None
+    memfd: PreservedMemfd | None = None
 
 
-class Session(Value, frozen=True):
+class PreservedSession(Value, frozen=True):
     """A session and its files, in the order in which they were preserved."""
 
     name: str
@@ -81,7 +75,7 @@ class Luo(Value, frozen=True):
     """LUO's state. Sessions are written at the jump, so a running kernel's outgoing state has none."""
 
     liveupdate_number: int
-    sessions: tuple[Session, ...] = ()
+    sessions: tuple[PreservedSession, ...] = ()
     flbs: tuple[Flb, ...] = ()
 
 
@@ -111,4 +105,4 @@ class Handover(Value, frozen=True):
     luo: Luo | None = None
     reserved: tuple[Range, ...] = ()
     preserved: Preserved | None = None
-    gaps: tuple[Gap, ...] = ()
+    gaps: tuple[Unread, ...] = ()

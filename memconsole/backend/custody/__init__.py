@@ -1,0 +1,1 @@
+"""Who holds the file descriptors without which memory would vanish."""

@@ -1,0 +1,494 @@
+"""What the ledger means, as files on the mount of ``memconsole serve --mount``.
+
+The filesystem lies at :func:`.mountpoint.staging`, its subtrees in the directory that was asked for (:mod:`.attach`):
+the runtime directory, if none was.
+
+    whole grant of a region     guests/GUEST/ram/REGION, of the user the guest's process runs as
+    every guest                 guests/GUEST/status, as of a second ago; pfnmap, while it has grants
+    guest a handoff left        guests/GUEST/state/handoff, what its VMM saved
+    window grant                guests/GUEST/mmio/BDF-barN, a link
+    region of one segment       regions/REGION, for root
+
+:meth:`GuestMount.sync` makes the tree what it should be, whatever it is: after each action, once a second, for a
+control process that comes back, and for a server that had to be started anew.
+
+The kernel shows who maps such a file by the file's own device and inode, not by the memfd's. Both end with the server,
+mappings do not: so which file showed which memfd is written into custody (``mount``) before anybody but root can open
+it, and kept until the memfd is no more what the region is.
+
+A handoff carries that table. Of another boot only the guests' owners and the mountpoint count: numbers of memfds mean
+nothing any more, and nobody maps what that server showed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+from msgspec.structs import replace
+
+from memconsole import newer
+from memconsole.backend.custody import payloads
+from memconsole.backend.exports.attach import attach
+from memconsole.backend.exports.fuse import FuseEntry, FuseTree, MapPart
+from memconsole.backend.exports.mountpoint import staging
+from memconsole.backend.guests.handle import Handle
+from memconsole.backend.holdings import MOUNT
+from memconsole.backend.kernel import census
+from memconsole.backend.kernel.tree import line
+from memconsole.backend.observe.mappings import FuseAlias, is_whole, path_of
+from memconsole.backend.stores import memfd
+from memconsole.errors import BadFile, Gone, MemconsoleError, NotFound, Silent
+from memconsole.model import Access, Finding, Grant, Guest, Region, Severity, Snapshot, Value
+
+if TYPE_CHECKING:
+    from memconsole.backend.holdings import Holdings
+    from memconsole.backend.ledger.state import State
+
+UNREAD = "mount-unread"
+"""What a table that this memconsole cannot read is called in custody; nothing here reads it, so it is told of."""
+SOCKET = "fuse"
+"""The server's socket in the runtime directory."""
+MAX_PARTS = 64
+"""Grants of a guest that its ``pfnmap`` lists."""
+
+
+class ShownFile(Value, frozen=True):
+    """A file of the mount that showed a memfd, both by device and inode; ``closed``: nobody had it open at its end."""
+
+    path: str
+    region: str
+    memfd: tuple[int, int]
+    device: int
+    inode: int
+    closed: bool = False
+
+
+class MountRecord(Value, frozen=True):
+    """What custody knows of the mount: its boot, where it was, whose each guest's files are, and what they show."""
+
+    boot_id: str
+    mountpoint: str = ""
+    owners: dict[str, int] = msgspec.field(default_factory=dict)
+    shown: tuple[ShownFile, ...] = ()
+
+
+class _Wanted(NamedTuple):
+    """An entry as it should be; ``put`` makes it, of a user and with a mode. ``memfd``, ``region``: of a RAM file."""
+
+    uid: int
+    mode: int
+    put: Callable[[int, int], object]
+    memfd: tuple[int, int] | None = None
+    region: str = ""
+
+
+class GuestMount:
+    """The mount of one control process; ``mountpoint`` None: wherever it is, and none once its server ended.
+
+    Raises:
+        Refused, MemconsoleError: it cannot be mounted (:meth:`FuseTree.start`).
+    """
+
+    def __init__(self, holdings: Holdings, mountpoint: Path | None) -> None:
+        self._holdings = holdings
+        self._mountpoint = mountpoint
+        self._lock = threading.RLock()
+        self._boot_id = line(holdings.root, "/proc/sys/kernel/random/boot_id")
+        known, self._rest = _stored(holdings, self._boot_id)
+        self._before = known.mountpoint if known.boot_id != self._boot_id else ""
+        self._shown_at = str(mountpoint) if mountpoint is not None else known.mountpoint
+        self._owners = dict(known.owners)
+        self._shown = list(known.shown) if known.boot_id == self._boot_id else []
+        self._tree: FuseTree | None = None
+        self._server: Handle | None = None
+        self._statuses: dict[str, bytes] = {}
+        self._maps: dict[str, list[tuple[object, ...]]] = {}
+        self._device = 0
+        self._passes = False
+        self._without: tuple[Finding, ...] = ()
+        self._trouble: tuple[Finding, ...] = ()
+        self._wrong: list[Finding] = []
+        self._open()
+
+    @property
+    def pid(self) -> int | None:
+        """The server's PID, while it runs: it holds what is shown."""
+        server = self._server
+        return server.pid if server is not None and server.alive() else None
+
+    @property
+    def fuse_aliases(self) -> tuple[FuseAlias, ...]:
+        """The files through which regions may be mapped, those of servers that ended among them."""
+        now = _memfds(self._holdings.state)
+        return tuple(
+            FuseAlias(shown.region, shown.device, shown.inode, 0, shown.path)
+            for shown in tuple(self._shown)
+            if now.get(shown.region) == shown.memfd
+        )
+
+    def findings(self) -> tuple[Finding, ...]:
+        """Why the mount is not as it should be."""
+        if self._tree is None and self._before:
+            what = f"the mount at {self._before} is not back after the handoff"
+            remedy = f"memconsole serve --mount {self._before}"
+            return (*self._trouble, Finding("mount-not-back", Severity.WARNING, "mount", what, "custody", remedy))
+        return self._trouble
+
+    def sync(self, owners: Mapping[str, int] | None = None) -> None:
+        """Make the tree what the ledger means; what prevents it is a finding. One thread at a time may act then.
+
+        ``owners``: the users of guests' processes, as far as they are known.
+        """
+        with self._lock:
+            try:
+                if self._tree is None:
+                    self._open()
+                try:
+                    self._sync(owners or {})
+                except Gone:
+                    self._open()
+                    self._sync(owners or {})
+            except MemconsoleError as error:
+                self._trouble = (_stale_finding("mount", error),)
+
+    @contextlib.contextmanager
+    def _isolated(self, path: str) -> Iterator[None]:
+        """What is wrong with one entry is found out by itself, and keeps none of the others from being as it should.
+
+        Raises:
+            Gone, Silent: the server does not answer, whatever it is asked.
+        """
+        try:
+            yield
+        except (Gone, Silent):
+            raise
+        except MemconsoleError as error:
+            self._wrong.append(_stale_finding(path, error))
+
+    def ping(self) -> None:
+        """Ask the server whether it is there; where there is none, there is nothing to ask.
+
+        Raises:
+            Gone: it ended. Silent: it does not answer.
+        """
+        tree = self._tree
+        if tree is not None:
+            tree.status()
+
+    def show_status(self, snapshot: Snapshot) -> None:
+        """Have every guest's ``status`` say what a Snapshot does."""
+        grants = {grant.id: grant for grant in snapshot.grants}
+        windows = {window.id: window for window in snapshot.windows}
+        with self._lock:
+            for guest in snapshot.guests:
+                if guest.name not in self._holdings.state.guests or self._tree is None:
+                    continue
+                text = msgspec.json.format(
+                    msgspec.json.encode({
+                        "guest": guest,
+                        "grants": [grants[id] for id in guest.grants if id in grants],
+                        "windows": [windows[id] for id in guest.windows if id in windows],
+                    })
+                )  # fmt: skip
+                if self._statuses.get(guest.name) != text:
+                    uid = guest.seen.uid if guest.seen is not None else 0
+                    with contextlib.suppress(MemconsoleError):  # the next sync says what is wrong
+                        self._tree.set_status(guest.name, text + b"\n", uid)
+                        self._statuses[guest.name] = text
+
+    def block_access(self, grant: Grant) -> None:
+        """Nobody opens a grant's file any more, until :meth:`sync` finds that the ledger still means it."""
+        with self._lock, contextlib.suppress(NotFound, Gone):
+            if self._tree is not None:
+                self._tree.revoke(path_of(grant))
+
+    def why_open(self, grant: Grant) -> str:
+        """Why somebody may still be able to map a grant's file, whom no process shows; empty if nobody is."""
+        now = _memfds(self._holdings.state).get(grant.region)
+        with self._lock:
+            listed: dict[int, FuseEntry] = {}
+            if self._tree is not None:
+                with contextlib.suppress(Gone):
+                    listed = {entry.inode: entry for entry in self._tree.list()}
+            for shown in self._shown:
+                if shown.memfd != now or not shown.path.startswith("guests/") or shown.closed:
+                    continue
+                entry = listed.get(shown.inode) if shown.device == self._device else None
+                if entry is None:
+                    return f"an earlier {shown.path} of the mount may still be open"
+                if entry.open:
+                    return f"{shown.path} of the mount is still open ({entry.open} descriptions)"
+        return ""
+
+    def close(self) -> None:
+        """Let go of the server, which goes on."""
+        with self._lock:
+            self._disconnect()
+
+    # --- inside -------------------------------------------------------------------------------------------------
+
+    def _disconnect(self) -> None:
+        if self._tree is not None:
+            self._tree.close()
+            self._tree = None
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    def _open(self) -> None:
+        self._disconnect()
+        self._statuses, self._maps, self._device = {}, {}, 0
+        if self._mountpoint is not None:
+            tree = FuseTree.start(self._holdings.runtime_dir, staging(self._holdings.runtime_dir))
+        else:
+            try:
+                tree = FuseTree(self._holdings.runtime_dir / SOCKET)
+            except Gone:
+                return
+        try:
+            status = tree.status()
+            self._server = Handle(tree.pid)
+        except BaseException:
+            tree.close()
+            raise
+        self._tree, self._device, self._passes = tree, status.device, not status.passthrough
+        capability = status.capability()
+        what = f"the mount shows no memory: {capability.why}"
+        finding = Finding("mount-without-ram", Severity.WARNING, "mount", what, "/dev/fuse", capability.remedy)
+        self._without = () if self._passes else (finding,)
+
+    def _sync(self, owners: Mapping[str, int]) -> None:
+        tree = self._tree
+        if tree is None:
+            return
+        self._wrong = []
+        listed = {entry.path: entry for entry in tree.list()}
+        wanted = dict(self._wanted(tree, owners, listed))
+        for path in sorted(listed, reverse=True):  # what is in a directory before the directory
+            if path not in wanted and not _is_kept(path, wanted):
+                with self._isolated(path):
+                    self._remove(tree, listed.pop(path))
+        fresh = []
+        for path, want in wanted.items():
+            with self._isolated(path):
+                entry = listed.get(path)
+                if entry is not None and (entry.revoked or (want.memfd and not self._shows(entry, want.memfd))):
+                    self._remove(tree, entry)
+                    entry = None
+                if entry is None and want.memfd is not None:
+                    fresh.append(path)
+                elif entry is None or (entry.uid, entry.mode & 0o777) != (want.uid, want.mode):
+                    want.put(want.uid, want.mode)
+        self._put_ram(tree, {path: wanted[path] for path in fresh})
+        self._map_pages(tree, owners, listed)
+        self._forget(wanted)
+        if self._mountpoint is not None:
+            attach(tree.mountpoint, self._device, self._mountpoint)
+        self._trouble = (*self._without, *self._wrong)
+
+    def _wanted(
+        self, tree: FuseTree, owners: Mapping[str, int], listed: Mapping[str, FuseEntry]
+    ) -> Iterator[tuple[str, _Wanted]]:
+        """Every entry but ``status``, ``pfnmap`` and ``state/*``, directories before what is in them."""
+        state = self._holdings.state
+        saved = {name for name in self._holdings.custody.names() if name.startswith("state:")}
+        yield "guests", _Wanted(0, 0o755, _directory(tree, "guests"))
+        yield "regions", _Wanted(0, 0o700, _directory(tree, "regions"))
+        for guest in state.guests.values():
+            top = f"guests/{guest.name}"
+            uid = self._owner(guest, owners, listed.get(top))
+            for path in (top, *(f"{top}/{name}" for name in ("ram", "state", "mmio"))):
+                yield path, _Wanted(uid, 0o550, _directory(tree, path))
+            if f"state:{guest.name}" in saved:
+                yield f"{top}/state/handoff", _Wanted(uid, 0o440, partial(self._put_state, tree, guest.name))
+            for grant in state.grants_of(guest=guest.name):
+                region = state.regions.get(grant.region)
+                if region is not None and self._can_be_shown(region) and is_whole(grant, region):
+                    mode = 0o600 if grant.access is Access.RW else 0o400
+                    put = partial(self._put_grant, tree, grant)
+                    yield path_of(grant), _Wanted(uid, mode, put, _memfd(region), region.name)
+        for window in state.windows.values():
+            bdf, _, bar = window.window.rpartition(":")
+            yield (
+                f"guests/{window.guest}/mmio/{bdf}-bar{bar}",
+                _Wanted(0, 0o777, _link(tree, window.guest, bdf, int(bar))),
+            )
+        for region in state.regions.values():
+            if self._can_be_shown(region):
+                put = partial(self._put_region, tree, region.name)
+                yield f"regions/{region.name}", _Wanted(0, 0o600, put, _memfd(region), region.name)
+
+    def _can_be_shown(self, region: Region) -> bool:
+        """Whether a region is one file; one that a guest truncated is none any more (finding ``region-truncated``)."""
+        if not self._passes or len(region.segments) != 1 or not self._holdings.holds_region(region.name):
+            return False
+        return os.fstat(self._holdings.fds(region.name)[0]).st_size == region.segments[0].size
+
+    def _put_grant(self, tree: FuseTree, grant: Grant, uid: int, mode: int) -> None:
+        fd = memfd.segment_fd(self._holdings.fds(grant.region)[0], grant.access)
+        try:
+            tree.add_ram(grant.guest, grant.region, fd, uid=uid, mode=mode)
+        finally:
+            os.close(fd)
+
+    def _put_state(self, tree: FuseTree, guest: str, uid: int, _mode: int) -> None:
+        fd, _ = self._holdings.custody.get(f"state:{guest}")
+        try:
+            tree.set_state(guest, "handoff", fd, uid)
+        finally:
+            os.close(fd)
+
+    def _put_region(self, tree: FuseTree, region: str, _uid: int, _mode: int) -> None:
+        fd = memfd.segment_fd(self._holdings.fds(region)[0], Access.RW)
+        try:
+            tree.add_region(region, fd)
+        finally:
+            os.close(fd)
+
+    def _owner(self, guest: Guest, owners: Mapping[str, int], entry: FuseEntry | None) -> int:
+        """Who the guest's process is; of one that ended, who it was."""
+        if guest.name in owners:
+            return owners[guest.name]
+        with contextlib.suppress(MemconsoleError):
+            if guest.pid is not None:
+                process = census.process(self._holdings.root, guest.pid)
+                if process.id == guest.process:
+                    return census.uid(self._holdings.root, guest.pid)
+        return self._owners.get(guest.name, entry.uid if entry is not None else 0)
+
+    def _shows(self, entry: FuseEntry, of: tuple[int, int]) -> bool:
+        return any(
+            each.device == self._device and each.inode == entry.inode and each.memfd == of for each in self._shown
+        )
+
+    def _put_ram(self, tree: FuseTree, fresh: Mapping[str, _Wanted]) -> None:
+        """New RAM files: root's alone until custody knows them."""
+        if not fresh:
+            return
+        for path, want in fresh.items():
+            with self._isolated(path):
+                want.put(0, 0)
+        made = []
+        for entry in tree.list():
+            if entry.path in fresh and (of := fresh[entry.path].memfd) is not None:
+                self._shown.append(ShownFile(entry.path, fresh[entry.path].region, of, self._device, entry.inode))
+                made.append(entry.path)
+        self._store()
+        for path in made:
+            with self._isolated(path):
+                fresh[path].put(fresh[path].uid, fresh[path].mode)
+
+    def _map_pages(self, tree: FuseTree, owners: Mapping[str, int], listed: Mapping[str, FuseEntry]) -> None:
+        state = self._holdings.state
+        for guest in state.guests.values():
+            with self._isolated(f"guests/{guest.name}/pfnmap"):
+                self._map_guest(tree, guest, owners, listed)
+        for name in (*self._maps, *self._statuses):
+            if name not in state.guests:
+                self._maps.pop(name, None)
+                self._statuses.pop(name, None)
+
+    def _map_guest(
+        self, tree: FuseTree, guest: Guest, owners: Mapping[str, int], listed: Mapping[str, FuseEntry]
+    ) -> None:
+        state = self._holdings.state
+        parts, key = [], []
+        for grant in state.grants_of(guest=guest.name)[:MAX_PARTS]:
+            if grant.region in state.regions and self._holdings.holds_region(grant.region):
+                index, offset = divmod(grant.offset, memfd.SEGMENT)
+                fd = self._holdings.fds(grant.region)[index]
+                parts.append(MapPart(fd, offset, grant.length, grant.gpa))
+                key.append((os.fstat(fd).st_ino, offset, grant.length, grant.gpa))
+        path = f"guests/{guest.name}/pfnmap"
+        uid = self._owner(guest, owners, listed.get(f"guests/{guest.name}"))
+        if parts and self._maps.get(guest.name) != [(uid,), *key]:
+            tree.set_pfnmap(guest.name, parts, uid)
+            self._maps[guest.name] = [(uid,), *key]
+        elif not parts and (path in listed or guest.name in self._maps):
+            with contextlib.suppress(NotFound):
+                tree.remove(path)
+            self._maps.pop(guest.name, None)
+
+    def _remove(self, tree: FuseTree, entry: FuseEntry) -> None:
+        with contextlib.suppress(NotFound):
+            left = tree.remove(entry.path, recursive=True)
+            for at, shown in enumerate(self._shown):
+                if shown.device == self._device and shown.inode == entry.inode:
+                    self._shown[at] = replace(shown, closed=not left.open)
+
+    def _forget(self, wanted: Mapping[str, _Wanted]) -> None:
+        """Files of memfds that no region is made of any more: those were emptied. Owners are those of now."""
+        now = _memfds(self._holdings.state)
+        kept = [shown for shown in self._shown if now.get(shown.region) == shown.memfd]
+        owners = {guest: wanted[f"guests/{guest}"].uid for guest in self._holdings.state.guests}
+        if kept != self._shown or owners != self._owners:
+            self._shown, self._owners = kept, owners
+            self._store()
+
+    def _store(self) -> None:
+        table = MountRecord(self._boot_id, self._shown_at, self._owners, tuple(self._shown))
+        fd = os.memfd_create("memconsole-mount", os.MFD_CLOEXEC)
+        try:
+            with open(fd, "wb", closefd=False) as file:
+                file.write(newer.encode(table, self._rest))
+            self._holdings.custody.put(MOUNT, fd)
+        finally:
+            os.close(fd)
+
+
+def _stale_finding(subject: str, error: MemconsoleError) -> Finding:
+    what = f"the mount is out of date: {error.what}"
+    remedy = (
+        error.remedy
+        or "nothing need be done at once: what is mapped stays mapped, and the fd export works; see the log"
+    )
+    return Finding("mount-behind", Severity.ERROR, subject, what, error.why, remedy)
+
+
+def _stored(holdings: Holdings, boot_id: str) -> tuple[MountRecord, Any]:
+    """What custody knows of the mount, and what of that is unknown here; what cannot be read is put aside."""
+    if MOUNT not in holdings.custody.names():
+        return MountRecord(boot_id), None
+    fd, _ = holdings.custody.get(MOUNT)
+    try:
+        raw = os.pread(fd, os.fstat(fd).st_size, 0)
+        table = payloads.read(MOUNT, raw, MountRecord)
+        return table, newer.rest(raw, table)
+    except BadFile:
+        holdings.custody.put(UNREAD, fd)
+        return MountRecord(boot_id), None
+    finally:
+        os.close(fd)
+
+
+def _directory(tree: FuseTree, path: str) -> Callable[[int, int], object]:
+    return lambda uid, mode: tree.directory(path, uid, mode=mode)
+
+
+def _link(tree: FuseTree, guest: str, bdf: str, bar: int) -> Callable[[int, int], object]:
+    target = Path(f"/sys/bus/pci/devices/{bdf}/resource{bar}")
+    return lambda _uid, _mode: tree.link_window(guest, bdf, bar, target)
+
+
+def _memfd(region: Region) -> tuple[int, int]:
+    return region.segments[0].device, region.segments[0].inode
+
+
+def _memfds(state: State) -> dict[str, tuple[int, int]]:
+    """The memfd of every region that has one segment, and so can be a file."""
+    return {region.name: _memfd(region) for region in state.regions.values() if len(region.segments) == 1}
+
+
+def _is_kept(path: str, wanted: Mapping[str, _Wanted]) -> bool:
+    """Whether an entry stays that is made elsewhere: of a guest that is still there."""
+    words = path.split("/")
+    if words[0] != "guests" or len(words) < 3 or "/".join(words[:2]) not in wanted:
+        return False
+    return words[2:] in (["status"], ["pfnmap"])

@@ -1,0 +1,33 @@
+"""What a handoff carries: which session of live update preserves which regions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memconsole.backend import needs
+from memconsole.backend.handoff import luo
+from memconsole.model import Region
+
+
+@dataclass(frozen=True)
+class SessionContents:
+    """What one session carries: regions of one guest, or one region of several guests or none."""
+
+    session: str
+    regions: tuple[Region, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its regions."""
+        return sum(region.size for region in self.regions)
+
+
+def cargoes(desk: needs.RegionFds) -> list[SessionContents]:
+    """The regions whose memory is held, by the session that is to carry each."""
+    found: dict[str, list[Region]] = {}
+    for region in desk.state.regions.values():
+        if desk.holds_region(region.name):
+            guests = {grant.guest for grant in desk.state.grants_of(region=region.name)}
+            owner = guests.pop() if len(guests) == 1 else f"={region.name}"
+            found.setdefault(luo.session_name(owner), []).append(region)
+    return [SessionContents(session, tuple(regions)) for session, regions in found.items()]

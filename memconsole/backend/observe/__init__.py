@@ -1,0 +1,1 @@
+"""Kernel truth beside what was meant: Snapshots, findings, PFN tables."""

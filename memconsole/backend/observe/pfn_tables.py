@@ -1,0 +1,242 @@
+"""PFN maps of regions and guests, scanned when asked for and kept for as long as nothing seems to have changed.
+
+region:NAME             by offset in the region, whoever maps it
+frames:preserved        by frame, what is in KHO's tree of pages to hand over
+domain:GROUP            by IOVA, as the IOMMU translates for the devices of a group
+guest:NAME, ours        by gpa, as its own page tables see its grants; by hva where no grant has a gpa
+guest:NAME, foreign     by hva, over the mappings that look like its RAM
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from memconsole.backend import needs
+from memconsole.backend.kernel import census as census_of
+from memconsole.backend.kernel import host, iommu, kvm, pagemap
+from memconsole.backend.kernel.pagemap import Span
+from memconsole.backend.observe.mappings import region_mappings
+from memconsole.backend.observe.survey import ScanResult
+from memconsole.errors import Gone, NotFound
+from memconsole.model import Guest, GuestKind, Segment
+
+if TYPE_CHECKING:
+    from memconsole.extents import ExtentTable
+
+FRESH_S = 2.0
+"""Seconds a table is believed while its memory's resident size stays the same."""
+
+
+@dataclass
+class _CachedTable:
+    table: ExtentTable
+    token: Hashable
+    at: float
+
+
+class Scanning(needs.LiveGuests, needs.Borrowed, needs.Backed, needs.RegionReaching, needs.HostTree, Protocol):
+    """What PFN maps are made of."""
+
+
+class PfnTables:
+    """The PFN maps of one control process; every method may be called from any thread.
+
+    Who wants a table waits for its own scan, and for no other.
+    """
+
+    def __init__(self, desk: Scanning) -> None:
+        self._desk = desk
+        self._lock = threading.Lock()  # of what is kept: never held over a scan
+        self._making: dict[str, threading.Lock] = {}
+        self._kept: dict[str, _CachedTable] = {}
+        self._files: dict[str, tuple[Segment, ...]] = {}
+        self.scanned: dict[str, ScanResult] = {}
+
+    def get(self, key: str) -> ExtentTable:
+        """The table of a key, which the caller closes.
+
+        Raises:
+            NotFound: no such region or guest, or it has no memory mapped. Denied: PFNs are not shown to this user.
+            Gone: the process ended.
+        """
+        kind, _, name = key.partition(":")
+        if kind not in _MAKE or not name:
+            keys = "a key is region:NAME, guest:NAME, domain:GROUP or frames:preserved"
+            raise NotFound(f"there is no PFN map {key!r}", keys, "memconsole regions and memconsole guests list them")
+        token = self._token(kind, name)
+        with self._lock:
+            making = self._making.setdefault(key, threading.Lock())
+        with making:
+            with self._lock:
+                kept = self._kept.get(key)
+                if kept is not None and kept.token == token and time.monotonic() - kept.at <= FRESH_S:
+                    return kept.table.share()
+            table = _MAKE[kind](self, name)
+            with self._lock:
+                kept = self._kept.pop(key, None)
+                if kept is not None:
+                    kept.table.close()
+                self._kept[key] = _CachedTable(table, token, time.monotonic())
+                return table.share()
+
+    def forget(self) -> None:
+        """Drop what is kept of regions and guests that are no more."""
+        state = self._desk.state
+        with self._lock:
+            for key in list(self._kept):
+                kind, _, name = key.partition(":")
+                if kind in {"region", "guest"} and name not in (state.regions if kind == "region" else state.guests):
+                    self._kept.pop(key).table.close()
+                    self._making.pop(key, None)
+            self._files = {name: files for name, files in self._files.items() if name in state.regions}
+            self.scanned = {name: found for name, found in self.scanned.items() if name in state.regions}
+
+    def close(self) -> None:
+        """Close every table kept; those handed out stay open."""
+        with self._lock:
+            for kept in self._kept.values():
+                kept.table.close()
+            self._kept.clear()
+
+    def _token(self, kind: str, name: str) -> Hashable:
+        """What differs when the memory behind a table certainly changed."""
+        if kind in {"domain", "frames"}:
+            return tuple(self._desk.state.grants.values())
+        if kind == "guest":
+            guest = self._known_guest(name)
+            return guest.process, tuple(self._desk.state.grants_of(guest=name))
+        if name not in self._desk.state.regions:
+            raise NotFound(f"there is no region {name}", "none has this name", "memconsole regions lists them")
+        return self._desk.backings().get(name)
+
+    def _region(self, name: str) -> ExtentTable:
+        from memconsole.extents import ExtentTable, Part
+
+        tables: list[ExtentTable] = []
+        page = host.page_size(self._desk.root)
+        try:
+            with self._desk.borrowed_fds(name) as fds:
+                for fd, segment in zip(fds, self._desk.state.regions[name].segments, strict=True):
+                    tables.append(ExtentTable.scan_fd(fd, segment.size))
+            if len(tables) == 1:
+                table = tables.pop()
+            else:
+                sizes = [each.pages for each in tables]
+                places = zip(tables, sizes, itertools.accumulate(sizes, initial=0), strict=False)
+                table = ExtentTable.of_parts([Part(each, 0, size, at) for each, size, at in places], page_size=page)
+        finally:
+            for each in tables:
+                each.close()
+        stats = table.stats()
+        moved = self._moved(name, table) * table.page_size
+        with self._lock:
+            self.scanned[name] = ScanResult(stats.runs, stats.huge * table.page_size, time.time_ns(), moved)
+        return table
+
+    def _moved(self, name: str, table: ExtentTable) -> int:
+        """Pages of a region that lay in other frames at any scan, since it is in these files, than at the one before.
+
+        What became part of a huge page was copied there by the kernel, and does not count.
+        """
+        from memconsole.extents import ChangeKind, Flag
+
+        files = self._desk.state.regions[name].segments
+        with self._lock:
+            kept, before = self._kept.get(f"region:{name}"), self._files.get(name)
+            self._files[name] = files
+            if kept is None or before != files:
+                return 0
+            earlier = self.scanned[name].moved // table.page_size if name in self.scanned else 0
+            last = kept.table.share()
+        with last:
+            return earlier + sum(
+                change.count
+                for change in last.diff(table)
+                if change.kind is ChangeKind.MOVED and not change.new_flags & ~change.old_flags & Flag.HUGE
+            )
+
+    def _domain(self, group: str) -> ExtentTable:
+        return iommu.table(self._desk.root, group)
+
+    def _frames(self, what: str) -> ExtentTable:
+        """The frames in KHO's tree, each as the page of its own number."""
+        from memconsole.backend.kernel import handover
+        from memconsole.extents import Extent, ExtentTable, Flag
+
+        tree = handover.live("out").preserved if what == "preserved" else None
+        if tree is None:
+            raise NotFound(
+                f"there is no table of frames {what!r}",
+                "KHO's tree of preserved pages cannot be read" if what == "preserved" else "none has this name",
+                "memconsole inspect shows what this kernel hands over",
+            )
+        return ExtentTable.from_rows(Extent(run.pfn, run.pfn, run.count, int(Flag.PRESENT)) for run in tree.runs)
+
+    def _known_guest(self, name: str) -> Guest:
+        guest = self._desk.state.guests.get(name)
+        if guest is None:
+            guest = next((each for each in self._desk.foreign_guests() if each.name == name), None)
+        if guest is None or guest.pid is None:
+            raise NotFound(f"there is no guest {name}", "none has this name", "memconsole guests lists them")
+        return guest
+
+    def _guest(self, name: str) -> ExtentTable:
+        guest = self._known_guest(name)
+        task, parts = self._parts(guest)
+        if not parts:
+            raise NotFound(
+                f"guest {name} has no memory mapped", "it has no grant that it mapped", f"memconsole map REGION {name}"
+            )
+        return pagemap.scan(guest.pid or 0, parts, task)
+
+    def _parts(self, guest: Guest) -> tuple[int, list[Span]]:
+        """A thread of the guest's process that lives, and the parts of its memory."""
+        census = census_of.take(self._desk.root, closed=self._desk.exempt_processes)
+        process = census.processes.get(guest.pid or 0)
+        if process is None or process.id != guest.process:
+            raise Gone(
+                f"guest {guest.name} is gone",
+                f"{guest.its_process} ended",
+                f"memconsole guest stop {guest.name} ends its grants",
+            )
+        page = host.page_size(self._desk.root)
+        if guest.kind is GuestKind.FOREIGN:
+            return process.task, [Span(vma.start, vma.size, vma.start // page) for vma in kvm.guest_ram(process)]
+        state = self._desk.state
+        grants = state.grants_of(guest=guest.name)
+        by_gpa = any(grant.gpa is not None for grant in grants)
+        parts = []
+        for over in region_mappings(census, state.regions.values(), self._desk.fuse_aliases):
+            if over.pid != process.pid:
+                continue
+            for grant in filter(over.overlaps, grants):
+                start = max(over.offset, grant.offset)
+                end = min(over.offset + over.vma.size, grant.offset + grant.length)
+                at = over.vma.start + start - over.offset
+                if by_gpa and grant.gpa is not None:
+                    parts.append(Span(at, end - start, (grant.gpa + start - grant.offset) // page))
+                elif not by_gpa:
+                    parts.append(Span(at, end - start, at // page))
+        return process.task, _apart(parts, page)
+
+
+def _apart(parts: Sequence[Span], page: int) -> list[Span]:
+    """The parts without those that show a page of the table a second time (a process may map a range twice)."""
+    found: list[Span] = []
+    for part in sorted(parts, key=lambda part: part.base):
+        if not found or part.base >= found[-1].base + found[-1].length // page:
+            found.append(part)
+    return found
+
+
+_MAKE = {
+    "region": PfnTables._region,  # noqa: SLF001 - its own
+    "guest": PfnTables._guest,  # noqa: SLF001
+    "domain": PfnTables._domain,  # noqa: SLF001
+    "frames": PfnTables._frames,  # noqa: SLF001
+}

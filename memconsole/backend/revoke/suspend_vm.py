@@ -1,0 +1,206 @@
+"""A QEMU gives its RAM back by ending: it cannot unmap what it runs on. What it is besides its RAM is kept.
+
+    saved    its vCPUs stand still; custody holds its state (``aside:GUEST``) and how to start it (``aside-plan:GUEST``)
+    ended    it quit by itself: nobody maps the region, whose contents stay where they are
+
+``map`` gives such a guest its region again, and ``guest resume`` starts it from what was saved, as after a handoff.
+What somebody else wrote to the region meanwhile is what it finds there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from typing import Protocol
+
+import msgspec
+from msgspec.structs import replace
+
+from memconsole.backend import needs, steplog
+from memconsole.backend.custody import payloads
+from memconsole.backend.guests.base import Qemu
+from memconsole.backend.handoff.facets import Handover, VmmRestarting
+from memconsole.backend.handoff.powers import HOST, Powers
+from memconsole.backend.ledger.state import StateChange
+from memconsole.backend.revoke.points import pass_by
+from memconsole.backend.work import PreparedAction
+from memconsole.errors import BadFile, GuestError, MemconsoleError, NotFound
+from memconsole.model import Access, Finding, Grant, GrantState, Guest, GuestState, Region, Severity, Value
+
+_KIND, _PLAN = "aside", "aside-plan"
+
+
+class SuspendedGuests(needs.LiveGuests, needs.InCustody, Protocol):
+    """What guests that gave their RAM back are known by."""
+
+
+class GuestSuspending(VmmRestarting, needs.InCustody, Protocol):
+    """What a QEMU is saved with."""
+
+
+class SuspendedGuest(Value, frozen=True):
+    """What a state in custody is of: the region that is the guest's RAM, and whether it was paused before."""
+
+    region: str
+    paused: bool
+
+
+def suspend_guest(desk: GuestSuspending, live: Qemu, grant: Grant, within: float) -> None:
+    """Save a QEMU and have it quit.
+
+    Raises:
+        GuestError, Gone, Refused: it cannot be saved, does not answer, or does not quit in time; it goes on as it was.
+    """
+    from memconsole.backend.handoff import bootplan, manifest, save_restore
+
+    if not desk.custody.resumes:
+        why = f"{desk.custody.label} has custody, and a VM is started again only from the keeper"
+        raise GuestError(f"guest {live.name} cannot be saved", why)
+    deadline = time.monotonic() + within
+    live.await_answer(within)
+    if live.passes_through():
+        raise GuestError(f"guest {live.name} cannot be saved", "a device is passed through to it (VFIO)")
+    if live.state() is GuestState.SUSPENDED:  # QEMU 10 aborts when one that was saved so is to go on
+        raise GuestError(
+            f"guest {live.name} cannot be saved", "it is suspended to RAM", f"memconsole guest resume {live.name}"
+        )
+    if why := save_restore.why_not_savable(desk, live):
+        raise GuestError(f"guest {live.name} cannot be saved", why)
+    guest = desk.state.guests[live.name]
+    kept = SuspendedGuest(grant.region, paused=guest.state is GuestState.PAUSED)
+    try:
+        # One may be saved whose state custody does not have, because a control process died: it is saved again.
+        if _saved_state(desk, live.name) is None or not live.is_saved():
+            state = manifest.memfd(f"memconsole-state-{live.name}", b"")
+            with contextlib.closing(os.fdopen(state, "rb")):
+                save_restore.save(live, state, deadline - time.monotonic())
+                pass_by("aside", "saved")
+                payloads.put(desk.custody, f"{_KIND}:{live.name}", state, kept)
+        start, say = save_restore.restart_of_live(desk, guest, [grant], f"{_KIND}:{live.name}", paused=kept.paused)
+        holds = tuple(bootplan.Hold("aside", token, name) for token, (name, _) in enumerate(start.fds))
+        plan = bootplan.BootPlan(holds, (), (start,), () if say is None else (say,), bootplan.moment())
+        with contextlib.closing(os.fdopen(manifest.memfd("memconsole-plan", bootplan.encode(plan)), "rb")) as file:
+            desk.custody.put(f"{_PLAN}:{live.name}", file.fileno())
+        pass_by("aside", "held")
+        live.quit(max(0.1, deadline - time.monotonic()))
+    except MemconsoleError:
+        with steplog.suppressed(f"{live.name} runs on: it was not saved", MemconsoleError):
+            if not kept.paused:
+                live.resume()
+        drop_saved_state(desk, live.name)
+        raise
+
+
+def entries_of(guest: Guest, grant: Grant) -> dict[str, bytes]:
+    """What custody holds of a guest once its RAM was taken back, as payloads by name."""
+    kept = SuspendedGuest(grant.region, paused=guest.state is GuestState.PAUSED)
+    return {f"{_KIND}:{guest.name}": msgspec.json.encode(kept), f"{_PLAN}:{guest.name}": b""}
+
+
+def is_saved(desk: SuspendedGuests, guest: str) -> bool:
+    """Whether a guest gave its RAM back, and can be started again."""
+    if not {f"{_KIND}:{guest}", f"{_PLAN}:{guest}"} <= set(desk.custody.names()):
+        return False
+    live = desk.live_guest(guest)
+    return live is None or live.state() is GuestState.GONE
+
+
+def suspended_entry(desk: needs.LiveGuests, guest: Guest) -> Guest:
+    """A guest that waits, as the ledger has it."""
+    desk.remove_guest(guest.name)
+    return replace(guest, pid=None, start_ticks=None, state=GuestState.GONE)
+
+
+def grant_saved_guest(work: PreparedAction, desk: needs.InCustody, grant: Grant, region: Region) -> None:
+    """``map`` to a guest that waits: the step that makes the grant, or why it cannot be."""
+    kept = _saved_state(desk, grant.guest)
+    whole = grant.offset == 0 and grant.length == region.size
+    if kept is None or grant.region != kept.region or not whole or grant.access is not Access.RW or grant.lazy:
+        what = f"guest {grant.guest} waits for other memory"
+        name = kept.region if kept is not None else region.name
+        work.refuse("OtherRam", what, f"its RAM is all of {name}, read-write", f"memconsole map {name} {grant.guest}")
+        return
+    made = replace(grant, gpa=0)
+    work.subject = grant.id
+    work.aims = replace(work.aims, grants=(made,))
+    work.text = f"{grant.guest} has {grant.region} again as {grant.id}; memconsole guest resume {grant.guest} starts it"
+
+    def do() -> None:
+        work.change = replace(work.change, grants=(made,))
+
+    work.step("offer", f"give {grant.guest} its RAM {grant.region} again as {grant.id}", do)
+
+
+def restart_saved_guest(desk: Handover, guest: Guest, powers: Powers = HOST) -> PreparedAction:
+    """``guest resume`` of a guest that waits: ``again`` starts it from what was saved."""
+    from memconsole.backend.handoff import restart_one
+
+    work = PreparedAction(guest.name, f"guest {guest.name} runs")
+    kept = _saved_state(desk, guest.name)
+    grants = [grant for grant in desk.state.grants_of(guest=guest.name) if kept and grant.region == kept.region]
+    if kept is None or not grants:
+        region = kept.region if kept is not None else "REGION"
+        remedy = f"memconsole map {region} {guest.name}, then resume it"
+        work.refuse("NoRam", f"guest {guest.name} has no RAM", "it was saved and stopped to free it", remedy)
+        return work
+
+    def do() -> None:
+        plan, _ = desk.custody.get(f"{_PLAN}:{guest.name}")
+        with contextlib.closing(os.fdopen(plan, "rb")):
+            back = restart_one.start_alone(desk, guest, plan, powers)
+        drop_saved_state(desk, guest.name)
+        if kept.paused:
+            back = replace(back, state=GuestState.PAUSED)
+        work.change = StateChange(guests=(back,), grants=(replace(grants[0], state=GrantState.MAPPED),))
+
+    work.step("again", f"start {guest.name} on {kept.region} from its saved state", do)
+    return work
+
+
+def drop_saved_state(desk: needs.InCustody, guest: str) -> None:
+    """Forget what was saved of a guest, if anything was."""
+    for kind in (_KIND, _PLAN):
+        with contextlib.suppress(NotFound):
+            desk.custody.drop(f"{kind}:{guest}")
+
+
+def drop_stale_states(desk: SuspendedGuests) -> None:
+    """Forget what was saved of guests that are no more, or that run."""
+    for name in desk.custody.names():
+        kind, _, guest = name.partition(":")
+        if kind in {_KIND, _PLAN} and not (guest in desk.state.guests and is_saved(desk, guest)):
+            drop_saved_state(desk, guest)
+
+
+def findings(desk: SuspendedGuests) -> tuple[Finding, ...]:
+    """The guests that wait."""
+    waiting = [guest for guest in desk.state.guests.values() if guest.state is GuestState.GONE and guest.pid is None]
+    found = []
+    for guest in waiting:
+        try:
+            kept = _saved_state(desk, guest.name)
+        except BadFile as error:
+            found.append(payloads.unknown(f"{_KIND}:{guest.name}", error))
+            continue
+        if kept is not None:
+            what = (
+                f"{guest.name} was saved and stopped to free region {kept.region}; its device state is held in custody"
+            )
+            remedy = f"memconsole map {kept.region} {guest.name}, then memconsole guest resume {guest.name}"
+            found.append(Finding("guest-aside", Severity.INFO, guest.name, what, f"{_KIND}:{guest.name}", remedy))
+    return tuple(found)
+
+
+def _saved_state(desk: needs.InCustody, guest: str) -> SuspendedGuest | None:
+    """What is kept of a guest that waits, if it does.
+
+    Raises:
+        BadFile: this memconsole cannot read it.
+    """
+    try:
+        fd, payload = desk.custody.get(f"{_KIND}:{guest}")
+    except NotFound:
+        return None
+    os.close(fd)
+    return payloads.read(f"{_KIND}:{guest}", payload, SuspendedGuest)

@@ -1,0 +1,169 @@
+"""What a control process sees to of itself: once a second, whether or not somebody looks.
+
+    quarantine   lets frames go whose pins have dropped           not while an action is under way
+    readiness    whether a handoff would be refused               when something it depends on has changed
+    report       what guests say of the blackout of a handoff     not while an action is under way
+    mount        files and status as the ledger and a Snapshot have them
+    history      records a Snapshot where that is due
+
+A Snapshot that somebody took is used for both; where nobody looks, one is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from memconsole.backend import needs
+from memconsole.backend.ticks import Ticks
+from memconsole.errors import Gone, Silent
+from memconsole.model import HandoffReport, Snapshot
+
+if TYPE_CHECKING:
+    from memconsole.backend.history.recorder import HistoryRecorder
+    from memconsole.backend.ledger.state import Recorded
+    from memconsole.backend.readiness import ReadinessCheck
+
+EVERY_S = 1.0
+RECENT_S = 30.0
+"""How old a Snapshot may be that says whether something changed: where nobody looks, one is taken as often."""
+
+
+class Mount(Protocol):
+    """The mount, as it is kept up."""
+
+    def ping(self) -> None:
+        """Ask its server whether it is there; Gone, Silent."""
+
+    def sync(self, owners: Mapping[str, int] | None = None) -> None:
+        """Have it show what the ledger means, owned by the guests' users."""
+
+    def show_status(self, snapshot: Snapshot) -> None:
+        """Have it show what a Snapshot says of its guests."""
+
+
+class Kept(needs.LiveGuests, needs.HostTree, needs.InCustody, Protocol):
+    """What is kept up."""
+
+    handoff: HandoffReport | None
+
+    @property
+    def mount(self) -> Mount | None:
+        """The mount, if there is one."""
+
+
+class Upkeep:
+    """The upkeep of one control process.
+
+    ``acting`` is its lock of actions, ``take`` takes a Snapshot, ``carry`` writes the records that are handed up, and
+    ``ready`` looks whether a handoff could be made.
+    """
+
+    def __init__(
+        self,
+        desk: Kept,
+        acting: threading.RLock,
+        take: Callable[[], Snapshot],
+        carry: Callable[[Recorded[None]], None],
+        ready: ReadinessCheck,
+        *,
+        past: HistoryRecorder | None = None,
+    ) -> None:
+        self._desk = desk
+        self._acting = acting
+        self._take = take
+        self._carry = carry
+        self._ready = ready
+        self._past = past
+        self._taking = threading.Lock()
+        self._latest: Snapshot | None = None
+        self._ticks = Ticks()
+        self._ticks.begin("quarantine", EVERY_S, self.recheck)
+        self._ticks.begin("readiness", EVERY_S, self.check_readiness)
+        self._ticks.begin("report", EVERY_S, self.amend_report)
+        if desk.mount is not None:
+            self._ticks.begin("mount", EVERY_S, self.show_on_mount)
+        if past is not None and past.every_s:
+            self._ticks.begin("history", min(EVERY_S, past.every_s), self.record_history)
+
+    def note_snapshot(self, taken: Snapshot) -> None:
+        """A Snapshot was taken."""
+        self._latest = taken
+
+    def close(self) -> None:
+        """See to nothing more."""
+        self._ticks.close()
+
+    def recheck(self) -> None:
+        """Let quarantined frames go whose pins have dropped."""
+        if self._desk.state.quarantine:
+            from memconsole.backend.revoke import move
+
+            with self._idle() as still:
+                if still:
+                    self._carry(move.recheck_quarantine(self._desk))
+
+    def amend_report(self) -> None:
+        """Have the report of the last handoff say what guests say of their blackout."""
+        made = self._desk.handoff
+        if made is None:
+            return
+        from memconsole.backend.handoff import stored
+
+        asked = stored.with_guests_blackouts(self._desk, made)
+        with self._idle() as still:
+            if still and asked != made:
+                stored.amend_report(self._desk, lambda shown: asked if shown is made else shown)
+
+    def check_readiness(self) -> None:
+        """Look whether a handoff could be made, if that may have changed since the last Snapshot somebody took."""
+        taken = self._recent(RECENT_S)
+        with self._idle() as still:
+            depends = self._ready.due(taken) if still else None
+        if depends is not None:
+            self._ready.check(depends)
+
+    def show_on_mount(self) -> None:
+        """Have the mount show what the ledger means, whose guests' processes are, and what a Snapshot says of them."""
+        mount = self._desk.mount
+        if mount is None:
+            return
+        try:
+            mount.ping()
+        except Silent:
+            return  # which a Snapshot says; nobody waits for it meanwhile
+        except Gone:
+            pass  # it is started again
+        taken = self._recent(EVERY_S)
+        with self._idle() as still:
+            if still:
+                mount.sync({guest.name: guest.seen.uid for guest in taken.guests if guest.seen is not None})
+        mount.show_status(taken)
+
+    def record_history(self) -> None:
+        """Record a Snapshot, where that is due."""
+        past = self._past
+        if past is not None and past.is_due(time.time_ns()):
+            latest = self._latest
+            past.note(latest if latest is not None and past.is_due(latest.taken_ns) else self._recent(0))
+
+    def _recent(self, within_s: float) -> Snapshot:
+        """A Snapshot that is at most so old."""
+        with self._taking:
+            latest = self._latest
+            if latest is None or time.time_ns() - latest.taken_ns > within_s * 1e9:
+                latest = self._take()
+            return latest
+
+    @contextlib.contextmanager
+    def _idle(self) -> Iterator[bool]:
+        """Whether no action is under way; none begins before this ends. Nobody waits: the next second comes."""
+        still = self._acting.acquire(blocking=False)
+        try:
+            yield still
+        finally:
+            if still:
+                self._acting.release()

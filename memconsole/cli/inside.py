@@ -1,0 +1,48 @@
+"""The command line inside of another face: its commands as values, and run on a Source that is open already."""
+
+from __future__ import annotations
+
+import functools
+import shlex
+from collections.abc import Sequence
+
+from memconsole import cli
+from memconsole.cli import connect, output
+from memconsole.cli.parser import build, parse
+from memconsole.command import CommandForm, CommandResult, forms
+from memconsole.errors import UsageError
+from memconsole.source import Source
+
+ALONE = (("demo",), ("open",), ("serve",), ("macro", "record"))
+"""Commands that have the terminal, or the process, to themselves."""
+ELSEWHERE = (("macro", "run"),)
+"""Commands whose own way a face has, with its questions."""
+
+
+class Inside:
+    """The commands that another face offers."""
+
+    @functools.cached_property
+    def forms(self) -> Sequence[CommandForm]:
+        """Every command that can be run inside of another face."""
+        return [form for form in forms(build()) if form.words not in (*ALONE, *ELSEWHERE)]
+
+    def run(self, words: Sequence[str], source: Source) -> CommandResult:
+        """Run one on a Source; it asks nothing, and applies no action.
+
+        Raises:
+            UsageError: it needs a terminal of its own, is an action, or does not parse.
+        """
+        words = list(words[1:] if words[:1] == ["memconsole"] else words)
+        alone = next((each for each in ALONE if tuple(words[: len(each)]) == each), None)
+        if not words or alone is not None:
+            raise UsageError(
+                f"{shlex.join(words) or 'memconsole'} cannot be run inside of the console",
+                "it has a terminal or a process to itself",
+                "type it in a shell",
+            )
+        if getattr(parse(words), "action", "") and "--dry-run" not in words:
+            raise UsageError(f"{words[0]} acts", "it wants its plan to be seen", "type it without options of the shell")
+        with output.kept() as told, connect.using(source):
+            code = cli.main(words)
+        return CommandResult(code, told.getvalue())

@@ -1,0 +1,167 @@
+"""Commands that only a control process can answer: what changes as it changes, and what a region holds."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import os
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import starmap
+from pathlib import Path
+
+import msgspec
+
+from memconsole import differ
+from memconsole.backend.wire.client import Client
+from memconsole.cli import output
+from memconsole.cli.connect import asked_socket
+from memconsole.errors import ExitCode, Gone, KernelRefused, MemconsoleError, Refused, UsageError
+from memconsole.field import Table
+from memconsole.fields import TABLES
+from memconsole.model import Event, Snapshot
+from memconsole.units import format_size, format_time
+
+CHUNK = 4 << 20
+_CHANGING = "guests that map it may have written to it meanwhile; pause them first for a copy of one moment"
+
+
+def watch(options: argparse.Namespace) -> int:
+    """What changes on this host as it changes, a line each, until it is interrupted: entities, fields and events."""
+    tables = _tables(options.tables)
+    before: Snapshot | None = None
+    with contextlib.closing(Client(asked_socket(options))) as client:
+        for now in client.watch(options.every):
+            if before is not None:
+                _tell(before, now, tables, as_json=options.json)
+            before = now
+    return ExitCode.DONE
+
+
+def _tables(names: str) -> tuple[Table, ...]:
+    wanted = [name.strip() for name in names.split(",") if name.strip()] or list(TABLES)
+    unknown = [name for name in wanted if name not in TABLES]
+    if unknown:
+        known = ", ".join(TABLES)
+        raise UsageError(f"there is no table {unknown[0]!r}", f"the tables are {known}", "name one of those")
+    return tuple(TABLES[name] for name in wanted)
+
+
+def _tell(before: Snapshot, now: Snapshot, tables: Sequence[Table], *, as_json: bool) -> None:
+    shown = {table.id for table in tables}
+    seen = before.events[-1].seq if before.events else 0
+    events = [event for event in now.events if event.seq > seen] if "events" in shown else []
+    changes = [change for table in tables if table.id != "events" for change in _changes(table, before, now)]
+    if not (events or changes):
+        return
+    if as_json:
+        line = {"taken_ns": now.taken_ns, "changes": changes, "events": events}
+        output.text(msgspec.json.encode(line).decode())
+        return
+    for told in (*map(_happened, events), *map(_changed, changes)):
+        output.text(f"{format_time(now.taken_ns)}  {told}")
+
+
+def _changes(table: Table, before: Snapshot, now: Snapshot) -> Iterator[differ.FieldChange]:
+    """What is worth a mark in the console: no counter that always runs on."""
+    was, new = ({table.key(item): item for item in table.rows(each)} for each in (before, now))
+    yield from (differ.FieldChange("removed", table.id, key) for key in was.keys() - new.keys())
+    yield from (differ.FieldChange("added", table.id, key) for key in new.keys() - was.keys())
+    for key in was.keys() & new.keys():
+        old, item = table.plain(was[key]), table.plain(new[key])
+        for field in table.fields if old != item else ():
+            if field.news and field.text(old) != field.text(item):
+                yield differ.FieldChange("changed", table.id, key, field.id, field.text(old), field.text(item))
+
+
+def _happened(event: Event) -> str:
+    return f"! {event.subject}: {event.text}" + (f" ({event.peer})" if event.peer else "")
+
+
+def _changed(change: differ.FieldChange) -> str:
+    if change.kind == "changed":
+        return f"~ {change.table} {change.key} {change.field}: {change.old} -> {change.new}"
+    return f"{'+' if change.kind == 'added' else '-'} {change.table} {change.key}"
+
+
+def copy(options: argparse.Namespace) -> int:
+    """A region's contents as a new file, with holes where the region has none; for operators."""
+    began = time.monotonic()
+    with contextlib.closing(Client(asked_socket(options))) as client:
+        grants = [grant for grant in client.snapshot().grants if grant.region == options.region]
+        fds = client.open_region(options.region)
+    try:
+        size, copied = _copied(options.region, fds, Path(options.file))
+    finally:
+        for fd in fds:
+            os.close(fd)
+    guests = sorted({grant.guest for grant in grants})
+    if options.json:
+        output.json({"region": options.region, "file": options.file, "size": size, "copied": copied, "guests": guests})
+    else:
+        took = time.monotonic() - began
+        what = f"region {options.region} is copied to {options.file}: {format_size(size)}, {format_size(copied)} of it"
+        output.text(f"{what} not empty, in {took:.1f} s")
+    if guests:
+        output.note(f"guests with grants of it: {', '.join(guests)}: {_CHANGING}")
+    return ExitCode.DONE
+
+
+def _copied(region: str, fds: Sequence[int], path: Path) -> tuple[int, int]:
+    """A new file with what these segments hold; its bytes, and how many of them are no hole.
+
+    Raises:
+        Refused: there is a file of this name. KernelRefused: it cannot be written. Gone: the region was truncated.
+    """
+    what = f"region {region} cannot be copied to {path}"
+    try:
+        out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise Refused(what, "there is a file of this name", "name another file, or remove that one") from None
+    except OSError as error:
+        raise KernelRefused(str(path), error.errno or 0, what=what) from None
+    try:
+        sizes = [os.fstat(fd).st_size for fd in fds]
+        os.ftruncate(out, sum(sizes))
+        bases = itertools.accumulate(sizes, initial=0)
+        copied = sum(starmap(partial(_copy_segment, out), zip(fds, sizes, bases, strict=False)))
+        os.fsync(out)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise KernelRefused(str(path), error.errno or 0, what=what) from None
+    except MemconsoleError:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(out)
+    return sum(sizes), copied
+
+
+def _copy_segment(out: int, fd: int, size: int, base: int) -> int:
+    copied = 0
+    for start, end in _data(fd, size):
+        for at in range(start, end, CHUNK):
+            left = memoryview(os.pread(fd, min(CHUNK, end - at), at))
+            if len(left) < min(CHUNK, end - at):
+                why = "a guest made its file shorter"
+                raise Gone("the region was truncated while it was copied", why, "copy it again")
+            copied += len(left)
+            to = base + at
+            while left:
+                done = os.pwrite(out, left, to)
+                left, to = left[done:], to + done
+    return copied
+
+
+def _data(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where a file is no hole."""
+    at = 0
+    while at < size:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError:  # ENXIO: only a hole is left
+            return
+        at = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        yield start, at

@@ -1,0 +1,46 @@
+"""What undoes an action that was done: another action, where the registry has one that does."""
+
+from __future__ import annotations
+
+from memconsole import actions
+from memconsole.actions import Action
+from memconsole.model import Grant, Outcome, Snapshot
+
+_NEVER = {
+    "release": "its contents are gone",
+    "guest-stop": "its processes have ended",
+    "guest-helper": "no action takes a helper's name away; it ends with its process",
+    "handoff-run": "the next kernel runs",
+    "handoff-rehearse": "it left everything as it was",
+}
+
+
+def inverse(action: Action, outcome: Outcome, before: Snapshot | None) -> Action | str:
+    """The action that undoes another one, or why none does; ``before`` is what was there when it was applied."""
+    if isinstance(action, actions.Reserve):
+        return actions.Release(action.name)
+    if isinstance(action, actions.Map):
+        return actions.Revoke(outcome.subject)
+    if isinstance(action, actions.GuestStart | actions.GuestAttach):
+        return actions.GuestStop(action.name)
+    if isinstance(action, actions.GuestPause):
+        return actions.GuestResume(action.name)
+    if isinstance(action, actions.GuestResume):
+        return actions.GuestPause(action.name)
+    if isinstance(action, actions.WindowMap):
+        return actions.WindowRevoke(action.window)
+    if isinstance(action, actions.Revoke):
+        grants = before.grants if before is not None else ()
+        grant = next((each for each in grants if each.id == action.grant), None)
+        return _granted_again(grant) if grant is not None else "it is not known any more what it granted"
+    if isinstance(action, actions.WindowRevoke):
+        windows = before.windows if before is not None else ()
+        guest = next((each.guest for each in windows if each.id == action.window), None)
+        return actions.WindowMap(action.window, guest) if guest else "it is not known any more whose it was"
+    return _NEVER[action.spec.id]
+
+
+def _granted_again(grant: Grant) -> Action:
+    return actions.Map(
+        grant.region, grant.guest, grant.offset, grant.length, grant.gpa, grant.access, grant.dma, grant.lazy
+    )

@@ -1,0 +1,56 @@
+"""The console on a terminal, with this user's settings, macros and memory."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from memconsole import paths
+from memconsole.command import CommandLine
+from memconsole.commandlog import CommandLog
+from memconsole.macros import Macro
+from memconsole.source import Source
+from memconsole.units import format_time
+from memconsole.views import settings as settings_module
+from memconsole.views import terminal
+from memconsole.views.app import ConsoleApp
+from memconsole.views.remembering import Memory
+from memconsole.views.scripting import Command
+
+
+def run(
+    source: Source,
+    *,
+    macros: Sequence[Macro] | None = None,
+    interval: float = 1.0,
+    record_to: Path | None = None,
+    command: Command | None = None,
+    on_quit_warning: Callable[[], str] | None = None,
+    command_line: CommandLine | None = None,
+) -> int:
+    """Open the console on a Source until the operator leaves; returns the exit code.
+
+    ``macros`` None stands for those in the macro directories, as their files become; ``record_to`` records everything
+    into a macro file; ``command`` runs the commands that macros have, ``command_line`` what is typed behind ``:``.
+
+    Raises:
+        BadFile: ``console.toml`` cannot be used.
+    """
+    app = ConsoleApp(
+        source,
+        interval=interval,
+        known_macros=macros,
+        record_to=record_to,
+        command=command,
+        settings=settings_module.load(),
+        on_quit_warning=on_quit_warning,
+        memory=Memory(paths.own_state_dir()),
+        command_line=command_line,
+        said=CommandLog(paths.own_state_dir(), f"{os.getpid()} {format_time(time.time_ns())[11:19]}"),
+    )
+    with terminal.logged(paths.state_dir() / "console.log"):
+        asyncio.run(terminal.run(app, mouse=app.mouse))
+    return app.return_code or 0

@@ -21,6 +21,8 @@ want libvirtd libvirt-daemon-system
 want virsh libvirt-clients
 want zsh zsh
 want fish fish
+want ssh openssh-client
+want sshd openssh-server
 python3 -c 'import venv, ensurepip' 2>/dev/null || lacking+=(python3-venv)
 if ((${#lacking[@]})); then
 	apt-get update -q

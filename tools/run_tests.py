@@ -1,6 +1,6 @@
 """Run the test tiers and say of each how it went, what was skipped, and why.
 
-Usage: run_tests.py [all | TIER ...], where a TIER is one of lint, unit, native, tui, host, vm
+Usage: run_tests.py [all | TIER ...], where a TIER is one of lint, unit, native, tui, fleet, host, vm
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-TIERS = ("lint", "unit", "native", "tui", "host", "vm")
+TIERS = ("lint", "unit", "native", "tui", "fleet", "host", "vm")
 LINT = (
     ("ruff", "check", "."),
     ("ruff", "format", "--check", "."),

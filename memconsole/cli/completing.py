@@ -6,8 +6,9 @@ import argparse
 import contextlib
 from collections.abc import Callable, Iterator
 
-from memconsole import macros, paths
+from memconsole import macros
 from memconsole.actions import ArgumentKind
+from memconsole.cli import connect
 from memconsole.cli.parser import build
 from memconsole.errors import MemconsoleError
 from memconsole.model import Snapshot
@@ -66,13 +67,14 @@ def _fixed(words: list[str]) -> Callable[..., list[str]]:
 
 
 def _existing(kind: str) -> Callable[..., list[str]]:
-    """What completes a name: those that the control process knows now; none, where none answers."""
+    """What completes a name: those that the control process knows now; none, where none answers, or another host's."""
 
     def names(*, parsed_args: argparse.Namespace, **_: object) -> list[str]:
-        from memconsole.backend.wire.client import Client
-
+        asked = argparse.Namespace(**{"socket": None, "host": None, "embedded": False, **vars(parsed_args)})
+        if connect.asked_host(asked):
+            return []  # a key must not wait for ssh
         with contextlib.suppress(MemconsoleError, OSError):
-            found = Client(getattr(parsed_args, "socket", None) or paths.nearest_socket())
+            found = connect.client(asked)
             with contextlib.closing(found):
                 return _NAMES[kind](found.snapshot())
         return []

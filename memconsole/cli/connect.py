@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from contextvars import ContextVar
@@ -10,11 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from memconsole import paths
-from memconsole.errors import NoControl, Refused
+from memconsole.errors import NoControl, Refused, UsageError
 from memconsole.source import ReadOnly, Source
 
 if TYPE_CHECKING:
     from memconsole.backend.control import Control
+    from memconsole.backend.wire.client import Client
+    from memconsole.backend.wire.dialing import Place
+
+HOST = "MEMCONSOLE_HOST"
 
 
 _given: ContextVar[Source | None] = ContextVar("given", default=None)
@@ -28,6 +33,55 @@ def using(found: Source) -> Iterator[None]:
         yield
     finally:
         _given.reset(before)
+
+
+def asked_host(options: argparse.Namespace) -> str:
+    """The other host whose control process is asked, or nothing, for this one.
+
+    It is that of ``--host``, else that of ``MEMCONSOLE_HOST``, unless the command line says ``--embedded``.
+    """
+    if options.host is not None:
+        return str(options.host)
+    return "" if options.embedded else os.environ.get(HOST, "")
+
+
+def place(options: argparse.Namespace) -> Place:
+    """Where the control process is that the command line asks."""
+    from memconsole.backend.wire.dialing import Local
+
+    if host := asked_host(options):
+        from memconsole.backend.wire.remote import Remote
+
+        return Remote(host, options.socket or "", asks=True)
+    return Local(asked_socket(options))
+
+
+def client(options: argparse.Namespace) -> Client:
+    """The control process that the command line asks, and no other.
+
+    Raises:
+        NoControl: it does not answer.
+    """
+    from memconsole.backend.wire.client import Client
+
+    return Client(place(options))
+
+
+def given_words(options: argparse.Namespace) -> list[str]:
+    """The words by which another command asks the same control process."""
+    host = asked_host(options)
+    at = ["--host", host, *(["--socket", options.socket] if options.socket else [])]
+    return at if host else ["--host", "", "--socket", str(asked_socket(options))]
+
+
+def here_only(options: argparse.Namespace, why: str, remedy: str) -> None:
+    """Nothing, for a command that works on this host, where the command line does not name another one.
+
+    Raises:
+        UsageError: it does (``NotRemote``).
+    """
+    if options.host:
+        raise UsageError(f"this cannot be done on {options.host} from here", why, remedy, code="NotRemote")
 
 
 def asked_socket(options: argparse.Namespace) -> Path:
@@ -72,12 +126,13 @@ def source(options: argparse.Namespace, *, need: Literal["read", "plan", "act"] 
             code="NotKept",
         )
     if options.embedded:
+        here_only(options, "--embedded is this process", "leave one of the two out")
         found = embedded()
+    elif asked_host(options):
+        found = client(options)
     else:
-        from memconsole.backend.wire.client import Client
-
         try:
-            found = Client(asked_socket(options))
+            found = client(options)
         except NoControl as error:
             if need == "act":
                 raise NoControl(

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memconsole import macro_run, macros
-from memconsole.cli import output
+from memconsole.cli import connect, output
 from memconsole.cli.connect import asked_socket, embedded, socket_of
 from memconsole.errors import BadFile, ExitCode, KernelRefused, MemconsoleError, NoControl, UsageError
 from memconsole.macro_run import Ran
 from memconsole.macros import Macro
-from memconsole.model import GuestKind
+from memconsole.model import Capability, GuestKind
 from memconsole.source import ReadOnly, Source
 from memconsole.units import format_size
 
@@ -69,6 +69,9 @@ def console(options: argparse.Namespace) -> int:
 def _console(options: argparse.Namespace, record_to: Path | None = None) -> int:
     _on_a_terminal()
     with _cleaned_up() as stack:
+        if connect.asked_host(options):
+            found = stack.enter_context(contextlib.closing(connect.client(options)))
+            return _run(found, options, record_to=record_to)
         client, right = (None, None) if options.embedded else _reach(asked_socket(options), stack)
         if client is not None:
             return _run(client, options, record_to=record_to)
@@ -161,13 +164,13 @@ def _run(
         record_to=record_to,
         command=command,
         on_quit_warning=on_quit,
-        command_line=Inside(),
+        command_line=Inside(connect.given_words(options)),
     )
 
 
 def _command(options: argparse.Namespace, words: Sequence[str]) -> Ran:
     """What a command says that a macro of the console runs: in a process of its own, of the same control process."""
-    given = ["--socket", str(asked_socket(options)), *(["--read-only"] if options.read_only else [])]
+    given = [*connect.given_words(options), *(["--read-only"] if options.read_only else [])]
     asked = [sys.executable, "-m", "memconsole", *given, *words]
     ended = subprocess.run(asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     return Ran(ended.returncode, ended.stdout + ended.stderr)
@@ -239,15 +242,22 @@ MARKS = {"yes": "+", "partly": "~", "no": "-"}
 
 
 def doctor(options: argparse.Namespace) -> int:
-    """What this host can do, what is missing, why, and what to do about it; or what can be read of it, to send away."""
+    """What a host can do, what is missing, why, and what to do about it; or what is read of this one, to send away."""
+    if options.record:
+        connect.here_only(options, "--record reads the files of the host it runs on", "run it there, over ssh")
+        return _record(Path(options.record))
+    if connect.asked_host(options) and not options.origin:
+        with contextlib.closing(connect.client(options)) as found:
+            return _told(found.doctor(), options)
     from memconsole.backend.diagnose.doctor import doctor as examine
 
-    if options.record:
-        return _record(Path(options.record))
     if options.origin and not Path(options.origin, "proc").is_dir():
         why = "there is no proc in it"
         raise UsageError(f"{options.origin} is no recorded host", why, "memconsole doctor --record DIR makes one")
-    capabilities = examine(options.origin or "/")
+    return _told(examine(options.origin or "/"), options)
+
+
+def _told(capabilities: Sequence[Capability], options: argparse.Namespace) -> int:
     if options.json:
         output.json(capabilities)
         return ExitCode.DONE

@@ -13,14 +13,17 @@ from memconsole.command import CommandForm, CommandResult, forms
 from memconsole.errors import UsageError
 from memconsole.source import Source
 
-ALONE = (("demo",), ("open",), ("serve",), ("macro", "record"))
+ALONE = (("demo",), ("open",), ("serve",), ("bridge",), ("macro", "record"))
 """Commands that have the terminal, or the process, to themselves."""
 ELSEWHERE = (("macro", "run"),)
 """Commands whose own way a face has, with its questions."""
 
 
 class Inside:
-    """The commands that another face offers."""
+    """The commands that another face offers; ``given`` are the words by which they ask the control process it shows."""
+
+    def __init__(self, given: Sequence[str] = ()) -> None:
+        self._given = list(given)
 
     @functools.cached_property
     def forms(self) -> Sequence[CommandForm]:
@@ -44,5 +47,5 @@ class Inside:
         if getattr(parse(words), "action", "") and "--dry-run" not in words:
             raise UsageError(f"{words[0]} acts", "it wants its plan to be seen", "type it without options of the shell")
         with output.kept() as told, connect.using(source):
-            code = cli.main(words)
+            code = cli.main([*self._given, *words])
         return CommandResult(code, told.getvalue())

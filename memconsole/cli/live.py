@@ -15,16 +15,14 @@ from pathlib import Path
 import msgspec
 
 from memconsole import differ
-from memconsole.backend.wire.client import Client
-from memconsole.cli import output
-from memconsole.cli.connect import asked_socket
-from memconsole.errors import ExitCode, Gone, KernelRefused, MemconsoleError, Refused, UsageError
+from memconsole.backend.wire.inline import Segment
+from memconsole.cli import connect, output
+from memconsole.errors import ExitCode, KernelRefused, MemconsoleError, Refused, UsageError
 from memconsole.field import Table
 from memconsole.fields import TABLES
 from memconsole.model import Event, Snapshot
 from memconsole.units import format_size, format_time
 
-CHUNK = 4 << 20
 _CHANGING = "guests that map it may have written to it meanwhile; pause them first for a copy of one moment"
 
 
@@ -32,7 +30,7 @@ def watch(options: argparse.Namespace) -> int:
     """What changes on this host as it changes, a line each, until it is interrupted: entities, fields and events."""
     tables = _tables(options.tables)
     before: Snapshot | None = None
-    with contextlib.closing(Client(asked_socket(options))) as client:
+    with contextlib.closing(connect.client(options)) as client:
         for now in client.watch(options.every):
             if before is not None:
                 _tell(before, now, tables, as_json=options.json)
@@ -89,14 +87,10 @@ def _changed(change: differ.FieldChange) -> str:
 def copy(options: argparse.Namespace) -> int:
     """A region's contents as a new file, with holes where the region has none; for operators."""
     began = time.monotonic()
-    with contextlib.closing(Client(asked_socket(options))) as client:
+    with contextlib.closing(connect.client(options)) as client:
         grants = [grant for grant in client.snapshot().grants if grant.region == options.region]
-        fds = client.open_region(options.region)
-    try:
-        size, copied = _copied(options.region, fds, Path(options.file))
-    finally:
-        for fd in fds:
-            os.close(fd)
+        with client.segments(options.region) as segments:
+            size, copied = _copied(options.region, segments, Path(options.file))
     guests = sorted({grant.guest for grant in grants})
     if options.json:
         output.json({"region": options.region, "file": options.file, "size": size, "copied": copied, "guests": guests})
@@ -109,7 +103,7 @@ def copy(options: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
-def _copied(region: str, fds: Sequence[int], path: Path) -> tuple[int, int]:
+def _copied(region: str, segments: Sequence[Segment], path: Path) -> tuple[int, int]:
     """A new file with what these segments hold; its bytes, and how many of them are no hole.
 
     Raises:
@@ -123,10 +117,10 @@ def _copied(region: str, fds: Sequence[int], path: Path) -> tuple[int, int]:
     except OSError as error:
         raise KernelRefused(str(path), error.errno or 0, what=what) from None
     try:
-        sizes = [os.fstat(fd).st_size for fd in fds]
+        sizes = [segment.size for segment in segments]
         os.ftruncate(out, sum(sizes))
         bases = itertools.accumulate(sizes, initial=0)
-        copied = sum(starmap(partial(_copy_segment, out), zip(fds, sizes, bases, strict=False)))
+        copied = sum(starmap(partial(_copy_segment, out), zip(segments, bases, strict=False)))
         os.fsync(out)
     except OSError as error:
         path.unlink(missing_ok=True)
@@ -139,29 +133,12 @@ def _copied(region: str, fds: Sequence[int], path: Path) -> tuple[int, int]:
     return sum(sizes), copied
 
 
-def _copy_segment(out: int, fd: int, size: int, base: int) -> int:
+def _copy_segment(out: int, segment: Segment, base: int) -> int:
     copied = 0
-    for start, end in _data(fd, size):
-        for at in range(start, end, CHUNK):
-            left = memoryview(os.pread(fd, min(CHUNK, end - at), at))
-            if len(left) < min(CHUNK, end - at):
-                why = "a guest made its file shorter"
-                raise Gone("the region was truncated while it was copied", why, "copy it again")
-            copied += len(left)
-            to = base + at
-            while left:
-                done = os.pwrite(out, left, to)
-                left, to = left[done:], to + done
+    for at, found in segment.data():
+        left, to = memoryview(found), base + at
+        copied += len(left)
+        while left:
+            done = os.pwrite(out, left, to)
+            left, to = left[done:], to + done
     return copied
-
-
-def _data(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Where a file is no hole."""
-    at = 0
-    while at < size:
-        try:
-            start = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError:  # ENXIO: only a hole is left
-            return
-        at = min(os.lseek(fd, start, os.SEEK_HOLE), size)
-        yield start, at

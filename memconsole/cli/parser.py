@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from memconsole import __version__, actions
+from memconsole.cli import connect
 from memconsole.cli.serving import add_options
 from memconsole.command import Parser, add_actions, reader, split_rest
 from memconsole.errors import UsageError
@@ -178,7 +179,7 @@ def _reports(commands: Any) -> None:
     )
     bug.add_argument("-o", "--output", metavar="FILE", default="memconsole-bugreport.tar.gz", help="the file to write")
     bug.add_argument("--no-logs", action="store_true", help="leave the logs out: they have names in them")
-    bug.set_defaults(run=_lazily("reporting", "bugreport"))
+    bug.set_defaults(run=_lazily("reporting", "bugreport"), here=True)
 
 
 def _reading(commands: Any, json_too: argparse.ArgumentParser) -> None:
@@ -253,7 +254,7 @@ def _about(commands: Any, json_too: argparse.ArgumentParser) -> None:
         nargs="?",
         help="snapshot, ledger, audit trail, history file or kernel dump; this kernel if left out",
     )
-    inspect.set_defaults(run=_lazily("past", "inspect"))
+    inspect.set_defaults(run=_lazily("past", "inspect"), here=True)
 
     schema = commands.add_parser("schema", help="print the JSON Schema of a snapshot")
     schema.set_defaults(run=_lazily("files", "schema"))
@@ -307,15 +308,17 @@ def _handoff(commands: Any, json_too: argparse.ArgumentParser) -> None:
 def _hosting(commands: Any) -> None:
     demo = commands.add_parser("demo", help="open the console on an embedded control process with live guests")
     demo.add_argument("--interval", type=_interval, default=1.0, metavar="S", help="seconds between refreshes (1)")
-    demo.set_defaults(run=_lazily("hosting", "demo"))
+    demo.set_defaults(run=_lazily("hosting", "demo"), here=True)
     opened = commands.add_parser("open", help="open the console on a recorded snapshot")
     opened.add_argument("file", metavar="FILE")
-    opened.set_defaults(run=_lazily("hosting", "open_file"))
+    opened.set_defaults(run=_lazily("hosting", "open_file"), here=True)
     serving = commands.add_parser(
         "serve", help="run the control process: the service that consoles and commands talk to"
     )
     add_options(serving)
-    serving.set_defaults(run=_lazily("serving", "serve"))
+    serving.set_defaults(run=_lazily("serving", "serve"), here=True)
+    bridge = commands.add_parser("bridge", help="carry stdin and stdout to the control process, for --host of others")
+    bridge.set_defaults(run=_lazily("bridging", "bridge"), here=True)
 
 
 def build() -> Parser:
@@ -323,6 +326,11 @@ def build() -> Parser:
     parser = Parser(prog="memconsole", description="Guest memory that outlives the hypervisor's kernel.")
     parser.add_argument("--version", action="version", version=f"memconsole {__version__}")
     parser.add_argument("--socket", metavar="PATH", help="socket of the control process")
+    parser.add_argument(
+        "--host",
+        metavar="HOST",
+        help="ask the control process of another host, over ssh (MEMCONSOLE_HOST); --socket is the one there",
+    )
     parser.add_argument(
         "--embedded",
         action="store_true",
@@ -367,4 +375,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
                 raise UsageError(f"there is no command {old}", why, f"memconsole {new}") from None
         raise
     options.rest = rest
+    if getattr(options, "here", False):
+        connect.here_only(options, "the command works on the host that it runs on", "run it there, over ssh")
+        options.host = ""
     return options

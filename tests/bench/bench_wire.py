@@ -15,6 +15,7 @@ from harness import Result
 
 from memconsole.backend.wire.client import Client
 from memconsole.backend.wire.client import ClientConnection as Raw
+from memconsole.backend.wire.dialing import Local
 from memconsole.extents import ExtentTable
 
 SECONDS = 3.0
@@ -142,7 +143,7 @@ def bench_calls() -> list[Result]:
         client = stack.enter_context(contextlib.closing(Client(path)))
         last = client.events(0)[-1].seq if client.events(0) else 0
         stack.enter_context(attached(path, CONSOLES))
-        whole = stack.enter_context(contextlib.closing(Raw(path)))
+        whole = stack.enter_context(contextlib.closing(Raw(Local(path))))
         for name, call in (
             ("snapshot (sent when it changed)", client.snapshot),
             ("snapshot, whole JSON each time", lambda: whole.call("GetSnapshot", {}, 10)),

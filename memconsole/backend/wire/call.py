@@ -28,12 +28,15 @@ class Call:
     open: bool = True
 
     def answer(self, parameters: bytes, fds: Sequence[int] = (), *, continues: bool = False) -> None:
-        """Reply with JSON parameters, and with file descriptors, which are closed once they are sent."""
+        """Reply with JSON parameters, and with file descriptors, which are closed once they are sent or read."""
         if not self.open or self.oneway:
             for fd in fds:
                 os.close(fd)
         else:
             tail = b',"continues":true}\0' if continues else b"}\0"
+            if self.connection.inline and fds:
+                self.connection.lend(fds)
+                fds = ()
             self.connection.send(b'{"parameters":' + parameters + tail, fds)
         self._done(continues)
 

@@ -1,4 +1,4 @@
-"""The control process at a socket, as a Source: plain blocking sockets, one a call under way."""
+"""A control process, of this host or another, as a Source: plain blocking sockets, one a call under way."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Collection, Generator, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,15 +17,16 @@ import msgspec
 
 from memconsole import decoding
 from memconsole.actions import Action
-from memconsole.backend.wire import protocol
-from memconsole.backend.wire.protocol import INTERFACE, VarlinkReply
-from memconsole.errors import Denied, MemconsoleError, NoControl, UsageError, WireError
+from memconsole.backend.wire import inline, protocol, remote
+from memconsole.backend.wire.dialing import CONNECT_S, Local, Place
+from memconsole.backend.wire.inline import InlinePart, InlineSegment, OpenSegment, Segment
+from memconsole.backend.wire.protocol import INTERFACE, SERVICE, VarlinkReply
+from memconsole.errors import MemconsoleError, NoControl, Refused, UsageError, WireError
 from memconsole.model import Capability, Event, Outcome, Part, Plan, Snapshot
 
 if TYPE_CHECKING:
     from memconsole.extents import ExtentTable
 
-CONNECT_S = 5.0
 READ_S = 35.0
 ACT_S = 905.0
 MAX_REPLY = 1 << 30
@@ -72,10 +74,16 @@ class _Past(msgspec.Struct, frozen=True):
 
 class _Extents(msgspec.Struct, frozen=True):
     fd: int
+    inline: tuple[InlinePart, ...] = ()
 
 
 class _Segments(msgspec.Struct, frozen=True):
     fds: list[int]
+    inline: tuple[InlinePart, ...] = ()
+
+
+class _Info(msgspec.Struct, frozen=True):
+    version: str
 
 
 class _Capabilities(msgspec.Struct, frozen=True):
@@ -85,11 +93,20 @@ class _Capabilities(msgspec.Struct, frozen=True):
 class ClientConnection:
     """One connection, for one call at a time."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, place: Place, *, first: bool = False) -> None:
         self._inbox = bytearray()
         self._fds: list[int] = []
-        self._sock = _connect(path)
+        self._line = place.dial(first=first)
+        self._sock = self._line.sock
+
+    @property
+    def greets_within(self) -> float:
+        """Seconds within which the service greets."""
+        return self._line.greets_within
+
+    def greeted(self) -> None:
+        """The service greeted."""
+        self._line.greeted()
 
     def call(
         self, method: str, parameters: Any, within: float, *, acting: bool = False
@@ -106,13 +123,13 @@ class ClientConnection:
 
     def send(self, method: str, parameters: Any, *, more: bool = False) -> None:
         """Send a call; a peer that hung up may have said why, which :meth:`receive` finds."""
-        call = {"method": f"{INTERFACE}.{method}", "parameters": parameters}
+        call = {"method": method if "." in method else f"{INTERFACE}.{method}", "parameters": parameters}
         data = msgspec.json.encode({**call, "more": True} if more else call) + b"\0"
         try:
             self._sock.settimeout(CONNECT_S)
             self._sock.sendall(data)
         except TimeoutError:
-            raise _no_answer(self._path, method, CONNECT_S) from None
+            raise self._line.silent(method, CONNECT_S) from None
         except (BrokenPipeError, ConnectionResetError):
             pass
 
@@ -134,17 +151,14 @@ class ClientConnection:
             if len(self._inbox) > MAX_REPLY:
                 raise WireError(f"an endless answer to {method}", f"more than {MAX_REPLY} bytes")
             try:
-                if deadline is None:
-                    self._sock.settimeout(None)
-                else:
-                    self._sock.settimeout(max(0.001, deadline - time.monotonic()))
+                self._line.wait(deadline)
                 data = self._read()
             except TimeoutError:
-                raise _no_answer(self._path, method, within or 0) from None
+                raise self._line.silent(method, within or 0) from None
             except ConnectionResetError:
                 data = b""
             if not data:
-                raise protocol.gone(str(self._path), method, acting=acting)
+                raise self._line.gone(method, acting=acting)
             self._inbox += data
         message = bytes(memoryview(self._inbox)[:end])
         del self._inbox[: end + 1]
@@ -170,70 +184,40 @@ class ClientConnection:
 
     def close(self) -> None:
         """Close it and every fd nobody took."""
-        self._sock.close()
+        self._line.close()
         for fd in self._fds:
             os.close(fd)
         self._fds.clear()
 
 
-def _connect(path: Path) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        sock.settimeout(CONNECT_S)
-        sock.connect(str(path))
-    except OSError as error:
-        sock.close()
-        raise _unreachable(path, error) from None
-    return sock
-
-
-def _unreachable(path: Path, error: OSError) -> MemconsoleError:
-    what = f"no control process answers at {path}"
-    start = "start it: memconsole serve"
-    if isinstance(error, FileNotFoundError):
-        return NoControl(what, "there is no such socket", start, code="NoSocket")
-    if isinstance(error, ConnectionRefusedError):
-        return NoControl(what, "the control process that made the socket died", start, code="StaleSocket")
-    if isinstance(error, PermissionError):
-        return Denied(
-            f"{path} cannot be opened", "its permissions forbid it", "run as root or as a member of its group"
-        )
-    if isinstance(error, (TimeoutError, BlockingIOError)):
-        return NoControl(what, "it takes no connections", "see its log", code="NoAnswer")
-    return NoControl(what, str(error), start)
-
-
-def _no_answer(path: Path, method: str, seconds: float) -> NoControl:
-    return NoControl(
-        f"the control process at {path} does not answer {method}",
-        f"nothing came within {seconds:g} s",
-        "see its log; restart it if it hangs: guests and memory stay",
-        code="NoAnswer",
-    )
-
-
 class Client:
-    """A Source over the control socket; calls from several threads run side by side.
+    """A Source over a control socket, that at a path or of another place; calls of several threads run side by side.
 
     Raises:
-        NoControl: nothing answers; ``code`` says ``NoSocket``, ``StaleSocket`` or ``NoAnswer``.
+        NoControl: nothing answers; ``code`` says why: ``NoSocket``, ``StaleSocket``, ``NoAnswer``, or as ``remote`` has
+            it.
         Denied: this user may not open the socket, or is neither operator nor viewer.
         WireError: the service is of another version (``ProtocolVersion``).
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = Path(path)
+    def __init__(self, place: str | os.PathLike[str] | Place) -> None:
+        self._place: Place = Local(Path(place)) if isinstance(place, (str, os.PathLike)) else place
         self._idle: list[ClientConnection] = []
         self._lock = threading.Lock()
         self._latest: _Snapshot | None = None
         self._knows_parts = True
-        connection, self._greeting = self._open()
+        connection, self._greeting = self._open(first=True)
         self._put_back(connection)
 
     @property
     def label(self) -> str:
-        """The socket's path."""
-        return str(self._path)
+        """The socket's path, or the host."""
+        return self._place.label
+
+    @property
+    def version(self) -> str:
+        """The version of memconsole that answers."""
+        return self._greeting.version
 
     @property
     def read_only(self) -> str:
@@ -269,37 +253,66 @@ class Client:
         return self._ask("GetSnapshot", {"known": known}, _Snapshot)
 
     def extents(self, key: str) -> ExtentTable:
-        """See :class:`Source`; the table is mapped, never copied."""
+        """See :class:`Source`; a table that came as a descriptor is mapped, never copied."""
         from memconsole.extents import ExtentTable
 
-        raw, fds = self._call("GetExtents", {"key": key})
-        try:
-            index = _read(raw, _Extents).fd
-            if not 0 <= index < len(fds):
-                raise WireError("the answer has no table", f"fd {index} of {len(fds)}")
-            return ExtentTable.from_fd(fds[index])
-        finally:
-            for fd in fds:
-                os.close(fd)
+        with self._lent() as connection:
+            raw, fds = connection.call("GetExtents", {"key": key}, READ_S)
+            try:
+                answer = _read(raw, _Extents)
+                if not self._place.descriptors:
+                    what = f"the PFN map of {key}"
+                    (segment,) = _inline(connection, answer.inline, 1, what)
+                    return ExtentTable.from_bytes(inline.whole(segment, what))
+                if not 0 <= answer.fd < len(fds):
+                    raise WireError("the answer has no table", f"fd {answer.fd} of {len(fds)}")
+                return ExtentTable.from_fd(fds[answer.fd])
+            finally:
+                for fd in fds:
+                    os.close(fd)
 
     def open_region(self, region: str) -> list[int]:
         """Read-only fds of a region's segments, in order, which the caller closes; operators only.
 
         Raises:
             NotFound: there is no such region, or its memory is lost.
+            Refused: descriptors do not come from there (``NoDescriptors``); :meth:`segments` reads the contents.
         """
+        if not self._place.descriptors:
+            raise Refused(
+                f"region {region} of {self.label} cannot be mapped here",
+                "descriptors do not travel between hosts",
+                f"copy its contents: memconsole --host {self.label} copy {region} FILE",
+                code="NoDescriptors",
+            )
         raw, fds = self._call("OpenRegion", {"region": region})
         with contextlib.ExitStack() as undo:
             for fd in fds:
                 undo.callback(os.close, fd)
-            if _read(raw, _Segments).fds != list(range(len(fds))):
-                raise WireError(
-                    "the answer lacks segments",
-                    f"{len(fds)} descriptors came",
-                    "upgrade the older of client and service, then restart the service",
-                )
+            _counted(_read(raw, _Segments), len(fds))
             undo.pop_all()
         return fds
+
+    @contextlib.contextmanager
+    def segments(self, region: str) -> Iterator[Sequence[Segment]]:
+        """A region's segments, in order, to be read while the context lasts; operators only.
+
+        Raises:
+            NotFound: there is no such region, or its memory is lost.
+        """
+        if self._place.descriptors:
+            fds = self.open_region(region)
+            try:
+                yield [OpenSegment(fd) for fd in fds]
+            finally:
+                for fd in fds:
+                    os.close(fd)
+            return
+        with self._lent() as connection:
+            raw, _ = connection.call("OpenRegion", {"region": region}, READ_S)
+            answer = _read(raw, _Segments)
+            _counted(answer, len(answer.inline))
+            yield _inline(connection, answer.inline, len(answer.fds), f"region {region}")
 
     def plan(self, action: Action, after: Sequence[Action] = ()) -> Plan:
         """See :class:`Source`."""
@@ -307,13 +320,10 @@ class Client:
         return self._ask("Plan", {"action": action, **before}, _Plan).plan
 
     def apply(self, action: Action) -> Outcome:
-        """See :class:`Source`; an action is sent once, on a connection of its own, and never again by itself."""
-        connection, _ = self._open()
-        try:
+        """See :class:`Source`; an action is sent once, on a line that was just seen to stand, never again by itself."""
+        with self._lent() as connection:
             raw, _ = connection.call("Apply", {"action": action}, ACT_S, acting=True)
             return _read(raw, _Outcome).outcome
-        finally:
-            connection.close()
 
     def events(self, after: int) -> Sequence[Event]:
         """See :class:`Source`."""
@@ -355,14 +365,28 @@ class Client:
 
     # --- connections ----------------------------------------------------------------------------------------------
 
-    def _open(self) -> tuple[ClientConnection, Greeting]:
-        connection = ClientConnection(self._path)
+    def _open(self, *, first: bool = False) -> tuple[ClientConnection, Greeting]:
+        connection = ClientConnection(self._place, first=first)
         try:
-            raw, _ = connection.call("Hello", {"protocol": protocol.PROTOCOL}, CONNECT_S)
-            return connection, _read(raw, Greeting)
+            greeting = self._greet(connection)
+            connection.greeted()
         except BaseException:
             connection.close()
             raise
+        return connection, greeting
+
+    def _greet(self, connection: ClientConnection) -> Greeting:
+        hello = {"protocol": protocol.PROTOCOL}
+        if self._place.descriptors:
+            return _read(connection.call("Hello", hello, connection.greets_within)[0], Greeting)
+        try:
+            raw, _ = connection.call("Hello", {**hello, "inline": True}, connection.greets_within)
+        except UsageError:  # it knows no such parameter
+            info = _read(connection.call(f"{SERVICE}.GetInfo", {}, READ_S)[0], _Info)
+            raise remote.older(self.label, info.version) from None
+        except WireError as error:
+            raise error if error.code == "ProtocolVersion" else remote.babble(self.label, error) from None
+        return _read(raw, Greeting)
 
     def _take(self) -> ClientConnection:
         while True:
@@ -381,10 +405,12 @@ class Client:
                 return
         connection.close()
 
-    def _call(self, method: str, parameters: Any) -> tuple[msgspec.Raw, list[int]]:
+    @contextlib.contextmanager
+    def _lent(self) -> Iterator[ClientConnection]:
+        """A connection for one call after the other; kept for later ones, unless it failed."""
         connection = self._take()
         try:
-            answer = connection.call(method, parameters, READ_S)
+            yield connection
         except NoControl:
             connection.close()
             raise
@@ -395,7 +421,10 @@ class Client:
             connection.close()
             raise
         self._put_back(connection)
-        return answer
+
+    def _call(self, method: str, parameters: Any) -> tuple[msgspec.Raw, list[int]]:
+        with self._lent() as connection:
+            return connection.call(method, parameters, READ_S)
 
     def _ask(self, method: str, parameters: Any, kind: type[T]) -> T:
         raw, fds = self._call(method, parameters)
@@ -425,3 +454,26 @@ def _read(raw: msgspec.Raw, kind: type[T]) -> T:
             error.why,
             "upgrade the older of client and service, then restart the service",
         ) from None
+
+
+def _counted(answer: _Segments, came: int) -> None:
+    """Nothing, for an answer that names as many segments as came."""
+    if answer.fds != list(range(came)):
+        raise WireError(
+            "the answer lacks segments",
+            f"{came} came",
+            "upgrade the older of client and service, then restart the service",
+        )
+
+
+def _inline(
+    connection: ClientConnection, parts: Sequence[InlinePart], count: int, what: str
+) -> tuple[InlineSegment, ...]:
+    """What the descriptors of the last answer hold, by the first part of each."""
+    if len(parts) != count:
+        raise WireError(f"{what} did not come", f"{len(parts)} first parts of {count}")
+
+    def ask(fd: int, at: int) -> InlinePart:
+        return _read(connection.call("ReadDescriptor", {"fd": fd, "at": at}, READ_S)[0], InlinePart)
+
+    return tuple(InlineSegment(first, partial(ask, fd), what) for fd, first in enumerate(parts))

@@ -81,6 +81,15 @@ class PeerConnection:
     ended: bool = False
     finishing: bool = False
     mask: int = 0
+    inline: bool = False
+    lent: tuple[int, ...] = ()
+
+    def lend(self, fds: Sequence[int]) -> None:
+        """Keep these descriptors, and no others, for a peer that reads them by parts; ``inline`` says that it does."""
+        _close_all(self.lent)
+        self.lent = tuple(fds) if self.open else ()
+        if not self.open:
+            _close_all(fds)
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Queue bytes, and file descriptors that become the connection's to close, and send what can be sent now."""
@@ -277,6 +286,7 @@ class Loop:
         for _, fds in connection.outbox:
             _close_all(fds)
         connection.outbox.clear()
+        connection.lend(())
         if connection.mask != _PARKED:
             self._epoll.unregister(fd)
         connection.sock.close()

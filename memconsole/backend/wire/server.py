@@ -9,6 +9,7 @@ epoll loop ── received ─→ role ─→ method ─┬─ fresh Snapshot, e
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -24,7 +25,7 @@ import memconsole
 from memconsole import actions, decoding, unforeseen
 from memconsole.actions import Action
 from memconsole.backend.peers.peer import Peer, Rate
-from memconsole.backend.wire import named, protocol
+from memconsole.backend.wire import inline, named, protocol
 from memconsole.backend.wire.call import Call, log
 from memconsole.backend.wire.loop import Loop, PeerConnection
 from memconsole.backend.wire.pool import Pool
@@ -32,7 +33,7 @@ from memconsole.backend.wire.protocol import INTERFACE, SERVICE, VarlinkCall
 from memconsole.backend.wire.roles import Role, Roles
 from memconsole.backend.wire.shared_survey import SharedSnapshot, SharedSurvey
 from memconsole.backend.wire.streams import Streams
-from memconsole.errors import Denied, MemconsoleError, Refused
+from memconsole.errors import Denied, MemconsoleError, NotFound, Refused
 from memconsole.model import Outcome, Part, Snapshot
 from memconsole.source import Source
 
@@ -71,6 +72,7 @@ class _Interface(_Strict, frozen=True):
 
 class _Hello(_Strict, frozen=True):
     protocol: int
+    inline: bool | None = None
 
 
 class _Wanted(_Strict, frozen=True):
@@ -84,6 +86,11 @@ class _Key(_Strict, frozen=True):
 
 class _Region(_Strict, frozen=True):
     region: str
+
+
+class _Place(_Strict, frozen=True):
+    fd: int
+    at: Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 
 
 class _Action(_Strict, frozen=True):
@@ -127,6 +134,8 @@ class CallResult:
 
     parameters: bytes
     fds: tuple[int, ...] = ()
+    read_up: bool = False
+    """What was lent to the connection is read to its end."""
 
 
 @dataclass(eq=False)
@@ -193,6 +202,8 @@ class Service:
             elif method.role and (role := self.roles.of(connection.peer)) < method.role:
                 self._deny(call, role)
             else:
+                if method.serve is not Service._read_descriptor:
+                    connection.lend(())
                 parameters = decoding.json(protocol.given(request.parameters), method.parameters, what=request.method)
                 method.serve(self, call, parameters)
         except decoding.Undecodable as error:
@@ -276,6 +287,7 @@ class Service:
     def _hello(self, call: Call, p: _Hello) -> None:
         if p.protocol != protocol.PROTOCOL:
             raise protocol.version_mismatch(protocol.PROTOCOL, p.protocol)
+        call.connection.inline = bool(p.inline)
         role = self.roles.of(call.connection.peer)
         reason = self.source.read_only or ("" if role is Role.OPERATOR else "your user is a viewer: it cannot act")
         hello = {"protocol": protocol.PROTOCOL, "version": memconsole.__version__, "label": self.source.label}
@@ -324,6 +336,26 @@ class Service:
             return CallResult(msgspec.json.encode(about), fds)
 
         self._work(call, self._read, READ_S, work)
+
+    def _read_descriptor(self, call: Call, p: _Place) -> None:
+        lent = call.connection.lent
+        if not 0 <= p.fd < len(lent):
+            what = f"the last answer left {len(lent)} descriptors to be read"
+            raise NotFound(what, f"{p.fd} is not one of them", "call what answers with descriptors again")
+        fd, last = os.dup(lent[p.fd]), p.fd == len(lent) - 1
+
+        def work() -> CallResult:
+            try:
+                part = inline.part(fd, p.at)
+                return CallResult(msgspec.json.encode(part), read_up=last and part.ends)
+            finally:
+                os.close(fd)
+
+        try:
+            self._work(call, self._read, READ_S, work)
+        except Refused:
+            os.close(fd)
+            raise
 
     def _plan(self, call: Call, p: _Planned) -> None:
         action = actions.decode(p.action)
@@ -417,6 +449,8 @@ class Service:
             if not call.connection.open and not call.oneway and pool is not self._act:
                 return  # nobody is left to read it
             answer = unforeseen.attempt(call.method, "call", work)
+            if call.connection.inline and isinstance(answer, CallResult) and answer.fds:
+                answer = unforeseen.attempt(call.method, "call", partial(_with_parts, answer))
             if not self.loop.call(lambda: self._finish(call, answer)) and isinstance(answer, CallResult):
                 for fd in answer.fds:
                     os.close(fd)
@@ -429,6 +463,8 @@ class Service:
     def _finish(self, call: Call, answer: CallResult | MemconsoleError) -> None:
         with self.loop.contained(call.connection):
             if isinstance(answer, CallResult):
+                if answer.read_up:
+                    call.connection.lend(())
                 call.answer(answer.parameters, answer.fds)
             else:
                 call.fail(answer)
@@ -440,6 +476,7 @@ class Service:
         f"{INTERFACE}.GetSnapshot": Method(_Wanted, Role.VIEWER, _get_snapshot),
         f"{INTERFACE}.GetExtents": Method(_Key, Role.VIEWER, _get_extents),
         f"{INTERFACE}.OpenRegion": Method(_Region, Role.OPERATOR, _open_region),
+        f"{INTERFACE}.ReadDescriptor": Method(_Place, Role.VIEWER, _read_descriptor),
         f"{INTERFACE}.Plan": Method(_Planned, Role.VIEWER, _plan),
         f"{INTERFACE}.Apply": Method(_Action, Role.OPERATOR, _apply),
         f"{INTERFACE}.Events": Method(_After, Role.VIEWER, _events),
@@ -448,6 +485,19 @@ class Service:
         f"{INTERFACE}.GetPast": Method(_At, Role.VIEWER, _get_past),
         f"{INTERFACE}.Doctor": Method(_Nothing, Role.VIEWER, _doctor),
     }
+
+
+def _with_parts(answer: CallResult) -> CallResult:
+    """An answer with the first part of what each of its descriptors holds, and with those that hold more."""
+    with contextlib.ExitStack() as undo:
+        for fd in answer.fds:
+            undo.callback(os.close, fd)
+        first = [inline.part(fd, 0) for fd in answer.fds]
+        parameters = answer.parameters[:-1] + b',"inline":' + msgspec.json.encode(first) + b"}"
+        if all(part.ends for part in first):
+            return CallResult(parameters)
+        undo.pop_all()
+    return CallResult(parameters, answer.fds)
 
 
 def _parameter(message: str) -> str:

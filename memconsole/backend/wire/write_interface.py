@@ -17,10 +17,19 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from memconsole import actions, model
-from memconsole.backend.wire import delta, protocol
+from memconsole.backend.wire import delta, inline, protocol
 
 TYPES = "# --- types, from memconsole/model/ ---"
-ROOTS = (model.Snapshot, delta.Delta, model.Plan, model.Outcome, model.Event, model.Capability, model.Part)
+ROOTS = (
+    model.Snapshot,
+    delta.Delta,
+    model.Plan,
+    model.Outcome,
+    model.Event,
+    model.Capability,
+    model.Part,
+    inline.InlinePart,
+)
 NAMES = {"Plan": "ActionPlan"}
 """Types of another name than their class: a member of an interface has a name of its own, and Plan is a method."""
 

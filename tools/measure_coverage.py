@@ -2,9 +2,9 @@
 
 Usage: measure_coverage.py [all | unit]
 
-``unit`` measures the unit tier alone; ``all`` the native, tui, fleet and host tiers too. The lab is not measured: what runs in
-a guest leaves nothing here. A room is a package below memconsole, or a module that stands in none or in FLOORS. A room
-whose share of the unit tier is below its floor is an error. The data stay in build/coverage-unit and
+``unit`` measures the unit tier alone; ``all`` the native, tui, fleet and host tiers too. The lab is not measured: what
+runs in a guest leaves nothing here. A room is a package below memconsole, or a module that stands in none or in FLOORS.
+A room whose share of the unit tier is below its floor is an error. The data stay in build/coverage-unit and
 build/coverage-all, for ``coverage html --data-file=...``.
 """
 

@@ -81,7 +81,7 @@ def here_only(options: argparse.Namespace, why: str, remedy: str) -> None:
         UsageError: it does (``NotRemote``).
     """
     if options.host:
-        raise UsageError(f"this cannot be done on {options.host} from here", why, remedy, code="NotRemote")
+        raise UsageError(f"the command cannot be run on {options.host} from here", why, remedy, code="NotRemote")
 
 
 def asked_socket(options: argparse.Namespace) -> Path:

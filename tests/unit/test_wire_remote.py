@@ -141,7 +141,7 @@ def test_commands_are_those_of_the_host_that_is_named(
     assert main(["--host", "", "--socket", "/nowhere", "reserve", "no", "1M"]) == ExitCode.NO_CONTROL
     assert main(["schema"]) == ExitCode.DONE
     assert main(["--host", "there", "serve"]) == ExitCode.USAGE
-    assert "cannot be done on there from here" in capsys.readouterr().err
+    assert "cannot be run on there from here" in capsys.readouterr().err
 
 
 def test_a_command_never_falls_back_from_another_host_to_this_one(

@@ -328,7 +328,7 @@ class ExtentTable:
         return int(row) if row >= 0 else None
 
     def lookup_pfn(self, pfn: int) -> int | None:
-        """The lowest page in frame ``pfn``, or None; the first call sorts the rows by frame."""
+        """The lowest page in frame ``pfn``, or None; asked often, the rows are sorted by frame."""
         if not 0 <= pfn < NO_PAGE:
             return None
         page = ffi.new("uint64_t *")

@@ -8,6 +8,8 @@
 
 #include "core.h"
 
+#define MC_FEW 8	/* questions for a frame that are not worth an index */
+
 /* The first row that ends behind `page`: the one that holds it, else the next; t->rows when there is none. */
 uint64_t mc_row_at(const struct mc_table *t, uint64_t page)
 {
@@ -73,9 +75,19 @@ static int index_frames(struct mc_table *t, struct mc_fail *fail)
 	return MC_OK;
 }
 
+/* The lowest page in frame pfn, from a look at every row; UINT64_MAX when there is none. */
+static uint64_t find_frame(const struct mc_table *t, uint64_t pfn)
+{
+	for (uint64_t row = 0; row < t->rows; row++)
+		if (pfn - t->pfn[row] < t->count[row] && t->flags[row] & MC_PRESENT)
+			return t->offset[row] + (pfn - t->pfn[row]);
+	return UINT64_MAX;
+}
+
 /*
- * The lowest page in frame pfn into *page, or UINT64_MAX when no present page is. The first call sorts the
- * rows by frame (24 bytes a row are kept); not to be called by two threads at once.
+ * The lowest page in frame pfn into *page, or UINT64_MAX when no present page is. After the first few calls, of which
+ * each looks at all rows, they are sorted by frame (24 bytes a row are kept, 48 are needed meanwhile); not to be called
+ * by two threads at once.
  * Errors: MC_MEMORY.
  */
 int mc_lookup_pfn(struct mc_table *t, uint64_t pfn, uint64_t *page, struct mc_fail *fail)
@@ -83,6 +95,11 @@ int mc_lookup_pfn(struct mc_table *t, uint64_t pfn, uint64_t *page, struct mc_fa
 	uint64_t low = 0, high;
 
 	*page = UINT64_MAX;
+	if (!t->by_pfn && t->frames < MC_FEW) {
+		t->frames++;
+		*page = find_frame(t, pfn);
+		return MC_OK;
+	}
 	if (!t->by_pfn) {
 		int code = index_frames(t, fail);
 

@@ -192,6 +192,7 @@ class ConsoleApp(Prompting):
         """Every view is there: show what has arrived by now."""
         self._begun = self.enduring = True
         self.set_interval(1.0, self.show_state)
+        self.set_interval(1.0, self.tidy)
         self._to_front()
 
     def macros_changed(self) -> None:

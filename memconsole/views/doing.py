@@ -131,7 +131,7 @@ class Doing(Following):
         """Know what there was before what is done next, which is what was done last from then on."""
         self._before, self.last_done = self.snapshot, []
 
-    @work(thread=True, group="act")
+    @work(thread=True, group="act", description="perform")
     def _perform(self, action: Action) -> None:
         outcome = unforeseen.attempt(action.spec.title, "console", partial(self.source.apply, action))
         if isinstance(outcome, MemconsoleError):

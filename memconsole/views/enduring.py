@@ -22,17 +22,20 @@ from memconsole.views.private import Dispatch, Overseen
 
 AGAIN_S = 10.0
 LONG = 15
-_HARMLESS = Harmless()
 
 
 class Enduring(Overseen):
     """An App that outlives faults from the moment ``enduring`` is true."""
 
     enduring = False
+    _last_filter: Harmless | None = None
 
     def get_line_filters(self) -> Sequence[LineFilter]:
         """What each painted line goes through."""
-        return [*super().get_line_filters(), _HARMLESS]
+        before = tuple(super().get_line_filters())
+        if self._last_filter is None or self._last_filter.before != before:
+            self._last_filter = Harmless(before)
+        return (self._last_filter,)
 
     async def dispatch(self, handle: Dispatch, message: Message) -> None:
         """Have a message handled; what that raises is a notice."""

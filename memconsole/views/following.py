@@ -28,6 +28,12 @@ TOLD = 3
 ERROR_S, WARNING_S = 20.0, 8.0
 """How long they stay on the screen."""
 
+SOON_S = 0.05
+REST_S = 3.0
+"""Seconds without a key after which none is expected at once."""
+WORTH = 10
+"""Collections of young garbage after which one of the old is worth its time."""
+
 
 class SnapshotArrived(Message):
     """A Snapshot, made of the former one's objects where they are equal."""
@@ -75,7 +81,7 @@ class Following(Painting):
         self._used: Snapshot | None = None
         """The last Snapshot that says what is used: rates are since then."""
 
-    @work(thread=True, exclusive=True, group=GROUP, exit_on_error=False)
+    @work(thread=True, exclusive=True, group=GROUP, exit_on_error=False, description="follow")
     def follow(self) -> None:
         """Take a Snapshot every ``interval`` seconds, or when woken, until cancelled."""
         worker = get_current_worker()
@@ -103,10 +109,13 @@ class Following(Painting):
         return settled(before, found)
 
     def want(self, parts: frozenset[Part]) -> None:
-        """Ask for these parts from now on; at once where there is one among them that was not asked for."""
+        """Ask for these parts from now on; at once where there is one among them that was not asked for.
+
+        At once is after the frame in which what asks for them is shown, which to take a Snapshot would hold up.
+        """
         more, self.parts = parts - self.parts, parts
         if more:
-            self._wake.set()
+            self.set_timer(SOON_S, self._wake.set)
 
     def on_snapshot_arrived(self, event: SnapshotArrived) -> None:
         """Show a Snapshot, unless the picture is to stand still."""
@@ -118,10 +127,15 @@ class Following(Painting):
         if self.snapshot is None:
             # What is there by now stays for good; collections that walk it would hold keys up, for 100 ms at a time.
             gc.freeze()
-            gc.set_threshold(20_000, 20, 20)
+            gc.set_threshold(20_000, 20, 50 * WORTH)
         self._asked_for = False
         self.snapshot = event.snapshot
         self.show_snapshot()
+
+    def tidy(self) -> None:
+        """Look for old garbage while no one types, since that takes as long as several frames."""
+        if self.untouched_s > REST_S and gc.get_count()[2] >= WORTH:
+            gc.collect()
 
     def announce(self, new: Sequence[Finding]) -> None:
         """Tell of new findings, errors with the terminal's bell; it rings once for all that came together."""

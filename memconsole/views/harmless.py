@@ -6,6 +6,8 @@ input, a choice) is not theirs to escape: there each such character is a dot of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.cells import cell_len
 from rich.segment import Segment
 from textual.color import Color
@@ -13,11 +15,16 @@ from textual.filter import LineFilter
 
 
 class Harmless(LineFilter):
-    """Lines in which nothing acts."""
+    """Lines in which nothing acts, behind other filters: one filter a line, since each makes a line anew."""
+
+    def __init__(self, before: Sequence[LineFilter] = ()) -> None:
+        super().__init__()
+        self.before = tuple(before)
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
         """The segments, their widths as they were."""
-        del background
+        for each in self.before:
+            segments = each.apply(segments, background)
         if all(text.isprintable() for text, _, _ in segments):
             return segments
         return [Segment("".join(map(_harmless, text)), style, control) for text, style, control in segments]

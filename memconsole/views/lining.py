@@ -75,7 +75,7 @@ class Lining(Traveling):
         self.show_state()
         self._run_command(self.command_line, line, words)
 
-    @work(thread=True, group="command")
+    @work(thread=True, group="command", description="run a command")
     def _run_command(self, commands: CommandLine, line: str, words: Sequence[str]) -> None:
         found = unforeseen.attempt(line, "console", partial(commands.run, words, self.source))
         if isinstance(found, MemconsoleError):
@@ -121,7 +121,7 @@ class Lining(Traveling):
             self._previewing = True
             self._preview(line, action)
 
-    @work(thread=True, group="preview")
+    @work(thread=True, group="preview", description="preview")
     def _preview(self, line: str, action: Action) -> None:
         self.post_message(Previewed(line, bulk.plan_one(self.source, action)))
 

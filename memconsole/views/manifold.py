@@ -65,7 +65,7 @@ class Manifold(Scripting):
 
         self.push_screen(ManyPlan(many), decided)
 
-    @work(thread=True, group="act")
+    @work(thread=True, group="act", description="perform all")
     def _perform_all(self, items: Sequence[BulkItem], busy: str) -> None:
         done = bulk.applied(self.source, items, lambda item: self.post_message(OneApplied(item)))
         self.post_message(AllApplied(done, busy))

@@ -8,6 +8,7 @@ until the one before it has been done: a message is sent after it that rises thr
 
 from __future__ import annotations
 
+import time
 from collections import deque
 
 from textual import events
@@ -40,6 +41,12 @@ class Ordered(Enduring):
         self._number = 0
         self._asked: Screen[object] | None = None
         self._patience: Timer | None = None
+        self._typed_at = time.monotonic()
+
+    @property
+    def untouched_s(self) -> float:
+        """Seconds since the last key."""
+        return time.monotonic() - self._typed_at
 
     @property
     def typing(self) -> bool:
@@ -60,7 +67,7 @@ class Ordered(Enduring):
         await super().on_event(event)
 
     async def _do(self, event: events.Key | events.Paste) -> None:
-        self._rounds = ROUNDS
+        self._rounds, self._typed_at = ROUNDS, time.monotonic()
         self._patience = self.set_timer(LONGEST_S, self._next)
         await self.hand_on(event)
         self._follow_up()

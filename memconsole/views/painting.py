@@ -15,8 +15,9 @@ from textual.screen import Screen
 from textual.widget import Widget
 from textual.widgets import ContentSwitcher
 
+from memconsole.views.composing import Changed, Picture, Sparing, Whole
 from memconsole.views.ordering import Ordered
-from memconsole.views.private import Scrolled
+from memconsole.views.private import Scrolled, compose_with
 
 ROUNDS = 16
 """Rounds of the event loop that a key's frame waits: well under a millisecond where nothing else is to be done."""
@@ -62,9 +63,23 @@ class Sheet(Scrolled):
 class Painting(Ordered):
     """An App that answers a key with one frame."""
 
+    def __init__(self, *, ansi_color: bool | None = None) -> None:
+        super().__init__(ansi_color=ansi_color)
+        self._picture = Picture()
+
     def get_default_screen(self) -> Screen[None]:
         """The screen below all dialogs."""
         return Base(id="_default")
+
+    def begins(self, child: Widget) -> None:
+        """Have every screen composed sparingly."""
+        if isinstance(child, Screen):
+            compose_with(child, Sparing(self._picture))
+
+    def paints(self, update: object) -> None:
+        """Know what the terminal shows only as long as it is we who write."""
+        if update is not None and not isinstance(update, Changed | Whole):
+            self._picture.forget()
 
     async def hand_on(self, event: events.Key | events.Paste) -> None:
         """Hold the frame back until all that a key does has been done."""

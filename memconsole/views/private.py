@@ -6,24 +6,29 @@ they are there, and that no other file of the views uses any.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import IO, Any
 
 from rich.console import RenderableType
+from textual._compositor import Compositor, CompositorUpdate, LayoutUpdate
 from textual.app import App
 from textual.dom import DOMNode
 from textual.driver import Driver as BaseDriver
 from textual.drivers.linux_driver import LinuxDriver
-from textual.geometry import Size
+from textual.geometry import Region, Size
 from textual.message import Message
 from textual.message_pump import MessagePump
 from textual.screen import Screen
 from textual.scroll_view import ScrollView
+from textual.strip import Strip
 from textual.widget import Widget
 
 NAMES: Mapping[type, frozenset[str]] = {
-    App: frozenset({"_begin_batch", "_driver", "_end_batch", "_handle_exception", "_register_child", "_running"}),
+    App: frozenset(
+        {"_begin_batch", "_display", "_driver", "_end_batch", "_handle_exception", "_register_child", "_running"}
+    ),
+    Compositor: frozenset({"_dirty_regions", "_regions_to_spans", "_render_chops"}),
     DOMNode: frozenset({"_bindings", "_get_component_classes"}),
     BaseDriver: frozenset({"_mouse"}),
     LinuxDriver: frozenset({"_disable_mouse_support", "_enable_mouse_support", "_file"}),
@@ -34,6 +39,10 @@ NAMES: Mapping[type, frozenset[str]] = {
 """What is used of each class, by the class that Textual defines it in."""
 
 Dispatch = Callable[[Message], Awaitable[None]]
+Update = CompositorUpdate
+"""What a compositor has to paint; its ``render_segments`` is called when it is written to the terminal."""
+WholeUpdate = LayoutUpdate
+"""Such of all lines of a screen."""
 
 
 class Overseen(App[None]):
@@ -42,6 +51,7 @@ class Overseen(App[None]):
     def _register_child(self, parent: DOMNode, child: Widget, before: int | None, after: int | None) -> None:
         """Every widget and screen passes here before it begins."""
         child.__dict__.setdefault("_dispatch_message", partial(self.dispatch, child._dispatch_message))  # noqa: SLF001
+        self.begins(child)
         super()._register_child(parent, child, before, after)
 
     async def _dispatch_message(self, message: Message) -> None:
@@ -51,6 +61,9 @@ class Overseen(App[None]):
         """What Textual calls with every exception that left a handler, a timer, a worker or a rendering."""
         if not self.outlived(error):
             super()._handle_exception(error)
+
+    def begins(self, child: Widget) -> None:
+        """A widget or a screen is about to begin."""
 
     async def dispatch(self, handle: Dispatch, message: Message) -> None:
         """Have a message handled."""
@@ -73,6 +86,51 @@ class Overseen(App[None]):
         self._end_batch()
         if self._running:
             self.screen.check_idle()
+
+    def _display(self, screen: Screen[Any], renderable: RenderableType | None) -> None:
+        """What is written to the terminal passes here."""
+        self.paints(renderable)
+        super()._display(screen, renderable)
+
+    def paints(self, update: RenderableType | None) -> None:
+        """An update is about to be written."""
+
+
+class Composed(Compositor):
+    """A compositor that is told which lines, or which parts of them, are to be painted."""
+
+    def render_full_update(self, simplify: bool = False) -> LayoutUpdate:
+        """All of the screen; ``simplify`` is for pictures."""
+        if simplify:
+            return super().render_full_update(simplify=True)
+        self._dirty_regions.clear()
+        return self.compose_whole()
+
+    def render_partial_update(self) -> Any:
+        """What changed since the last update."""
+        spans = [*self._regions_to_spans([each.intersection(self.size.region) for each in self._dirty_regions])]
+        self._dirty_regions.clear()
+        return self.compose_changed(spans) if spans else None
+
+    def _render_chops(self, crop: Region, is_rendered_line: Callable[[int], bool]) -> Sequence[Mapping[int, Strip]]:
+        return self.compose([line for line in crop.line_range if is_rendered_line(line)])
+
+    def compose_whole(self) -> WholeUpdate:
+        """All of the screen."""
+        raise NotImplementedError
+
+    def compose_changed(self, spans: Collection[tuple[int, int, int]]) -> Update:
+        """What is in these spans (line, first column, column behind the last one), ordered by line."""
+        raise NotImplementedError
+
+    def compose(self, lines: Collection[int]) -> Sequence[Mapping[int, Strip]]:
+        """What is on these lines, by column; of every other line nothing."""
+        raise NotImplementedError
+
+
+def compose_with(screen: Screen[Any], compositor: Composed) -> None:
+    """Have a screen, which has not been shown yet, composed by this compositor."""
+    screen._compositor = compositor  # noqa: SLF001 - Textual makes it itself, and asks nobody
 
 
 class Scrolled(ScrollView):

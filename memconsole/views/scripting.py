@@ -125,7 +125,7 @@ class Scripting(Doing):
 
         self.push_screen(MacroPlan(macro, given, steps), decided)
 
-    @work(thread=True, group="act")
+    @work(thread=True, group="act", description="run a macro")
     def _run_macro(self, macro: Macro, given: Mapping[str, str], steps: Collection[int], way: Way) -> None:
         title = f"Macro {macro.name}"
         decide = partial(self._decide, title) if way == "step" else None

@@ -172,7 +172,7 @@ class Traveling(Manifold):
             self._steps, self._aim, self._seek = 0, None, 0
             self._travel(self._journey, self._times, self._taken, wish)
 
-    @work(thread=True, group="travel", exit_on_error=False)
+    @work(thread=True, group="travel", exit_on_error=False, description="travel")
     def _travel(self, journey: int, known: Sequence[int], taken: int | None, wish: Wish) -> None:
         found = unforeseen.attempt("the past", "console", partial(self._traveled, journey, known, taken, wish))
         self.post_message(Strayed(found) if isinstance(found, MemconsoleError) else found)

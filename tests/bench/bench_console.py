@@ -6,7 +6,9 @@ clock starts before a key's bytes are written to the terminal and stops when the
 been read: it holds parsing the key, the action, the compositor, the driver, the pty. A *painted frame* is everything
 between two such ends: the console holds a key's frame until its widgets have answered each other, so that the first
 frame is what the key leads to, echo, table, title and keys; *settled* is the end of the last frame, when none follows
-for 60 ms; where it is later than the first, something came after. The floor is the same for a Textual app with one
+for 60 ms; where it is later than the first, something came after. *Processor time* is what the console's process used
+until the frame's end had been read, all threads together: it says the same on a machine where others work. Meanwhile
+a Snapshot in which some regions and guests differ comes every second. The floor is the same for a Textual app with one
 line that a key changes. Memory is VmHWM, the most that was ever resident. Escape is not among the keys: no program can
 tell it from the begin of an arrow key without waiting for what follows (25 ms here; ESCDELAY).
 
@@ -27,7 +29,7 @@ import sys
 import tempfile
 import termios
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -62,19 +64,40 @@ MAP_KEYS = (
 
 def _console(table: str) -> None:
     sys.path.insert(0, str(HERE.parent))
+    from msgspec.structs import replace
     from support.synthetic import NOW_NS, SyntheticSource, big_snapshot
 
     from memconsole.extents import ExtentTable
+    from memconsole.model import Part, Snapshot
     from memconsole.views.app import ConsoleApp
 
     class BigSource(SyntheticSource):
-        """Has the table ready in a file, as a control process would have it in a memfd."""
+        """Has the table ready in a file, as a control process would have it in a memfd; of two Snapshots, the other."""
+
+        other: Snapshot
+
+        def snapshot(self, parts: Collection[Part] = ()) -> Snapshot:
+            now = super().snapshot(parts)
+            self.show(self.other)
+            self.other = now
+            return now
 
         def extents(self, key: str) -> ExtentTable:
             with Path(table).open("rb") as file:
                 return ExtentTable.from_fd(file.fileno())
 
-    ConsoleApp(BigSource(big_snapshot()), interval=1e6, clock=lambda: NOW_NS).run()
+    now = big_snapshot()
+    source = BigSource(now)
+    regions = [
+        replace(region, node=1 - (region.node or 0)) if number % 1000 == 7 else region
+        for number, region in enumerate(now.regions)
+    ]
+    guests = [
+        replace(guest, memory=guest.memory + 4096) if number % 100 == 7 else guest
+        for number, guest in enumerate(now.guests)
+    ]
+    source.other = replace(now, regions=tuple(regions), guests=tuple(guests))
+    ConsoleApp(source, interval=1.0, clock=lambda: NOW_NS).run()
 
 
 def _empty() -> None:
@@ -138,14 +161,21 @@ class Terminal:
                 ends.append(now)
             self._tail = seen[-(len(FRAME_END) - 1) :] if not seen.endswith(FRAME_END) else b""
 
-    def press(self, key: str) -> tuple[float, float]:
-        """Milliseconds from a key to the end of the first and of the last frame it caused."""
-        begin = time.perf_counter()
+    @property
+    def processor_ms(self) -> float:
+        """Milliseconds of processor time that the process has used so far, by its clock (clock_getcpuclockid)."""
+        return time.clock_gettime_ns(~self._process.pid << 3 | 2) / 1e6
+
+    def press(self, key: str) -> tuple[float, float, float]:
+        """Milliseconds from a key to the end of the first and of the last frame it caused, and of processor time."""
+        used, begin = self.processor_ms, time.perf_counter()
         os.write(self._fd, KEYS.get(key, key).encode())
-        ends = self.frames(SETTLED, PATIENCE)
-        if not ends:
+        first = self.frames(0.0, PATIENCE)
+        if not first:
             raise RuntimeError(f"the key {key!r} painted nothing in {PATIENCE} s")
-        return (ends[0] - begin) * 1000, (ends[-1] - begin) * 1000
+        used = self.processor_ms - used
+        last = self.frames(SETTLED, SETTLED) or first
+        return (first[0] - begin) * 1000, (last[-1] - begin) * 1000, used
 
     def most_resident(self) -> float:
         """MiB that were resident at the most (VmHWM)."""
@@ -169,11 +199,12 @@ def terminal(*arguments: str) -> Iterator[Terminal]:
 
 @dataclass(frozen=True)
 class Press:
-    """A key, and when it was painted: milliseconds to the end of the first frame, and of the last."""
+    """A key, and when it was painted: milliseconds to the end of the first frame, of the last, of processor time."""
 
     key: str
     first: float
     settled: float
+    used: float
 
 
 def _pressed(opened: Terminal, keys: Sequence[str]) -> list[Press]:
@@ -224,10 +255,13 @@ def bench_keys() -> list[Result]:
                 16.0,
                 absolute=True,
             ),
-            Result(f"key to frame, {name}, p99", _p99(first), "ms", _p99(least), 33.0, absolute=True),
+            Result(f"key to frame, {name}, p99", _p99(first), "ms", _p99(least), 16.0, absolute=True),
+            Result(
+                f"key to frame, {name}, processor time, p99", _p99([press.used for press in presses]), "ms", goal=16.0
+            ),
             Result(f"key to settled, {name}, median", settled, "ms", statistics.median(least)),
         ]
-    return [*results, Result("console, most resident", resident, "MiB", goal=200.0)]
+    return [*results, Result("console, most resident", resident, "MiB", goal=120.0)]
 
 
 def _main() -> None:
@@ -237,12 +271,18 @@ def _main() -> None:
         _empty()
     else:
         floor, named, resident = measured()
-        print(f"{resident:.0f} MiB{'':26} first frame: median    max   settled: median    max  (ms)")
+        print(
+            f"{resident:.0f} MiB{'':26} first frame: median    max   settled: median    max   processor: median   max"
+        )
         for name, presses in {"empty app": floor, **named}.items():
+            print(f"{name}, processor time: p99 {_p99([press.used for press in presses]):.1f}")
             for key in dict.fromkeys(press.key for press in presses):
                 first = [press.first for press in presses if press.key == key]
                 settled = [press.settled for press in presses if press.key == key]
-                figures = (statistics.median(first), max(first), statistics.median(settled), max(settled))
+                used = [press.used for press in presses if press.key == key]
+                figures = [
+                    value for times in (first, settled, used) for value in (statistics.median(times), max(times))
+                ]
                 print(f"{name:29}{key!r:10}{len(first):4} " + "".join(f"{figure:11.1f}" for figure in figures))
 
 

@@ -71,3 +71,14 @@ def test_no_other_file_uses_a_private_name() -> None:
             if name in (USED if name in own else textuals):
                 found.append(f"{path.relative_to(VIEWS)}:{line}: {name}")
     assert [each for each in found if not each.startswith("private.py:")] == []
+
+
+def test_no_thread_is_described_by_what_it_is_given() -> None:
+    """Textual would write down the ``repr`` of every argument: megabytes at each start where one is a Snapshot."""
+    found = {
+        f"{path.name}:{node.lineno}": {keyword.arg for keyword in node.keywords}
+        for path in sorted(VIEWS.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "work"
+    }
+    assert [place for place, named in found.items() if "description" not in named] == []

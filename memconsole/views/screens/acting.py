@@ -268,7 +268,7 @@ class Confirmation(Dialog[Answer]):
         (name if name.display else self.query_one(VerticalScroll)).focus()
         self._ask()
 
-    @work(thread=True, group="plan", exclusive=True)
+    @work(thread=True, group="plan", exclusive=True, description="plan")
     def _ask(self) -> None:
         self.post_message(self.Planned(bulk.plan_one(self.console.source, self._action)))
 

@@ -49,7 +49,6 @@ class DomainModel:
         self._totals = self.iovas.totals()
         self._blocks = self.iovas.blocks()
         self._host: HostMap | None = None
-        self.iovas.table.lookup_pfn(0)  # sorts the frames here, so that no key has to wait for it
         if not self._blocks:
             raise NotFound(
                 f"the map of domain {group} is empty",

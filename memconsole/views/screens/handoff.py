@@ -213,7 +213,7 @@ class Handoff(View):
         """Begin a handoff: its arguments, its plan, its confirmation."""
         self.console.begin(id, {}, options=True)
 
-    @work(thread=True, group="check", exclusive=True)
+    @work(thread=True, group="check", exclusive=True, description="check")
     def _check_in_thread(self) -> None:
         self.post_message(self.Checked(readiness.judge(self.console.source.plan)))
 

@@ -102,7 +102,7 @@ class ManyPlan(Dialog[list[BulkItem]]):
     def _tell(self, count: int) -> None:
         self.query_one("#sum", Static).update(line([(f"planning… {count:,} of {len(self._many):,}", "$text-muted")]))
 
-    @work(thread=True, group="plan", exclusive=True)
+    @work(thread=True, group="plan", exclusive=True, description="plan")
     def _ask(self) -> None:
         worker = get_current_worker()
         items = []

@@ -238,7 +238,7 @@ class MapView(View):
         self._read_from = self.console.source
         self._read_in_thread(self._read_from, self._shown, snapshot, self.model, self.mode)
 
-    @work(thread=True, exclusive=True, group="pfn-scan", exit_on_error=False)
+    @work(thread=True, exclusive=True, group="pfn-scan", exit_on_error=False, description="read")
     def _read_in_thread(
         self, source: Source, subject: str, snapshot: Snapshot, before: MapModel | None, mode: int
     ) -> None:
@@ -306,7 +306,7 @@ class MapView(View):
         self._say_all()
         self.console.show_state()
 
-    @work(thread=True, exclusive=True, group="map-mode", exit_on_error=False)
+    @work(thread=True, exclusive=True, group="map-mode", exit_on_error=False, description="colour")
     def _make_in_thread(self, model: MapModel, number: int) -> None:
         worker = get_current_worker()
         made = unforeseen.attempt("the colours of a map", "console", model.modes[number].make)

@@ -137,7 +137,6 @@ class PfnModel:
         self.stats = table.stats()
         self.space = MapSpace(snapshot, subject)
         self._snapshot = snapshot
-        table.lookup_pfn(0)  # sorts the frames here, so that no key has to wait for it
 
     @property
     def page_size(self) -> int:
@@ -328,7 +327,7 @@ class PfnMap(MapView):
         if path and isinstance(self.model, PfnModel):
             self._compare_in_thread(self.model, path)
 
-    @work(thread=True, exclusive=True, group="pfn-compare", exit_on_error=False)
+    @work(thread=True, exclusive=True, group="pfn-compare", exit_on_error=False, description="compare")
     def _compare_in_thread(self, model: PfnModel, path: str) -> None:
         worker = get_current_worker()
         found = unforeseen.attempt("the comparison", "console", partial(model.against, path))

@@ -84,7 +84,7 @@ class Reach(View):
         self._show_lines()
         self._ask_in_thread(self._asked, snapshot, self._target)
 
-    @work(thread=True, exclusive=True, group="reach", exit_on_error=False)
+    @work(thread=True, exclusive=True, group="reach", exit_on_error=False, description="ask")
     def _ask_in_thread(self, source: Source, snapshot: Snapshot, target: str) -> None:
         worker = get_current_worker()
         answer = unforeseen.attempt("reach", "console", partial(joined.resolve_target, snapshot, source, target))

@@ -129,7 +129,7 @@ class MacroPlan(Dialog[Way]):
         self.query_one(VerticalScroll).focus()  # where Enter does nothing: the plan is to be seen before it is answered
         self._ask()
 
-    @work(thread=True, group="plan", exclusive=True)
+    @work(thread=True, group="plan", exclusive=True, description="plan")
     def _ask(self) -> None:
         source = self.console.source
         planned = unforeseen.attempt(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import ClassVar, NamedTuple
+from weakref import WeakKeyDictionary
 
 from rich.segment import Segment
 from rich.style import Style
@@ -32,13 +33,10 @@ GLYPHS = [look.glyph for look in ALL_LOOKS]
 
 
 class MapLine(NamedTuple):
-    """All that is on a line: where its row begins (-1 is no row), its cells and how many there may be, the cursor's
-    column or -1, the minimap.
-    """
+    """All that is on a line: where its row begins (-1 is no row), its cells, the cursor's column or -1, the minimap."""
 
     page: int
     cells: bytes
-    width: int
     cursor: int
     edge: int
     thumb: bool
@@ -114,6 +112,7 @@ class HeatMap(Widget, can_focus=True):
         self._top = 0
         self._rows: list[tuple[int, bytes]] = []
         self._overview = b""
+        self._overviews: WeakKeyDictionary[Layer, tuple[int, Marks | None, bytes]] = WeakKeyDictionary()
         self._lines: list[MapLine] = []
         self._colours: Styles | None = None
 
@@ -127,6 +126,7 @@ class HeatMap(Widget, can_focus=True):
         axis = Axis(blocks)
         self._layer, self._marks, self._page_size = layer, marks, page_size
         if axis.blocks != self._axis.blocks:
+            self._overviews.clear()
             self._begin(axis)
         self._count_overview()
         self._count()
@@ -329,14 +329,27 @@ class HeatMap(Widget, can_focus=True):
         self._repaint()
 
     def _count_overview(self) -> None:
-        """Count the minimap: the whole map in as many cells as there are lines, of each the most telling look."""
+        """Count the minimap, once for each layer: in as many cells as there are lines, of each the most telling look.
+
+        It goes through the whole map, which takes milliseconds where there are a million extents.
+        """
         height, pages = self.size.height, self._axis.pages
-        overview = bytearray()
-        for line in range(height if pages else 0):
+        layer, marks = self._layer, self._marks if self.show_marks else None
+        if layer is None or not pages:
+            self._overview = b""
+            return
+        known = self._overviews.get(layer)
+        if known is None or known[:2] != (height, marks):
+            known = self._overviews[layer] = (height, marks, self._overview_of(height, pages))
+        self._overview = known[2]
+
+    def _overview_of(self, height: int, pages: int) -> bytes:
+        found = bytearray()
+        for line in range(height):
             slot = pages * line // height
             slots = max(1, pages * (line + 1) // height - slot)
-            overview.append(max(self._draw([(first, n, 1) for first, n in self._axis.pieces(slot, slots)]), default=0))
-        self._overview = bytes(overview)
+            found.append(max(self._draw([(first, n, 1) for first, n in self._axis.pieces(slot, slots)]), default=0))
+        return bytes(found)
 
     def _thumb(self) -> range:
         """The lines of the minimap that stand for what is on the screen."""
@@ -354,7 +367,6 @@ class HeatMap(Widget, can_focus=True):
         lines = [
             MapLine(
                 *(self._rows[y] if y < len(self._rows) else (-1, b"")),
-                self._grid.width,
                 cursor_column if cursor_row == self._top + y else -1,
                 self._overview[y] if y < len(self._overview) else OUTSIDE,
                 y in thumb,
@@ -404,10 +416,10 @@ class HeatMap(Widget, can_focus=True):
             segments += self._cells(cells[: line.cursor], styles)
             segments.append(Segment(GLYPHS[under], styles.looks[under] + styles.cursor))
             segments += self._cells(cells[line.cursor + 1 :], styles)
-        segments.append(Segment(" " * (line.width - len(cells)), styles.plain))
+        segments.append(Segment(" " * (self._grid.width - len(cells)), styles.plain))
         edge = styles.looks[line.edge]
         segments.append(Segment(GLYPHS[line.edge], edge + styles.cursor if line.thumb else edge))
-        return Strip(segments, GUTTER + line.width + EDGE).adjust_cell_length(width, styles.plain)
+        return Strip(segments, GUTTER + self._grid.width + EDGE).adjust_cell_length(width, styles.plain)
 
     @staticmethod
     def _cells(cells: bytes, styles: Styles) -> list[Segment]:

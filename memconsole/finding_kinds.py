@@ -167,6 +167,7 @@ KINDS: Mapping[str, FindingKind] = {
     "kexec-unguarded": FindingKind(
         "an ordinary systemctl kexec is refused while guests run", "systemctl kexec ends every guest"
     ),
+    "image-damaged": FindingKind("a save image can be read to its end", "its guest cannot be restored from it"),
     "ledger-corrupt": FindingKind(
         "the ledger is whole", "regions and grants that the lost records made are not known any more"
     ),

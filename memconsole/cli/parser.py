@@ -252,7 +252,7 @@ def _about(commands: Any, json_too: argparse.ArgumentParser) -> None:
         "file",
         metavar="FILE",
         nargs="?",
-        help="snapshot, ledger, audit trail, history file or kernel dump; this kernel if left out",
+        help="snapshot, ledger, audit trail, history file, kernel dump, libvirt's save image; this kernel if left out",
     )
     inspect.set_defaults(run=_lazily("past", "inspect"), here=True)
 

@@ -490,7 +490,7 @@ static struct mc_stream_block *find(struct mc_stream *s, const void *name, size_
 	return NULL;
 }
 
-/* RAM has ended: every block has its pages here or elsewhere. */
+/* RAM has ended: every block has its pages here or elsewhere, or nothing is made of the stream. */
 static int check_blocks(struct mc_stream *s)
 {
 	if (!s->sizing)
@@ -498,7 +498,7 @@ static int check_blocks(struct mc_stream *s)
 	for (uint32_t i = 0; i < s->facts.blocks; i++) {
 		const struct mc_stream_block *block = &s->facts.block[i];
 
-		if (!block->elsewhere && !block->kept)
+		if (s->to >= 0 && !block->elsewhere && !block->kept)
 			return stop(s, MC_FORMAT, "a block of RAM has no page in it and is said nowhere to be elsewhere",
 				    block->name, strlen(block->name));
 	}
@@ -785,9 +785,10 @@ int mc_stream_feed(struct mc_stream *s, const void *bytes, uint64_t length, stru
 /* The stream has ended: whether there, and all written. Errors: as of mc_stream_feed. */
 int mc_stream_end(struct mc_stream *s, struct mc_fail *fail)
 {
-	if (!s->code && s->state != TAIL)
+	s->facts.cut = !s->code && (s->state != TAIL || s->described != s->facts.in || s->last != '}');
+	if (s->facts.cut && s->state != TAIL)
 		spoiled(s, s->facts.in ? "it is cut off in the middle" : "it is empty");
-	else if (!s->code && (s->described != s->facts.in || s->last != '}'))
+	else if (s->facts.cut)
 		spoiled(s, "it is cut off: no description closes it");
 	if (!s->code)
 		flush(s);

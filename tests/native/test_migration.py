@@ -203,6 +203,6 @@ def test_spoiled_and_cut_streams_do_no_harm(tmp_path: Path) -> None:
     corpus = [PLAIN, *(streams.some(rng) for _ in range(11))]
     for number, stream in enumerate(corpus):
         (tmp_path / f"{number:02}.stream").write_bytes(stream.raw())
-    command = [str(program), "800", "20261130", *map(str, sorted(tmp_path.glob("*.stream")))]
+    command = [str(program), "300", "20261130", *map(str, sorted(tmp_path.glob("*.stream")))]
     result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=LONG_S)
     assert result.returncode == 0, result.stderr

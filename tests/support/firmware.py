@@ -1,4 +1,4 @@
-"""The firmware of guests whose code is the test's own (firmware.S), built with the assembler."""
+"""The firmware of guests whose code is the test's own (firmware.S, counting.S), built with the assembler."""
 
 from __future__ import annotations
 
@@ -14,9 +14,21 @@ HOLE = range(0xA0, 0x100)
 
 def firmware(directory: Path, sleeps: int = 0) -> tuple[str, ...]:
     """What QEMU is told to run it, built in a directory; ``sleeps``: after how many rounds it is suspended to RAM."""
+    told = ("-device", f"loader,addr={STATUS + 32:#x},data={sleeps},data-len=4") if sleeps else ()
+    return ("-bios", str(_image(directory, "firmware.S")), *told)
+
+
+def counting(directory: Path) -> tuple[str, ...]:
+    """What QEMU is told to run one that checks and writes its memory, round after round (counting.S).
+
+    At STATUS are the rounds and the words that were wrong, 4 bytes each.
+    """
+    return ("-bios", str(_image(directory, "counting.S")))
+
+
+def _image(directory: Path, source: str) -> Path:
     made, image = directory / "firmware.o", directory / "firmware.bin"
-    subprocess.run(["as", "--32", "-o", made, Path(__file__).with_name("firmware.S")], check=True)
+    subprocess.run(["as", "--32", "-o", made, Path(__file__).with_name(source)], check=True)
     link = ["ld", "-m", "elf_i386", "-Ttext", "0xffff0000", "-e", "0xfffffff0", "--oformat", "binary"]
     subprocess.run([*link, "-o", image, made], check=True)
-    told = ("-device", f"loader,addr={STATUS + 32:#x},data={sleeps},data-len=4") if sleeps else ()
-    return ("-bios", str(image), *told)
+    return image

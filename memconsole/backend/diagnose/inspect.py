@@ -1,4 +1,5 @@
-"""What a file of ours is and whether it is whole: snapshots, ledger images, history files, audit trails, handovers.
+"""What a file is and whether it is whole: snapshots, ledger images, history files, audit trails, handovers, and the
+save images of libvirt's guests.
 
 Nothing is written and no control process is needed. A ledger's image is read from whoever holds its memfd, for example
 ``/proc/$(pgrep mc-keeper)/fd/N``.
@@ -16,6 +17,7 @@ import msgspec
 from memconsole import decoding
 from memconsole.backend.history import former, store
 from memconsole.backend.ledger import log as ledger_log
+from memconsole.backend.managers import saveimage
 from memconsole.errors import BadFile, NotFound
 from memconsole.model import Finding, Severity, Value
 
@@ -61,7 +63,28 @@ def _describe(path: Path, name: str) -> Description:
         return _database(path)
     if start.startswith((b"\x7fELF", b"\xd0\x0d\xfe\xed")):
         return _handover(path)
+    if start in {saveimage.MAGIC, saveimage.PARTIAL}:
+        return _save_image(path, name)
     return _snapshot(path, name)
+
+
+def _save_image(path: Path, name: str) -> Description:
+    """A save image of libvirt's: whether it is whole, and whether anything could start from it."""
+    with path.open("rb", buffering=0) as file:
+        found = saveimage.examine(file.fileno(), name)
+    lock, stream = found.image.lock, found.stream
+    facts = {
+        "running": found.image.running,
+        "region": lock.region if lock else None,
+        "digest": lock.digest if lock else None,
+        "locked": stream.was_locked if stream else None,
+        "machine": stream.machine if stream else None,
+        "blocks": [{"name": each.name, "size": each.length, "pages": each.kept} for each in stream.blocks]
+        if stream
+        else [],
+    }
+    findings = (_damage("image-damaged", path, found.damage),) if found.damage else ()
+    return Description(str(path), "save-image", saveimage.VERSION, facts, findings)
 
 
 def _ledger(path: Path) -> Description:

@@ -14,6 +14,8 @@ from memconsole import decoding
 from memconsole.errors import BadFile, Refused, UsageError
 from memconsole.native import call, ffi, lib
 
+CUT = "CutOff"
+"""The code of the error of a stream that ended before its end: whoever wrote it knows more."""
 _WHAT = "the migration stream cannot be used"
 
 
@@ -52,7 +54,9 @@ class Filtered(NamedTuple):
 def filtered(
     source: int, target: int, elsewhere: Iterable[Elsewhere], *, lock: bool = False, stopper: int = -1
 ) -> Filtered:
-    """Read a stream from where ``source`` stands to its end, and write what is left of it to ``target`` (-1: nowhere).
+    """Read a stream from where ``source`` stands to its end, and write what is left of it to ``target``.
+
+    Without a target (-1) it is only read, and a block may lack its pages that is not said to be elsewhere.
 
     It blocks until the stream ends, or ``stopper`` can be read. What a target holds after an error is of no use.
 
@@ -71,7 +75,7 @@ def filtered(
     try:
         call(_WHAT, lib.mc_stream_run, stream, source, stopper)
     except BadFile as error:
-        raise BadFile(_WHAT, _about(error.why, found), "save the guest again") from None
+        raise BadFile(_WHAT, _about(error.why, found), "save the guest again", code=CUT if found.cut else "") from None
     except UsageError as error:
         remedy = "save the guest without it, or shut it down"
         raise Refused(_WHAT, _about(error.why, found), remedy, code="StreamUnknown") from None

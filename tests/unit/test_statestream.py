@@ -1,0 +1,193 @@
+"""The state of a QEMU taken while it runs, against a monitor that is a value: each step, each fault, each way back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import pytest
+from support import streams
+from support.fake_qemu import FakeQemu
+from support.streams import PAGE, Page, Stream
+
+from memconsole.backend import steps
+from memconsole.backend.guests import statestream
+from memconsole.backend.guests.statestream import StateStream
+from memconsole.backend.managers.migration import Elsewhere
+from memconsole.errors import GuestError, KernelRefused, MemconsoleError, Refused
+
+RAM = 8 * PAGE
+BANDWIDTH = 134217728
+STREAM = Stream((("pc.ram", RAM), ("pc.bios", PAGE)), ((Page("pc.ram", 0, b"\1" * PAGE), Page("pc.bios", 0)),))
+LOCKED = streams.without(STREAM, frozenset({"pc.ram"}), lock=True).raw()
+ELSEWHERE = (Elsewhere("pc.ram", RAM),)
+HEAD = b"what stands before it"
+
+
+@pytest.fixture
+def target() -> Iterator[int]:
+    fd = os.memfd_create("image", os.MFD_CLOEXEC)
+    os.write(fd, HEAD)
+    yield fd
+    os.close(fd)
+
+
+def taking(qemu: FakeQemu, target: int, *, within: float = 60.0, converge: float = 60.0) -> StateStream:
+    return StateStream("web", os.getpid(), qemu, target, ELSEWHERE, within=within, converge=converge)
+
+
+def run(stream: StateStream) -> None:
+    for _ in steps.run("take", stream.steps()):
+        pass
+
+
+def contents(fd: int) -> bytes:
+    return os.pread(fd, 1 << 20, 0)
+
+
+def is_as_before(qemu: FakeQemu, *, status: str = "running") -> bool:
+    as_set = qemu.capabilities == {"x-ignore-shared": False, "xbzrle": False} and qemu.bandwidth == BANDWIDTH
+    return as_set and qemu.status == status and not qemu.holds_pipe
+
+
+def test_the_state_is_behind_what_stands_in_the_file_locked_and_the_guest_stands_still(target: int) -> None:
+    qemu = FakeQemu(STREAM.raw())
+    stream = taking(qemu, target)
+    run(stream)
+    assert contents(target) == HEAD + LOCKED
+    assert qemu.status == "postmigrate"
+    assert qemu.capabilities["x-ignore-shared"]
+    assert stream.taken is not None
+    assert (stream.taken.rounds, stream.taken.downtime_ms) == (3, 12)
+    assert [block.dropped for block in stream.taken.stream.blocks] == [1, 0]
+
+
+def test_what_was_done_is_undone_step_by_step(target: int) -> None:
+    qemu = FakeQemu(STREAM.raw())
+    stream = taking(qemu, target)
+    run(stream)
+    for step in reversed(stream.steps()):
+        if step.undo is not None:
+            step.undo()
+    assert is_as_before(qemu)
+    assert contents(target) == HEAD
+    assert stream.taken is None
+
+
+def test_another_process_takes_it_back_by_what_was_recorded(target: int) -> None:
+    qemu = FakeQemu(STREAM.raw())
+    stream = taking(qemu, target)
+    run(stream)
+    for _ in range(2):
+        statestream.take_back(qemu, stream.before)
+        assert is_as_before(qemu)
+
+
+def test_one_that_was_paused_stays_so(target: int) -> None:
+    qemu = FakeQemu(STREAM.raw(), status="paused")
+    stream = taking(qemu, target)
+    run(stream)
+    statestream.take_back(qemu, stream.before)
+    assert is_as_before(qemu, status="postmigrate")
+
+
+def test_a_capability_that_was_on_is_on_again_and_one_that_is_refused_is_off_meanwhile(target: int) -> None:
+    qemu = FakeQemu(STREAM.raw(), capabilities={"x-ignore-shared": True, "xbzrle": True, "auto-converge": True})
+    stream = taking(qemu, target)
+    run(stream)
+    assert qemu.capabilities == {"x-ignore-shared": True, "xbzrle": False, "auto-converge": True}
+    statestream.take_back(qemu, stream.before)
+    assert qemu.capabilities == {"x-ignore-shared": True, "xbzrle": True, "auto-converge": True}
+
+
+@pytest.mark.parametrize("command", ["migrate-set-capabilities", "migrate-set-parameters", "getfd", "migrate"])
+def test_whatever_it_refuses_it_is_as_before(target: int, command: str) -> None:
+    qemu = FakeQemu(STREAM.raw(), refuses=frozenset({command}))
+    with pytest.raises(GuestError, match=f"refused {command}"):
+        run(taking(qemu, target))
+    assert is_as_before(qemu)
+    assert contents(target) == HEAD
+
+
+@pytest.mark.parametrize("cut", [0, 100, len(STREAM.raw()) - 1])
+def test_a_migration_that_fails_is_taken_back_and_says_why(target: int, cut: int) -> None:
+    qemu = FakeQemu(STREAM.raw(), cut=cut)
+    with pytest.raises(GuestError) as caught:
+        run(taking(qemu, target))
+    assert caught.value.why == "Broken pipe"
+    assert is_as_before(qemu)
+    assert contents(target) == HEAD
+
+
+def test_a_stream_with_what_is_not_known_is_refused_by_name_and_taken_back(target: int) -> None:
+    qemu = FakeQemu(replace(STREAM, between=b"\4\0\0\0\7\4vfio").raw())
+    with pytest.raises(Refused) as caught:
+        run(taking(qemu, target))
+    assert "vfio" in caught.value.why
+    assert is_as_before(qemu)
+
+
+def test_a_file_that_takes_nothing_is_the_error_and_not_the_broken_pipe(target: int) -> None:
+    qemu = FakeQemu(STREAM.raw())
+    full = os.open("/dev/full", os.O_RDWR)
+    try:
+        with pytest.raises(KernelRefused, match="migration stream"):
+            run(taking(qemu, full))
+    finally:
+        os.close(full)
+    assert qemu.status == "running"
+    assert not qemu.capabilities["x-ignore-shared"]
+
+
+def test_a_guest_that_dirties_its_ram_for_ever_is_stopped_in_the_end(target: int) -> None:
+    qemu = FakeQemu(STREAM.raw(), never=True)
+    run(taking(qemu, target, converge=0.1))
+    assert "stop" in qemu.told
+    assert contents(target) == HEAD + LOCKED
+
+
+def test_one_that_never_ends_is_cancelled(target: int) -> None:
+    qemu = FakeQemu(STREAM.raw(), never=True, refuses=frozenset({"stop"}))
+    with pytest.raises(GuestError):
+        run(taking(qemu, target, within=0.3, converge=0.1))
+    assert "migrate_cancel" in qemu.told
+    assert is_as_before(qemu)
+
+
+def test_what_could_not_be_undone_is_in_the_error(target: int) -> None:
+    qemu = FakeQemu(STREAM.raw(), cut=50, refuses=frozenset({"cont"}), status="running")
+    qemu.status = "running"
+    stream = taking(qemu, target)
+    run_all = list(stream.steps())
+    run_all[0].do()
+    run_all[1].do()
+    qemu.status = "paused"  # by somebody else
+    with pytest.raises(MemconsoleError) as caught:
+        run_all[2].do()
+    assert "and not undone: QEMU refused cont" in caught.value.why
+
+
+@pytest.mark.parametrize(
+    ("qemu", "code"),
+    [
+        (FakeQemu(b"", migration="active"), "JobUnderWay"),
+        (FakeQemu(b"", status="postmigrate"), "NotRunning"),
+        (FakeQemu(b"", status="guest-panicked"), "NotRunning"),
+    ],
+)
+def test_one_that_cannot_be_streamed_is_refused_before_anything_is_changed(
+    target: int, qemu: FakeQemu, code: str
+) -> None:
+    with pytest.raises(Refused) as caught:
+        run(taking(qemu, target))
+    assert caught.value.code == code
+    assert not [command for command in qemu.told if not command.startswith("query")]
+
+
+def test_an_answer_that_is_none_is_named() -> None:
+    def answers(command: str, arguments: Mapping[str, object], fd: int | None = None) -> object:
+        return ["nonsense"]
+
+    with pytest.raises(GuestError, match="query-migrate"):
+        statestream.look(answers, "web")

@@ -285,6 +285,9 @@ class HandoffRun(HandoffAction, frozen=True, tag="handoff-run"):
     finish: Annotated[
         bool, Arg(ArgumentKind.FLAG, "finish leftover incoming sessions; files that no entry refers to are discarded")
     ] = False
+    unless_running: Annotated[
+        bool, Arg(ArgumentKind.FLAG, "do nothing where the kernel that would be booted is the one that runs")
+    ] = False
 
     spec = Spec(
         "handoff-run",

@@ -41,6 +41,7 @@ OPTIONS = {
     "unit": SPREAD,
     "native": FILES,
     "tui": WAITING,
+    "fleet": SPREAD,
     "vm": ("-n", str(LABS), "--dist", "loadgroup", "--no-loadscope-reorder", "--durations=0", "--durations-min=20"),
 }
 """What a tier is run with besides. The lab's groups begin in an order of their own (tests/vm/conftest.py); what each

@@ -223,6 +223,8 @@ class Control:
             work.conditions,
             work.subject,
             note,
+            work.from_kernel,
+            work.to_kernel,
         )
 
     def apply(self, action: Action, *, peer: str = "") -> Outcome:

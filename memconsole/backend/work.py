@@ -17,6 +17,7 @@ class PreparedAction:
 
     ``lasting`` is what stays changed even if a later step fails; ``after`` is called once the ledger knows it is done.
     With refusals there are no steps. ``then`` is done after it, however it ended, as if somebody had asked for it.
+    ``from_kernel`` and ``to_kernel``: see :class:`memconsole.model.Plan`.
     """
 
     subject: str
@@ -31,6 +32,8 @@ class PreparedAction:
     findings: list[Finding] = field(default_factory=list)
     after: Callable[[], None] | None = None
     then: list[Action] = field(default_factory=list)
+    from_kernel: str = ""
+    to_kernel: str = ""
 
     def refuse(self, code: str, what: str, why: str = "", remedy: str = "") -> None:
         """Add a reason not to do it."""

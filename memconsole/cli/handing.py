@@ -23,16 +23,17 @@ LOOK_S = 0.25
 
 
 def check(options: argparse.Namespace) -> int:
-    """Every condition of a handoff; exit code 3 when one refuses it."""
+    """Every condition of a handoff; exit code 3 when one refuses it, or when the kernel that was not to run runs."""
     action = HandoffRun(options.kernel, options.initrd, options.append)
     with source(options, need="plan") as found:
         plan = found.plan(action)
-    if options.json:
+    running = options.unless_running and plan.from_kernel != "" and plan.from_kernel == plan.to_kernel
+    if options.json and not options.quiet:
         output.json(plan.conditions)
-    else:
+    elif not options.quiet:
         output.conditions(plan.conditions, every=True)
-        output.text(_verdict(plan.conditions))
-    return ExitCode.REFUSED if any(each.refuses for each in plan.conditions) else ExitCode.DONE
+        output.text(f"there is nothing to do: {plan.from_kernel} runs" if running else _verdict(plan.conditions))
+    return ExitCode.REFUSED if running or any(each.refuses for each in plan.conditions) else ExitCode.DONE
 
 
 def status(options: argparse.Namespace) -> int:

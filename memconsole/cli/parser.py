@@ -295,10 +295,14 @@ def _macros(commands: Any, json_too: argparse.ArgumentParser, act: argparse.Argu
 def _handoff(commands: Any, json_too: argparse.ArgumentParser) -> None:
     check = commands.add_parser("check", help="check every condition of a handoff", parents=[json_too])
     for field in actions.fields(actions.HandoffRun):
-        if field.name != "contents":
+        if field.name == "unless_running":
+            help = "refuse where the kernel that would be booted is the one that runs"
+            check.add_argument(field.option, dest=field.name, action="store_true", help=help)
+        elif field.arg.kind is not actions.ArgumentKind.FLAG:
             check.add_argument(
                 field.option, dest=field.name, default="", metavar=field.arg.kind.upper(), help=field.arg.help
             )
+    check.add_argument("--quiet", action="store_true", help="say it by the exit code alone")
     check.set_defaults(run=_lazily("handing", "check"))
     report = commands.add_parser("report", help="show the last handoff: phases and blackouts", parents=[json_too])
     report.add_argument("--picture", metavar="FILE", help="also write its timeline as SVG")

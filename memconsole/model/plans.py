@@ -37,7 +37,9 @@ class Plan(Value, frozen=True):
     """What an Action would do, in order, and why it would not; ``confirm`` is the name to type, if any.
 
     A handoff's plan lists its ``conditions``: those that fail, and those that hold. ``subject`` is what it works on, or
-    would make (a grant's id); ``note`` is what it takes for granted.
+    would make (a grant's id); ``note`` is what it takes for granted. ``from_kernel`` and ``to_kernel`` of a handoff:
+    the kernel that runs and the one that would be booted, by release and version; the same where it runs already, and
+    empty where that could not be read.
     """
 
     action: str
@@ -49,6 +51,8 @@ class Plan(Value, frozen=True):
     conditions: tuple[Condition, ...] = ()
     subject: str = ""
     note: str = ""
+    from_kernel: str = ""
+    to_kernel: str = ""
 
 
 class RevokeReport(Value, frozen=True):

@@ -320,7 +320,8 @@ def two_guests(directory: Path, **facts: Any) -> Iterator[Desk]:
 
 
 LINE = "console=ttyS0 kho=on liveupdate=on"
-IMAGE = KernelImage("/boot/vmlinuz", 12 * M, "7.3.5", "zstd", 2 * M, 24 * M, facts.ABIS, "", ("vfio_pci", "iommufd"))
+MODULES = ("vfio_pci", "iommufd")
+IMAGE = KernelImage("/boot/vmlinuz", 12 * M, "7.3.5", "zstd", 2 * M, 24 * M, facts.ABIS, "", MODULES, "#5 SMP")
 SURVIVAL = Survival(kho=True, luo=True, kho_cmdline=True, luo_cmdline=True, scratch=(Range(0, 512 * M, "s"),))
 
 

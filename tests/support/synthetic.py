@@ -335,10 +335,10 @@ def _faults(size: int) -> Faults:
 class SyntheticSource:
     """A Source over one Snapshot, which tests change with :meth:`show`; ``applied`` lists the Actions in order.
 
-    ``refuse`` makes every plan carry these refusals, ``conditions`` that of a handoff these; ``fail`` makes the named
-    methods raise; ``on_apply`` turns the Snapshot into the one after an Action (without it an Action only leaves an
-    event). A table replaced with :meth:`show_rows` is what the next :meth:`extents` returns. ``recorded`` is the
-    history, oldest first.
+    ``refuse`` makes every plan carry these refusals; that of a handoff has ``conditions`` and ``kernels``, this one and
+    the next. ``fail`` makes the named methods raise; ``on_apply`` turns the Snapshot into the one after an Action
+    (without it an Action only leaves an event). A table replaced with :meth:`show_rows` is what the next
+    :meth:`extents` returns. ``recorded`` is the history, oldest first.
     """
 
     def __init__(
@@ -357,6 +357,7 @@ class SyntheticSource:
         self.asked_for: list[frozenset[Part]] = []
         self.refuse: tuple[Refusal, ...] = ()
         self.conditions: tuple[Condition, ...] = ()
+        self.kernels: tuple[str, str] = ("", "")
         self.fail: dict[str, Exception] = {}
         self.recorded: list[Snapshot] = []
         self.closed = False
@@ -416,6 +417,8 @@ class SyntheticSource:
             refusals=self.refuse,
             conditions=self.conditions if spec.id == "handoff-run" else (),
             confirm=subject if spec.danger is Danger.DESTROYS else None,
+            from_kernel=self.kernels[0] if spec.id == "handoff-run" else "",
+            to_kernel=self.kernels[1] if spec.id == "handoff-run" else "",
         )
 
     def apply(self, action: Action) -> Outcome:

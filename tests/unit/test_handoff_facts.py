@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from msgspec.structs import replace as but
+from support.bzimages import ELF, PACKERS, bzimage
 from support.desks import M, grant, guest
 from support.handoffs import BDF, IMAGE, Desk, Played, Vmm, refused, two_guests
 from support.trees import FakeProcess, intel_dump, maps_line
@@ -96,6 +97,19 @@ def test_sessions_that_are_kept_are_named_unless_they_are_to_be_finished(desk: D
     desk.keep("incoming:memconsole:old")
     assert gathered(desk).kept == ("incoming:memconsole:old",)
     assert gathered(desk, HandoffRun(finish=True)).kept == ()
+
+
+def test_the_kernel_that_runs_is_known_by_its_release_and_version_and_so_is_the_next(desk: Desk) -> None:
+    assert gathered(desk).running == ""
+    assert not gathered(desk).runs_already
+    desk.tree.write("/proc/sys/kernel/version", "#1\n")
+    (desk.root / "boot").mkdir()
+    bzimage(desk.root / "boot/vmlinuz-7.3.4-test", PACKERS["none"](ELF))
+    found = gathered(desk)
+    assert (found.running, found.next_kernel) == ("7.3.4-test #1", "7.3.4-test #1")
+    assert found.runs_already
+    bzimage(desk.root / "boot/vmlinuz-7.3.4-test", PACKERS["none"](ELF), release=b"7.3.4-test (who@where) #2")
+    assert not gathered(desk).runs_already
 
 
 def test_fd_stores_of_other_units_are_asked_of_systemd_where_it_manages(

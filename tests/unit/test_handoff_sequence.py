@@ -132,6 +132,20 @@ def test_a_guest_that_was_paused_is_not_stopped_again_and_comes_back_paused(desk
     assert not read(desk).guests[0].waits
 
 
+def test_nothing_is_done_where_the_kernel_that_is_next_runs_and_that_was_asked_for(desk: Desk, played: Played) -> None:
+    again = HandoffRun(unless_running=True)
+    seen = handoffs.seen(desk, played, again)
+    assert seen.next_kernel == "7.3.5 #5 SMP"
+    runs = sequence.made_of(desk, again, replace(seen, running="7.3.5 #5 SMP", kept=("incoming:x",)), played)
+    assert (runs.steps, runs.refusals) == ([], [])
+    assert "7.3.5 #5 SMP already" in runs.text
+    for running in ("7.3.5 #4 SMP", ""):
+        work = sequence.made_of(desk, again, replace(seen, running=running), played)
+        assert work.steps[-1].id == "jump"
+        assert (work.from_kernel, work.to_kernel) == (running, "7.3.5 #5 SMP")
+    assert sequence.made_of(desk, RUN, replace(seen, running="7.3.5 #5 SMP"), played).steps[-1].id == "jump"
+
+
 def test_sessions_that_are_kept_are_finished_where_that_was_asked_for(desk: Desk, played: Played) -> None:
     desk.keep("incoming:memconsole:old")
     refused_work = sequence.made_of(desk, RUN, handoffs.seen(desk, played, RUN), played)

@@ -93,6 +93,7 @@ class HandoffFacts:
     bare: bool = False
     image: KernelImage | None = None
     image_why: str = ""
+    running: str = ""
     initrd_size: int = 0
     initrd_why: str = ""
     line: str = ""
@@ -119,6 +120,16 @@ class HandoffFacts:
     stores: tuple[UnitFdStore, ...] = ()
     stores_why: str = ""
     misplaced: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def next_kernel(self) -> str:
+        """The kernel that would be booted, by release and version; empty where its image could not be read."""
+        return f"{self.image.release} {self.image.version}".rstrip() if self.image is not None else ""
+
+    @property
+    def runs_already(self) -> bool:
+        """Whether the kernel that would be booted is known to be the one that runs."""
+        return self.running != "" and self.running == self.next_kernel
 
 
 @dataclass(frozen=True)
@@ -213,6 +224,7 @@ def _of_the_jump(action: HandoffAction, root: tree.Root) -> dict[str, object]:
     aim = boot_target(action, root)
     found: dict[str, object] = {
         "kernel": aim.kernel,
+        "running": _running(root),
         "initrd": aim.initrd,
         "bare": aim.bare,
         "line": aim.line,
@@ -232,6 +244,14 @@ def _of_the_jump(action: HandoffAction, root: tree.Root) -> dict[str, object]:
     except MemconsoleError as error:
         found["initrd_why"] = str(error)
     return found
+
+
+def _running(root: tree.Root) -> str:
+    """The kernel that runs, as :attr:`HandoffFacts.next_kernel` has the next one; empty where this host shows none."""
+    try:
+        return " ".join(tree.line(root, f"/proc/sys/kernel/{name}") for name in ("osrelease", "version"))
+    except NotFound:
+        return ""
 
 
 def _size(path: str) -> int:

@@ -65,7 +65,7 @@ _REFUSALS = {
 class KernelImage(Value, frozen=True):
     """A kernel image. ``abis`` are the ABI words in it (:mod:`.abi`), ``modules`` what of ``_PARAMETERS`` is built in.
 
-    Both are None where it cannot be unpacked, and ``why`` says why.
+    Both are None where it cannot be unpacked, and ``why`` says why. ``version`` is what ``uname -v`` says under it.
     """
 
     path: str
@@ -77,6 +77,7 @@ class KernelImage(Value, frozen=True):
     abis: tuple[str, ...] | None
     why: str = ""
     modules: tuple[str, ...] | None = None
+    version: str = ""
 
 
 def opened(path: str) -> int:
@@ -120,14 +121,16 @@ def inspect(path: str, fd: int) -> KernelImage:
         raise BadFile(
             f"{path} is truncated", f"its payload has {len(payload)} of {length} bytes", "choose another image"
         )
-    release = tree.text(data[0x200 + release_at :][:256].split(bytes(1))[0]).split(" ")[0]
+    said = tree.text(data[0x200 + release_at :][:256].split(bytes(1))[0])  # RELEASE (USER@HOST) VERSION
+    release, version = said.split(" ")[0], said.partition(") ")[2]
     compression = next((name for magic, name in _MAGICS.items() if payload.startswith(magic)), "unknown")
     try:
         kernel = _unpacked(compression, payload)
     except (OSError, EOFError, ValueError) as error:
-        return KernelImage(path, len(data), release, compression, alignment, init_size, None, str(error))
+        return KernelImage(path, len(data), release, compression, alignment, init_size, None, str(error), None, version)
     modules = tuple(name for name, parameter in _PARAMETERS.items() if parameter in kernel)
-    return KernelImage(path, len(data), release, compression, alignment, init_size, abi.words(kernel), "", modules)
+    words = abi.words(kernel)
+    return KernelImage(path, len(data), release, compression, alignment, init_size, words, "", modules, version)
 
 
 def _content(path: str, fd: int) -> bytes:

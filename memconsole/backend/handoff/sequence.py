@@ -103,7 +103,10 @@ class _Sequence:
         """The steps, or why they are refused."""
         desk, jump = self.desk, seen.jump
         name = host.host(desk.root).name
-        work = PreparedAction(name, "")
+        work = PreparedAction(name, "", from_kernel=seen.running, to_kernel=seen.next_kernel)
+        if isinstance(self.action, HandoffRun) and self.action.unless_running and seen.runs_already:
+            work.text = f"{name} runs {seen.running} already: nothing was done"
+            return work
         work.conditions = check.check_conditions(seen)
         work.refusals = check.refusals(work.conditions)
         if work.refusals:

@@ -95,6 +95,20 @@ def test_a_textfile_is_in_the_format_that_its_readers_know(tmp_path: Path) -> No
     assert found["memconsole_canary_beats_total"] == "counter"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a file away: root")
+def test_a_textfile_is_for_who_owns_its_directory_to_read(tmp_path: Path) -> None:
+    collected = tmp_path / "collected"
+    collected.mkdir()
+    os.chown(collected, 12345, 12346)
+    before = os.umask(0o077)
+    try:
+        metrics.write_textfile(collected / "memconsole.prom", snapshot(1, 1))
+    finally:
+        os.umask(before)
+    about = (collected / "memconsole.prom").stat()
+    assert (about.st_uid, about.st_gid, about.st_mode & 0o777) == (12345, 12346, 0o640)
+
+
 @pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed")
 def test_promtool_takes_a_textfile(tmp_path: Path) -> None:
     path = tmp_path / "memconsole.prom"

@@ -295,6 +295,8 @@ class Endpoint:
 def write_textfile(path: Path, snapshot: Snapshot) -> None:
     """Put the metrics where node_exporter's textfile collector finds them; a reader sees the old or the new, whole.
 
+    Written by root, the file is its directory's owner's and group's to read: the collector is not root.
+
     Raises:
         KernelRefused: the file cannot be written; the old one stays.
     """
@@ -303,6 +305,10 @@ def write_textfile(path: Path, snapshot: Snapshot) -> None:
         # The directory is the collector's: what is there under this name may be a link to another file.
         whole.unlink(missing_ok=True)
         with whole.open("x", encoding="utf-8") as file:
+            if os.geteuid() == 0:
+                about = path.parent.stat()
+                os.fchown(file.fileno(), about.st_uid, about.st_gid)
+                os.fchmod(file.fileno(), 0o640)
             file.write(exposition(snapshot))
         whole.replace(path)
     except OSError as error:

@@ -16,7 +16,6 @@ from support.stub_host import HUGETLB, NEW, OLD, StubHost, stub_host
 import memconsole
 from memconsole.actions import HandoffRun
 from memconsole.errors import ExitCode, KernelRefused
-from memconsole.model import Refusal
 
 PAGE = (Path(memconsole.__path__[0]).parent / "docs/kubernetes.md").read_text(encoding="utf-8")
 HERE = Path("/proc/1/ns/mnt")
@@ -71,8 +70,7 @@ def test_kured_boots_the_next_kernel_once_and_asks_for_no_more(host: StubHost, s
 
 
 def test_kured_is_held_up_by_a_condition_that_refuses(host: StubHost, socket: Path) -> None:
-    host.conditions = (HUGETLB,)
-    host.refuse = (Refusal("Hugetlb", HUGETLB.observed, HUGETLB.risk, HUGETLB.remedy),)
+    host.refuses(HUGETLB)
     said = kured(socket, "reboot-sentinel-command")
     assert (said.returncode, said.stdout, said.stderr) == (ExitCode.REFUSED, "", "")
     refused = kured(socket, "reboot-command")

@@ -1,0 +1,155 @@
+"""The command line of memconsole, asked for JSON: what the modules of this collection are made of."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from typing import Any, NoReturn
+
+from ansible.module_utils.basic import AnsibleModule
+
+DONE, FAILED, REFUSED, FINDINGS, NO_CONTROL = 0, 1, 3, 4, 5
+"""Exit codes of memconsole, which say what a command came to."""
+
+OPTIONS: dict[str, Any] = {"executable": {"type": "path", "default": "memconsole"}, "socket": {"type": "path"}}
+KERNEL: dict[str, Any] = {"kernel": {"type": "str"}, "initrd": {"type": "str"}, "append": {"type": "str"}}
+
+
+class Failed(Exception):
+    """A command failed: what memconsole says of it, its exit code, and the error's parts where it gave them."""
+
+    def __init__(self, message: str, code: int, error: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.code = code
+        self.error = error
+
+
+class CommandLine:
+    """The memconsole that a module's options name."""
+
+    def __init__(self, module: AnsibleModule) -> None:
+        self.module = module
+
+    def words(self, *words: str) -> list[str]:
+        """A whole command."""
+        socket = self.module.params["socket"]
+        return [self.module.params["executable"], *(["--socket", socket] if socket else []), *words]
+
+    def ask(self, *words: str, codes: tuple[int, ...] = (DONE,)) -> tuple[int, Any]:
+        """Run a command; its exit code, which is one of ``codes``, and what it wrote as JSON.
+
+        Raises:
+            Failed: it ended with another code, or wrote no JSON.
+        """
+        code, out, err = self.module.run_command(self.words(*words), handle_exceptions=False)
+        try:
+            value = json.loads(out)
+        except ValueError:
+            value = None
+        error = value["error"] if isinstance(value, dict) and isinstance(value.get("error"), dict) else {}
+        if code not in codes or error or value is None:
+            raise Failed(_sentence(error) or err.strip() or f"memconsole ended with exit code {code}", code, error)
+        return code, value
+
+    def plan(self, *words: str) -> dict[str, Any]:
+        """The plan of an action: its effects, or the refusals that it has.
+
+        Raises:
+            Failed: there is none.
+        """
+        plan: dict[str, Any] = self.ask(*_with(words, "--dry-run", "--json"), codes=(DONE, REFUSED))[1]
+        return plan
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything that the host shows.
+
+        Raises:
+            Failed: it shows nothing.
+        """
+        found: dict[str, Any] = self.ask("snapshot")[1]
+        return found
+
+    def last_handoff(self, *, picture: bool) -> dict[str, Any]:
+        """The last handoff: its report, whether all came back, what is found now, and its timeline if that is wanted.
+
+        Raises:
+            Failed: the host does not say.
+        """
+        words, drawn = ["handoff", "report", "--json"], ""
+        with tempfile.NamedTemporaryFile("r", suffix=".svg", encoding="utf-8") as file:
+            try:
+                code, report = self.ask(*words, *(["--picture", file.name] if picture else []), codes=(DONE, FINDINGS))
+            except Failed as failed:
+                if failed.error.get("code") != "NotFound":
+                    raise
+                code, report = FAILED, None
+            drawn = file.read()
+        findings = self.ask("audit", "--json", codes=(DONE, FINDINGS))[1]
+        found: dict[str, Any] = {"made": report is not None, "whole": code == DONE, "findings": findings}
+        if report is not None:
+            stood = {guest["name"]: guest["blackout_ns"] for guest in report["guests"]}
+            found.update(report=report, blackouts=stood, **({"picture": drawn} if picture else {}))
+        return found
+
+    def act(self, *words: str) -> dict[str, Any]:
+        """Do an action, or in check mode plan it, and end the module with what changed.
+
+        Raises:
+            Failed: it was refused, or failed.
+        """
+        if not self.module.check_mode:
+            outcome: dict[str, Any] = self.ask(*_with(words, "--yes", "--json"))[1]
+            return {"changed": True, "msg": outcome["text"], "outcome": outcome}
+        plan = self.plan(*words)
+        if plan["refusals"]:
+            first = plan["refusals"][0]
+            raise Failed(_sentence(first), REFUSED, first)
+        return {"changed": True, "msg": f"would do: {plan['cli']}", "plan": plan}
+
+    def fail(self, failed: Failed) -> NoReturn:
+        """End the module as failed, with what memconsole said."""
+        self.module.fail_json(msg=str(failed), rc=failed.code, error=failed.error)
+        raise AssertionError  # fail_json ends the process
+
+    def missing(self, error: OSError) -> NoReturn:
+        """End the module as failed: there is no such command."""
+        executable = self.module.params["executable"]
+        self.module.fail_json(msg=f"{executable} cannot be run: {error.strerror}", rc=127, error={})
+        raise AssertionError  # likewise
+
+
+def _with(words: tuple[str, ...], *options: str) -> list[str]:
+    """A command with more options; what follows ``--`` is the VMM's."""
+    at = words.index("--") if "--" in words else len(words)
+    return [*words[:at], *options, *words[at:]]
+
+
+def kernel_words(params: dict[str, Any]) -> list[str]:
+    """The options that name the next kernel."""
+    return [word for name in KERNEL if params[name] for word in (f"--{name}", params[name])]
+
+
+def runs_already(plan: dict[str, Any]) -> bool:
+    """Whether the kernel that a handoff would boot is known to be the one that runs."""
+    return bool(plan["from_kernel"]) and plan["from_kernel"] == plan["to_kernel"]
+
+
+def refused_by(plan: dict[str, Any]) -> str:
+    """The first refusal of a plan in a sentence, and how many more there are; empty where there is none."""
+    refusals = plan["refusals"]
+    more = f" ({len(refusals) - 1} more)" if len(refusals) > 1 else ""
+    return f"{refusals[0]['code']}: {_sentence(refusals[0])}{more}" if refusals else ""
+
+
+def shown(snapshot: dict[str, Any], kernel: str) -> dict[str, Any]:
+    """What a handoff must not change of a host, beside the kernel that it does: for diff mode."""
+    return {
+        "kernel": kernel or snapshot["host"]["kernel"],
+        "guests": {guest["name"]: f"{guest['kind']}, {guest['state']}" for guest in snapshot["guests"]},
+        "regions": {region["name"]: f"{region['size']} bytes, {region['state']}" for region in snapshot["regions"]},
+    }
+
+
+def _sentence(error: dict[str, Any]) -> str:
+    said = ": ".join(filter(None, (error.get("what", ""), error.get("why", ""))))
+    return f"{said} ({error['remedy']})" if said and error.get("remedy") else said

@@ -1,0 +1,97 @@
+"""Playbooks of the collection in the tree, by the real ansible-playbook, over control processes of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import memconsole
+from support.waiting import until
+
+TOP = Path(memconsole.__path__[0]).parent
+FLEET = TOP / "fleet"
+COLLECTION = FLEET / "ansible_collections/memconsole/fleet"
+
+
+def environment(directory: Path) -> dict[str, str]:
+    """What Ansible finds the collection by, with a home of its own."""
+    return os.environ | {
+        "ANSIBLE_COLLECTIONS_PATH": str(FLEET),
+        "ANSIBLE_CONFIG": str(directory / "none.cfg"),
+        "ANSIBLE_HOME": str(directory / "ansible"),
+        "ANSIBLE_LOCAL_TEMP": str(directory / "ansible/tmp"),
+        "ANSIBLE_NOCOLOR": "1",
+        "ANSIBLE_RETRY_FILES_ENABLED": "0",
+        "LC_ALL": "C.UTF-8",
+    }
+
+
+def executable(directory: Path) -> Path:
+    """The memconsole of this tree as a command."""
+    path = directory / "memconsole"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} -m memconsole "$@"\n', encoding="utf-8")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+class Engine:
+    """ansible-playbook over hosts that are control processes here, by their sockets."""
+
+    def __init__(self, directory: Path, sockets: Mapping[str, Path]) -> None:
+        self.directory = directory
+        self.reports = directory / "roll"
+        self.inventory = directory / "inventory.json"
+        shared = {
+            "ansible_connection": "local",
+            "ansible_python_interpreter": sys.executable,
+            "ansible_remote_tmp": str(directory / "remote"),
+            "memconsole_executable": str(executable(directory)),
+            "memconsole_report_dir": str(self.reports),
+            "memconsole_interval": 0.5,
+        }
+        (directory / "none.cfg").touch()
+        hosts = {name: {"memconsole_socket": str(path)} for name, path in sockets.items()}
+        self.inventory.write_text(json.dumps({"memconsole": {"hosts": hosts, "vars": shared}}), encoding="utf-8")
+
+    def command(self, playbook: str, *more: str) -> list[str]:
+        """One run of a playbook of the collection."""
+        program = str(Path(sys.executable).parent / "ansible-playbook")
+        return [program, "-i", str(self.inventory), f"memconsole.fleet.{playbook}", *more]
+
+    def play(self, playbook: str, *more: str) -> subprocess.CompletedProcess[str]:
+        """Run it to its end."""
+        words, env = self.command(playbook, *more), environment(self.directory)
+        return subprocess.run(words, env=env, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+    def killed(self, playbook: str, when: Any) -> None:
+        """Run it until ``when`` says so, and kill the controller with all of its workers."""
+        words, env = self.command(playbook), environment(self.directory)
+        with subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+            until(when)
+            os.killpg(process.pid, signal.SIGKILL)
+
+    def report(self) -> dict[str, Any]:
+        """The report over all hosts."""
+        found: dict[str, Any] = json.loads((self.reports / "report.json").read_text(encoding="utf-8"))
+        return found
+
+    def states(self) -> list[str]:
+        """Where each host is, in order."""
+        return [row["state"] for row in self.report()["hosts"]]
+
+
+def recap(said: str, names: Sequence[str]) -> dict[str, dict[str, int]]:
+    """What Ansible counted of each host."""
+    return {
+        name: {word: int(count) for word, count in re.findall(r"(\w+)=(\d+)", line)}
+        for name in names
+        for line in re.findall(rf"^{name} +: (.*)$", said, flags=re.MULTILINE)
+    }

@@ -9,7 +9,6 @@ writes it, :func:`memconsole.command.parse` reads it, and the two are inverse.
 
 from __future__ import annotations
 
-import enum
 import functools
 import shlex
 from collections.abc import Mapping
@@ -18,52 +17,10 @@ from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hint
 import msgspec
 
 from memconsole import decoding
+from memconsole.arguments import ActionField, Arg, ArgumentKind
 from memconsole.errors import UsageError
 from memconsole.model import Access, Danger, Plan, Refusal, Request, Rung
 from memconsole.units import exact_size, format_address, parse_address, parse_bdf, parse_size
-
-
-class ArgumentKind(enum.StrEnum):
-    """How an argument is written and completed."""
-
-    NEW_NAME = "new-name"
-    REGION = "region"
-    GUEST = "guest"
-    GRANT = "grant"
-    WINDOW = "window"
-    SIZE = "size"
-    ADDRESS = "address"
-    BDF = "bdf"
-    INTEGER = "integer"
-    SECONDS = "seconds"
-    CHOICE = "choice"
-    FLAG = "flag"
-    PATH = "path"
-    TEXT = "text"
-    WORDS = "words"
-
-
-class Arg(msgspec.Struct, frozen=True):
-    """How one field of an Action is written: its kind, help, whether it stands without a ``--name``, its choices."""
-
-    kind: ArgumentKind
-    help: str
-    positional: bool = False
-    choices: tuple[str, ...] = ()
-
-
-class ActionField(msgspec.Struct, frozen=True):
-    """A field of an Action as the command line, dialogs and macros see it; ``required`` when it has no default."""
-
-    name: str
-    arg: Arg
-    required: bool
-    default: Any
-
-    @property
-    def option(self) -> str:
-        """The long option of a field that is not positional (``--page-size``)."""
-        return "--" + self.name.replace("_", "-")
 
 
 class Spec(msgspec.Struct, frozen=True):
@@ -170,6 +127,16 @@ class GuestStart(Action, frozen=True, tag="guest-start"):
     args: Annotated[tuple[str, ...], Arg(ArgumentKind.WORDS, "arguments for the VMM, after --")] = ()
 
 
+SAVE_S = 60.0
+"""Seconds a service has to save, where nobody says otherwise."""
+_Unit = Annotated[str, Arg(ArgumentKind.TEXT, "systemd unit it runs as, and is started again by")]
+_Exec = Annotated[str, Arg(ArgumentKind.TEXT, "command it is started by, after a handoff too")]
+_SaveSignal = Annotated[str, Arg(ArgumentKind.TEXT, "signal that has it save and end before a handoff (SIGTERM)")]
+_Save = Annotated[str, Arg(ArgumentKind.TEXT, "shell command that has it save before that, and is waited for")]
+_Ready = Annotated[str, Arg(ArgumentKind.TEXT, "shell command that succeeds once it answers")]
+_SaveWithin = Annotated[float, Arg(ArgumentKind.SECONDS, "seconds it may take to save, and to be ready")]
+
+
 class GuestAttach(Action, frozen=True, tag="guest-attach"):
     """Take a running process as a guest."""
 
@@ -184,6 +151,41 @@ class GuestAttach(Action, frozen=True, tag="guest-attach"):
     )
     name: Annotated[str, Arg(ArgumentKind.NEW_NAME, "name of the new guest", positional=True)]
     pid: Annotated[int, Arg(ArgumentKind.INTEGER, "the process's PID")]
+    unit: _Unit = ""
+    exec: _Exec = ""
+    save_signal: _SaveSignal = ""
+    save: _Save = ""
+    ready: _Ready = ""
+    within: _SaveWithin = SAVE_S
+
+    @property
+    def is_service(self) -> bool:
+        """Whether it was said how the process is saved or started."""
+        return bool(self.unit or self.exec or self.save_signal or self.save or self.ready)
+
+
+class GuestService(Action, frozen=True, tag="guest-service"):
+    """Have a systemd unit or a command as a guest: saved before a handoff, started again after it."""
+
+    spec = Spec(
+        "guest-service",
+        ("guest", "service"),
+        "Add service",
+        "Have a unit or a command as a guest: told to save before a handoff, started again after it",
+        Danger.CHANGES,
+        "",
+        "guests",
+    )
+    name: Annotated[str, Arg(ArgumentKind.NEW_NAME, "name of the new guest", positional=True)]
+    unit: _Unit = ""
+    exec: _Exec = ""
+    user: Annotated[
+        str, Arg(ArgumentKind.TEXT, "user its files are of, and its command runs as; the unit's, or root")
+    ] = ""
+    save_signal: _SaveSignal = ""
+    save: _Save = ""
+    ready: _Ready = ""
+    within: _SaveWithin = SAVE_S
 
 
 class GuestHelper(Action, frozen=True, tag="guest-helper"):
@@ -321,6 +323,7 @@ AnyAction = (
     | Release
     | GuestStart
     | GuestAttach
+    | GuestService
     | GuestHelper
     | GuestStop
     | GuestPause

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 from memconsole import actions
-from memconsole.actions import Action, ActionField, Arg, ArgumentKind
+from memconsole.actions import Action
+from memconsole.arguments import ActionField, Arg, ArgumentKind
 from memconsole.errors import MemconsoleError, UsageError
 from memconsole.source import Source
 

@@ -20,6 +20,11 @@ def _trend(busy: Sequence[float]) -> str:
     return spark(busy[-TREND:], 1.0)
 
 
+def _service(guest: Guest) -> str:
+    how = guest.service
+    return "" if how is None else how.unit or " ".join(how.command)
+
+
 def _nodes(found: Sequence[NodeBytes]) -> str:
     return " ".join(f"{each.node}:{format_size(each.size)}" for each in found) or "none"
 
@@ -210,6 +215,7 @@ GUESTS = Table(
         *_MANAGED,
         Field("comm", "Process", "name of its process", lambda g: g.seen and g.seen.comm, width=16, default=False),
         *_USED,
+        Field("service", "Service", "what starts it again after a handoff", _service, width=24, default=False),
         Field("command", "Command", "how it was started", lambda g: " ".join(g.command), width=40, default=False),
     ),
     _without_usage,

@@ -46,7 +46,8 @@ from typing import Any, Literal
 import msgspec
 
 from memconsole import actions, decoding
-from memconsole.actions import Action, ActionField
+from memconsole.actions import Action
+from memconsole.arguments import ActionField
 from memconsole.decoding import Undecodable
 from memconsole.errors import BadFile, MacroUsage, MemconsoleError
 from memconsole.fields import TABLES

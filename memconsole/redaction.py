@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, g
 
 import msgspec
 
-from memconsole.actions import REGISTRY, ArgumentKind, refused_plan
+from memconsole.actions import REGISTRY, refused_plan
 from memconsole.actions import fields as action_fields
+from memconsole.arguments import ArgumentKind
 from memconsole.errors import Refused
 from memconsole.model import Refusal, Snapshot
 

@@ -134,7 +134,9 @@ class Control:
             self._desk.guard = _guard(self._desk)
             self._watch()
             self._ready = ReadinessCheck(self.plan, root)
-            self._upkeep = Upkeep(self._desk, self._acting, self.snapshot, self._ledger.carry, self._ready, past=past)
+            self._upkeep = Upkeep(
+                self._desk, self._acting, self.snapshot, self._ledger.carry, self._ready, apply=self.apply, past=past
+            )
             undo.pop_all()
 
     # --- looking --------------------------------------------------------------------------------------------------

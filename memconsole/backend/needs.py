@@ -244,6 +244,9 @@ class MmioWindows(Protocol):
 class MountFiles(Protocol):
     """The files of grants on the mount."""
 
+    def sync(self) -> None:
+        """Have it show what the ledger means, now."""
+
     def block_access(self, grant: Grant) -> None:
         """Have a grant's file opened and mapped no more."""
 

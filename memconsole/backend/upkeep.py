@@ -3,6 +3,7 @@
     quarantine   lets frames go whose pins have dropped           not while an action is under way
     readiness    whether a handoff would be refused               when something it depends on has changed
     report       what guests say of the blackout of a handoff     not while an action is under way
+    services     starts those that were told to save for a handoff and have ended; finds the process of a unit
     mount        files and status as the ledger and a Snapshot have them
     history      records a Snapshot where that is due
 
@@ -23,6 +24,7 @@ from memconsole.errors import Gone, Silent
 from memconsole.model import HandoffReport, Snapshot
 
 if TYPE_CHECKING:
+    from memconsole.actions import Action
     from memconsole.backend.history.recorder import HistoryRecorder
     from memconsole.backend.ledger.state import Recorded
     from memconsole.backend.readiness import ReadinessCheck
@@ -70,6 +72,7 @@ class Upkeep:
         carry: Callable[[Recorded[None]], None],
         ready: ReadinessCheck,
         *,
+        apply: Callable[[Action], object],
         past: HistoryRecorder | None = None,
     ) -> None:
         self._desk = desk
@@ -77,12 +80,15 @@ class Upkeep:
         self._take = take
         self._carry = carry
         self._ready = ready
+        self._apply = apply
+        self._tried: set[str] = set()
         self._past = past
         self._taking = threading.Lock()
         self._latest: Snapshot | None = None
         self._ticks = Ticks()
         self._ticks.begin("quarantine", EVERY_S, self.recheck)
         self._ticks.begin("readiness", EVERY_S, self.check_readiness)
+        self._ticks.begin("services", EVERY_S, self.start_services)
         self._ticks.begin("report", EVERY_S, self.amend_report)
         if desk.mount is not None:
             self._ticks.begin("mount", EVERY_S, self.show_on_mount)
@@ -105,6 +111,22 @@ class Upkeep:
             with self._idle() as still:
                 if still:
                     self._carry(move.recheck_quarantine(self._desk))
+
+    def start_services(self) -> None:
+        """Start services that a handoff ended, once each and once the clock allows; find the process a unit has by now.
+
+        Raises:
+            MemconsoleError: one cannot be started; it is a guest that is gone until somebody resumes it.
+        """
+        if not any(guest.service is not None for guest in self._desk.state.guests.values()):
+            return
+        from memconsole.backend.handoff import services
+
+        with self._idle() as still:
+            due = services.due(self._desk, self._tried) if still else None
+            if due is not None:
+                self._tried.add(due.name)
+                self._apply(due)
 
     def amend_report(self) -> None:
         """Have the report of the last handoff say what guests say of their blackout."""

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from memconsole import macros
-from memconsole.actions import ArgumentKind
+from memconsole.arguments import ArgumentKind
 from memconsole.cli import connect
 from memconsole.cli.parser import build
 from memconsole.errors import MemconsoleError

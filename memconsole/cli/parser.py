@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from memconsole import __version__, actions
+from memconsole.arguments import ArgumentKind
 from memconsole.cli import connect
 from memconsole.cli.serving import add_options
 from memconsole.command import Parser, add_actions, reader, split_rest
@@ -298,7 +299,7 @@ def _handoff(commands: Any, json_too: argparse.ArgumentParser) -> None:
         if field.name == "unless_running":
             help = "refuse where the kernel that would be booted is the one that runs"
             check.add_argument(field.option, dest=field.name, action="store_true", help=help)
-        elif field.arg.kind is not actions.ArgumentKind.FLAG:
+        elif field.arg.kind is not ArgumentKind.FLAG:
             check.add_argument(
                 field.option, dest=field.name, default="", metavar=field.arg.kind.upper(), help=field.arg.help
             )

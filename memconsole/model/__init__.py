@@ -56,6 +56,7 @@ from memconsole.model.memory import (
     Region,
     RegionSeen,
     Segment,
+    Service,
     Vcpu,
 )
 from memconsole.model.noticed import (
@@ -163,6 +164,7 @@ __all__ = [
     "RevokeReport",
     "Rung",
     "Segment",
+    "Service",
     "Severity",
     "Snapshot",
     "Stalls",

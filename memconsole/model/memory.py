@@ -207,12 +207,32 @@ def _sum_known(values: Sequence[int | None]) -> int | None:
     return sum(known) if known and len(known) == len(values) else None
 
 
+class Service(Value, frozen=True):
+    """How a guest that is a service is saved and started again: by its systemd ``unit``, or by ``command``.
+
+    ``command`` runs as ``user`` and ``group`` (numbers) in ``directory``. ``save`` and ``ready`` are lines for /bin/sh:
+    the first has it save and is waited for, the second succeeds once it answers. ``save_signal`` ends it, saved;
+    ``within`` seconds for each of these.
+    """
+
+    unit: str = ""
+    command: tuple[str, ...] = ()
+    user: int = 0
+    group: int = 0
+    directory: str = "/"
+    save_signal: str = "SIGTERM"
+    save: str = ""
+    ready: str = ""
+    within: float = 60.0
+
+
 class Guest(Value, frozen=True):
     """What owns regions and holds grants: a VM or any process, and what its processes fork.
 
     ``silent``: why it does not answer, empty while it does; its ``progress`` is then what it said at ``answered_ns``,
     None if it never answered. ``ended``: what ended one that is gone, if known. ``helpers`` are those that an operator
-    named. ``managed``: what another manager of VMs says of it, where one runs it.
+    named. ``managed``: what another manager of VMs says of it, where one runs it. ``service``: a process that
+    is told to save before a handoff, and started again after it.
     """
 
     name: str
@@ -233,6 +253,7 @@ class Guest(Value, frozen=True):
     ended: str = ""
     helpers: tuple[Helper, ...] = ()
     managed: Managed | None = None
+    service: Service | None = None
 
     @property
     def process(self) -> ProcessId | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from memconsole.actions import ArgumentKind
+from memconsole.arguments import ArgumentKind
 from memconsole.command import ArgumentForm, CommandForm
 from memconsole.errors import UsageError
 from memconsole.fields import TABLES

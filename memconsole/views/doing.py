@@ -12,6 +12,7 @@ from textual.message import Message
 
 from memconsole import actions, unforeseen
 from memconsole.actions import Action
+from memconsole.arguments import ArgumentKind
 from memconsole.errors import MemconsoleError
 from memconsole.model import Outcome, Snapshot
 from memconsole.source import Source
@@ -21,10 +22,10 @@ from memconsole.views.screens.acting import Answer, Confirmation, Form, given_of
 
 LONG = 15
 EXISTING = {
-    actions.ArgumentKind.REGION,
-    actions.ArgumentKind.GUEST,
-    actions.ArgumentKind.GRANT,
-    actions.ArgumentKind.WINDOW,
+    ArgumentKind.REGION,
+    ArgumentKind.GUEST,
+    ArgumentKind.GRANT,
+    ArgumentKind.WINDOW,
 }
 NEED_A_ROW = {
     id

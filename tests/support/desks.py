@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +88,7 @@ class Live:
     unmaps: bool = True
     trouble: MemconsoleError | None = None
     ram: str = ""
+    obeys: bool = True
     did: list[str] = field(default_factory=list)
 
     def _do(self, what: str) -> None:
@@ -125,6 +127,14 @@ class Live:
     def kill(self) -> None:
         self.did.append("kill")
         self.says = GuestState.GONE
+
+    def tell(self, number: signal.Signals) -> None:
+        self._do(number.name)
+        if self.obeys:
+            self.says = GuestState.GONE
+
+    def ends(self, within: float) -> bool:
+        return self.says is GuestState.GONE
 
     def progress(self) -> Progress | None:
         return None
@@ -241,6 +251,10 @@ class Mount:
 
     barred: set[str] = field(default_factory=set)
     open: dict[str, str] = field(default_factory=dict)
+    synced: int = 0
+
+    def sync(self) -> None:
+        self.synced += 1
 
     def block_access(self, grant: Grant) -> None:
         self.barred.add(grant.id)

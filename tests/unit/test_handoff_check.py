@@ -29,6 +29,7 @@ from memconsole.model import (
     Region,
     RegionState,
     Segment,
+    Service,
     Severity,
     Survival,
 )
@@ -48,6 +49,9 @@ def guest(
     return GuestFacts(Guest(name, kind, state, 7, 7), state, **more)
 
 
+REDIS = Guest(
+    "r", GuestKind.PROCESS, GuestState.RUNNING, 7, 7, command=("/usr/bin/redis-server *:6379",), service=Service()
+)
 CLEAN = into_next_kernel(
     HandoffFacts(
         jump=True,
@@ -125,6 +129,7 @@ WARNINGS: dict[str, dict[str, Any]] = {
     "scratch-migrates": held(in_scratch=4 * M),
     "guest-ended": {"guests": (guest("web", state=GuestState.GONE),)},
     "guest-process": {"guests": (guest("db", GuestKind.PROCESS),)},
+    "guest-cold": {"guests": (GuestFacts(REDIS, GuestState.RUNNING),)},
     "guest-foreign": {"strangers": (Guest("qemu-9", GuestKind.FOREIGN, GuestState.RUNNING, 9),)},
     "device-hidden": passed(hidden="/sys/kernel/debug/iommu is not there"),
     "device-wanted": passed(wanted=("nvme",)),

@@ -10,6 +10,7 @@ import pytest
 
 from memconsole import actions, macro_run, macros
 from memconsole.actions import Action
+from memconsole.arguments import ArgumentKind
 from memconsole.errors import BadFile, MacroError, MacroUsage, Refused
 from memconsole.macro_run import Face, Ran
 from memconsole.macros import Macro
@@ -245,8 +246,8 @@ def test_a_command_that_acts_or_means_nothing_is_refused(text: str) -> None:
 def test_a_parameter_is_checked_as_the_argument_it_stands_for() -> None:
     macro = macros.loads(WEB, "web")
     assert {name: field.arg.kind for name, field in macros.fields_of(macro).items()} == {
-        "name": actions.ArgumentKind.NEW_NAME,
-        "size": actions.ArgumentKind.SIZE,
+        "name": ArgumentKind.NEW_NAME,
+        "size": ArgumentKind.SIZE,
     }
     with pytest.raises(MacroUsage, match=r"size: .*not a size"):
         macro_run.settings_for(macro, {"name": "w", "size": "64Q"})

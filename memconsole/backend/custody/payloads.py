@@ -37,6 +37,7 @@ KINDS = frozenset(
         "session",
         "started",
         "state",
+        "told",
         "uffd",
         "vfio",
     }

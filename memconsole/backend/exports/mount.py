@@ -361,7 +361,8 @@ class GuestMount:
                 process = census.process(self._holdings.root, guest.pid)
                 if process.id == guest.process:
                     return census.uid(self._holdings.root, guest.pid)
-        return self._owners.get(guest.name, entry.uid if entry is not None else 0)
+        waits = guest.service.user if guest.service is not None else 0  # of one that was never started
+        return self._owners.get(guest.name) or (entry.uid if entry is not None else 0) or waits
 
     def _shows(self, entry: FuseEntry, of: tuple[int, int]) -> bool:
         return any(

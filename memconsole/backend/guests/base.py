@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Protocol, TypeGuard
 from memconsole.model import GuestKind
 
 if TYPE_CHECKING:
+    from signal import Signals
+
     from memconsole.model import Access, GuestState, Progress, Vcpu
 
 STOP_S = 5.0
@@ -135,6 +137,21 @@ class Qemu(GuestDriver, Protocol):
 
     def clocks(self) -> tuple[str, ...]:
         """What of a virtual machine's clocks its guest has."""
+
+
+class Process(GuestDriver, Protocol):
+    """A live process that joined."""
+
+    def tell(self, number: Signals) -> None:
+        """Send it a signal; Gone when it ended."""
+
+    def ends(self, within: float) -> bool:
+        """Whether it has ended, at most so many seconds from now."""
+
+
+def is_process(live: GuestDriver | None) -> TypeGuard[Process]:
+    """Whether it is a process that joined, which says so itself."""
+    return live is not None and live.kind is GuestKind.PROCESS
 
 
 def is_canary(live: GuestDriver | None) -> TypeGuard[Canary]:

@@ -39,6 +39,14 @@ class ProcessGuest(AgentedGuest):
         """SIGCONT."""
         self._handle.signal(signal.SIGCONT)
 
+    def tell(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        self._handle.signal(number)
+
+    def ends(self, within: float) -> bool:
+        """Whether it has ended, at most so many seconds from now."""
+        return self._handle.wait(within)
+
     def stop(self, within: float) -> None:  # noqa: ARG002 - the process is only let go
         """Let the process go; it goes on without its grants being ours to ask for."""
         self.interrupt()

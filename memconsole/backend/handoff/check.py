@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from memconsole.backend.handoff import device_conditions, doubts, image
+from memconsole.backend.handoff import device_conditions, doubts, image, service_conditions
 from memconsole.backend.handoff.facts import GuestFacts, HandoffFacts
 from memconsole.backend.kernel import cmdline, kho
 from memconsole.backend.kernel.handover import abi
@@ -438,16 +438,7 @@ def _of_a_rehearsal(vms: Iterable[GuestFacts]) -> Iterator[Condition]:
 
 
 def _of_a_jump(facts: HandoffFacts) -> Iterator[Condition]:
-    processes = [met.guest.name for met in facts.guests if met.guest.kind is GuestKind.PROCESS]
-    yield Condition(
-        "guest-process",
-        WARNING,
-        not processes,
-        requirement="every guest is a VM",
-        risk="an ordinary process ends with this kernel; its regions are carried",
-        observed=f"guests that are ordinary processes: {', '.join(processes)}" if processes else "",
-        remedy="have it save what it needs; start it again after the jump: memconsole guest attach NAME --pid PID",
-    )
+    yield service_conditions.untold(facts)
     strangers = [guest.name for guest in facts.strangers]
     yield Condition(
         "guest-foreign",
@@ -460,7 +451,15 @@ def _of_a_jump(facts: HandoffFacts) -> Iterator[Condition]:
     )
 
 
-_ALWAYS: tuple[Judge, ...] = (_custody, doubts.memory_doubts, _guests, _by_base_pages, _lazy, device_conditions.devices)
+_ALWAYS: tuple[Judge, ...] = (
+    _custody,
+    doubts.memory_doubts,
+    _guests,
+    service_conditions.services,
+    _by_base_pages,
+    _lazy,
+    device_conditions.devices,
+)
 _OF_A_JUMP: tuple[Judge, ...] = (
     _this_kernel,
     _left,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from memconsole import __version__
 from memconsole.backend.dma import address_spaces
-from memconsole.backend.handoff import bootplan, save_restore
+from memconsole.backend.handoff import bootplan, save_restore, services
 from memconsole.backend.handoff.bootplan import MANIFEST_SESSION, ClockReading, Hold, Verify
 from memconsole.backend.handoff.cargo import SessionContents
 from memconsole.backend.handoff.facets import Handover
@@ -63,7 +63,8 @@ class Gathered:
                     holds.append(Hold(each.session, token, name, payload))
         token = LEDGER_TOKEN
         mounted = [MOUNT] if MOUNT in desk.custody.names() else []
-        for name in (LEDGER, *mounted, *(state_held(guest.name) for guest in going), *self._of_devices()):
+        told = [services.TOLD + name for name in services.marked(desk)]
+        for name in (LEDGER, *mounted, *told, *(state_held(guest.name) for guest in going), *self._of_devices()):
             fds[token], payload = desk.custody.get(name)
             holds.append(Hold(MANIFEST_SESSION, token, name, payload))
             token += 1

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from memconsole.backend.handoff import bootplan
 from memconsole.backend.handoff.bootplan import ClockReading, Resume
 from memconsole.backend.handoff.manifest import Manifest
-from memconsole.model import Grant, GuestResult, HandoffReport, HandoffState, Phase
+from memconsole.model import Grant, GuestKind, GuestResult, HandoffReport, HandoffState, Phase
 
 CUSTODY = "report"
 """What the report of the last handoff is called in custody."""
@@ -21,6 +21,7 @@ BEFORE = (
     ("preserve", "preserve the regions while guests run"),
     ("place", "record where every page is"),
     ("iova", "record where the devices' page tables lead"),
+    ("tell", "have services save, and end"),
     ("pause", "stop the guests"),
     ("save", "save vCPU and device state of the guests"),
     ("quiesce", "switch bus mastering off for the devices"),
@@ -96,6 +97,9 @@ def guest_results(
     moments = {each.guest: each.at for each in resume.guests}
     stopped = {each.guest.name: each.at for each in manifest.guests}
     for guest in guests:
+        if guest.kind is GuestKind.PROCESS:  # a service, which the control process starts
+            yield guest
+            continue
         now = guest_result(guest, resume)
         if now.back and now.name in stopped:
             now = replace(now, blackout_ns=clock.between(stopped[now.name], moments[now.name]), by="its VMM")

@@ -1,9 +1,9 @@
 """The handoff as steps, each with its undo: until the jump, a failure leaves every guest running where it was.
 
-    run         load ─ preserve-SESSION... ─ place ─ iova-BDF... ─ pause-GUEST... ─ save-GUEST... ─ quiesce-BDF...
-                ─ pause-GUEST... ─ save-GUEST... ─ manifest ─ jump
-    rehearse    iova-BDF... ─ pause-GUEST... ─ save-GUEST... ─ quiesce-BDF... ─ pause-GUEST... ─ save-GUEST... ─ place
-                ─ manifest ─ end ─ early ─ adopt
+    run         load ─ preserve-SESSION... ─ place ─ iova-BDF... ─ tell-SERVICE... ─ saved-SERVICE... ─ pause-GUEST...
+                ─ save-GUEST... ─ quiesce-BDF... ─ pause-GUEST... ─ save-GUEST... ─ manifest ─ jump
+    rehearse    iova-BDF... ─ tell-SERVICE... ─ saved-SERVICE... ─ pause-GUEST... ─ save-GUEST... ─ quiesce-BDF...
+                ─ pause-GUEST... ─ save-GUEST... ─ place ─ manifest ─ end ─ early ─ adopt
 
 Every step is a fault point; what a control process that died at one leaves, :mod:`~.adopt` takes back or carries on.
 
@@ -38,6 +38,7 @@ from memconsole.backend.handoff import (
     manifest,
     report,
     save_restore,
+    services,
 )
 from memconsole.backend.handoff.bootplan import MANIFEST_SESSION
 from memconsole.backend.handoff.cargo import SessionContents, cargoes
@@ -113,7 +114,8 @@ class _Sequence:
             return work
         cargo = cargoes(desk)
         going = [met.guest for met in seen.guests if _can_go(met)]
-        self._begin(work, going, seen.image.release if seen.image else "")
+        told = [met.guest for met in seen.guests if services.runs(met.guest, met.state)]
+        self._begin(work, going, told, seen.image.release if seen.image else "")
         if jump:
             self._finish(work, facts.unfinished_sessions(desk))
             self._load(work, seen)
@@ -125,6 +127,7 @@ class _Sequence:
         passed = [each for each in seen.devices if jump or each.guest in names]
         for each in passed:
             self._record(work, each)
+        self._tell(work, told)
         busy = {each.guest for each in passed}
         self._still(work, [guest for guest in going if guest.name in busy])
         for each in passed:
@@ -137,7 +140,7 @@ class _Sequence:
         if jump:
             self._add(work, "jump", Step("jump", f"boot {seen.kernel}: the keeper jumps", desk.custody.jump))
         else:
-            self._restart(work, going)
+            self._restart(work, going, told)
         return work
 
     # --- steps ------------------------------------------------------------------------------------------------------
@@ -157,9 +160,9 @@ class _Sequence:
 
         work.steps.append(Step(step.id, step.text, passed, step.undo, step.undo_text))
 
-    def _begin(self, work: PreparedAction, going: Sequence[Guest], release: str) -> None:
+    def _begin(self, work: PreparedAction, going: Sequence[Guest], told: Sequence[Guest], release: str) -> None:
         verb = "is handed off" if self.kind == "run" else "has rehearsed a handoff"
-        work.text = f"{work.subject} {verb}: {len(going)} guests"
+        work.text = f"{work.subject} {verb}: {len(going) + len(told)} guests"
         here = host.host(self.desk.root)
 
         def do() -> None:
@@ -173,7 +176,7 @@ class _Sequence:
                     time.time_ns(),
                     here.kernel,
                     release or here.kernel,
-                    guests=guests,
+                    guests=(*guests, *services.results(self.desk, told)),
                 ),
                 partial(setattr, self.desk, "handoff"),
             )
@@ -265,6 +268,15 @@ class _Sequence:
         text = f"switch bus mastering off for device {bdf} of {device.guest}"
         undo = partial(self.desk.address_spaces.restart, bdf)
         self._add(work, "quiesce", Step(f"quiesce-{bdf}", text, do, undo, "switch it on"))
+
+    def _tell(self, work: PreparedAction, told: Sequence[Guest]) -> None:
+        """All save at once, and while VMs still run."""
+        for guest in told:
+            for step in services.saving(self.desk, work, guest):
+                self._add(work, "tell", step)
+        for guest in told:
+            for step in services.saved(self.desk, guest):
+                self._add(work, "tell", step)
 
     def _still(self, work: PreparedAction, guests: Sequence[Guest]) -> None:
         for guest in guests:
@@ -369,7 +381,7 @@ class _Sequence:
 
     # --- the rehearsal's own -----------------------------------------------------------------------------------------
 
-    def _restart(self, work: PreparedAction, going: Sequence[Guest]) -> None:
+    def _restart(self, work: PreparedAction, going: Sequence[Guest], told: Sequence[Guest]) -> None:
         desk = self.desk
         names = ", ".join(guest.name for guest in going) or "no guest"
 
@@ -390,6 +402,7 @@ class _Sequence:
         def land() -> None:
             landed = landing.land(desk, self.got.progress)
             work.change = landed.change
+            work.then += [GuestResume(guest.name) for guest in told]
             landing.adopt_processes(desk, landed.change.guests)
             work.after = partial(settle, landed)
 

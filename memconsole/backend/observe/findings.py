@@ -111,9 +111,11 @@ def _guest(guest: Guest, taken_ns: int) -> Iterator[Finding]:
             "guest-gone",
             Severity.WARNING,
             guest.name,
-            f"guest {guest.name} is gone: {guest.its_process} ended without being stopped",
+            f"guest {guest.name} is gone: {guest.its_process} ended without being stopped"
+            if guest.service is None
+            else f"service {guest.name} does not run",
             _of_process(guest),
-            f"memconsole guest stop {guest.name} ends its grants; its regions keep their contents",
+            f"{_again(guest)}memconsole guest stop {guest.name} ends its grants; its regions keep their contents",
         )
     if guest.kind is not GuestKind.FOREIGN and guest.state is GuestState.STOPPED:
         yield Finding(
@@ -133,6 +135,11 @@ def _guest(guest: Guest, taken_ns: int) -> Iterator[Finding]:
             "its own check of its RAM",
             "pause it, and find which other process maps its regions: memconsole reach GUEST",
         )
+
+
+def _again(guest: Guest) -> str:
+    """How a service is started, to be said first."""
+    return f"memconsole guest resume {guest.name} starts it; " if guest.service is not None else ""
 
 
 def _of_process(guest: Guest, file: str = "") -> str:

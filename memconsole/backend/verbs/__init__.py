@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from memconsole import actions
 from memconsole.backend import needs
 from memconsole.backend.handoff.facets import HandoffChecks
-from memconsole.backend.verbs import grants, guests, handoff, regions, windows
+from memconsole.backend.verbs import grants, guests, handoff, regions, services, windows
 from memconsole.backend.work import PreparedAction
 
 
@@ -34,6 +34,7 @@ VERBS: Mapping[type[actions.Action], Verb] = {
     actions.Revoke: grants.revoke,
     actions.GuestStart: guests.start,
     actions.GuestAttach: guests.attach,
+    actions.GuestService: services.add,
     actions.GuestHelper: guests.helper,
     actions.GuestStop: guests.stop,
     actions.GuestPause: guests.pause,

@@ -69,7 +69,7 @@ def map(desk: GrantMaking, action: Map) -> PreparedAction:
     length = region.size - action.offset if action.length is None else action.length
     _in_range(work, region, action.offset, length, action.gpa)
     back = guest.kind is GuestKind.QEMU and suspend_vm.is_saved(desk, guest.name)
-    if not back:
+    if not back and guest.service is None:
         _alive(work, desk, guest)
     _access(work, desk, region, action.access)
     if guest.kind is GuestKind.QEMU and not back:
@@ -114,6 +114,11 @@ def offer_grant(work: PreparedAction, desk: GrantOffers, grant: Grant) -> None:
 
     def do() -> None:
         live = desk.live_guest(grant.guest)
+        guest = desk.state.guests.get(grant.guest)
+        if guest is not None and guest.service is not None and (live is None or live.state() is GuestState.GONE):
+            work.text = f"{grant.guest} may map {grant.region} ({grant.access}) as {grant.id} when it is started"
+            work.change = msgspec.structs.replace(work.change, grants=(grant,))
+            return
         if live is None:
             raise Gone(f"guest {grant.guest} is gone", "its process ended", f"stop guest {grant.guest}")
         with desk.grant_offer(grant) as offered:

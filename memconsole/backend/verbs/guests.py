@@ -17,10 +17,11 @@ from memconsole.backend.guests.base import STOP_S
 from memconsole.backend.guests.commandline import BINARY, with_accelerator, with_agent
 from memconsole.backend.guests.handle import Handle, stat
 from memconsole.backend.handoff.facets import Handover
+from memconsole.backend.handoff.services import unmark
 from memconsole.backend.kernel import census, tree
 from memconsole.backend.ledger.state import Recorded, StateChange
 from memconsole.backend.revoke import Ladder, Revoking, suspend_vm
-from memconsole.backend.verbs import dma, handoff
+from memconsole.backend.verbs import dma, handoff, services
 from memconsole.backend.verbs.common import free_name, is_vm, known_guest
 from memconsole.backend.verbs.grants import OFFER_S, GrantOffers, GrantTaking, offer_grant
 from memconsole.backend.verbs.regions import creation
@@ -171,11 +172,12 @@ def attach(desk: ProcessAttaching, action: GuestAttach) -> PreparedAction:
             "Itself", f"process {action.pid} is memconsole itself", "it holds every region", "attach another process"
         )
     command = _attachable(work, action.pid)
+    how = services.described(work, action, action.pid) if action.is_service and not work.refusals else None
     if work.refusals:
         return work
 
     if gone is not None:
-        again = replace(gone, command=command)
+        again = replace(gone, command=command, service=how or gone.service)
         grants = desk.state.grants_of(guest=gone.name)
         work.text = f"process {action.pid} is guest {gone.name} again, with {len(grants)} grants"
 
@@ -205,6 +207,7 @@ def attach(desk: ProcessAttaching, action: GuestAttach) -> PreparedAction:
             live.start_ticks,
             command=command,
             created_ns=time.time_ns(),
+            service=how,
         )
         work.change = StateChange(guests=(guest,))
 
@@ -310,6 +313,7 @@ def forget(desk: suspend_vm.SuspendedGuests, name: str) -> None:
     """Let go of a guest, of what it saved at a handoff, and remove what lies in its directory."""
     desk.remove_guest(name)
     suspend_vm.drop_saved_state(desk, name)
+    unmark(desk, name)
     handoff.discard_saved_guest(desk, name)
     shutil.rmtree(desk.directory(name), ignore_errors=True)
 
@@ -319,13 +323,19 @@ def pause(desk: Handover, action: GuestPause) -> PreparedAction:
     return _switch(desk, action.name, GuestState.PAUSED)
 
 
-def resume(desk: Handover, action: GuestResume) -> PreparedAction:
+class GuestResuming(Handover, services.ServiceStarting, Protocol):
+    """What ``guest resume`` needs."""
+
+
+def resume(desk: GuestResuming, action: GuestResume) -> PreparedAction:
     """Let it go on, wake it; one that did not come back from a handoff, or gave its RAM back, is started again."""
     guest = desk.state.guests.get(action.name)
     if guest is not None and suspend_vm.is_saved(desk, guest.name):
         return suspend_vm.restart_saved_guest(desk, guest)
     if guest is not None and handoff.is_saved(desk, guest.name):
         return handoff.restart_saved_guest(desk, guest)
+    if guest is not None and services.starts(desk, guest):
+        return services.start(desk, guest)
     return _switch(desk, action.name, GuestState.RUNNING)
 
 

@@ -10,7 +10,8 @@ import os
 from pathlib import Path
 
 from memconsole import actions
-from memconsole.actions import Action, ArgumentKind
+from memconsole.actions import Action
+from memconsole.arguments import ArgumentKind
 from memconsole.errors import Denied
 
 KERNELS = ("/boot", "/efi", "/usr/lib/modules", "/lib/modules")

@@ -16,7 +16,8 @@ from textual.suggester import SuggestFromList
 from textual.widgets import Button, Input, Label, Select, Static
 
 from memconsole import actions, bulk
-from memconsole.actions import Action, ActionField, ArgumentKind
+from memconsole.actions import Action
+from memconsole.arguments import ActionField, ArgumentKind
 from memconsole.errors import MemconsoleError
 from memconsole.model import Danger, Plan, Snapshot
 from memconsole.views.bound import bound

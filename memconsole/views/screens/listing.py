@@ -9,6 +9,7 @@ from textual.app import ComposeResult
 from textual.binding import BindingType
 
 from memconsole import actions
+from memconsole.arguments import ArgumentKind
 from memconsole.field import Table
 from memconsole.fields import TABLES
 from memconsole.model import Part, Snapshot
@@ -21,10 +22,10 @@ from memconsole.views.widgets.pane import Pane
 from memconsole.views.widgets.table import VirtualTable
 
 SUBJECT_KINDS = {
-    "regions": actions.ArgumentKind.REGION,
-    "guests": actions.ArgumentKind.GUEST,
-    "grants": actions.ArgumentKind.GRANT,
-    "windows": actions.ArgumentKind.WINDOW,
+    "regions": ArgumentKind.REGION,
+    "guests": ArgumentKind.GUEST,
+    "grants": ArgumentKind.GRANT,
+    "windows": ArgumentKind.WINDOW,
 }
 """What an argument of a row of each table is called."""
 

@@ -15,7 +15,7 @@ from textual.message import Message
 from textual.widgets import Button, Input, Static
 
 from memconsole import macro_run, macros, unforeseen
-from memconsole.actions import ActionField, Arg, ArgumentKind
+from memconsole.arguments import ActionField, Arg, ArgumentKind
 from memconsole.errors import MemconsoleError
 from memconsole.macro_run import Decision, StepResult
 from memconsole.macros import Macro

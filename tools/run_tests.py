@@ -15,7 +15,7 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -51,11 +51,12 @@ took is printed, for that order.
 
 @dataclass
 class Tally:
-    """How a tier went; ``skips`` maps a reason to how many tests gave it."""
+    """How a tier went; ``skips`` maps a reason to how many tests gave it, ``failures`` a test to why."""
 
     passed: int = 0
     failed: int = 0
     skips: dict[str, int] | None = None
+    failures: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     broken: bool = False
 
@@ -75,6 +76,8 @@ def lint() -> Tally:
         ended = subprocess.run([str(BIN / command[0]), *command[1:]], cwd=ROOT, check=False)
         tally.passed += ended.returncode == 0
         tally.failed += ended.returncode != 0
+        if ended.returncode != 0:
+            tally.failures[command[0]] = f"exit status {ended.returncode}"
     return tally
 
 
@@ -94,8 +97,10 @@ def run_tier(tier: str, output: IO[str] | None = None) -> Tally:
             reason = re.sub(r"\s+", " ", skipped.get("message") or "no reason given")
             tally.skips = tally.skips or {}
             tally.skips[reason] = tally.skips.get(reason, 0) + 1
-        elif case.find("failure") is not None or case.find("error") is not None:
+        elif (failure := case.find("failure")) is not None or (failure := case.find("error")) is not None:
             tally.failed += 1
+            said = (failure.get("message") or "no reason given").splitlines()[0]
+            tally.failures[f"{case.get('classname')}::{case.get('name')}"] = said
         else:
             tally.passed += 1
     return tally
@@ -151,6 +156,8 @@ def main() -> int:
         print(f"{tier:8}{tally.text}")
         for reason, count in sorted((tally.skips or {}).items()):
             print(f"        skipped {count}: {reason}")
+        for test, why in tally.failures.items():
+            print(f"        failed {test}: {why}")
     passed = sum(tally.passed for tally in tallies.values())
     failed = sum(tally.failed + tally.broken for tally in tallies.values())
     skipped = sum(sum((tally.skips or {}).values()) for tally in tallies.values())

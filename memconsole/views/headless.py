@@ -17,6 +17,8 @@ from memconsole.views.settings import ConsoleSettings
 from memconsole.views.themes import DARK
 
 if TYPE_CHECKING:
+    from textual.pilot import Pilot
+
     from memconsole.actions import Action
     from memconsole.extents import ExtentTable
     from memconsole.model import Event, Outcome, Part, Plan, Snapshot
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 Format = Literal["svg", "text"]
 NEVER = 1e6
 """Seconds until the next Snapshot: a picture has one."""
+STANDS = 3
+"""Pauses that leave the screen as it was, after which it stands still."""
 
 
 class FrozenSource:
@@ -129,7 +133,22 @@ async def _render(
             await pilot.pause()
             if front.error is not None:
                 raise front.error
+        await _settled(app, pilot)
         return app.export_screenshot() if format == "svg" else _text(app)
+
+
+async def _settled(app: ConsoleApp, pilot: Pilot[None]) -> None:
+    """Wait until the screen stands still.
+
+    A pause handles what every widget has been sent so far; what that leads to (a line that wraps, so a pane that grows,
+    so a bar that scrolls) comes in the next ones.
+    """
+    seen, same = "", 0
+    while same < STANDS:
+        await pilot.pause()
+        now = _text(app)
+        same = same + 1 if now == seen else 0
+        seen = now
 
 
 def _text(app: ConsoleApp) -> str:

@@ -342,6 +342,24 @@ async def test_the_title_says_the_cells_that_are_shown_after_another_layout() ->
             assert f" in {format_size(view.map.cell_pages * PAGE)} " in title.render().plain
 
 
+async def test_lines_painted_before_the_map_knew_its_size_are_painted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    lay = HeatMap.on_resize
+
+    def painted_first(heat: HeatMap) -> None:
+        heat.render_lines(heat.size.region)
+        lay(heat)
+
+    monkeypatch.setattr(HeatMap, "on_resize", painted_first)
+    async with opened(SyntheticSource(), size=(132, 50)) as (pilot, view):
+        for size in ((80, 50), (132, 50)):
+            await pilot.resize_terminal(*size)
+            await pilot.pause()
+            heat = view.map
+            assert heat.size.height > len(heat._rows), "below the last row there is the minimap alone"
+            painted = [strip.text for strip in heat.render_lines(heat.size.region)]
+            assert painted == [heat.render_line(line).text for line in range(heat.size.height)]
+
+
 async def test_a_map_is_opened_by_a_bare_name_and_at_an_address() -> None:
     async with opened(SyntheticSource(), subject="") as (pilot, view):
         assert isinstance(pilot.app, ConsoleApp)

@@ -33,10 +33,13 @@ GLYPHS = [look.glyph for look in ALL_LOOKS]
 
 
 class MapLine(NamedTuple):
-    """All that is on a line: where its row begins (-1 is no row), its cells, the cursor's column or -1, the minimap."""
+    """All that is on a line: where its row begins (-1 is no row), its cells and how many there may be, the cursor's
+    column or -1, the minimap.
+    """
 
     page: int
     cells: bytes
+    width: int
     cursor: int
     edge: int
     thumb: bool
@@ -367,6 +370,7 @@ class HeatMap(Widget, can_focus=True):
         lines = [
             MapLine(
                 *(self._rows[y] if y < len(self._rows) else (-1, b"")),
+                self._grid.width,
                 cursor_column if cursor_row == self._top + y else -1,
                 self._overview[y] if y < len(self._overview) else OUTSIDE,
                 y in thumb,
@@ -416,10 +420,10 @@ class HeatMap(Widget, can_focus=True):
             segments += self._cells(cells[: line.cursor], styles)
             segments.append(Segment(GLYPHS[under], styles.looks[under] + styles.cursor))
             segments += self._cells(cells[line.cursor + 1 :], styles)
-        segments.append(Segment(" " * (self._grid.width - len(cells)), styles.plain))
+        segments.append(Segment(" " * (line.width - len(cells)), styles.plain))
         edge = styles.looks[line.edge]
         segments.append(Segment(GLYPHS[line.edge], edge + styles.cursor if line.thumb else edge))
-        return Strip(segments, GUTTER + self._grid.width + EDGE).adjust_cell_length(width, styles.plain)
+        return Strip(segments, GUTTER + line.width + EDGE).adjust_cell_length(width, styles.plain)
 
     @staticmethod
     def _cells(cells: bytes, styles: Styles) -> list[Segment]:

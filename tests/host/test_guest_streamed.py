@@ -6,12 +6,15 @@ import contextlib
 import ctypes
 import os
 import shutil
+import signal
 import struct
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from support.firmware import STATUS, counting
 from support.waiting import LONG_S, until
@@ -19,7 +22,7 @@ from support.waiting import LONG_S, until
 from memconsole.backend import steps
 from memconsole.backend.guests import statestream
 from memconsole.backend.guests.qmp import Qmp
-from memconsole.backend.guests.statestream import StateStream
+from memconsole.backend.guests.statestream import Before, StateStream
 from memconsole.backend.managers import domainxml, saveimage
 from memconsole.backend.managers.domainxml import Lock
 from memconsole.backend.managers.migration import Elsewhere, filtered
@@ -35,6 +38,32 @@ BACKENDS = {
     "memfd": ("memory-backend-memfd", "share=on"),
     "anonymous": ("memory-backend-ram", "share=off"),
 }
+
+
+TAKES = """
+import os, sys
+from pathlib import Path
+import msgspec
+from memconsole.backend import steps
+from memconsole.backend.guests import statestream
+from memconsole.backend.guests.qmp import Qmp
+from memconsole.backend.guests.statestream import StateStream
+from memconsole.backend.managers.migration import Elsewhere
+
+socket, pid, image, size, statestream._FASTEST = *sys.argv[1:5], int(sys.argv[5])
+qmp = Qmp("web", Path(socket))
+
+def monitor(command, arguments, fd=None):
+    return qmp.execute(command, arguments, within=300, fd=fd)
+
+taking = StateStream("web", int(pid), monitor, os.open(image, os.O_RDWR), (Elsewhere("pc.ram", int(size)),))
+look, *rest = taking.steps()
+look.do()
+print(msgspec.json.encode(taking.before).decode(), flush=True)
+for _ in steps.run("take", rest):
+    pass
+"""
+"""A process that takes the state of a guest, and says first what its QEMU was before."""
 
 
 class Qemu:
@@ -241,3 +270,60 @@ def test_whatever_fails_on_the_way_the_guest_runs_as_before(tmp_path: Path, imag
         with pytest.raises(GuestError):
             statestream.take_back(guest, taking.before)
         os.close(ram)
+
+
+@pytest.mark.parametrize("point", ["take.set.after", "take.stream.before", "take.stream.after"])
+def test_whoever_comes_after_one_that_was_killed_takes_it_back_by_what_was_recorded(
+    tmp_path: Path, image: int, point: str
+) -> None:
+    other = tmp_path / "other"
+    with qemu(tmp_path, "memory-backend-memfd,share=on", "-qmp", f"unix:{other},server=on,wait=off") as guest:
+        ram = their_memfd(guest.pid)
+        before = settings(guest)
+        command = [
+            sys.executable,
+            "-c",
+            TAKES,
+            str(other),
+            str(guest.pid),
+            str(tmp_path / "image"),
+            str(RAM),
+            str(1 << 40),
+        ]
+        killed = subprocess.run(
+            command, check=False, capture_output=True, timeout=LONG_S, env={**os.environ, "MEMCONSOLE_FAULT": point}
+        )
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert settings(guest) != before
+        statestream.take_back(guest, msgspec.json.decode(killed.stdout, type=Before))
+        assert settings(guest) == before
+        goes_on(ram)
+        os.close(ram)
+
+
+def test_one_whose_taker_is_killed_in_the_middle_goes_on_by_itself(tmp_path: Path, image: int) -> None:
+    """A guest that dirties its RAM faster than it is sent, in the middle of a stream that nobody reads any more."""
+    other = tmp_path / "other"
+    with qemu(tmp_path, "memory-backend-ram,share=off", "-qmp", f"unix:{other},server=on,wait=off") as guest:
+        until(lambda: counts(guest), "rounds of the guest")
+        before = settings(guest)
+        command = [
+            sys.executable,
+            "-c",
+            TAKES,
+            str(other),
+            str(guest.pid),
+            str(tmp_path / "image"),
+            str(RAM),
+            str(1 << 20),
+        ]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as taker:
+            assert taker.stdout is not None
+            recorded = msgspec.json.decode(taker.stdout.readline(), type=Before)
+            until(lambda: guest("query-migrate", {}).get("status") == "active", "the stream is under way")
+            taker.kill()
+        until(lambda: guest("query-migrate", {})["status"] == "failed", "QEMU sees that nobody reads")
+        assert guest("query-status", {})["status"] == "running"
+        statestream.take_back(guest, recorded)
+        assert settings(guest) == before
+        assert full_save(guest, tmp_path / "whole")["pc.ram"] >= RAM // 4096

@@ -35,6 +35,7 @@ _UNKNOWN = frozenset(
         "dirty-bitmaps",
         "mapped-ram",
         "multifd",
+        "pause-before-switchover",
         "postcopy-ram",
         "release-ram",
         "return-path",
@@ -43,7 +44,7 @@ _UNKNOWN = frozenset(
         "zero-copy-send",
     }
 )
-"""Capabilities with which QEMU writes what the filter refuses, or gives RAM up that it has sent."""
+"""Capabilities with which QEMU writes what the filter refuses, waits for a word, or gives RAM up that it has sent."""
 _FASTEST = 1 << 40
 """Bytes a second, as a limit: none."""
 _PIPE = 1 << 20

@@ -21,7 +21,7 @@ def inverse(action: Action, outcome: Outcome, before: Snapshot | None) -> Action
         return actions.Release(action.name)
     if isinstance(action, actions.Map):
         return actions.Revoke(outcome.subject)
-    if isinstance(action, actions.GuestStart | actions.GuestAttach):
+    if isinstance(action, actions.GuestStart | actions.GuestAttach | actions.GuestService):
         return actions.GuestStop(action.name)
     if isinstance(action, actions.GuestPause):
         return actions.GuestResume(action.name)

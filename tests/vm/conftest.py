@@ -23,6 +23,7 @@ SECONDS = {
     "handoff-devices-refused": 45,
     "handoff-faults": 100,
     "handoff-mount": 220,
+    "handoff-services": 120,
     "handoff-passthrough": 100,
     "handoff-qemu": 110,
     "handoff-refused": 150,

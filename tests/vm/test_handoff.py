@@ -45,6 +45,14 @@ def test_files_are_the_same_and_a_qemu_started_by_hand_keeps_its_memory(tmp_path
     assert said.stages == 2
 
 
+@pytest.mark.group("handoff-services")
+def test_databases_are_told_to_save_and_are_warm_in_the_next_kernel(tmp_path: Path) -> None:
+    sizes = ["500000", "200000", str(128 << 20)] if os.environ.get("MEMCONSOLE_SOAK") else ["500", "500", str(40 << 20)]
+    said = lab.run("handoff_services", tmp_path, memory="3G", early=lab.RESUME, arguments=sizes)
+    said.check()
+    assert said.stages == 2
+
+
 @pytest.mark.group("handoff-faults")
 def test_every_fault_before_the_jump_leaves_every_guest_running(tmp_path: Path) -> None:
     sample = "all" if os.environ.get("MEMCONSOLE_SOAK") else "3"

@@ -23,7 +23,7 @@ class Program(NamedTuple):
     clock: bool = False
 
 
-_IN_A_VM = "run it in a guest (memconsole guest start --vmm qemu): a VM is carried as it is"
+_IN_A_VM = "run it in a guest (memconsole guest start NAME --vmm qemu): a VM is carried as it is"
 _HEAP = "its data lies in its own heap, which ends with it"
 _SNAPSHOT = f"have it write its snapshot before ({{}}), which it loads afterwards; or {_IN_A_VM}"
 _BUFFERS = "its buffers are shared memory that it makes anew when it starts"

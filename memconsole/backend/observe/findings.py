@@ -115,7 +115,9 @@ def _guest(guest: Guest, taken_ns: int) -> Iterator[Finding]:
             if guest.service is None
             else f"service {guest.name} does not run",
             _of_process(guest),
-            f"{_again(guest)}memconsole guest stop {guest.name} ends its grants; its regions keep their contents",
+            f"memconsole guest stop {guest.name} ends its grants; its regions keep their contents"
+            if guest.service is None
+            else f"memconsole guest resume {guest.name} starts it with its grants",
         )
     if guest.kind is not GuestKind.FOREIGN and guest.state is GuestState.STOPPED:
         yield Finding(
@@ -135,11 +137,6 @@ def _guest(guest: Guest, taken_ns: int) -> Iterator[Finding]:
             "its own check of its RAM",
             "pause it, and find which other process maps its regions: memconsole reach GUEST",
         )
-
-
-def _again(guest: Guest) -> str:
-    """How a service is started, to be said first."""
-    return f"memconsole guest resume {guest.name} starts it; " if guest.service is not None else ""
 
 
 def _of_process(guest: Guest, file: str = "") -> str:

@@ -41,13 +41,23 @@ def described(work: PreparedAction, action: GuestService | GuestAttach, pid: int
     """
     number = service.signal_of(action.save_signal) if action.save_signal else service.signal_of("SIGTERM")
     if number is None:
-        work.refuse("NoSuchSignal", f"there is no signal {action.save_signal}", "", "kill -l lists them")
+        work.refuse(
+            "NoSuchSignal",
+            f"there is no signal {action.save_signal}",
+            "signal(7) has none of this name",
+            "choose another",
+        )
         return None
     if action.unit and action.exec:
         work.refuse("TwoWays", "a service is a unit or a command", "both were named", "leave one of them out")
         return None
     if not action.within > 0:
-        work.refuse("BadDeadline", f"{action.within} seconds are no time", "", "write --within 60")
+        work.refuse(
+            "BadDeadline",
+            f"a service cannot save in {action.within} seconds",
+            "it needs more time",
+            "write --within 60",
+        )
         return None
     made = Service(
         unit=action.unit,
@@ -102,7 +112,9 @@ def _ids(user: str) -> dict[str, int]:
     try:
         found = pwd.getpwnam(user)
     except KeyError:
-        raise GuestError(f"there is no user {user}", "", "getent passwd lists them") from None
+        raise GuestError(
+            f"there is no user {user}", "this host does not know the name", "getent passwd lists them"
+        ) from None
     return {"user": found.pw_uid, "group": found.pw_gid}
 
 
@@ -143,7 +155,10 @@ def start(desk: ServiceStarting, guest: Guest) -> PreparedAction:
     how = guest.service
     if how is None or not (how.unit or how.command):
         work.refuse(
-            "NoCommand", f"nobody knows how {guest.name} is started", "", "memconsole guest attach NAME --pid PID"
+            "NoCommand",
+            f"service {guest.name} cannot be started",
+            "the ledger names neither a unit nor a command for it",
+            "start it, then memconsole guest attach NAME --pid PID",
         )
         return work
     told = saved.when_told(desk, guest.name)

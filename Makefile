@@ -10,7 +10,7 @@ PIP = $(BIN)/python -m pip
 INSTALL := install --quiet --constraint constraints.txt --build-constraint constraints.txt
 NATIVE := $(wildcard memconsole/native/*.[ch] memconsole/native/*.py memconsole/native/*.cdef memconsole/native/third_party/*)
 
-.PHONY: demo tour sandbox tour-pictures check test coverage soak lab lab-shell bench lint format schema lock clean
+.PHONY: demo tour sandbox tour-pictures check test coverage soak lab lab-shell deb bench lint format schema lock clean
 
 # A venv's own pip knows no --build-constraint, and is there to be replaced.
 $(VENV)/pip: constraints.txt
@@ -64,6 +64,10 @@ lab: $(VENV)/installed-test
 # A hypervisor host in a VM, with guests that run, on this terminal: try a handoff by hand.
 lab-shell: $(VENV)/installed-test
 	$(BIN)/python tools/lab_shell.py
+
+# A Debian package, with what memconsole depends on inside; nothing but dpkg-deb makes it.
+deb: $(VENV)/installed-test
+	$(BIN)/python tools/build_deb.py
 
 bench: $(VENV)/installed-test
 	$(BIN)/python tests/bench/bench.py

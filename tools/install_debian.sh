@@ -15,6 +15,7 @@ want dtc device-tree-compiler
 want zstd zstd
 want mke2fs e2fsprogs
 want qemu-ga qemu-guest-agent
+want lintian lintian
 want /bin/busybox busybox-static
 want systemctl systemd
 want libvirtd libvirt-daemon-system

@@ -23,6 +23,7 @@ def man_page() -> str:
 
     parser: Any = build()
     parser._manpage = []  # noqa: SLF001 - argparse-manpage looks for further sections there
+    parser.man_short_description = "guest memory that outlives the hypervisor's kernel"
     text = str(Manpage(parser))
     head = f'.TH MEMCONSOLE 1 "" "memconsole {__version__}" "User Commands"'
     text = re.sub(r"\A\.TH [^\n]*", lambda _: head, text)  # its date would make every build another

@@ -49,6 +49,12 @@ class BuildExt(build_ext):
         for extension in self.extensions:
             extension.depends = [*extension.depends, *_declarations()]
 
+    def build_extensions(self) -> None:
+        """Without the library path of the Python that builds it, which is no host's."""
+        linker = self.compiler.linker_so
+        self.compiler.linker_so = [word for word in linker if not word.startswith(("-Wl,-rpath", "-Wl,-R"))]
+        super().build_extensions()
+
     def build_extension(self, ext: Extension) -> None:
         """Emits the glue for core.cdef into the build directory and compiles it with the C sources."""
         from cffi import FFI

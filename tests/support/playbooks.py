@@ -29,6 +29,7 @@ def environment(directory: Path) -> dict[str, str]:
         "ANSIBLE_HOME": str(directory / "ansible"),
         "ANSIBLE_LOCAL_TEMP": str(directory / "ansible/tmp"),
         "ANSIBLE_NOCOLOR": "1",
+        "ANSIBLE_PIPELINING": "1",
         "ANSIBLE_RETRY_FILES_ENABLED": "0",
         "LC_ALL": "C.UTF-8",
     }

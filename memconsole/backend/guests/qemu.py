@@ -173,14 +173,18 @@ class QemuGuest:
         Raises:
             Gone: it ended. GuestError: it does not answer.
         """
+        stopped = GuestError(f"guest {self.name} does not answer", "a signal has stopped it", "kill -CONT its process")
         deadline = time.monotonic() + within
         while self._handle.stopped():
             if time.monotonic() > deadline:
-                raise GuestError(
-                    f"guest {self.name} does not answer", "a signal has stopped it", "kill -CONT its process"
-                )
+                raise stopped
             time.sleep(0.02)
-        self._execute("query-status", max(0.1, deadline - time.monotonic()))
+        try:
+            self._execute("query-status", max(0.1, deadline - time.monotonic()))
+        except GuestError:
+            if self._handle.stopped():  # the signal came after the look
+                raise stopped from None
+            raise
 
     def is_saved(self) -> bool:
         """Whether it stands still since it was saved.

@@ -15,6 +15,8 @@ from memconsole.source import Source
 
 ALONE = (("demo",), ("open",), ("serve",), ("bridge",), ("macro", "record"))
 """Commands that have the terminal, or the process, to themselves."""
+OF_THE_HOST = (("libvirt", "setup"), ("libvirt", "remove"))
+"""Commands that change this host's configuration, which need not be the host that is shown."""
 ELSEWHERE = (("macro", "run"),)
 """Commands whose own way a face has, with its questions."""
 
@@ -28,7 +30,7 @@ class Inside:
     @functools.cached_property
     def forms(self) -> Sequence[CommandForm]:
         """Every command that can be run inside of another face."""
-        return [form for form in forms(build()) if form.words not in (*ALONE, *ELSEWHERE)]
+        return [form for form in forms(build()) if form.words not in (*ALONE, *OF_THE_HOST, *ELSEWHERE)]
 
     def run(self, words: Sequence[str], source: Source) -> CommandResult:
         """Run one on a Source; it asks nothing, and applies no action.
@@ -37,13 +39,14 @@ class Inside:
             UsageError: it needs a terminal of its own, is an action, or does not parse.
         """
         words = list(words[1:] if words[:1] == ["memconsole"] else words)
-        alone = next((each for each in ALONE if tuple(words[: len(each)]) == each), None)
-        if not words or alone is not None:
-            raise UsageError(
-                f"{shlex.join(words) or 'memconsole'} cannot be run inside of the console",
-                "it has a terminal or a process to itself",
-                "type it in a shell",
-            )
+        shut: dict[tuple[str, ...], str] = {
+            **dict.fromkeys(ALONE, "it has a terminal or a process to itself"),
+            **dict.fromkeys(OF_THE_HOST, "it changes the host that the console runs on, not the one that it shows"),
+        }
+        why = next((why for each, why in shut.items() if tuple(words[: len(each)]) == each), "")
+        if not words or why:
+            what = f"{shlex.join(words) or 'memconsole'} cannot be run inside of the console"
+            raise UsageError(what, why or "it has a terminal or a process to itself", "type it in a shell")
         if getattr(parse(words), "action", "") and "--dry-run" not in words:
             raise UsageError(f"{words[0]} acts", "it wants its plan to be seen", "type it without options of the shell")
         with output.kept() as told, connect.using(source):

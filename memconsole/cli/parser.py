@@ -271,6 +271,26 @@ def _about(commands: Any, json_too: argparse.ArgumentParser) -> None:
     doctor.set_defaults(run=_lazily("hosting", "doctor"))
 
 
+def _libvirt(commands: Any, json_too: argparse.ArgumentParser, act: argparse.ArgumentParser) -> None:
+    libvirt = commands.add_parser("libvirt", help="set up libvirt's hook, rights and order of units").add_subparsers(
+        dest="libvirt_command", required=True, metavar="COMMAND"
+    )
+    where = argparse.ArgumentParser(add_help=False)
+    where.add_argument("--root", metavar="DIR", default="/", help="of the system whose files are in DIR, not this one")
+    setup = libvirt.add_parser(
+        "setup", help="show what has to be changed in libvirt's configuration, and change it", parents=[act, where]
+    )
+    setup.set_defaults(run=_lazily("libvirting", "setup"))
+    status = libvirt.add_parser(
+        "status", help="say of each part if it is there; exit code 4 when one is not", parents=[json_too, where]
+    )
+    status.set_defaults(run=_lazily("libvirting", "status"))
+    remove = libvirt.add_parser(
+        "remove", help="take out of libvirt's configuration what setup put there", parents=[act, where]
+    )
+    remove.set_defaults(run=_lazily("libvirting", "remove"))
+
+
 def _macros(commands: Any, json_too: argparse.ArgumentParser, act: argparse.ArgumentParser) -> None:
     macro = commands.add_parser("macro", help="run and record scripted actions").add_subparsers(
         dest="macro_command", required=True, metavar="COMMAND"
@@ -360,6 +380,7 @@ def build() -> Parser:
     _tables(commands)
     groups = add_actions(commands, [act], run=_lazily("acting", "act"))
     _handoff(groups["handoff"], json_too)
+    _libvirt(commands, json_too, act)
     _macros(commands, json_too, act)
     return parser
 

@@ -6,8 +6,9 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,32 @@ mount -t tmpfs none /run/libvirt
 for kind in lib log cache; do mount --bind "$1/$kind" /var/$kind/libvirt; done
 mount --bind "$1/etc" /etc/libvirt
 mkdir /run/libvirt/ram
+# Where KVM is there and libvirt's user may not open it, libvirt asks QEMU again and again what it can.
+if [ -e /dev/kvm ]; then
+    mknod -m 666 "$1/kvm" c 10 232
+    mount --bind "$1/kvm" /dev/kvm
+fi
+directory=$1
+shift
+for path in "$@"; do mkdir -p "$directory/over$path"; mount --bind "$directory/over$path" "$path"; done
 echo ready
 exec sleep infinity
 """
+REAPER = r"""
+import ctypes, os, signal, subprocess, sys
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+daemon = subprocess.Popen(sys.argv[1:], stdout=sys.stderr)
+signal.signal(signal.SIGTERM, lambda *_: daemon.terminate())
+while True:
+    try:
+        ended, _ = os.wait()
+    except ChildProcessError:
+        break
+    if ended == daemon.pid:
+        os.write(1, b"ended")
+        os.close(1)
+"""
+"""Starts libvirtd, says when it ended, and takes its QEMUs in: libvirt waits for a minute where nothing reaps them."""
 QEMU_CONF = """cgroup_controllers = [ ]
 security_driver = "none"
 stdio_handler = "file"
@@ -36,12 +60,18 @@ class Libvirt:
     def __init__(self, directory: Path, namespace: int) -> None:
         self.directory = directory
         self._inside = ("nsenter", "-t", str(namespace), "-m", "--")
+        self.daemon: subprocess.Popen[bytes] | None = None
+        self._reapers: list[subprocess.Popen[bytes]] = []
+
+    def ended(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
+        """A command that has ended, however it did."""
+        return subprocess.run(
+            [*self._inside, *command], check=False, text=True, capture_output=True, timeout=180, env=_environment()
+        )
 
     def run(self, *command: str | Path) -> str:
         """What a command says that ends well."""
-        made = subprocess.run(
-            [*self._inside, *command], check=False, text=True, capture_output=True, timeout=180, env=_environment()
-        )
+        made = self.ended(*command)
         assert made.returncode == 0, f"{command}: {made.stdout}{made.stderr}"
         return made.stdout
 
@@ -49,19 +79,32 @@ class Libvirt:
         """What virsh says."""
         return self.run("virsh", "-q", "-c", "qemu:///system", *words)
 
-    def begin(self) -> subprocess.Popen[bytes]:
-        """A libvirtd that answers."""
+    def begin(self) -> None:
+        """Start a libvirtd, and wait until it answers."""
         with (self.directory / "libvirtd.log").open("wb") as log:
-            daemon = subprocess.Popen(
-                [*self._inside, "libvirtd", "-p", "/run/libvirt/daemon.pid"], stdout=log, stderr=log
-            )
+            words = [sys.executable, "-c", REAPER, "libvirtd", "-p", "/run/libvirt/daemon.pid"]
+            self.daemon = subprocess.Popen([*self._inside, *words], stdout=subprocess.PIPE, stderr=log)
 
         def answers() -> bool:
             asked = [*self._inside, "virsh", "-q", "-c", "qemu:///system", "list"]
             return subprocess.run(asked, check=False, capture_output=True, timeout=180).returncode == 0
 
         until(answers, "libvirtd answers", 180.0)
-        return daemon
+
+    def end(self) -> None:
+        """End libvirtd; its domains run on."""
+        daemon, self.daemon = self.daemon, None
+        if daemon is not None and daemon.stdout is not None:
+            daemon.terminate()
+            with daemon.stdout:
+                assert daemon.stdout.read() == b"ended"
+            self._reapers.append(daemon)
+
+    def close(self) -> None:
+        """End libvirtd, and wait for what it started."""
+        self.end()
+        for reaper in self._reapers:
+            reaper.wait()
 
 
 def _environment() -> dict[str, str]:
@@ -69,8 +112,8 @@ def _environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def libvirts() -> Iterator[Libvirt]:
-    """A libvirtd without domains, networks or storage.
+def libvirts(over: Sequence[str] = ()) -> Iterator[Libvirt]:
+    """A libvirtd without domains, networks or storage; ``over``: directories of the host that it has empty ones for.
 
     It skips where there is no libvirtd, or no right to a mount namespace.
     """
@@ -86,15 +129,14 @@ def libvirts() -> Iterator[Libvirt]:
         (directory / "etc/qemu.conf").write_text(QEMU_CONF)
         (directory / "etc/libvirtd.conf").write_text('auth_unix_rw = "none"\n')
         Path("/run/libvirt").mkdir(exist_ok=True)
-        command = ["unshare", "-m", "--propagation", "private", "sh", "-c", ENTER, "sh", str(directory)]
+        command = ["unshare", "-m", "--propagation", "private", "sh", "-c", ENTER, "sh", str(directory), *over]
         namespace = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE))
         stack.callback(namespace.kill)
         assert namespace.stdout is not None
         assert namespace.stdout.readline() == b"ready\n"
         made = Libvirt(directory, namespace.pid)
-        daemon = made.begin()
-        stack.callback(daemon.wait)
-        stack.callback(daemon.terminate)
+        stack.callback(made.close)
+        made.begin()
         yield made
         for name in made.virsh("list", "--name").split("\n"):
             if name:

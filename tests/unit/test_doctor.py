@@ -9,6 +9,7 @@ import pytest
 from support.trees import Tree
 
 from memconsole.backend.diagnose.doctor import CHECKS, doctor
+from memconsole.backend.managers import libvirt_setup
 from memconsole.model import Capability
 
 LIVE = {"root", "native", "pfns", "pagemap-scan", "kvm", "qemu", "userfaultfd"}
@@ -30,7 +31,17 @@ def config(made: Tree, text: str) -> None:
 
 
 def test_a_recorded_tree_is_asked_only_what_files_can_answer(made: Tree) -> None:
-    assert set(examine(made)) == {check.id for check in CHECKS} - LIVE
+    assert set(examine(made)) == {check.id for check in CHECKS} - LIVE - {"libvirt"}
+
+
+def test_a_host_with_domains_of_libvirt_is_told_what_libvirt_lacks(made: Tree) -> None:
+    made.write("/run/libvirt/qemu/web.xml", "<domstatus/>")
+    made.write("/usr/sbin/libvirtd", "")
+    found = examine(made)["libvirt"]
+    assert (found.level, found.remedy) == ("no", "memconsole libvirt setup")
+    assert "hook: missing" in found.why
+    libvirt_setup.apply(libvirt_setup.setup(made.root), made.root)
+    assert examine(made)["libvirt"].level == "yes"
 
 
 def test_a_live_update_host_lacks_nothing(made: Tree) -> None:

@@ -18,11 +18,14 @@ from memconsole.backend.handoff import apart, check, doubts, facts
 from memconsole.backend.handoff.device_facts import DeviceFacts
 from memconsole.backend.handoff.facts import GuestFacts, HandoffFacts, RegionFacts
 from memconsole.backend.handoff.image import KernelImage
+from memconsole.backend.managers.libvirt_setup import Part
+from memconsole.backend.managers.sealed import Standing
 from memconsole.model import (
     Finding,
     Guest,
     GuestKind,
     GuestState,
+    Managed,
     Memory,
     Range,
     Refusal,
@@ -86,6 +89,7 @@ def passed(**changes: Any) -> dict[str, Any]:
     return {"devices": (DeviceFacts("0000:00:04.0", "web", ("g1",), **changes),)}
 
 
+LACKING = Part("hook", "libvirt's hook", "/etc/x", Standing.MISSING, "there is none", "memconsole libvirt setup")
 ERRORS: dict[str, dict[str, Any]] = {
     "live-update": {"survival": Survival(kho=True)},
     "kexec-disabled": {"kexec_disabled": True},
@@ -131,6 +135,7 @@ WARNINGS: dict[str, dict[str, Any]] = {
     "guest-process": {"guests": (guest("db", GuestKind.PROCESS),)},
     "guest-cold": {"guests": (GuestFacts(REDIS, GuestState.RUNNING),)},
     "guest-foreign": {"strangers": (Guest("qemu-9", GuestKind.FOREIGN, GuestState.RUNNING, 9),)},
+    "libvirt-setup": {"libvirt": (LACKING,)},
     "device-hidden": passed(hidden="/sys/kernel/debug/iommu is not there"),
     "device-wanted": passed(wanted=("nvme",)),
     "device-beside": passed(beside=("0000:00:04.1",)),
@@ -153,6 +158,13 @@ def test_a_way_to_lose_memory_refuses_by_its_name_alone(id: str) -> None:
     assert all((bad[0].requirement, bad[0].risk, bad[0].observed, bad[0].remedy))
     (refusal,) = check.refusals(found)
     assert refusal == Refusal(check.refusal_code(id), bad[0].observed, bad[0].risk, bad[0].remedy)
+
+
+def test_a_guest_of_libvirt_that_is_to_go_along_is_refused_where_libvirt_would_not_give_it_its_ram() -> None:
+    met = guest("vm", GuestKind.QEMU)
+    managed = msgspec.structs.replace(met.guest, managed=Managed("libvirt", "vm", "uuid"))
+    found = check.check_conditions(replace(CLEAN, guests=(replace(met, guest=managed),), libvirt=(LACKING,)))
+    assert [each.code for each in check.refusals(found)] == ["LibvirtSetup"]
 
 
 @pytest.mark.parametrize("id", WARNINGS)

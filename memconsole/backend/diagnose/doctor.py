@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 from memconsole.backend.kernel import host, iommu, kho, memory, probes, tree
 from memconsole.backend.kernel.handover.memory import DEVMEM, KCORE, this_host
 from memconsole.backend.kernel.tree import Root
+from memconsole.backend.managers import libvirt, libvirt_setup
 from memconsole.errors import Denied, KernelRefused, MemconsoleError, NotFound, with_rights
 from memconsole.model import Capability, Unread
 from memconsole.units import format_size
@@ -30,17 +31,18 @@ _PROGRAM_SECONDS = 10
 
 
 class Check(NamedTuple):
-    """One line of the doctor; ``live`` if only the running host can answer."""
+    """One line of the doctor; ``live`` if only the running host can answer, ``concerns`` whether it is about a host."""
 
     id: str
     title: str
     live: bool
     verdict: Callable[[Root], Verdict]
+    concerns: Callable[[Root], bool] = lambda _: True
 
 
 def doctor(root: Root = "/") -> tuple[Capability, ...]:
     """Every capability of the host whose tree is at ``root``, most basic first; what is missing is a verdict too."""
-    checks = [check for check in CHECKS if tree.live(root) or not check.live]
+    checks = [check for check in CHECKS if (tree.live(root) or not check.live) and check.concerns(root)]
     return tuple(Capability(check.id, check.title, *_verdict(check, root)) for check in checks)
 
 
@@ -125,6 +127,22 @@ def _userfaultfd(_: Root) -> Verdict:
     if "rwp" not in has:
         return "partly", f"has {', '.join(has)}; no rwp: revoke cannot take read access away", "use Linux 7.3 or later"
     return "yes", ", ".join(has), ""
+
+
+def _has_domains(root: Root) -> bool:
+    try:
+        return any(name.endswith(".xml") for name in tree.names(root, libvirt.STATUS))
+    except MemconsoleError:
+        return False
+
+
+def _libvirt(root: Root) -> Verdict:
+    parts = libvirt_setup.status(root)
+    lacking = libvirt_setup.lacking(parts)
+    if not lacking:
+        return "yes", "its hook, rights and order of units are there", ""
+    why = "; ".join(f"{part.title}: {part.state}" for part in lacking)
+    return "partly" if len(lacking) < len(parts) else "no", why, "; ".join(dict.fromkeys(p.remedy for p in lacking))
 
 
 # --- memory -----------------------------------------------------------------------------------------------------
@@ -367,6 +385,7 @@ CHECKS: tuple[Check, ...] = (
     Check("pagemap-scan", "PAGEMAP_SCAN", True, _pagemap_scan),
     Check("kvm", "KVM", True, _kvm),
     Check("qemu", "QEMU", True, _qemu),
+    Check("libvirt", "libvirt's guests in a handoff", False, _libvirt, _has_domains),
     Check("userfaultfd", "userfaultfd", True, _userfaultfd),
     Check("fuse-passthrough", "FUSE passthrough", False, _fuse),
     Check("shmem-thp", "Huge pages for memfds", False, _shmem_thp),

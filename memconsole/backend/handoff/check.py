@@ -424,6 +424,20 @@ def _guests(facts: HandoffFacts) -> Iterator[Condition]:
     yield from _of_a_jump(facts) if facts.jump else _of_a_rehearsal(vms)
 
 
+def _libvirt(facts: HandoffFacts) -> Iterator[Condition]:
+    named = "; ".join(f"{part.title}: {part.state} ({part.why})" for part in facts.libvirt)
+    mine = any(met.guest.managed is not None for met in facts.guests)
+    yield Condition(
+        "libvirt-setup",
+        ERROR if mine else WARNING,
+        not facts.libvirt,
+        requirement="libvirt has memconsole's hook, rights and order of units, where its guests are",
+        risk="libvirt starts a guest on other RAM than its own, or before its RAM is there",
+        observed=named,
+        remedy="; ".join(dict.fromkeys(part.remedy for part in facts.libvirt)) or "memconsole libvirt setup",
+    )
+
+
 def _of_a_rehearsal(vms: Iterable[GuestFacts]) -> Iterator[Condition]:
     staying = [met.guest.name for met in vms if met.stays]
     yield Condition(
@@ -456,6 +470,7 @@ _ALWAYS: tuple[Judge, ...] = (
     doubts.memory_doubts,
     _guests,
     service_conditions.services,
+    _libvirt,
     _by_base_pages,
     _lazy,
     device_conditions.devices,

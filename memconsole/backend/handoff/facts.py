@@ -14,7 +14,7 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,7 @@ from memconsole.backend.handoff.powers import Powers
 from memconsole.backend.kernel import census, cgroup, kho, tree
 from memconsole.backend.kernel.handover import abi, outgoing
 from memconsole.backend.kernel.memory import memory as read_memory
+from memconsole.backend.managers import libvirt_setup
 from memconsole.backend.observe import paging
 from memconsole.backend.observe.mappings import RegionMapping, region_mappings, stray_mappings
 from memconsole.backend.observe.survey import GuestReply, foreign_guests
@@ -120,6 +121,7 @@ class HandoffFacts:
     stores: tuple[UnitFdStore, ...] = ()
     stores_why: str = ""
     misplaced: tuple[tuple[str, str], ...] = ()
+    libvirt: tuple[libvirt_setup.Part, ...] = ()
 
     @property
     def next_kernel(self) -> str:
@@ -189,6 +191,7 @@ def gather_facts(desk: facets.HandoffChecks, action: HandoffAction, powers: Powe
     target_image = facts.get("image")
     image = target_image if isinstance(target_image, KernelImage) else None
     answers = desk.guest_replies(time.monotonic() + PATIENCE_S)
+    strangers = foreign_guests(seen, state)
     found = device_facts.gather_devices(desk, image, str(facts.get("line", "")), powers, jump=jump)
     return HandoffFacts(
         jump=jump,
@@ -201,7 +204,8 @@ def gather_facts(desk: facets.HandoffChecks, action: HandoffAction, powers: Powe
         ),
         lost=tuple(name for name in state.regions if not desk.holds_region(name)),
         guests=tuple(_guest_facts(desk, guest, answers.get(guest.name), jump=jump) for guest in state.guests.values()),
-        strangers=foreign_guests(seen, state),
+        strangers=strangers,
+        libvirt=_libvirt((*strangers, *state.guests.values()), root),
         doubts=(*desk.standing(), *own_findings.custody_findings(desk), *own_findings.waiting_guests(desk)),
         misplaced=_misplaced(state, overs),
         custody=desk.custody.label,
@@ -213,6 +217,16 @@ def gather_facts(desk: facets.HandoffChecks, action: HandoffAction, powers: Powe
         ),
         **facts,  # type: ignore[arg-type]  # the fields of Facts that _of_the_jump names
     )
+
+
+def _libvirt(guests: Iterable[Guest], root: tree.Root) -> tuple[libvirt_setup.Part, ...]:
+    """What libvirt lacks for its guests to go along, where it has any."""
+    if not any(guest.managed is not None and guest.managed.manager == "libvirt" for guest in guests):
+        return ()
+    try:
+        return tuple(libvirt_setup.lacking(libvirt_setup.status(root)))
+    except tree.UNREADABLE as error:
+        return (libvirt_setup.unknown(error),)
 
 
 def unfinished_sessions(desk: needs.InCustody) -> tuple[str, ...]:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.firmware import STATUS, counting
 from support.libvirts import Libvirt, libvirts
+from support.waiting import until
 
-from memconsole.backend.managers import domainxml, plans
+from memconsole.backend import steps
+from memconsole.backend.guests.statestream import StateStream
+from memconsole.backend.managers import domainxml, plans, saveimage
+from memconsole.backend.managers.migration import Elsewhere
 
 M = 1 << 20
 UUID = "5d5b5d26-0c46-4d3f-9a58-6b8c3d9c0a11"
@@ -26,6 +33,15 @@ DOMAIN = """<domain type='qemu'>
   <memoryBacking><source type='{source}'/><access mode='shared'/></memoryBacking>
   <vcpu>1</vcpu>
   <os><type arch='x86_64' machine='q35'>hvm</type></os>
+  <features><acpi/></features>
+</domain>
+"""
+COUNTING = """<domain type='qemu'>
+  <name>counting</name>
+  <uuid>{uuid}</uuid>
+  <memory unit='MiB'>32</memory>
+  <vcpu>1</vcpu>
+  <os><type arch='x86_64' machine='q35'>hvm</type><loader readonly='yes' type='rom'>{firmware}</loader></os>
   <features><acpi/></features>
 </domain>
 """
@@ -188,6 +204,82 @@ def test_an_ordinary_domain_is_started_when_nothing_of_memconsole_is_left_but_th
         host.manager.virsh("start", name)
         host.manager.virsh("save", name, host.manager.directory / f"{name}.whole")
         host.manager.virsh("restore", host.manager.directory / f"{name}.whole")
+
+
+class Passthrough:
+    """The monitor of a domain's QEMU through libvirt, a descriptor with a command too."""
+
+    def __init__(self, manager: Libvirt, name: str) -> None:
+        self._manager, self._name = manager, name
+
+    def __call__(self, command: str, arguments: Mapping[str, object], fd: int | None = None) -> Any:
+        passed = ("--pass-fds", str(fd)) if fd is not None else ()
+        asked = json.dumps({"execute": command, "arguments": arguments})
+        words = ("virsh", "-q", "-c", "qemu:///system", "qemu-monitor-command", *passed, self._name, asked)
+        answer = json.loads(self._manager.run(*words, fds=() if fd is None else (fd,)))
+        assert "error" not in answer, answer
+        return answer["return"]
+
+
+def take(taking: StateStream) -> None:
+    for _ in steps.run("take", taking.steps()):
+        pass
+
+
+def told(fd: int) -> tuple[int, int]:
+    """Rounds that the guest has ended, and words that were wrong."""
+    rounds, wrong = struct.unpack("<II", os.pread(fd, 8, STATUS))
+    return rounds, wrong
+
+
+def test_a_guest_with_ram_of_its_own_is_moved_live_into_a_file_and_restored_on_it(host: Host) -> None:
+    """Taken, taken back, and taken again; refused without its RAM and while it is locked; nothing is wrong in it."""
+    manager, directory = host.manager, host.manager.directory
+    (directory / "counting.xml").write_text(COUNTING.format(uuid=UUID, firmware=counting(directory)[1]))
+    manager.virsh("undefine", "web")  # it has its UUID
+    manager.virsh("define", directory / "counting.xml")
+    manager.virsh("start", "counting")
+    ask = Passthrough(manager, "counting")
+    looked = {"command-line": f"xp /1wx {STATUS:#x}"}
+    until(lambda: int(str(ask("human-monitor-command", looked)).split()[-1], 16), "rounds of the guest")
+    host.plan()
+    blocks = (Elsewhere("pc.ram", 32 * M, os.open(host.ram, os.O_RDWR | os.O_CLOEXEC)),)
+    pid = int(manager.run("cat", "/run/libvirt/qemu/counting.pid"))
+    xml = manager.virsh("dumpxml", "--migratable", "--security-info", "counting").strip().encode()
+    lock = domainxml.Lock("counting", DIGEST)
+    image, unlocked, whole = (directory / name for name in ("locked", "unlocked", "whole"))
+    with image.open("w+b", buffering=0) as file:
+        saveimage.begin(file.fileno(), saveimage.Image(True, domainxml.locked(domainxml.on_files(xml), lock)))
+        taking = StateStream("counting", pid, ask, file.fileno(), blocks)
+        take(taking)
+        assert manager.virsh("domstate", "counting").strip() == "paused"
+        for step in reversed(taking.steps()):
+            if step.undo is not None:
+                step.undo()
+        until(lambda: manager.virsh("domstate", "counting").strip() == "running", "it runs again, and libvirt knows")
+        take(taking)
+        saveimage.finish(file.fileno())
+        manager.virsh("destroy", "counting")
+        ram = blocks[0].fd
+        rounds, wrong = told(ram)
+        assert (rounds > 0, wrong) == (True, 0)
+        saveimage.unlock(file.fileno(), unlocked, (Elsewhere("pc.ram", 32 * M),), digest=DIGEST)
+    restore = ("virsh", "-q", "-c", "qemu:///system", "restore")
+    assert "is not here" in manager.ended(*restore, unlocked).stderr
+    plans.verified(UUID, DIGEST, host.runtime)
+    assert "received capability is on" in manager.ended(*restore, image).stderr
+    manager.run(*restore, unlocked)
+    assert manager.virsh("domstate", "counting").strip() == "running"
+    until(lambda: told(ram)[0] > rounds + 2, "rounds of the guest that was restored")
+    assert told(ram)[1] == 0
+    os.close(ram)
+    manager.virsh("save", "counting", whole)
+    with whole.open("rb", buffering=0) as file:
+        found = saveimage.examine(file.fileno())
+    assert found.image.lock is None
+    assert found.stream is not None
+    assert not found.stream.was_locked
+    assert {block.name: block.kept for block in found.stream.blocks}["pc.ram"] >= 32 * M // 4096
 
 
 def test_what_is_removed_leaves_the_operators_hook_and_nothing_else(host: Host) -> None:

@@ -63,15 +63,21 @@ class Libvirt:
         self.daemon: subprocess.Popen[bytes] | None = None
         self._reapers: list[subprocess.Popen[bytes]] = []
 
-    def ended(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
-        """A command that has ended, however it did."""
+    def ended(self, *command: str | Path, fds: Sequence[int] = ()) -> subprocess.CompletedProcess[str]:
+        """A command that has ended, however it did; it was handed these descriptors."""
         return subprocess.run(
-            [*self._inside, *command], check=False, text=True, capture_output=True, timeout=180, env=_environment()
+            [*self._inside, *command],
+            check=False,
+            text=True,
+            capture_output=True,
+            timeout=180,
+            env=_environment(),
+            pass_fds=tuple(fds),
         )
 
-    def run(self, *command: str | Path) -> str:
+    def run(self, *command: str | Path, fds: Sequence[int] = ()) -> str:
         """What a command says that ends well."""
-        made = self.ended(*command)
+        made = self.ended(*command, fds=fds)
         assert made.returncode == 0, f"{command}: {made.stdout}{made.stderr}"
         return made.stdout
 

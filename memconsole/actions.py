@@ -17,10 +17,10 @@ from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hint
 import msgspec
 
 from memconsole import decoding
-from memconsole.arguments import ActionField, Arg, ArgumentKind
+from memconsole.arguments import ActionField, Arg, ArgumentKind, read_value, write_value
 from memconsole.errors import UsageError
 from memconsole.model import Access, Danger, Plan, Refusal, Request, Rung
-from memconsole.units import exact_size, format_address, parse_address, parse_bdf, parse_size
+from memconsole.units import parse_bdf
 
 
 class Spec(msgspec.Struct, frozen=True):
@@ -45,6 +45,10 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,54}"
 """What a region or guest may be called: it becomes a file name and, with a prefix, a LUO session name (63 bytes)."""
 
 
+STORES = ("memfd", "dax")
+"""Where frames can live: docs/stores.md says what each survives."""
+
+
 class Reserve(Action, frozen=True, tag="reserve"):
     """Set memory aside under a name."""
 
@@ -53,7 +57,7 @@ class Reserve(Action, frozen=True, tag="reserve"):
     )
     name: Annotated[str, Arg(ArgumentKind.NEW_NAME, "name of the new region", positional=True)]
     size: Annotated[int, Arg(ArgumentKind.SIZE, "its size, for example 64M or 2G", positional=True)]
-    store: Annotated[str, Arg(ArgumentKind.CHOICE, "where its frames live", choices=("memfd",))] = "memfd"
+    store: Annotated[str, Arg(ArgumentKind.CHOICE, "where its frames live", choices=STORES)] = "memfd"
     page_size: Annotated[int, Arg(ArgumentKind.SIZE, "page size: 4K, 2M or 1G", choices=("4K", "2M", "1G"))] = 4096
     node: Annotated[int | None, Arg(ArgumentKind.INTEGER, "NUMA node to take it from")] = None
     prefault: Annotated[bool, Arg(ArgumentKind.FLAG, "give every page its frame now")] = False
@@ -122,6 +126,7 @@ class GuestStart(Action, frozen=True, tag="guest-start"):
     name: Annotated[str, Arg(ArgumentKind.NEW_NAME, "name of the new guest and of its region", positional=True)]
     vmm: Annotated[str, Arg(ArgumentKind.CHOICE, "the VMM that runs it", choices=("canary", "qemu"))] = "canary"
     memory: Annotated[int, Arg(ArgumentKind.SIZE, "its RAM")] = 64 << 20
+    store: Annotated[str, Arg(ArgumentKind.CHOICE, "where its RAM lives", choices=STORES)] = "memfd"
     device: Annotated[str | None, Arg(ArgumentKind.BDF, "PCI device to pass through with VFIO (qemu)")] = None
     agent: Annotated[bool, Arg(ArgumentKind.FLAG, "add a channel for QEMU's guest agent (qemu)")] = False
     args: Annotated[tuple[str, ...], Arg(ArgumentKind.WORDS, "arguments for the VMM, after --")] = ()
@@ -266,6 +271,45 @@ class WindowRevoke(Action, frozen=True, tag="window-revoke"):
     window: Annotated[str, Arg(ArgumentKind.WINDOW, "window as BDF:BAR", positional=True)]
 
 
+class ArenaCreate(Action, frozen=True, tag="arena-create"):
+    """Make an arena of a range that was set aside at boot."""
+
+    spec = Spec(
+        "arena-create",
+        ("arena", "create"),
+        "Create arena",
+        "Format a range that was set aside at boot, for regions of the dax store",
+        Danger.DESTROYS,
+    )
+    name: Annotated[str, Arg(ArgumentKind.NEW_NAME, "name of the new arena", positional=True)]
+    device: Annotated[str, Arg(ArgumentKind.TEXT, "pmem device, for example pmem0; the only one if left out")] = ""
+
+
+class ArenaScan(Action, frozen=True, tag="arena-scan"):
+    """Take up the arenas of this host, and the regions in them that nobody knows."""
+
+    spec = Spec(
+        "arena-scan",
+        ("arena", "scan"),
+        "Scan arenas",
+        "Mount the arenas of this host and take up the regions in them",
+        Danger.CHANGES,
+    )
+
+
+class ArenaRemove(Action, frozen=True, tag="arena-remove"):
+    """Give an arena up."""
+
+    spec = Spec(
+        "arena-remove",
+        ("arena", "remove"),
+        "Remove arena",
+        "Give an arena without regions up: its range holds nothing then",
+        Danger.DESTROYS,
+    )
+    name: Annotated[str, Arg(ArgumentKind.TEXT, "arena to remove", positional=True)]
+
+
 NO_INITRD = "none"
 """In the place of an initrd's path: the kernel needs none."""
 
@@ -330,6 +374,9 @@ AnyAction = (
     | GuestResume
     | WindowMap
     | WindowRevoke
+    | ArenaCreate
+    | ArenaScan
+    | ArenaRemove
     | HandoffRun
     | HandoffRehearse
 )
@@ -348,54 +395,6 @@ def fields(cls: type[Action]) -> tuple[ActionField, ...]:
         arg = next(extra for extra in get_args(hint)[1:] if isinstance(extra, Arg))
         found.append(ActionField(info.name, arg, info.required, None if info.required else info.default))
     return tuple(sorted(found, key=lambda field: not field.arg.positional))
-
-
-def read_value(field: ActionField, text: str) -> Any:
-    """The value of one field from what a person wrote.
-
-    Raises:
-        UsageError: the text is not a value of the field's kind.
-    """
-    kind = field.arg.kind
-    if kind is ArgumentKind.SIZE:
-        return parse_size(text)
-    if kind is ArgumentKind.ADDRESS:
-        return parse_address(text)
-    if kind is ArgumentKind.BDF:
-        return parse_bdf(text)
-    if kind is ArgumentKind.FLAG:
-        if text.lower() not in {"yes", "no", "true", "false", "1", "0"}:
-            raise UsageError(f"{text!r} is neither yes nor no", f"{field.name} takes one of the two", "write yes or no")
-        return text.lower() in {"yes", "true", "1"}
-    if kind is ArgumentKind.WORDS:
-        try:
-            return tuple(shlex.split(text))
-        except ValueError as error:
-            raise UsageError(
-                f"{text!r} cannot be split into words", str(error), "close the quotes, as for a shell"
-            ) from None
-    if kind in {ArgumentKind.INTEGER, ArgumentKind.SECONDS}:
-        try:
-            return int(text) if kind is ArgumentKind.INTEGER else float(text)
-        except ValueError:
-            raise UsageError(f"{text!r} is not a number", f"{field.name} takes a number", "write digits") from None
-    return text
-
-
-def write_value(field: ActionField, value: Any) -> str:
-    """What a person would write for a value; :func:`read_value` reads it back."""
-    kind = field.arg.kind
-    if kind is ArgumentKind.SIZE:
-        return exact_size(value)
-    if kind is ArgumentKind.ADDRESS:
-        return format_address(value) if value else "0"
-    if kind is ArgumentKind.FLAG:
-        return "yes" if value else "no"
-    if kind is ArgumentKind.WORDS:
-        return shlex.join(value)
-    if kind is ArgumentKind.SECONDS:
-        return f"{value:g}"
-    return str(value)
 
 
 def build(id: str, arguments: Mapping[str, Any]) -> Action:

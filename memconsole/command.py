@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 
 from memconsole import actions
 from memconsole.actions import Action
-from memconsole.arguments import ActionField, Arg, ArgumentKind
+from memconsole.arguments import ActionField, Arg, ArgumentKind, read_value
 from memconsole.errors import MemconsoleError, UsageError
 from memconsole.source import Source
 
@@ -50,7 +50,7 @@ def _add_field(parser: argparse.ArgumentParser, field: ActionField) -> None:
     if arg.kind is ArgumentKind.CHOICE:
         options["choices"] = arg.choices
     else:
-        options["type"] = reader(lambda text: actions.read_value(field, text))
+        options["type"] = reader(lambda text: read_value(field, text))
     if arg.positional:
         parser.add_argument(field.name, **options)
     else:

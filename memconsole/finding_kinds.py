@@ -40,6 +40,13 @@ KINDS: Mapping[str, FindingKind] = {
     "action-unfinished": FindingKind(
         "an action is carried through or taken back", "what the action had changed already stays changed"
     ),
+    "arena-file": FindingKind(
+        "every file of an arena is a region in one aligned run", "what is in such a file is not taken up as a region"
+    ),
+    "arena-unread": FindingKind("every arena can be mounted and read", "regions in it are not taken up"),
+    "arena-unused": FindingKind(
+        "every arena of this host is mounted with dax, and one memconsole's", "regions in it are not taken up"
+    ),
     "audit-behind": FindingKind(
         "the audit trail has every record of the ledger", "the audit trail cannot say who did what since"
     ),

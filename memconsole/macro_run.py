@@ -16,6 +16,7 @@ import msgspec
 
 from memconsole import actions, unforeseen
 from memconsole.actions import Action
+from memconsole.arguments import read_value
 from memconsole.errors import ExitCode, MacroError, MacroUsage, MemconsoleError
 from memconsole.macros import Macro, MacroStep, fields_of
 from memconsole.model import Danger, Outcome, Plan, Value
@@ -111,7 +112,7 @@ def settings_for(macro: Macro, given: Mapping[str, str], steps: Collection[int] 
         )
     for name, field in fields_of(macro).items():
         try:
-            actions.read_value(field, values[name] or "")
+            read_value(field, values[name] or "")
         except MemconsoleError as error:
             raise MacroUsage(f"{name}: {error.what}", error.why, error.remedy) from None
     return {name: value for name, value in values.items() if value is not None}

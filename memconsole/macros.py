@@ -47,7 +47,7 @@ import msgspec
 
 from memconsole import actions, decoding
 from memconsole.actions import Action
-from memconsole.arguments import ActionField
+from memconsole.arguments import ActionField, read_value, write_value
 from memconsole.decoding import Undecodable
 from memconsole.errors import BadFile, MacroUsage, MemconsoleError
 from memconsole.fields import TABLES
@@ -188,7 +188,7 @@ def _checked(where: str, do: str, arguments: dict[str, Any]) -> dict[str, Any]:
             )
         if isinstance(value, str) and "$" not in value:
             try:
-                actions.read_value(known[name], value)
+                read_value(known[name], value)
             except MemconsoleError as error:
                 raise MacroUsage(f"{where}: {name}: {error.what}", error.why, error.remedy) from None
     missing = [field.name for field in known.values() if field.required and field.name not in arguments]
@@ -350,7 +350,7 @@ def recorded(name: str, done: Sequence[Action | tuple[str, str]]) -> Macro:
             steps.append(MacroStep(view=item[0], subject=_literal(item[1])))
             continue
         arguments = {
-            field.name: _literal(actions.write_value(field, value))
+            field.name: _literal(write_value(field, value))
             for field in actions.fields(type(item))
             if (value := getattr(item, field.name)) is not None and (field.required or value != field.default)
         }

@@ -213,7 +213,10 @@ def _subject_kind(event_kind: str) -> str:
     cls = REGISTRY.get(event_kind)
     if cls is None:
         return ""
-    first = action_fields(cls)[0].arg.kind
+    fields = action_fields(cls)
+    if not fields:
+        return ""
+    first = fields[0].arg.kind
     if first is ArgumentKind.NEW_NAME:
         return cls.spec.on.removesuffix("s")
     return _KINDS.get(first, "") if cls.spec.id != "map" else ""

@@ -10,6 +10,9 @@ _NEVER = {
     "release": "its contents are gone",
     "guest-stop": "its processes have ended",
     "guest-helper": "no action takes a helper's name away; it ends with its process",
+    "arena-create": "what the range held is gone",
+    "arena-remove": "what the arena held is gone",
+    "arena-scan": "what was taken up stays until it is released",
     "handoff-run": "the next kernel runs",
     "handoff-rehearse": "it left everything as it was",
 }

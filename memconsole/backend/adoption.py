@@ -36,7 +36,8 @@ from memconsole.backend.ledger import boots
 from memconsole.backend.ledger.state import DoneRecord, EventRecord, FailedRecord, Intent, Record, Recorded, StateChange
 from memconsole.backend.peers.patience import Patience
 from memconsole.backend.revoke import move, stop_processes, suspend_vm
-from memconsole.backend.stores import memfd
+from memconsole.backend.stores import files
+from memconsole.backend.verbs.arenas import held_regions
 from memconsole.backend.verbs.grants import OFFER_S
 from memconsole.backend.verbs.guests import adopt_orphans, forget
 from memconsole.backend.verbs.regions import drop_custody
@@ -95,7 +96,8 @@ def adopt_all(desk: AdoptionDesk, powers: Powers = HOST) -> Recorded[list[Findin
 
 def _adopt(desk: AdoptionDesk, powers: Powers) -> Recorded[list[Finding]]:
     steps.passed("adopt.begun")
-    found: list[Finding] = []
+    found, by_itself = _adopt_stores(desk)
+    steps.passed("adopt.stores")
     if not handoff.has_landed(desk):
         found += yield from boots.record_reboot(desk)
     stop_processes.continue_stopped(desk)
@@ -129,7 +131,7 @@ def _adopt(desk: AdoptionDesk, powers: Powers) -> Recorded[list[Finding]]:
     for name in [*again, *(() if is_unread else handoff.start_waiting_guests(desk))]:
         found += yield from _bring_back(desk, name, powers)
     steps.passed("adopt.settled")
-    found += yield from _unknown_regions(desk)
+    found += yield from _unknown_regions(desk, by_itself)
     found += payloads.unknown_kinds(desk.custody)
     suspend_vm.drop_stale_states(desk)
     desk.userfaults.forget_ended()
@@ -214,6 +216,21 @@ def _adopt_restarted(desk: AdoptionDesk, number: int, guest: Guest) -> Recorded[
 # --- regions ----------------------------------------------------------------------------------------------------
 
 
+def _adopt_stores(desk: AdoptionDesk) -> tuple[list[Finding], frozenset[str]]:
+    """Put the regions that stores know by themselves into custody, where it lacks them; their names."""
+    told: list[Finding] = []
+    names = set()
+    for store in desk.stores.values():
+        found, wrong = store.found(held_regions(desk)) if store.may_know() else ([], [])
+        told += wrong
+        for each in found:
+            for index, fd in enumerate(each.fds):
+                payloads.put(desk.custody, custody_name(each.region.name, index), fd, each.region)
+                os.close(fd)
+            names.add(each.region.name)
+    return told, frozenset(names)
+
+
 def _adopt_regions(desk: AdoptionDesk) -> Recorded[list[Finding]]:
     """Take hold of every region of the ledger; what custody holds in its place is kept, and said."""
     held = set(desk.custody.names())
@@ -226,7 +243,7 @@ def _adopt_regions(desk: AdoptionDesk) -> Recorded[list[Finding]]:
                 told.append(_torn_region(region, there))
             continue
         fds = tuple(desk.custody.get(name)[0] for name in names)
-        found = memfd.segments(fds)
+        found = files.segments(fds)
         desk.hold_region(region.name, fds)
         if [_segment_file(each) for each in found] != [_segment_file(each) for each in region.segments]:
             told.append((yield from _other_memory(region, found)))
@@ -258,7 +275,7 @@ def _other_memory(region: Region, found: tuple[Segment, ...]) -> Recorded[Findin
     return Finding("custody-other", Severity.ERROR, region.name, what, evidence, remedy)
 
 
-def _unknown_regions(desk: AdoptionDesk) -> Recorded[list[Finding]]:
+def _unknown_regions(desk: AdoptionDesk, by_itself: Collection[str] = ()) -> Recorded[list[Finding]]:
     """Regions that custody holds and the ledger does not know: memory is never thrown away because a record is."""
     found: dict[str, set[str]] = {}
     for held in desk.custody.names():
@@ -268,15 +285,16 @@ def _unknown_regions(desk: AdoptionDesk) -> Recorded[list[Finding]]:
     told = []
     for name, held_as in found.items():
         if name not in desk.state.regions:
-            told.append((yield from _adopt_found(desk, name, held_as)))
+            where = "its arena" if name in by_itself else "custody"
+            told.append((yield from _adopt_found(desk, name, held_as, where)))
     return told
 
 
-def _adopt_found(desk: AdoptionDesk, name: str, held_as: set[str]) -> Recorded[Finding]:
+def _adopt_found(desk: AdoptionDesk, name: str, held_as: set[str], where: str) -> Recorded[Finding]:
     wanted = [custody_name(name, index) for index in range(len(held_as))]
     held = [desk.custody.get(each) for each in wanted] if held_as == set(wanted) else []
     fds = tuple(fd for fd, _ in held)
-    segments = memfd.segments(fds)
+    segments = files.segments(fds)
     try:
         region = payloads.read(name, held[0][1] if held else b"", Region)
         whole = bool(segments) and all(each.size and each.size % PAGE == 0 for each in segments)
@@ -295,10 +313,10 @@ def _adopt_found(desk: AdoptionDesk, name: str, held_as: set[str]) -> Recorded[F
     left = newer.rest(held[0][1], region)
     if left is not None:
         desk.state.rests["regions", name] = left
-    text = f"region {name} was in custody and not in the ledger; the ledger has it now"
+    text = f"region {name} was in {where} and not in the ledger; the ledger has it now"
     yield EventRecord(time.time_ns(), "adopted", name, text, change=StateChange(regions=(taken,)))
     remedy = f"check its contents, then map it: memconsole map {name} GUEST"
-    return Finding("region-found", Severity.WARNING, name, text, "custody", remedy)
+    return Finding("region-found", Severity.WARNING, name, text, where, remedy)
 
 
 # --- what was under way -----------------------------------------------------------------------------------------
@@ -353,6 +371,7 @@ def _undo_action(desk: AdoptionDesk, number: int, intent: Intent, again: list[st
         forget(desk, action.name)
     if isinstance(action, (actions.Reserve, actions.GuestStart)):
         drop_custody(desk, action.name)
+        desk.stores[action.store].discard(action.name)
     if isinstance(action, actions.Map):
         for grant in intent.aims.grants:
             if grant.dma is not None:
@@ -387,6 +406,6 @@ def _still_mapped(desk: AdoptionDesk, grant: Grant) -> bool:
 
     def is_gone(within: float) -> bool:
         time.sleep(min(within, LOOK_S))
-        return not desk.region_reach(region, grant.offset // memfd.SEGMENT).pids
+        return not desk.region_reach(region, grant.offset // files.SEGMENT).pids
 
     return not Patience(live.pid, OFFER_S).lasts(is_gone)

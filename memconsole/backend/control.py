@@ -35,7 +35,7 @@ from memconsole.backend.looking import SnapshotTaker
 from memconsole.backend.observe.steady import SteadyFindings, action_scope
 from memconsole.backend.readiness import ReadinessCheck
 from memconsole.backend.upkeep import Upkeep
-from memconsole.errors import MemconsoleError, NotFound, Refused
+from memconsole.errors import MemconsoleError, Refused
 from memconsole.model import (
     Access,
     Danger,
@@ -125,7 +125,7 @@ class Control:
             self._desk.mount = _mount(self._desk, mountpoint)
             self._standing = self._ledger.dropped()
             self._desk.standing = lambda: self._standing
-            if custody.names() != [LEDGER] or self._state.unfinished or self._state.guests:
+            if self._is_something_left():
                 from memconsole.backend import adoption
 
                 self._standing += self._ledger.carry(adoption.adopt_all(self._desk))
@@ -261,14 +261,11 @@ class Control:
         Raises:
             NotFound: there is no such region, or nobody holds its memory any more.
         """
-        from memconsole.backend.stores import memfd
-
-        if region not in self._state.regions:
-            raise NotFound(f"there is no region {region}", "none has this name", "memconsole regions lists them")
+        store = self._desk.store_of(region)
         lent: list[int] = []
         with self._desk.borrowed_fds(region) as fds, contextlib.ExitStack() as undo:
             for fd in fds:
-                lent.append(memfd.segment_fd(fd, Access.RO))
+                lent.append(store.segment_fd(fd, Access.RO))
                 undo.callback(os.close, lent[-1])
             self._ledger.record(EventRecord(time.time_ns(), "lent", region, f"{region} can be read by {peer}", peer))
             undo.pop_all()
@@ -304,6 +301,11 @@ class Control:
                     self._desk.runtime_dir.rmdir()
 
     # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _is_something_left(self) -> bool:
+        """Whether there may be anything to adopt: of an earlier control process, or in a store that outlives them."""
+        left = bool(self._custody.names() != [LEDGER] or self._state.unfinished or self._state.guests)
+        return left or any(store.may_know() for store in self._desk.stores.values())
 
     @property
     def _state(self) -> State:
@@ -401,6 +403,7 @@ class Control:
         self._standing = [finding for finding in self._standing if finding.subject not in gone]
         if self._tables is not None:
             self._tidy("tables of frames", self._tables.forget)
+        self._tidy("what regions say of themselves", self._desk.describe_regions)
         self._tidy("userfaultfds", self._desk.userfaults.forget_ended)
         self._tidy("devices", self._desk.address_spaces.reconcile)
         for guest in {grant.guest for grant in change.grants if grant.state is GrantState.OFFERED}:

@@ -159,6 +159,7 @@ class Desk(Holdings):
                 faces=self.fuse_aliases,
                 shields=self.blocked_mappings,
                 among=among,
+                counted=self.store_of(region.name).COUNTED,
             )
 
     def keepers(self, among: Collection[int] | None = None) -> tuple[int, ...]:
@@ -351,13 +352,14 @@ class Desk(Holdings):
             NotFound: the region's memory is lost.
         """
         from memconsole.backend.guests.base import Offer
-        from memconsole.backend.stores import memfd
+        from memconsole.backend.stores import files
 
-        fds = self.fds(grant.region)
-        index, offset = divmod(grant.offset, memfd.SEGMENT)
-        fd = memfd.segment_fd(fds[index], grant.access)
+        fds, store = self.fds(grant.region), self.store_of(grant.region)
+        index, offset = divmod(grant.offset, files.SEGMENT)
+        fd = store.segment_fd(fds[index], grant.access)
         try:
-            yield Offer(grant.id, fd, offset, grant.length, grant.access, grant.gpa, self._uffd_modes(grant))
+            modes = self._uffd_modes(grant) if store.FAULTS else 0
+            yield Offer(grant.id, fd, offset, grant.length, grant.access, grant.gpa, modes)
         finally:
             os.close(fd)
 

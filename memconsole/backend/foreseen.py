@@ -22,11 +22,13 @@ from memconsole.backend.holdings import custody_name
 from memconsole.backend.ledger.state import EventRecord, State, StateChange
 from memconsole.backend.observe.reach import RegionReach
 from memconsole.backend.revoke import suspend_vm
-from memconsole.backend.stores.memfd import SEGMENT
+from memconsole.backend.stores import base
+from memconsole.backend.stores.files import SEGMENT
 from memconsole.model import Grant, GrantState, Guest, GuestKind, GuestState, Helper, Region, Segment
 
 if TYPE_CHECKING:
     from memconsole.backend.guests.base import GuestDriver
+    from memconsole.backend.stores.base import Store
     from memconsole.backend.work import PreparedAction
 
 
@@ -139,6 +141,10 @@ class ForeseenDesk:
     def fds(self, region: str) -> tuple[int, ...]:
         """Its descriptors: none of a region that is not there yet, which nothing has sealed."""
         return () if region in self.foreseen.made else self._desk.fds(region)
+
+    def store_of(self, region: str) -> Store:
+        """Its store."""
+        return base.named(self._desk.stores, self.state.regions[region].store)
 
     def promised_bytes(self) -> int:
         """Bytes that would be reserved without frames: those of regions that are not there yet are counted whole."""

@@ -8,6 +8,7 @@ long: memory is freed outside of it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -15,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from memconsole.errors import NotFound
-from memconsole.units import PAGE
 
 if TYPE_CHECKING:
     from memconsole.backend.custody.holder import Custody
     from memconsole.backend.ledger.state import State
+    from memconsole.backend.stores.base import Store, Stores
     from memconsole.extents import ExtentTable
 
 MOUNT = "mount"
@@ -54,6 +55,32 @@ class Holdings:
         self._state = state
         self._looking = threading.RLock()
         self._fds: dict[str, tuple[int, ...]] = {}
+
+    @functools.cached_property
+    def stores(self) -> Stores:
+        """The stores of this host, by name."""
+        from memconsole.backend.stores import memfd
+        from memconsole.backend.stores.dax import DaxStore
+
+        return {
+            memfd.NAME: memfd,
+            DaxStore.NAME: DaxStore(self.runtime_dir, lasting=self.custody.survives, root=self.root),
+        }
+
+    def store_of(self, region: str) -> Store:
+        """The store of a region.
+
+        Raises:
+            Refused: it is of a store that this memconsole does not know. NotFound: there is no such region.
+        """
+        from memconsole.backend.stores import base
+
+        state = self.state
+        aims = (each for intent in state.unfinished.values() for each in intent.aims.regions if each.name == region)
+        meant = state.regions.get(region) or next(aims, None)  # one that is being made has its memory before its record
+        if meant is None:
+            raise NotFound(f"there is no region {region}", "none has this name", "memconsole regions lists them")
+        return base.named(self.stores, meant.store)
 
     @property
     def state(self) -> State:
@@ -95,10 +122,8 @@ class Holdings:
         Raises:
             NotFound: its memory is lost. Denied, KernelRefused: they cannot be read.
         """
-        from memconsole.extents import ExtentTable
-
         with self.borrowed_fds(region) as fds:
-            return ExtentTable.scan_fd(fds[segment], self.state.regions[region].segments[segment].size)
+            return self.store_of(region).frames(fds[segment], self.state.regions[region].segments[segment].size)
 
     def hold_region(self, region: str, fds: tuple[int, ...]) -> None:
         """Keep a region's fds."""
@@ -131,18 +156,18 @@ class Holdings:
         Raises:
             KernelRefused: it is preserved for a kexec.
         """
-        from memconsole.backend.stores import memfd
-
+        store = self.store_of(region)
         if region in self._fds:
             with self.borrowed_fds(region) as fds:
-                memfd.empty_segments(fds)
+                store.empty_segments(fds)
             self.close_fds(region)
+        store.discard(region)
 
     def backings(self) -> dict[str, tuple[Backing, ...]]:
         """Every region's segments as their fds show them."""
         if not self._fds:
             return {}
-        from memconsole.backend.stores import memfd
+        from memconsole.backend.stores import files
 
         found = {}
         with self._looking:
@@ -154,8 +179,8 @@ class Holdings:
                         stat.st_ino,
                         stat.st_size,
                         stat.st_blocks * 512,
-                        memfd.seals(fd),
-                        memfd.was_preserved(fd),
+                        files.seals(fd),
+                        files.was_preserved(fd),
                     )
                     for fd, stat in zip(fds, stats, strict=True)
                 )
@@ -166,12 +191,26 @@ class Holdings:
         with self._looking:
             resident = {name: sum(os.fstat(fd).st_blocks * 512 for fd in fds) for name, fds in self._fds.items()}
         return sum(
-            max(0, region.size - resident.get(region.name, 0))
+            store.promised_bytes(region, resident.get(region.name, 0))
             for region in self.state.regions.values()
-            if region.page_size == PAGE
+            if (store := self.stores.get(region.store)) is not None
         )
 
     def close(self) -> None:
         """Close every region's fds; custody keeps what it holds."""
         for name in list(self._fds):
             self.close_fds(name)
+        for store in self.stores.values():
+            store.close()
+
+    def describe_regions(self) -> None:
+        """Have regions say of themselves what the ledger means now, where their memory can.
+
+        Raises:
+            KernelRefused: it cannot be written down.
+        """
+        for region in self.state.regions.values():
+            if self.holds_region(region.name):
+                self.store_of(region.name).describe(
+                    self.fds(region.name), region, self.state.grants_of(region=region.name)
+                )

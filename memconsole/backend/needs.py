@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from memconsole.backend.ledger.state import State, WindowGrant
     from memconsole.backend.observe.mappings import FuseAlias
     from memconsole.backend.observe.reach import RegionReach
+    from memconsole.backend.stores.base import Store, Stores
     from memconsole.extents import ExtentTable
 
 
@@ -41,6 +42,14 @@ class HostTree(Protocol):
         """Where it stands; ``/`` unless it is a recorded one."""
 
 
+class RuntimeFiles(Protocol):
+    """Where the control process has its own files."""
+
+    @property
+    def runtime_dir(self) -> Path:
+        """Sockets, the guests' directories, the arenas' mounts."""
+
+
 class InCustody(Protocol):
     """What custody holds."""
 
@@ -49,7 +58,18 @@ class InCustody(Protocol):
         """Who holds the descriptors without which memory would vanish."""
 
 
-class RegionFds(LedgerState, HostTree, InCustody, Protocol):
+class Stored(LedgerState, Protocol):
+    """Where regions' frames live."""
+
+    @property
+    def stores(self) -> Stores:
+        """The stores of this host, by name."""
+
+    def store_of(self, region: str) -> Store:
+        """The store of a region; NotFound or Refused where there is none."""
+
+
+class RegionFds(Stored, HostTree, InCustody, Protocol):
     """The regions' descriptors, to look at."""
 
     def holds_region(self, region: str) -> bool:
@@ -78,7 +98,7 @@ class OwnRegionFds(RegionFds, Protocol):
         """Take a region's frames from every process and close its fds."""
 
 
-class Borrowed(LedgerState, Protocol):
+class Borrowed(Stored, Protocol):
     """The regions' descriptors, for long looks."""
 
     def borrowed_fds(self, region: str) -> AbstractContextManager[tuple[int, ...]]:

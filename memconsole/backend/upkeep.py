@@ -47,7 +47,7 @@ class Mount(Protocol):
         """Have it show what a Snapshot says of its guests."""
 
 
-class Kept(needs.LiveGuests, needs.HostTree, needs.InCustody, Protocol):
+class Kept(needs.LiveGuests, needs.Stored, needs.HostTree, needs.InCustody, Protocol):
     """What is kept up."""
 
     handoff: HandoffReport | None

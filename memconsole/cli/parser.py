@@ -330,6 +330,18 @@ def _handoff(commands: Any, json_too: argparse.ArgumentParser) -> None:
     report.set_defaults(run=_lazily("handing", "report"))
 
 
+def _arenas(commands: Any, json_too: argparse.ArgumentParser) -> None:
+    listing = commands.add_parser(
+        "list", help="list the ranges set aside at boot, and what is in them", parents=[json_too]
+    )
+    listing.set_defaults(run=_lazily("arenas", "listing"))
+    check = commands.add_parser(
+        "check", help="say what is wrong with arenas; exit code 4 if anything", parents=[json_too]
+    )
+    check.add_argument("name", metavar="NAME", nargs="?", default="", help="only this arena")
+    check.set_defaults(run=_lazily("arenas", "check"))
+
+
 def _hosting(commands: Any) -> None:
     demo = commands.add_parser("demo", help="open the console on an embedded control process with live guests")
     demo.add_argument("--interval", type=_interval, default=1.0, metavar="S", help="seconds between refreshes (1)")
@@ -379,6 +391,7 @@ def build() -> Parser:
     _history(commands, json_too)
     _tables(commands)
     groups = add_actions(commands, [act], run=_lazily("acting", "act"))
+    _arenas(groups["arena"], json_too)
     _handoff(groups["handoff"], json_too)
     _libvirt(commands, json_too, act)
     _macros(commands, json_too, act)

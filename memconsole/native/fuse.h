@@ -88,6 +88,7 @@ struct node {
 	int32_t backing;	/* RAM: the kernel's id of the memfd, 0 if none */
 	int fd;			/* RAM: the memfd, -1 if none: asked for its blocks, and emptied in parts */
 	uint64_t dev, ino;	/* RAM: which memfd it is */
+	bool sealless;		/* RAM: it is a file that no seal keeps from growing: reads and writes come here */
 	char *target;		/* LINK */
 	struct content *content;	/* TEXT, MAP */
 	struct node *parent;

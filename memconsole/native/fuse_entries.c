@@ -146,6 +146,7 @@ static void settle(struct node *node, const struct request *head, struct fresh *
 		node->dev = fresh->st.st_dev;
 		node->ino = fresh->st.st_ino;
 		node->size = (uint64_t)fresh->st.st_size;
+		node->sealless = fcntl(node->fd, F_GET_SEALS) < 0;
 		tree.ram_bytes += node->size;
 		fresh->backing = 0;
 	} else if (node->kind == KIND_LINK) {

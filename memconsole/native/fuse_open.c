@@ -3,6 +3,8 @@
  * The kernel's requests about open files.
  *
  * RAM files are passed through: OPEN names the memfd by its backing id, and reads, writes and mmaps never come here.
+ * Of a file without seals (of an arena) only mmaps are: a write behind its end would have it grow, so reads and writes
+ * come here, which end where it ends.
  * The kernel checks owners and modes (default_permissions); whether a file is revoked, or opened for more than its mode
  * ever allows, is checked here, as root passes the kernel's check.
  *
@@ -99,7 +101,7 @@ int64_t do_open(const struct request *request, struct node *node, uint8_t *out)
 	if (node->kind == KIND_RAM) {
 		if (!node->backing)
 			return -EACCES;		/* taken out of the tree */
-		open->open_flags = OPEN_PASSTHROUGH;
+		open->open_flags = OPEN_PASSTHROUGH | (node->sealless ? FOPEN_DIRECT_IO : 0);
 		open->backing_id = node->backing;
 		tree.nr_handles++;
 		node->handles++;	/* until RELEASE: whoever has it open, wherever the descriptor went */
@@ -139,7 +141,56 @@ int64_t do_release(const struct request *request, struct node *node)
 	return 0;
 }
 
-/* Reads what a handle shows; the only operation that works without the lock. */
+/* How many of so many bytes from an offset on lie within a file of this size. */
+static size_t within(const struct node *node, uint64_t offset, uint32_t size)
+{
+	if (offset >= node->size)
+		return 0;
+	return size < node->size - offset ? size : (size_t)(node->size - offset);
+}
+
+/* Reads or writes a RAM file without seals, without the lock. Returns how many bytes, or -errno. */
+static int64_t transfer(struct node *node, uint64_t offset, void *to, const void *from, size_t size)
+{
+	int fd;
+	int64_t got;
+
+	if (node->revoked || node->fd < 0)
+		return -EIO;
+	fd = fcntl(node->fd, F_DUPFD_CLOEXEC, 3);
+	if (fd < 0)
+		return -errno;
+	pthread_mutex_unlock(&tree_lock);
+	got = to ? pread(fd, to, size, (off_t)offset) : pwrite(fd, from, size, (off_t)offset);
+	got = got < 0 ? -errno : got;
+	close(fd);
+	pthread_mutex_lock(&tree_lock);
+	return got;
+}
+
+/* Writes to a RAM file without seals; it stays as large as it is. */
+int64_t do_write(const struct request *request, struct node *node, uint8_t *out)
+{
+	const struct fuse_write_in *in = (const void *)request->body;
+	struct fuse_write_out *done = (void *)out;
+	int64_t put;
+	size_t size;
+
+	if (request->len < sizeof(*in) || in->size > request->len - sizeof(*in))
+		return -EINVAL;
+	if (node->kind != KIND_RAM || !node->sealless || !(node->mode & 0222))
+		return -EPERM;
+	size = within(node, in->offset, in->size);
+	if (!size && in->size)
+		return -EFBIG;
+	put = transfer(node, in->offset, NULL, request->body + sizeof(*in), size);
+	if (put < 0)
+		return put;
+	*done = (struct fuse_write_out){ .size = (uint32_t)put };
+	return sizeof(*done);
+}
+
+/* Reads what a handle shows, without the lock. */
 int64_t do_read(const struct request *request, struct node *node, uint8_t *out)
 {
 	const struct fuse_read_in *in = (const void *)request->body;
@@ -151,6 +202,9 @@ int64_t do_read(const struct request *request, struct node *node, uint8_t *out)
 
 	if (request->len < sizeof(*in) || in->offset > INT64_MAX)
 		return -EINVAL;
+	if (node->kind == KIND_RAM && node->sealless)
+		return transfer(node, in->offset, out, NULL,
+				within(node, in->offset, in->size < READ_MAX ? in->size : READ_MAX));
 	handle = handle_at(in->fh);
 	if (!handle || handle->node != node)
 		return -EBADF;

@@ -43,6 +43,7 @@ void lookup_unsent(uint64_t id);
 /* fuse_open.c */
 int64_t queue_size(const struct fuse_in_header *head, const struct node *node);
 int64_t do_open(const struct request *request, struct node *node, uint8_t *out);
+int64_t do_write(const struct request *request, struct node *node, uint8_t *out);
 int64_t do_fallocate(const struct request *request, struct node *node);
 int64_t do_release(const struct request *request, struct node *node);
 int64_t do_read(const struct request *request, struct node *node, uint8_t *out);

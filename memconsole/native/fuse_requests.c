@@ -182,6 +182,8 @@ static int64_t dispatch(const struct request *request, uint8_t *out)
 		return do_readdir(request, node, out);
 	case FUSE_STATFS:
 		return do_statfs(out);
+	case FUSE_WRITE:
+		return do_write(request, node, out);
 	case FUSE_FALLOCATE:
 		return do_fallocate(request, node);
 	case FUSE_CREATE:
@@ -193,7 +195,6 @@ static int64_t dispatch(const struct request *request, uint8_t *out)
 	case FUSE_RMDIR:
 	case FUSE_RENAME:
 	case FUSE_RENAME2:
-	case FUSE_WRITE:
 		return -EPERM;
 	}
 	return -ENOSYS;

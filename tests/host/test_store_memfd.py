@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.guests import open_fds
 
-from memconsole.backend.stores import memfd
+from memconsole.backend.stores import files, memfd
 from memconsole.errors import KernelRefused, Refused
 from memconsole.model import Access
 
@@ -65,9 +65,9 @@ def test_a_region_has_its_size_its_seals_and_no_frames_yet() -> None:
     assert os.fstat(fd).st_size == 8 * M
     assert os.fstat(fd).st_mode & 0o777 == 0o600
     assert str(Path(f"/proc/self/fd/{fd}").readlink()) == "/memfd:memconsole:web:0 (deleted)"
-    assert memfd.seals(fd) == ("grow",)
-    assert memfd.resident_bytes(fds) == 0
-    assert memfd.segments(fds)[0].inode == os.fstat(fd).st_ino
+    assert files.seals(fd) == ("grow",)
+    assert files.resident_bytes(fds) == 0
+    assert files.segments(fds)[0].inode == os.fstat(fd).st_ino
     with pytest.raises(PermissionError):
         os.ftruncate(fd, 16 * M)
     memfd.free_segments(fds)
@@ -77,7 +77,7 @@ def test_a_region_has_its_size_its_seals_and_no_frames_yet() -> None:
 
 def test_prefault_puts_every_page_in_place() -> None:
     fds = memfd.reserve_segments("web", 8 * M, prefault=True)
-    assert memfd.resident_bytes(fds) == 8 * M
+    assert files.resident_bytes(fds) == 8 * M
     memfd.free_segments(fds)
 
 
@@ -85,7 +85,7 @@ def test_filling_puts_what_is_missing_in_place_and_changes_nothing_else() -> Non
     fds = memfd.reserve_segments("web", 4 * M)
     os.pwrite(fds[0], b"kept", M)
     memfd.fill_segments(fds)
-    assert memfd.resident_bytes(fds) == 4 * M
+    assert files.resident_bytes(fds) == 4 * M
     assert os.pread(fds[0], 4 * M, 0) == bytes(M) + b"kept" + bytes(3 * M - 4)
     memfd.free_segments(fds)
 
@@ -94,15 +94,15 @@ def test_what_cannot_be_filled_stays_as_it_is() -> None:
     fds = memfd.reserve_segments("web", 4 * M)
     fcntl.fcntl(fds[0], fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
     memfd.fill_segments(fds)
-    assert memfd.resident_bytes(fds) == 0
+    assert files.resident_bytes(fds) == 0
     os.close(fds[0])
 
 
 def test_a_large_region_is_made_of_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memfd, "SEGMENT", 4 * M)
     fds = memfd.reserve_segments("web", 10 * M, prefault=True)
-    assert [segment.size for segment in memfd.segments(fds)] == [4 * M, 4 * M, 2 * M]
-    assert memfd.resident_bytes(fds) == 10 * M
+    assert [segment.size for segment in files.segments(fds)] == [4 * M, 4 * M, 2 * M]
+    assert files.resident_bytes(fds) == 10 * M
     memfd.free_segments(fds)
 
 
@@ -121,7 +121,7 @@ def test_a_region_comes_from_the_node_that_was_asked_for() -> None:
 def test_who_holds_a_given_fd_cannot_forbid_us_to_take_the_memory() -> None:
     (fd,) = memfd.reserve_segments("web", M)
     given = memfd.segment_fd(fd, Access.RW)
-    assert memfd.seals(fd) == ("seal", "grow")
+    assert files.seals(fd) == ("seal", "grow")
     with pytest.raises(PermissionError):
         fcntl.fcntl(given, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
     memfd.free_segments([fd])
@@ -173,7 +173,7 @@ def test_two_mebibyte_pages_come_from_their_pool() -> None:
         assert _codes(4 * M, 2 * M) == ["NoHugePages"]
         with mmap.mmap(fds[0], 4 * M) as mapping:
             mapping[2 * M] = 1
-        assert memfd.resident_bytes(fds) == 2 * M
+        assert files.resident_bytes(fds) == 2 * M
         memfd.free_segments(fds)
         assert _codes(4 * M, 2 * M) == []
     finally:

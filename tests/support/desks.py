@@ -26,7 +26,7 @@ from memconsole.backend.ledger.writer import carry
 from memconsole.backend.observe.mappings import BlockedMapping, FuseAlias, RegionMapping
 from memconsole.backend.observe.reach import RegionReach
 from memconsole.backend.observe.survey import GuestReply
-from memconsole.backend.stores import memfd
+from memconsole.backend.stores import files, memfd
 from memconsole.errors import Denied, Gone, MemconsoleError, NotFound
 from memconsole.extents import Extent, ExtentTable
 from memconsole.model import (
@@ -324,10 +324,10 @@ class Desk(Holdings):
         """The region with memory of its own, held and in custody, unless it is lost."""
         if meant.name in self.facts.lost:
             return meant
-        starts = range(0, meant.size, memfd.SEGMENT)
-        sizes = [min(memfd.SEGMENT, meant.size - start) for start in starts]
+        starts = range(0, meant.size, files.SEGMENT)
+        sizes = [min(files.SEGMENT, meant.size - start) for start in starts]
         fds = tuple(memfd.fresh_segment(meant.name, index, size) for index, size in enumerate(sizes))
-        made = msgspec.structs.replace(meant, segments=memfd.segments(fds))
+        made = msgspec.structs.replace(meant, segments=files.segments(fds))
         self.hold_region(meant.name, fds)
         for index, fd in enumerate(fds):
             self.custody.put(custody_name(meant.name, index), fd, msgspec.json.encode(made))
@@ -433,7 +433,7 @@ class Desk(Holdings):
 
     @contextlib.contextmanager
     def grant_offer(self, grant: Grant) -> Iterator[Offer]:
-        index, offset = divmod(grant.offset, memfd.SEGMENT)
+        index, offset = divmod(grant.offset, files.SEGMENT)
         yield Offer(grant.id, self.fds(grant.region)[index], offset, grant.length, grant.access, grant.gpa)
 
     @contextlib.contextmanager

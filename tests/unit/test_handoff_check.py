@@ -118,6 +118,7 @@ ERRORS: dict[str, dict[str, Any]] = {
     "command-line-iommu": {**passed(), "here": f"{LINE} intel_iommu=on"},
 }
 ERRORS["region-lost"] = {"lost": ("old",)}
+ERRORS["arena-guests"] = {"stranded": (("vm", "ram"),)}
 ERRORS |= {
     id: {"doubts": (Finding(id, Severity.ERROR, "old", "something is in doubt", "custody", "look into it"),)}
     for id in doubts.DOUBTS

@@ -104,7 +104,7 @@ def test_a_file_that_cannot_be_emptied_is_meant_again(desk: Desk) -> None:
 
     before = desk.state.regions["web"]
     fcntl.fcntl(desk.fds("web")[0], fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-    with pytest.raises(KernelRefused, match="cannot be emptied"):
+    with pytest.raises(KernelRefused, match="cannot be freed"):
         desk.carry(move.move_segment(desk, grant(), 0))
     assert kinds(desk) == ["moved", "moved"]
     assert desk.state.regions["web"] == before

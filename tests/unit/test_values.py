@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memconsole import actions, command, units
+from memconsole.arguments import write_value
 from memconsole.errors import Denied, UsageError
 from memconsole.model import Access, Rung
 
@@ -63,7 +64,7 @@ def test_an_action_survives_the_wire(action: actions.Action) -> None:
 @pytest.mark.parametrize("action", EXAMPLES, ids=lambda action: action.spec.id)
 def test_an_action_survives_being_written_by_a_person(action: actions.Action) -> None:
     texts = {
-        field.name: actions.write_value(field, value)
+        field.name: write_value(field, value)
         for field in actions.fields(type(action))
         if (value := getattr(action, field.name)) is not None
     }
@@ -89,6 +90,8 @@ def test_unknown_actions_and_arguments_are_named() -> None:
 def test_keys_do_not_collide_within_a_view() -> None:
     seen: set[tuple[str, str]] = set()
     for cls in actions.REGISTRY.values():
+        if not cls.spec.key:
+            continue
         assert (cls.spec.on, cls.spec.key) not in seen
         seen.add((cls.spec.on, cls.spec.key))
 

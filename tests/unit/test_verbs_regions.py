@@ -27,7 +27,7 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
     [
         (Reserve("web", 4 * M), ["NameTaken", "NameInCustody"]),
         (Reserve("-web", 4 * M), ["BadName"]),
-        (Reserve("new", 4 * M, store="dax"), ["NoSuchStore"]),
+        (Reserve("new", 4 * M, store="tape"), ["NoSuchStore"]),
         (Reserve("new", 4 * M + 1), ["BadSize"]),
         (Reserve("new", 0), ["BadSize"]),
         (Reserve("new", 4 * M, page_size=8192), ["BadPageSize"]),

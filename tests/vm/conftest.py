@@ -12,6 +12,7 @@ import pytest
 from support import lab
 
 SECONDS = {
+    "arena": 90,
     "audit": 125,
     "dma": 65,
     "dma-amd": 50,

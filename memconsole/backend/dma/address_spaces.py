@@ -18,7 +18,7 @@ from memconsole.backend.dma import backends, vfio, vmm_detach
 from memconsole.backend.dma.backends import SpaceKind
 from memconsole.backend.dma.iommufd import Mapping as Range
 from memconsole.backend.kernel import tree
-from memconsole.backend.stores import memfd
+from memconsole.backend.stores import files
 from memconsole.errors import BadFile, KernelRefused, NotFound, Refused
 from memconsole.model import Access, Finding, Grant, Value
 
@@ -254,9 +254,9 @@ class AddressSpaces:
             NotFound: the region's memory is lost, or no device is attached.
         """
         assert grant.gpa is not None  # noqa: S101 - the plan refuses such a grant
-        index, offset = divmod(grant.offset, memfd.SEGMENT)
-        with self._lock, self._space(grant.guest) as (fd, space), self._holdings.borrowed_fds(grant.region) as files:
-            want = Range(files[index], offset, grant.length, grant.gpa, grant.access is Access.RW)
+        index, offset = divmod(grant.offset, files.SEGMENT)
+        with self._lock, self._space(grant.guest) as (fd, space), self._holdings.borrowed_fds(grant.region) as fds:
+            want = Range(fds[index], offset, grant.length, grant.gpa, grant.access is Access.RW)
             backends.opened(space.kind, fd, space.space).map(want)
 
     def unmap(self, grant: Grant) -> None:

@@ -27,7 +27,7 @@ from memconsole.backend.dma import vmm_check
 from memconsole.backend.dma.frame_owners import WINDOW, Owners
 from memconsole.backend.kernel import iommu, kho, pci, tree, vtd
 from memconsole.backend.kernel.pci import Function
-from memconsole.backend.stores import memfd
+from memconsole.backend.stores import files
 from memconsole.errors import NotFound, Silent
 from memconsole.extents import Extent, ExtentTable, Flag, Part
 from memconsole.model import Access, Finding, Grant, Severity
@@ -248,7 +248,7 @@ class _TableReader:
 
     def grant_part(self, grant: Grant) -> Part | None:
         """A grant's pages in the table of its segment; None where it is not read."""
-        index, offset = divmod(grant.offset, memfd.SEGMENT)
+        index, offset = divmod(grant.offset, files.SEGMENT)
         table = self._segment(grant.region, index)
         return None if table is None else Part(table, offset // PAGE, grant.length // PAGE, 0)
 

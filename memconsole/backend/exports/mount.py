@@ -43,7 +43,7 @@ from memconsole.backend.holdings import MOUNT
 from memconsole.backend.kernel import census
 from memconsole.backend.kernel.tree import line
 from memconsole.backend.observe.mappings import FuseAlias, is_whole, path_of
-from memconsole.backend.stores import memfd
+from memconsole.backend.stores import files
 from memconsole.errors import BadFile, Gone, MemconsoleError, NotFound, Silent
 from memconsole.model import Access, Finding, Grant, Guest, Region, Severity, Snapshot, Value
 
@@ -332,7 +332,7 @@ class GuestMount:
         return os.fstat(self._holdings.fds(region.name)[0]).st_size == region.segments[0].size
 
     def _put_grant(self, tree: FuseTree, grant: Grant, uid: int, mode: int) -> None:
-        fd = memfd.segment_fd(self._holdings.fds(grant.region)[0], grant.access)
+        fd = self._holdings.store_of(grant.region).segment_fd(self._holdings.fds(grant.region)[0], grant.access)
         try:
             tree.add_ram(grant.guest, grant.region, fd, uid=uid, mode=mode)
         finally:
@@ -346,7 +346,7 @@ class GuestMount:
             os.close(fd)
 
     def _put_region(self, tree: FuseTree, region: str, _uid: int, _mode: int) -> None:
-        fd = memfd.segment_fd(self._holdings.fds(region)[0], Access.RW)
+        fd = self._holdings.store_of(region).segment_fd(self._holdings.fds(region)[0], Access.RW)
         try:
             tree.add_region(region, fd)
         finally:
@@ -403,7 +403,7 @@ class GuestMount:
         parts, key = [], []
         for grant in state.grants_of(guest=guest.name)[:MAX_PARTS]:
             if grant.region in state.regions and self._holdings.holds_region(grant.region):
-                index, offset = divmod(grant.offset, memfd.SEGMENT)
+                index, offset = divmod(grant.offset, files.SEGMENT)
                 fd = self._holdings.fds(grant.region)[index]
                 parts.append(MapPart(fd, offset, grant.length, grant.gpa))
                 key.append((os.fstat(fd).st_ino, offset, grant.length, grant.gpa))

@@ -25,7 +25,7 @@ from memconsole.backend import steps
 from memconsole.backend.custody import payloads
 from memconsole.backend.kernel.memory import shmem_thp
 from memconsole.backend.observe.mappings import BlockedMapping
-from memconsole.backend.stores import memfd
+from memconsole.backend.stores import files
 from memconsole.errors import BadFile, KernelRefused, MemconsoleError, NotFound
 from memconsole.model import Faults, Finding, Grant, ProcessId, Value
 from memconsole.units import PAGE
@@ -137,7 +137,7 @@ class UserfaultBroker:
             *process,
             address,
             grant.length,
-            grant.offset % memfd.SEGMENT,
+            grant.offset % files.SEGMENT,
             page,
             modes,
             grant.lazy,
@@ -249,7 +249,7 @@ class UserfaultBroker:
             board = os.memfd_create(f"memconsole:{_board(handed.grant)}", os.MFD_CLOEXEC)
             self._holdings.custody.put(_board(handed.grant), board)
         try:
-            file = self._holdings.fds(handed.region)[offset // memfd.SEGMENT]
+            file = self._holdings.fds(handed.region)[offset // files.SEGMENT]
             service = FaultService(handed, uffd, file, board, _batch(handed.page))
             with self._reading:
                 self._services[handed.grant] = service

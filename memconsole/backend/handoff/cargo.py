@@ -23,10 +23,10 @@ class SessionContents:
 
 
 def cargoes(desk: needs.RegionFds) -> list[SessionContents]:
-    """The regions whose memory is held, by the session that is to carry each."""
+    """The regions whose memory is held and that do not survive by themselves, by the session that is to carry each."""
     found: dict[str, list[Region]] = {}
     for region in desk.state.regions.values():
-        if desk.holds_region(region.name):
+        if desk.holds_region(region.name) and desk.store_of(region.name).CARRIED:
             guests = {grant.guest for grant in desk.state.grants_of(region=region.name)}
             owner = guests.pop() if len(guests) == 1 else f"={region.name}"
             found.setdefault(luo.session_name(owner), []).append(region)

@@ -468,6 +468,7 @@ def _of_a_jump(facts: HandoffFacts) -> Iterator[Condition]:
 _ALWAYS: tuple[Judge, ...] = (
     _custody,
     doubts.memory_doubts,
+    doubts.arena_doubts,
     _guests,
     service_conditions.services,
     _libvirt,

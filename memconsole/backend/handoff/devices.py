@@ -28,7 +28,7 @@ from memconsole.backend.handoff import luo
 from memconsole.backend.handoff.facets import DeviceReturn, DeviceTables, QuietDevices
 from memconsole.backend.handoff.manifest import Manifest, PreservedDevice
 from memconsole.backend.kernel import iommu, pci, tree
-from memconsole.backend.stores import memfd
+from memconsole.backend.stores import files
 from memconsole.errors import KernelRefused, MemconsoleError, Refused
 from memconsole.extents import ChangeKind, Extent, ExtentTable, Flag, PageChange
 from memconsole.model import (
@@ -114,7 +114,7 @@ def device_table(desk: DeviceTables, bdf: str, guest: str, source: str = "") -> 
 
 def _meant(desk: DeviceTables, grant: Grant) -> Iterator[Extent]:
     """Where a region has a grant's pages, by IOVA."""
-    index, offset = divmod(grant.offset, memfd.SEGMENT)
+    index, offset = divmod(grant.offset, files.SEGMENT)
     first, end = offset // PAGE, (offset + grant.length) // PAGE
     flags = Flag.PRESENT | Flag.READ | (Flag.WRITE if grant.access is Access.RW else 0)
     with desk.segment_frames(grant.region, index) as table:

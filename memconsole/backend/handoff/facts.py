@@ -106,6 +106,7 @@ class HandoffFacts:
     limit_why: str = ""
     regions: tuple[RegionFacts, ...] = ()
     lost: tuple[str, ...] = ()
+    stranded: tuple[tuple[str, str], ...] = ()
     guests: tuple[GuestFacts, ...] = ()
     strangers: tuple[Guest, ...] = ()
     sessions: tuple[tuple[int, str], ...] = ()
@@ -200,8 +201,9 @@ def gather_facts(desk: facets.HandoffChecks, action: HandoffAction, powers: Powe
         regions=tuple(
             _region_facts(desk, region, survival.scratch)
             for region in state.regions.values()
-            if desk.holds_region(region.name)
+            if desk.holds_region(region.name) and desk.store_of(region.name).CARRIED
         ),
+        stranded=_stranded(desk),
         lost=tuple(name for name in state.regions if not desk.holds_region(name)),
         guests=tuple(_guest_facts(desk, guest, answers.get(guest.name), jump=jump) for guest in state.guests.values()),
         strangers=strangers,
@@ -410,3 +412,15 @@ def _guest_facts(desk: facets.HandoffChecks, guest: Guest, answer: GuestReply | 
     except MemconsoleError as error:
         return GuestFacts(guest, GuestState.SILENT, why_not=str(error))
     return GuestFacts(guest, answer.state, incapable=incapable, stays=stays, agentless=agentless)
+
+
+def _stranded(desk: facets.HandoffChecks) -> tuple[tuple[str, str], ...]:
+    """VMs of ours, each with a region that it runs on and that memconsole-resume does not find in custody."""
+    state = desk.state
+    return tuple(
+        (guest.name, grant.region)
+        for guest in state.guests.values()
+        if guest.kind in {GuestKind.CANARY, GuestKind.QEMU}
+        for grant in state.grants_of(guest=guest.name)
+        if desk.holds_region(grant.region) and not desk.store_of(grant.region).CARRIED
+    )

@@ -14,7 +14,7 @@ from memconsole.backend.guests.qemu import QemuGuest
 from memconsole.backend.handoff.bootplan import MonitorLines, Start
 from memconsole.backend.handoff.facets import VmmRestarting
 from memconsole.backend.holdings import custody_name
-from memconsole.backend.stores import memfd
+from memconsole.backend.stores import files
 from memconsole.errors import GuestError
 from memconsole.model import Grant, Guest, GuestKind, GuestState
 
@@ -100,7 +100,7 @@ def restart_of_ledger(
 
 def _segments(grants: Sequence[Grant]) -> list[tuple[str, str]]:
     """Each grant, with what its segment is called in custody."""
-    return [(grant.id, custody_name(grant.region, grant.offset // memfd.SEGMENT)) for grant in grants]
+    return [(grant.id, custody_name(grant.region, grant.offset // files.SEGMENT)) for grant in grants]
 
 
 def _planned_start(desk: VmmRestarting, guest: Guest, restart: Restart) -> tuple[Start, MonitorLines | None]:

@@ -52,7 +52,6 @@ from memconsole.backend.handoff.report import ReportWriter
 from memconsole.backend.holdings import LANDED
 from memconsole.backend.kernel import host
 from memconsole.backend.steps import Step
-from memconsole.backend.stores import memfd
 from memconsole.backend.work import PreparedAction
 from memconsole.errors import NotFound
 from memconsole.extents import digest_fd
@@ -211,7 +210,7 @@ class _Sequence:
         def do() -> None:
             # preserving fills holes too, in 4 KiB folios, which take long to retrieve
             for region in cargo.regions:
-                memfd.fill_segments(self.desk.fds(region.name))
+                self.desk.store_of(region.name).fill_segments(self.desk.fds(region.name))
             began = time.monotonic_ns()
             with self.powers.create(cargo.session) as session:
                 token = 0

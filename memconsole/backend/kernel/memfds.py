@@ -23,14 +23,16 @@ RETRIEVED = "/ (deleted)"
 """What a memfd is called that came by live update."""
 
 
-def holders(census: Census, objects: Collection[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Who holds an fd of these memfds, given as (st_dev, st_ino) of this host: (PID, fd).
+def holders(
+    census: Census, objects: Collection[tuple[int, int]], places: Collection[str] = ()
+) -> list[tuple[int, int]]:
+    """Who holds an fd of these memfds, or files in ``places``, given as (st_dev, st_ino) of this host: (PID, fd).
 
     Raises:
         Denied, KernelRefused: an fd cannot be looked at.
     """
     found = []
-    for process, fd, _ in _held(census):
+    for process, fd, _ in _held(census, places):
         path = f"{process.place}/fd/{fd}"
         try:
             status = os.stat(path)
@@ -48,12 +50,12 @@ def seal_names(bits: int) -> tuple[str, ...]:
     return tuple(name for bit, name in SEALS.items() if bits & bit)
 
 
-def _held(census: Census) -> Iterator[tuple[Process, int, str]]:
+def _held(census: Census, places: Collection[str] = ()) -> Iterator[tuple[Process, int, str]]:
     for process in census.processes.values():
         for fd, link in process.fds.items():
             if link.startswith(_PREFIX):
                 yield process, fd, link.removeprefix(_PREFIX).removesuffix(" (deleted)")
-            elif link == RETRIEVED:
+            elif link == RETRIEVED or (places and link.rpartition("/")[0] in places):
                 yield process, fd, ""
 
 

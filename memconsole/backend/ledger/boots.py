@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from memconsole.backend.holdings import custody_name
 from memconsole.backend.kernel import host, tree
 from memconsole.backend.ledger.state import EventRecord, Recorded, StateChange
-from memconsole.backend.stores import memfd
+from memconsole.backend.stores import files
 from memconsole.model import Finding, GuestState, Region, RegionState, Severity
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def regions_found(holdings: BootHoldings) -> Iterator[Region | None]:
             continue
         fds = [holdings.custody.get(name)[0] for name in names]
         try:
-            found = memfd.segments(fds)
+            found = files.segments(fds)
         finally:
             for fd in fds:
                 os.close(fd)

@@ -120,9 +120,10 @@ class PfnTables:
         tables: list[ExtentTable] = []
         page = host.page_size(self._desk.root)
         try:
+            store = self._desk.store_of(name)
             with self._desk.borrowed_fds(name) as fds:
                 for fd, segment in zip(fds, self._desk.state.regions[name].segments, strict=True):
-                    tables.append(ExtentTable.scan_fd(fd, segment.size))
+                    tables.append(store.frames(fd, segment.size))
             if len(tables) == 1:
                 table = tables.pop()
             else:

@@ -13,6 +13,7 @@ in a pipe. Moving the contents away from all of them is what :mod:`memconsole.ba
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -55,11 +56,13 @@ def find(
     faces: Iterable[FuseAlias] = (),
     shields: Iterable[BlockedMapping] = (),
     among: Collection[int] | None = None,
+    counted: bool = True,
 ) -> RegionReach:
     """Who reaches a segment of a region (all of it if left out), apart from ``exempt`` processes (us and our custody).
 
     ``faces`` are other files that show the region, and ``shields`` mappings that lead nowhere. ``among``: only these
     processes are looked at, which on a host of thousands costs next to nothing, and says nothing of the others.
+    ``counted``: the kernel counts who maps its frames.
 
     Raises:
         Denied, KernelRefused, BadFile: the processes of this host cannot be read.
@@ -72,13 +75,20 @@ def find(
     mapped = tuple(over for over in region_mappings(census, [region], faces, shields) if start <= over.offset < end)
     objects = {(each.device, each.inode) for each in region.segments[index]}
     held = (
-        *memfds.holders(census, objects),
+        *memfds.holders(census, objects, _places(fds[index])),
         *(_openers(census, shown) if (shown := [face for face in faces if face.region == region.name]) else ()),
     )
     unseen = ""
     if census.unseen and not mapped and not held:
-        unseen = _ask_frames(region.segments[index], fds[index], census.unseen)
+        who = census.unseen
+        unseen = _ask_frames(region.segments[index], fds[index], who) if counted else f"{who}, and nobody counts"
     return RegionReach(mapped, held, unseen)
+
+
+def _places(fds: Sequence[int]) -> frozenset[str]:
+    """The directories of files that have a name (those of an arena); a memfd has none."""
+    links = (os.readlink(f"/proc/self/fd/{fd}") for fd in fds)  # noqa: PTH115 - on the path of every snapshot
+    return frozenset(link.rpartition("/")[0] for link in links if link.count("/") > 1)
 
 
 def possible_keepers(

@@ -18,7 +18,7 @@ from memconsole.backend.revoke.move import MoveResult
 from memconsole.backend.revoke.points import pass_by
 from memconsole.backend.revoke.stop_processes import processes_stopped
 from memconsole.backend.revoke.suspend_vm import GuestSuspending
-from memconsole.backend.stores import memfd
+from memconsole.backend.stores import files
 from memconsole.errors import Gone, GuestError, MemconsoleError
 from memconsole.model import Grant, GuestKind, GuestState, RevokeOutcome, RevokeReport, Rung
 from memconsole.model import Guest as LedgerGuest
@@ -53,7 +53,7 @@ class Ladder:
         self._grant = grant
         self._within = within
         self._at_most = at_most
-        self._segment = grant.offset // memfd.SEGMENT
+        self._segment = grant.offset // files.SEGMENT
         self._killed: set[int] = set()
         self._last: RegionReach | None = None
 

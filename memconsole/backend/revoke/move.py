@@ -29,7 +29,8 @@ from memconsole.backend.kernel.memory import memory as read_memory
 from memconsole.backend.ledger.state import EventRecord, Recorded, StateChange
 from memconsole.backend.revoke import pins
 from memconsole.backend.revoke.points import pass_by
-from memconsole.backend.stores import memfd
+from memconsole.backend.stores import base, files
+from memconsole.backend.stores.base import Store
 from memconsole.errors import Denied, KernelRefused, MemconsoleError, NotFound
 from memconsole.model import Grant, Quarantine, Region, RevokeOutcome
 from memconsole.units import PAGE, format_size
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 _UNKNOWN = "page flags are not shown"
 
 
-class MoveLeftovers(needs.LedgerState, needs.InCustody, Protocol):
+class MoveLeftovers(needs.Stored, needs.InCustody, Protocol):
     """What custody holds and the ledger means, which is all that a move leaves behind."""
 
 
@@ -77,16 +78,8 @@ def why_not(desk: needs.RegionFds, region: Region, segment: int) -> str:
     if not desk.holds_region(region.name):
         return f"the memory of region {region.name} is lost"
     held = desk.fds(region.name)[segment]
-    if region.page_size != PAGE:
-        pool = next((pool for pool in read_memory(desk.root).pools if pool.page_size == region.page_size), None)
-        free = (pool.free - pool.reserved) * region.page_size if pool is not None else 0
-        wanted = region.segments[segment].size
-    else:
-        free = read_memory(desk.root).available - desk.promised_bytes()
-        wanted = memfd.resident_bytes([held])
-    if wanted > free:
-        return f"{format_size(wanted)} of fresh frames are needed, {format_size(max(0, free))} available"
-    return ""
+    store = desk.store_of(region.name)
+    return store.why_no_copy(held, region, segment, promised=desk.promised_bytes(), root=desk.root)
 
 
 class _Copy(NamedTuple):
@@ -102,6 +95,7 @@ class _Copy(NamedTuple):
     moved: Region
     kept: Quarantine
     frames: ExtentTable | None
+    store: Store
 
 
 def move_segment(desk: SegmentMoving, grant: Grant, segment: int) -> Recorded[MoveResult]:
@@ -113,14 +107,16 @@ def move_segment(desk: SegmentMoving, grant: Grant, segment: int) -> Recorded[Mo
     region = desk.state.regions[grant.region]
     old = desk.fds(region.name)[segment]
     size = region.segments[segment].size
-    fresh = memfd.fresh_segment(region.name, segment, size, region.page_size, region.node)
+    store = desk.store_of(region.name)
+    fresh = store.fresh_segment(region.name, segment, size, region.page_size, region.node)
     try:
         with contextlib.ExitStack() as stack:
-            frames = _copy_and_scan(desk, region, segment, fresh)
+            frames = _copy_and_scan(desk, region, segment, fresh, store)
             if frames is not None:
                 stack.enter_context(frames)
             pass_by("move", "copied")
-            copy = _Copy(region, segment, old, fresh, *_planned(desk, grant, region, segment, old, fresh), frames)
+            planned = _planned(desk, grant, region, segment, old, fresh)
+            copy = _Copy(region, segment, old, fresh, *planned, frames, store)
             _hold(desk, copy)
             pass_by("move", "held")
             yield from _commit(copy)
@@ -132,6 +128,7 @@ def move_segment(desk: SegmentMoving, grant: Grant, segment: int) -> Recorded[Mo
         with steplog.suppressed("the copy is forgotten", MemconsoleError):
             if desk.state.regions[region.name].segments == region.segments:
                 _forget_copy(desk, region.name, segment)
+                store.drop_fresh(region.name, segment)
         raise
     finally:
         os.close(fresh)
@@ -142,9 +139,9 @@ def _planned(  # noqa: PLR0917 - what a move is made of
 ) -> tuple[Region, Quarantine]:
     """The region with the fresh file, and the quarantine of the old frames."""
     segments = list(region.segments)
-    segments[segment] = memfd.segments([fresh])[0]
+    segments[segment] = files.segments([fresh])[0]
     moved = msgspec.structs.replace(region, segments=tuple(segments))
-    id, size = _quarantine_id(desk, grant.id), memfd.resident_bytes([old])
+    id, size = _quarantine_id(desk, grant.id), files.resident_bytes([old])
     return moved, Quarantine(id, region.name, grant.guest, size, time.time_ns(), "not looked at yet")
 
 
@@ -162,9 +159,12 @@ def _commit(copy: _Copy) -> Recorded[None]:
     quarantine = (copy.kept,) if copy.frames is not None else ()
     yield _happened("moved", copy.region.name, text, StateChange(regions=(copy.moved,), quarantine=quarantine))
     pass_by("move", "committed")
+    name, segment = copy.region.name, copy.segment
     try:
-        _empty(copy.old)
+        copy.store.settle(name, segment, copy.fresh, copy.old)
+        copy.store.empty_segments([copy.old])
     except KernelRefused:
+        copy.store.settle(name, segment, copy.old, copy.fresh)
         back = StateChange(regions=(copy.region,), without_quarantine=(copy.kept.id,))
         yield _happened("moved", copy.region.name, "... and back", back)
         raise
@@ -176,10 +176,13 @@ def _replace(desk: needs.OwnRegionFds, copy: _Copy) -> None:
     desk.replace_segment(name, segment, copy.fresh)
     payloads.put(desk.custody, custody_name(name, segment), copy.fresh, copy.moved)
     desk.custody.drop(_fresh_name(name, segment))
+    copy.store.drop_fresh(name, segment)
 
 
 def _ended(desk: PinJudging, copy: _Copy) -> Recorded[MoveResult]:
     """How strong the end is, and what the ledger says of the old frames."""
+    if copy.store.EMPTIED_PROVES:
+        return MoveResult(RevokeOutcome.PROVED)
     if copy.frames is None:
         return MoveResult(RevokeOutcome.CUT, f"pins cannot be ruled out: {_UNKNOWN}")
     if copy.region.page_size != PAGE:
@@ -247,17 +250,22 @@ def finish_moves(desk: MoveLeftovers) -> None:
         region = desk.state.regions.get(region_name)
         fresh, payload = desk.custody.get(name)
         try:
-            if region is None or region.segments[segment : segment + 1] != memfd.segments([fresh]):
+            if region is None or region.segments[segment : segment + 1] != files.segments([fresh]):
                 desk.custody.drop(name)
+                if region is not None:
+                    _throw_away(desk, region, segment, fresh)
                 continue
+            store = base.named(desk.stores, region.store)
             old, _ = desk.custody.get(custody_name(region_name, segment))
             try:
                 if os.fstat(old).st_ino != os.fstat(fresh).st_ino:
-                    _empty(old)
+                    store.settle(region_name, segment, fresh, old)
+                    store.empty_segments([old])
             finally:
                 os.close(old)
             desk.custody.put(custody_name(region_name, segment), fresh, payload)
             desk.custody.drop(name)
+            store.drop_fresh(region_name, segment)
         finally:
             os.close(fresh)
     for name in desk.custody.names():
@@ -266,12 +274,27 @@ def finish_moves(desk: MoveLeftovers) -> None:
             desk.custody.drop(name)
 
 
+def _throw_away(desk: MoveLeftovers, region: Region, segment: int, fresh: int) -> None:
+    """A copy that the ledger never meant: the region's name stands for the old file, whatever was done last."""
+    store = base.named(desk.stores, region.store)
+    with contextlib.suppress(NotFound):
+        old, _ = desk.custody.get(custody_name(region.name, segment))
+        try:
+            store.settle(region.name, segment, old, fresh)
+        finally:
+            os.close(old)
+        store.drop_fresh(region.name, segment)
+
+
 # --- inside -----------------------------------------------------------------------------------------------------
 
 
-def _copy_and_scan(desk: SegmentMoving, region: Region, segment: int, fresh: int) -> ExtentTable | None:
-    """Copy the contents, and look meanwhile where they lie."""
+def _copy_and_scan(desk: SegmentMoving, region: Region, segment: int, fresh: int, store: Store) -> ExtentTable | None:
+    """Copy the contents, and look meanwhile where they lie, where that has to be looked at again afterwards."""
     by_map = region.page_size != PAGE or _huge_by_advice(desk)
+    if store.EMPTIED_PROVES:
+        _copy(desk.fds(region.name)[segment], fresh, region.segments[segment].size, by_map=by_map)
+        return None
     with ThreadPoolExecutor(1) as pool:
         looking = pool.submit(_frames, desk, region.name, segment)
         try:
@@ -304,13 +327,6 @@ def _frames(desk: needs.RegionFrames, region: str, segment: int) -> ExtentTable 
         return desk.segment_frames(region, segment)
     except Denied:
         return None
-
-
-def _empty(old: int) -> None:
-    try:
-        os.ftruncate(old, 0)
-    except OSError as error:
-        raise KernelRefused("ftruncate", error.errno or 0, what="the old file cannot be emptied") from None
 
 
 def _quarantine_id(desk: needs.LedgerState, grant: str) -> str:

@@ -11,18 +11,25 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
-from memconsole.backend.kernel.memfds import seal_names
 from memconsole.backend.kernel.memory import memory as read_memory
 from memconsole.backend.kernel.tree import Root
+from memconsole.backend.stores.base import Found
+from memconsole.backend.stores.files import SEGMENT, resident_bytes
 from memconsole.errors import KernelRefused, Refused
-from memconsole.model import Access, HugePool, Memory, Refusal, Segment
+from memconsole.model import Access, Finding, Grant, HugePool, Memory, Refusal, Region
 from memconsole.units import MAX_SIZE, PAGE, format_size
+
+if TYPE_CHECKING:
+    from memconsole.extents import ExtentTable
 
 NAME = "memfd"
 PAGE_SIZES = (PAGE, 2 << 20, 1 << 30)
-SEGMENT = 512 << 30
+FAULTS = COUNTED = CARRIED = True
+EMPTIED_PROVES = False
+"""What the kernel holds of an emptied memfd (a pin) it holds without the file."""
 PREFIX = "memconsole:"
 """A segment's name in /proc/PID/maps and fd: ``/memfd:memconsole:REGION:0``."""
 
@@ -186,25 +193,67 @@ def wipe_segments(fds: Sequence[int]) -> int | None:
     return total
 
 
-def resident_bytes(fds: Sequence[int]) -> int:
-    """Bytes that have frames (fstat:st_blocks)."""
-    return sum(os.fstat(fd).st_blocks * 512 for fd in fds)
+def frames(fd: int, size: int) -> ExtentTable:
+    """Where the pages of a segment lie, which the caller closes; raises as :meth:`ExtentTable.scan_fd`."""
+    from memconsole.extents import ExtentTable
+
+    return ExtentTable.scan_fd(fd, size)
 
 
-def was_preserved(fd: int) -> bool:
-    """Whether a segment was handed over by the kernel before, which hands the file over and not its name."""
-    return os.readlink(f"/proc/self/fd/{fd}") == "/ (deleted)"  # noqa: PTH115 - on the path of every snapshot
+def why_no_copy(fd: int, region: Region, segment: int, *, promised: int = 0, root: Root = "/") -> str:
+    """Why there is no room for a copy of a segment; empty where there is."""
+    if region.page_size != PAGE:
+        pool = next((pool for pool in read_memory(root).pools if pool.page_size == region.page_size), None)
+        free = (pool.free - pool.reserved) * region.page_size if pool is not None else 0
+        wanted = region.segments[segment].size
+    else:
+        free = read_memory(root).available - promised
+        wanted = resident_bytes([fd])
+    if wanted > free:
+        return f"{format_size(wanted)} of fresh frames are needed, {format_size(max(0, free))} available"
+    return ""
 
 
-def seals(fd: int) -> tuple[str, ...]:
-    """The names of a segment's seals (F_GET_SEALS)."""
-    return seal_names(fcntl.fcntl(fd, fcntl.F_GET_SEALS))
+def promised_bytes(region: Region, resident: int) -> int:
+    """Bytes of this host's free memory that a region may still take: hugetlb pages are set aside already."""
+    return max(0, region.size - resident) if region.page_size == PAGE else 0
 
 
-def segments(fds: Sequence[int]) -> tuple[Segment, ...]:
-    """The segments by the inode and device their mappings show in /proc/PID/maps."""
-    found = [os.fstat(fd) for fd in fds]
-    return tuple(Segment(stat.st_ino, stat.st_dev, stat.st_size) for stat in found)
+def grant_refusals(grant: Grant) -> tuple[Refusal, ...]:
+    """What of a grant this memory cannot do: nothing."""
+    del grant
+    return ()
+
+
+def describe(fds: Sequence[int], region: Region, grants: Sequence[Grant] = ()) -> None:
+    """Nothing: what a memfd is stands in custody."""
+
+
+def discard(name: str) -> None:
+    """Nothing: a memfd goes with its last descriptor."""
+
+
+def settle(name: str, index: int, kept: int, gone: int) -> None:
+    """Nothing: a memfd has no name that another could take."""
+
+
+def drop_fresh(name: str, index: int) -> None:
+    """Nothing: it goes with its last descriptor."""
+
+
+def may_know() -> bool:
+    """A memfd is known by its descriptor alone."""
+    return False
+
+
+def found(held: Collection[str]) -> tuple[list[Found], list[Finding]]:
+    """Nothing: a memfd is known by its descriptor alone."""
+    del held
+    return [], []
+
+
+def close() -> None:
+    """Nothing."""
 
 
 def _too_large(size: int, promised: int, memory: Memory, node: int | None) -> list[Refusal]:

@@ -8,12 +8,13 @@ from typing import Any, Protocol
 from memconsole import actions
 from memconsole.backend import needs
 from memconsole.backend.handoff.facets import HandoffChecks
-from memconsole.backend.verbs import grants, guests, handoff, regions, services, windows
+from memconsole.backend.verbs import arenas, grants, guests, handoff, regions, services, windows
 from memconsole.backend.work import PreparedAction
 
 
 class VerbDesk(
     HandoffChecks,
+    arenas.ArenaKeeping,
     needs.OwnRegionFds,
     needs.GuestStarting,
     needs.GrantOffering,
@@ -41,6 +42,9 @@ VERBS: Mapping[type[actions.Action], Verb] = {
     actions.GuestResume: guests.resume,
     actions.WindowMap: windows.map,
     actions.WindowRevoke: windows.revoke,
+    actions.ArenaCreate: arenas.create,
+    actions.ArenaScan: arenas.scan,
+    actions.ArenaRemove: arenas.remove,
     actions.HandoffRun: handoff.run,
     actions.HandoffRehearse: handoff.rehearse,
 }

@@ -19,7 +19,7 @@ from memconsole.actions import Map, Revoke
 from memconsole.backend import needs
 from memconsole.backend.ledger.state import Recorded
 from memconsole.backend.revoke import Ladder, Revoking, suspend_vm
-from memconsole.backend.stores import memfd
+from memconsole.backend.stores import files
 from memconsole.backend.verbs import dma
 from memconsole.backend.verbs.common import known_guest, known_region
 from memconsole.backend.work import PreparedAction
@@ -93,6 +93,7 @@ def map(desk: GrantMaking, action: Map) -> PreparedAction:
         lazy=action.lazy,
     )
     _apart(work, desk, grant)
+    work.refusals += desk.store_of(region.name).grant_refusals(grant)
     if grant.dma is not None:
         dma.refuse_device(work, desk, grant, grant.dma)
     if back:
@@ -165,8 +166,8 @@ def _in_range(work: PreparedAction, region: Region, offset: int, length: int, gp
         work.refuse("BadRange", what, f"it ends at {region.size}", remedy)
     elif offset % page or length % page:
         work.refuse("BadRange", f"{length} bytes from {offset} are not whole pages", "a grant is made of pages", remedy)
-    elif offset // memfd.SEGMENT != (offset + length - 1) // memfd.SEGMENT:
-        size = exact_size(memfd.SEGMENT)
+    elif offset // files.SEGMENT != (offset + length - 1) // files.SEGMENT:
+        size = exact_size(files.SEGMENT)
         why = f"a region is made of segments of {size}, and a grant lies in one"
         work.refuse("BadRange", f"{length} bytes from {offset} lie in two segments", why, "make a grant for each")
     if gpa is not None and (gpa < 0 or gpa % page or gpa + max(length, 0) > GPA_LIMIT):
@@ -190,7 +191,7 @@ def _access(work: PreparedAction, desk: needs.RegionFds, region: Region, access:
             "memconsole audit says what can still be kept",
         )
     elif access is Access.RW:
-        sealed = {"write", "future_write"} & {name for fd in desk.fds(region.name) for name in memfd.seals(fd)}
+        sealed = {"write", "future_write"} & {name for fd in desk.fds(region.name) for name in files.seals(fd)}
         if sealed:
             work.refuse(
                 "AccessTooWide",
@@ -226,7 +227,7 @@ def _apart(work: PreparedAction, desk: needs.LedgerState, grant: Grant) -> None:
 
 
 def _segment(grant: Grant) -> int:
-    return grant.offset // memfd.SEGMENT
+    return grant.offset // files.SEGMENT
 
 
 # --- revoke -----------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def start(desk: VmStarting, action: GuestStart) -> PreparedAction:
     free_name(work, desk, name, region=True, guest=True)
     _refuse_vmm(work, action)
     dma.refuse_handing(work, desk, action)
-    creation(work, desk, Reserve(name, action.memory))
+    creation(work, desk, Reserve(name, action.memory, action.store))
     if work.refusals:
         return work
     now = time.time_ns()
@@ -83,6 +83,9 @@ def start(desk: VmStarting, action: GuestStart) -> PreparedAction:
         dma=action.device,
         created_ns=now,
     )
+    work.refusals += desk.stores[action.store].grant_refusals(grant)
+    if work.refusals:
+        return work
     dma.hand_device(work, desk, grant)
     kind = GuestKind(action.vmm)
     args = (*(with_agent(desk.directory(name).absolute()) if action.agent else ()), *action.args)

@@ -12,7 +12,7 @@ from memconsole.backend import needs
 from memconsole.backend.custody import payloads
 from memconsole.backend.holdings import custody_name
 from memconsole.backend.ledger.state import StateChange
-from memconsole.backend.stores import memfd
+from memconsole.backend.stores import files
 from memconsole.backend.verbs import handoff
 from memconsole.backend.verbs.common import free_name, known_region
 from memconsole.backend.work import PreparedAction
@@ -34,13 +34,16 @@ def reserve(desk: needs.OwnRegionFds, action: Reserve) -> PreparedAction:
 
 def creation(work: PreparedAction, desk: needs.OwnRegionFds, action: Reserve) -> None:
     """The steps that make a region, and the refusals that the store has; ``work.change`` gets the region."""
-    if action.store != memfd.NAME:
-        work.refuse("NoSuchStore", f"there is no store {action.store}", f"stores: {memfd.NAME}", "leave --store out")
+    store = desk.stores.get(action.store)
+    if store is None:
+        known = ", ".join(desk.stores)
+        work.refuse("NoSuchStore", f"there is no store {action.store}", f"stores: {known}", "leave --store out")
+        return
     if custody_name(action.name, 0) in desk.custody.names():
         what = f"custody holds memory under the name {action.name}, which the ledger does not know"
         work.refuse("NameInCustody", what, "reserving the name would free that memory", "choose another name")
     promised = desk.promised_bytes()
-    work.refusals += memfd.reserve_refusals(
+    work.refusals += store.reserve_refusals(
         action.size, action.page_size, action.node, promised=promised, root=desk.root
     )
     if work.refusals:
@@ -58,26 +61,26 @@ def creation(work: PreparedAction, desk: needs.OwnRegionFds, action: Reserve) ->
     work.aims = msgspec.structs.replace(work.aims, regions=(region,))
 
     def create() -> None:
-        fds = memfd.reserve_segments(
+        fds = store.reserve_segments(
             action.name, action.size, action.page_size, action.node, prefault=action.prefault, promised=promised
         )
         desk.hold_region(action.name, fds)
-        made = msgspec.structs.replace(region, segments=memfd.segments(fds))
+        made = msgspec.structs.replace(region, segments=files.segments(fds))
         work.change = msgspec.structs.replace(work.change, regions=(made,))
 
+    def take_back() -> None:
+        desk.close_fds(action.name)
+        store.discard(action.name)
+
     def hold() -> None:
+        store.describe(desk.fds(action.name), work.change.regions[0])
         for index, fd in enumerate(desk.fds(action.name)):
             payloads.put(desk.custody, custody_name(action.name, index), fd, work.change.regions[0])
 
     size = f"{format_size(action.size)} in pages of {format_size(action.page_size)}"
     prefault = ", every page given a frame" if action.prefault else ""
-    work.step(
-        "create",
-        f"create the memory of region {action.name}: {size}{prefault}",
-        create,
-        lambda: desk.close_fds(action.name),
-        "free it",
-    )
+    text = f"create the memory of region {action.name}: {size}{prefault}"
+    work.step("create", text, create, take_back, "free it")
     work.step(
         "hold",
         f"put it into custody ({desk.custody.label})",
@@ -156,7 +159,7 @@ def _wipe(desk: needs.RegionFds, region: Region) -> str:
     if not desk.holds_region(region.name):
         return ""
     began = time.monotonic_ns()
-    zeroed = memfd.wipe_segments(desk.fds(region.name))
+    zeroed = desk.store_of(region.name).wipe_segments(desk.fds(region.name))
     took = time.monotonic_ns() - began
     if zeroed is None:
         return "the kernel zeroes its frames before they are used again"

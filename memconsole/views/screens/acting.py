@@ -17,7 +17,7 @@ from textual.widgets import Button, Input, Label, Select, Static
 
 from memconsole import actions, bulk
 from memconsole.actions import Action
-from memconsole.arguments import ActionField, ArgumentKind
+from memconsole.arguments import ActionField, ArgumentKind, read_value, write_value
 from memconsole.errors import MemconsoleError
 from memconsole.model import Danger, Plan, Snapshot
 from memconsole.views.bound import bound
@@ -102,7 +102,7 @@ class FieldForm(Dialog[Result], Generic[Result]):
     def _editor(self, id: str, field: ActionField) -> Input | Select[str]:
         shown = self._given.get(field.name, "")
         if not shown and not field.required and field.default is not None:
-            shown = actions.write_value(field, field.default)
+            shown = write_value(field, field.default)
         choices = ("no", "yes") if field.arg.kind is ArgumentKind.FLAG else field.arg.choices
         if choices and shown in choices:
             return Select([(choice, choice) for choice in choices], value=shown, allow_blank=False, id=id, compact=True)
@@ -133,7 +133,7 @@ class FieldForm(Dialog[Result], Generic[Result]):
             why = ""
             if field.name in texts:
                 try:
-                    actions.read_value(field, texts[field.name])
+                    read_value(field, texts[field.name])
                 except MemconsoleError as error:
                     why = error.remedy or error.what
             row.set_class(bool(why), "-bad")
@@ -329,7 +329,7 @@ class Confirmation(Dialog[Answer]):
 def given_of(action: Action) -> dict[str, str]:
     """An Action's arguments as a person writes them, for a form to begin with."""
     return {
-        field.name: actions.write_value(field, value)
+        field.name: write_value(field, value)
         for field in actions.fields(type(action))
         if (value := getattr(action, field.name)) is not None
     }

@@ -1,0 +1,177 @@
+"""What is in the ranges that were set aside at boot, read from the ranges themselves; changes nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from memconsole.backend.kernel import cmdline, pmem
+from memconsole.backend.kernel.pmem import Pmem
+from memconsole.backend.kernel.tree import Root
+from memconsole.backend.stores import arena as arenas
+from memconsole.backend.stores import dax, ext4
+from memconsole.backend.stores.arena import Arena, Contents
+from memconsole.errors import MemconsoleError, UsageError
+from memconsole.model import Finding, Severity, Value
+from memconsole.units import format_address, format_size, parse_size
+
+
+class InArena(Value, frozen=True):
+    """A region of an arena: bytes, and its physical address, None where that is not shown; ``runs`` of its range."""
+
+    name: str
+    size: int
+    start: int | None
+    runs: int
+    generation: int
+    guests: tuple[str, ...] = ()
+
+
+class ArenaRange(Value, frozen=True):
+    """A range by its device: what it holds in words, and, of an arena that is mounted, where and its regions.
+
+    ``words``: what of the command line sets it aside; empty where that is no word of it (an NVDIMM).
+    """
+
+    device: str
+    size: int
+    start: int | None
+    holds: str
+    arena: str = ""
+    mounted: str = ""
+    free: int | None = None
+    regions: tuple[InArena, ...] = ()
+    trouble: str = ""
+    words: str = ""
+
+
+def ranges(root: Root = "/") -> tuple[ArenaRange, ...]:
+    """Every range; what cannot be read of one is its ``trouble``.
+
+    Raises:
+        Denied, KernelRefused, BadFile: they cannot be listed.
+    """
+    mounted = {each.device: each for each in arenas.mounted(root)}
+    return tuple(_range(device, mounted.get(device.number), root) for device in pmem.devices(root))
+
+
+def _range(device: Pmem, arena: Arena | None, root: Root) -> ArenaRange:
+    trouble = arena.trouble if arena is not None else ""
+    held, inside = Contents(), tuple[InArena, ...]()
+    try:
+        held = arenas.contents(device)
+        inside = tuple(_inside(arena)) if arena is not None else ()
+    except MemconsoleError as error:
+        trouble = trouble or f"{error.what}: {error.why}"
+    return ArenaRange(
+        device=device.name,
+        size=device.size,
+        start=device.start,
+        holds=f"arena {held.arena}" if held.arena else held.other or ("" if trouble else "nothing"),
+        arena=held.arena,
+        mounted=str(arena.path) if arena is not None else "",
+        free=arena.free if arena is not None else None,
+        regions=inside,
+        trouble=trouble,
+        words=words_of(device, root),
+    )
+
+
+def _inside(arena: Arena) -> Iterator[InArena]:
+    for name, record, why in dax.read_arena(arena):
+        if record is None or why or name.startswith(arenas.FRESH):
+            continue
+        fd = os.open(arena.path / name, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            runs = ext4.runs(fd, record.region.size)
+        finally:
+            os.close(fd)
+        start = arena.start + runs[0].physical if runs and arena.start is not None else None
+        guests = tuple(sorted({grant.guest for grant in record.grants}))
+        yield InArena(name, record.region.size, start, len(runs), record.generation, guests)
+
+
+def words_of(device: Pmem, root: Root = "/") -> str:
+    """The word of this kernel's command line (``memmap=nn!ss``) that sets a range aside; empty where none does."""
+    for value in cmdline.values(cmdline.read(root), "memmap"):
+        for part in value.split(","):
+            size, mark, start = part.partition("!")
+            if mark and device.start is not None and _holds(size, start, device.start):
+                return f"memmap={part}"
+    return ""
+
+
+def _holds(size: str, start: str, address: int) -> bool:
+    try:
+        first = parse_size(start) if not start.startswith("0x") else int(start, 16)
+        return first <= address < first + (parse_size(size) if not size.startswith("0x") else int(size, 16))
+    except (UsageError, ValueError):
+        return False
+
+
+def check(name: str = "", root: Root = "/") -> tuple[Finding, ...]:
+    """What is wrong with the arenas of this host, or with one; an arena that is not mounted is checked by e2fsck.
+
+    Raises:
+        Denied, KernelRefused, BadFile: they cannot be listed. UsageError: there is no arena of this name.
+    """
+    mounted = {each.device: each for each in arenas.mounted(root)}
+    found: list[Finding] = []
+    known = 0
+    for device in pmem.devices(root):
+        arena = mounted.get(device.number)
+        try:
+            label = arena.name if arena is not None else arenas.contents(device).arena
+        except MemconsoleError as error:
+            found.append(_finding("arena-unread", device.name, f"{error.what}: {error.why}", error.remedy))
+            continue
+        if not label or (name and label != name):
+            continue
+        known += 1
+        found += _check_mounted(arena) if arena is not None else _check_unmounted(device, label)
+    if name and not known:
+        raise UsageError(f"there is no arena {name}", "no range holds one of this name", "memconsole arena list")
+    return tuple(found)
+
+
+def _check_mounted(arena: Arena) -> Iterator[Finding]:
+    if arena.trouble:
+        yield _finding("arena-unused", arena.name, arena.trouble, "it is left as it is; nothing in it is lost")
+    for file, record, why in dax.read_arena(arena):
+        if why or record is None:
+            what = why or "it does not say what it is: it was never finished"
+            remedy = "the next start of memconsole takes away what was never finished; else it is left as it is"
+            yield _finding("arena-file", file, f"a file of arena {arena.name}: {what}", remedy)
+    for region in _inside(arena):
+        if region.runs != 1 or (region.start or 0) % ext4.CLUSTER:
+            at = format_address(region.start) if region.start is not None else "an address that is not shown"
+            what = f"region {region.name} of arena {arena.name} lies in {region.runs} runs, from {at}"
+            yield _finding("arena-file", region.name, what, "copy its contents to a new region")
+
+
+def _check_unmounted(device: Pmem, label: str) -> Iterator[Finding]:
+    try:
+        ext4.run(["e2fsck", "-f", "-n", device.path], f"the file system of arena {label} is damaged")
+    except MemconsoleError as error:
+        yield _finding("arena-unread", label, f"{error.what}: {error.why}", f"e2fsck -f {device.path}")
+    yield _finding("arena-unused", label, f"arena {label} on {device.path} is not mounted", "memconsole arena scan")
+
+
+def _finding(id: str, subject: str, what: str, remedy: str) -> Finding:
+    return Finding(id, Severity.WARNING, subject, what, "", remedy)
+
+
+def lines(found: ArenaRange) -> Iterator[str]:
+    """A range in words, a line each."""
+    at = f" at {format_address(found.start)}" if found.start is not None else ""
+    free = f", {format_size(found.free)} free" if found.free is not None else ""
+    place = f", mounted at {found.mounted}" if found.mounted else ""
+    yield f"{found.device}  {format_size(found.size)}{at}: {found.holds or 'not known'}{free}{place}"
+    if found.words:
+        yield f"    set aside by {found.words}: the next kernel needs the same word"
+    if found.trouble:
+        yield f"    not used: {found.trouble}"
+    for region in found.regions:
+        at = f" at {format_address(region.start)}" if region.start is not None else ""
+        guests = f", granted to {', '.join(region.guests)}" if region.guests else ""
+        yield f"    {region.name}  {format_size(region.size)}{at}, generation {region.generation}{guests}"

@@ -1,0 +1,127 @@
+"""What a store is: where a region's frames come from, how they are given out, taken back, shown, and found again.
+
+Verbs, revoke, handoff and adoption know stores by this alone. A store's segments are files (:mod:`.files`): custody
+holds their descriptors, the mount shows them, and to cut one to no length takes its frames from everybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from memconsole.backend.kernel.tree import Root
+from memconsole.errors import Refused
+from memconsole.model import Access, Finding, Grant, Refusal, Region
+
+if TYPE_CHECKING:
+    from memconsole.extents import ExtentTable
+
+
+class Found(NamedTuple):
+    """A region that a store knows by itself, and its segments' fds, which the caller closes."""
+
+    region: Region
+    fds: tuple[int, ...]
+
+
+class Store(Protocol):
+    """One store; a store that has nothing to do for a method does nothing."""
+
+    @property
+    def NAME(self) -> str:  # noqa: N802 - a store may be a module
+        """What ``--store`` calls it."""
+
+    @property
+    def FAULTS(self) -> bool:  # noqa: N802
+        """Whether page faults of its memory can be served, and its mappings barred, by userfaultfd."""
+
+    @property
+    def EMPTIED_PROVES(self) -> bool:  # noqa: N802
+        """Whether a file that could be emptied is the proof that nobody pins its frames."""
+
+    @property
+    def COUNTED(self) -> bool:  # noqa: N802
+        """Whether the kernel counts who maps its frames (/proc/kpagecount)."""
+
+    @property
+    def CARRIED(self) -> bool:  # noqa: N802
+        """Whether live update carries its regions; the others survive by themselves."""
+
+    def reserve_refusals(
+        self, size: int, page_size: int, node: int | None, *, promised: int, root: Root
+    ) -> tuple[Refusal, ...]:
+        """Why a region of this size cannot be reserved, all reasons; nothing is done."""
+
+    def reserve_segments(
+        self, name: str, size: int, page_size: int, node: int | None, *, prefault: bool, promised: int
+    ) -> tuple[int, ...]:
+        """The segments' fds of a new region, in order, all zeroes; all or nothing."""
+
+    def describe(self, fds: Sequence[int], region: Region, grants: Sequence[Grant] = ()) -> None:
+        """Have the memory itself say what it is, where it can."""
+
+    def discard(self, name: str) -> None:
+        """Forget a region whose segments were emptied, or that is none yet."""
+
+    def fresh_segment(self, name: str, index: int, size: int, page_size: int, node: int | None) -> int:
+        """An empty segment to take the place of another of the same region; as large, and all zeroes."""
+
+    def why_no_copy(self, fd: int, region: Region, segment: int, *, promised: int, root: Root) -> str:
+        """Why there is no room for a copy of a segment; empty where there is."""
+
+    def settle(self, name: str, index: int, kept: int, gone: int) -> None:
+        """Have a region's name stand for the one of two files, whichever it stood for."""
+
+    def drop_fresh(self, name: str, index: int) -> None:
+        """Forget the file that a region's name does not stand for, once it was emptied or is not needed."""
+
+    def fill_segments(self, fds: Sequence[int]) -> None:
+        """Put every page in place, as far as that can be done."""
+
+    def grant_refusals(self, grant: Grant) -> tuple[Refusal, ...]:
+        """What of a grant this memory cannot do."""
+
+    def segment_fd(self, fd: int, access: Access) -> int:
+        """A new fd of a segment for handing out, which the caller closes: read-only for ``ro``."""
+
+    def empty_segments(self, fds: Sequence[int]) -> None:
+        """Take the frames of segments from everybody, for good; the fds stay open.
+
+        Raises:
+            KernelRefused: one cannot be emptied; what was emptied stays so.
+        """
+
+    def wipe_segments(self, fds: Sequence[int]) -> int | None:
+        """Write zeros over all that segments hold; how many bytes, or None where that cannot be."""
+
+    def frames(self, fd: int, size: int) -> ExtentTable:
+        """Where the pages of a segment lie, which the caller closes."""
+
+    def promised_bytes(self, region: Region, resident: int) -> int:
+        """Bytes of this host's free memory that a region may still take."""
+
+    def may_know(self) -> bool:
+        """Whether it may know regions by itself, which :meth:`found` then says."""
+
+    def found(self, held: Collection[str]) -> tuple[list[Found], list[Finding]]:
+        """The regions that this store knows by itself and that are not ``held`` by name; and what is wrong with it."""
+
+    def close(self) -> None:
+        """Let go of what this process holds of it; regions are another matter."""
+
+
+Stores = Mapping[str, Store]
+
+
+def named(stores: Stores, name: str) -> Store:
+    """The store of this name.
+
+    Raises:
+        Refused: there is none (``NoSuchStore``).
+    """
+    store = stores.get(name)
+    if store is None:
+        raise Refused(
+            f"there is no store {name}", f"stores: {', '.join(stores)}", "leave --store out", code="NoSuchStore"
+        )
+    return store

@@ -1,0 +1,40 @@
+"""What every store's segments have in common: each is a file of this kernel, told apart by device and inode."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Sequence
+
+from memconsole.backend.kernel.memfds import seal_names
+from memconsole.model import Segment
+
+SEGMENT = 512 << 30
+"""Bytes of a segment at most: the kernel's array of preserved folios has no room for 1 TiB."""
+
+
+def segments(fds: Sequence[int]) -> tuple[Segment, ...]:
+    """The segments by the inode and device their mappings show in /proc/PID/maps."""
+    found = [os.fstat(fd) for fd in fds]
+    return tuple(Segment(stat.st_ino, stat.st_dev, stat.st_size) for stat in found)
+
+
+def resident_bytes(fds: Sequence[int]) -> int:
+    """Bytes that have frames (fstat:st_blocks)."""
+    return sum(os.fstat(fd).st_blocks * 512 for fd in fds)
+
+
+def seals(fd: int) -> tuple[str, ...]:
+    """The names of a segment's seals (F_GET_SEALS); a file of a kind that has none has none."""
+    try:
+        return seal_names(fcntl.fcntl(fd, fcntl.F_GET_SEALS))
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return ()
+        raise
+
+
+def was_preserved(fd: int) -> bool:
+    """Whether a segment was handed over by the kernel before, which hands the file over and not its name."""
+    return os.readlink(f"/proc/self/fd/{fd}") == "/ (deleted)"  # noqa: PTH115 - on the path of every snapshot

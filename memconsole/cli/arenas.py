@@ -1,0 +1,39 @@
+"""``arena list`` and ``arena check``: they read the ranges themselves; what acts is in the registry of actions."""
+
+from __future__ import annotations
+
+import argparse
+
+from memconsole.cli import output
+from memconsole.errors import ExitCode
+
+
+def listing(options: argparse.Namespace) -> int:
+    """Every range that was set aside, what it holds, and the regions of an arena that is mounted."""
+    from memconsole.backend.diagnose import arenas
+    from memconsole.backend.stores import arena
+
+    found = arenas.ranges()
+    if options.json:
+        output.json(found)
+        return ExitCode.DONE
+    for each in found:
+        for line in arenas.lines(each):
+            output.text(line)
+    if not found:
+        output.text(f"no range of memory is set aside on this host: {arena.words()}")
+    return ExitCode.DONE
+
+
+def check(options: argparse.Namespace) -> int:
+    """What is wrong with arenas; exit code 4 when anything is."""
+    from memconsole.backend.diagnose import arenas
+
+    found = arenas.check(options.name)
+    if options.json:
+        output.json(found)
+    elif found:
+        output.findings(found)
+    else:
+        output.text("nothing is wrong with the arenas of this host")
+    return ExitCode.FINDINGS if found else ExitCode.DONE

@@ -1,0 +1,17 @@
+"""The dax store on a kernel that hands nothing over: what is in an arena is found again by the next one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from support import lab
+
+JUMPS = 20 if os.environ.get("MEMCONSOLE_SOAK") else 1
+WORDS = "kho=off liveupdate=off memmap=256M!1G"
+
+
+def test_regions_of_an_arena_are_found_again_with_every_byte(tmp_path: Path) -> None:
+    said = lab.run("arena", tmp_path, append=WORDS, arguments=[str(JUMPS)])
+    said.check()
+    assert said.stages == JUMPS + 1

@@ -151,7 +151,7 @@ class GuestAttach(Action, frozen=True, tag="guest-attach"):
         "Attach process",
         "Take a running process as a guest",
         Danger.CHANGES,
-        "a",
+        "O",
         "guests",
     )
     name: Annotated[str, Arg(ArgumentKind.NEW_NAME, "name of the new guest", positional=True)]
@@ -207,6 +207,38 @@ class GuestHelper(Action, frozen=True, tag="guest-helper"):
     )
     name: Annotated[str, Arg(ArgumentKind.GUEST, "guest that the process works for", positional=True)]
     pid: Annotated[int, Arg(ArgumentKind.INTEGER, "the process's PID")]
+
+
+class GuestAdopt(Action, frozen=True, tag="guest-adopt"):
+    """Take the RAM of a VM that somebody else runs into custody, while it runs."""
+
+    spec = Spec(
+        "guest-adopt",
+        ("guest", "adopt"),
+        "Adopt guest",
+        "Take the RAM of a running VM (libvirt's, or any QEMU) into custody",
+        Danger.CHANGES,
+        "a",
+        "guests",
+    )
+    name: Annotated[str, Arg(ArgumentKind.GUEST, "guest to adopt, as memconsole guests shows it", positional=True)] = ""
+    all: Annotated[bool, Arg(ArgumentKind.FLAG, "adopt every guest of libvirt that can be adopted")] = False
+    qmp: Annotated[str, Arg(ArgumentKind.PATH, "QMP socket of a QEMU that libvirt does not run")] = ""
+
+
+class GuestLetGo(Action, frozen=True, tag="guest-let-go"):
+    """Undo an adoption: the guest goes on as if it had not been."""
+
+    spec = Spec(
+        "guest-let-go",
+        ("guest", "let-go"),
+        "Let guest go",
+        "Undo an adoption; the guest runs on",
+        Danger.CHANGES,
+        "L",
+        "guests",
+    )
+    name: Annotated[str, Arg(ArgumentKind.GUEST, "adopted guest to let go", positional=True)]
 
 
 class GuestStop(Action, frozen=True, tag="guest-stop"):
@@ -369,6 +401,8 @@ AnyAction = (
     | GuestAttach
     | GuestService
     | GuestHelper
+    | GuestAdopt
+    | GuestLetGo
     | GuestStop
     | GuestPause
     | GuestResume
@@ -430,7 +464,7 @@ def cli_form(action: Action) -> str:
     for field in fields(type(action)):
         value = getattr(action, field.name)
         if field.arg.positional:
-            words.append(write_value(field, value))
+            words += [write_value(field, value)] if field.required or value != field.default else []
         elif field.arg.kind is ArgumentKind.WORDS:
             rest = ["--", *value] if value else []
         elif not field.required and value == field.default:

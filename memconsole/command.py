@@ -51,8 +51,10 @@ def _add_field(parser: argparse.ArgumentParser, field: ActionField) -> None:
         options["choices"] = arg.choices
     else:
         options["type"] = reader(lambda text: read_value(field, text))
-    if arg.positional:
+    if arg.positional and field.required:
         parser.add_argument(field.name, **options)
+    elif arg.positional:
+        parser.add_argument(field.name, nargs="?", default=field.default, **options)
     else:
         parser.add_argument(
             field.option, dest=field.name, required=field.required, default=argparse.SUPPRESS, **options

@@ -124,6 +124,9 @@ KINDS: Mapping[str, FindingKind] = {
         "a guest finds in its memory what it wrote there", "the guest works on wrong data, or crashes"
     ),
     "guest-ended": FindingKind("guests outlive a kexec", "the guest's vCPU and device state is lost"),
+    "ram-not-adopted": FindingKind(
+        "custody holds all of an adopted guest's RAM", "what custody does not hold could not be carried"
+    ),
     "guest-gone": FindingKind(
         "a guest's process runs until it is stopped", "the guest's vCPU and device state is lost"
     ),

@@ -59,6 +59,7 @@ handoff: check, preserve, pause, save, jump, adopt, verify, rebuild, resume, rep
 rehearsal: a handoff in which the jump is replaced by a restart of every VMM on the running kernel
 condition: a known way to lose memory, looked at before a handoff; one that is not met refuses it or warns
 blackout: the time a guest did not run, as the guest sees it
+adopted guest: a VM that another program started (libvirt, by hand), whose RAM came into custody while it ran
 adoption: what a control process does when it starts: it takes over what custody and ledger hold
 """
 _HEAD = """\

@@ -91,6 +91,8 @@ MEANINGS: tuple[Meaning, ...] = (
     _acts("release", "release it", "release"),
     _acts("attach", "attach a process", "guest-attach"),
     _acts("helper", "name a helper process", "guest-helper"),
+    _acts("adopt", "adopt a VM that another program runs", "guest-adopt"),
+    _acts("let-go", "let an adopted VM go", "guest-let-go"),
     _acts("stop", "stop it", "guest-stop"),
     _acts("hold", "pause it", "guest-pause"),
     _acts("run-on", "let it run on", "guest-resume"),

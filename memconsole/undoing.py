@@ -13,6 +13,7 @@ _NEVER = {
     "arena-create": "what the range held is gone",
     "arena-remove": "what the arena held is gone",
     "arena-scan": "what was taken up stays until it is released",
+    "guest-let-go": "adopt it again: memconsole guest adopt NAME",
     "handoff-run": "the next kernel runs",
     "handoff-rehearse": "it left everything as it was",
 }
@@ -26,6 +27,8 @@ def inverse(action: Action, outcome: Outcome, before: Snapshot | None) -> Action
         return actions.Revoke(outcome.subject)
     if isinstance(action, actions.GuestStart | actions.GuestAttach | actions.GuestService):
         return actions.GuestStop(action.name)
+    if isinstance(action, actions.GuestAdopt):
+        return "it adopted several: let each of them go" if action.all else actions.GuestLetGo(outcome.subject)
     if isinstance(action, actions.GuestPause):
         return actions.GuestResume(action.name)
     if isinstance(action, actions.GuestResume):

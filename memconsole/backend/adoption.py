@@ -8,9 +8,9 @@ ledger of another boot            regions are known by name and size, guests hav
 handoff whose record is unread    left unfinished, with a finding: states, manifest and record stay in custody
 guest whose process lives         taken over with its grants; one whose process ended is a finding
 unfinished release, revoke,       carried through: what they take away must not come back
-  stop, pause, resume
+  stop, let-go, pause, resume
 unfinished reserve, map, start,   taken back: nobody was told that they were done
-  attach
+  attach, adopt
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from memconsole.backend.ledger.state import DoneRecord, EventRecord, FailedRecor
 from memconsole.backend.peers.patience import Patience
 from memconsole.backend.revoke import move, stop_processes, suspend_vm
 from memconsole.backend.stores import files
+from memconsole.backend.verbs.adopt import drop_unfinished
 from memconsole.backend.verbs.arenas import held_regions
 from memconsole.backend.verbs.grants import OFFER_S
 from memconsole.backend.verbs.guests import adopt_orphans, forget
@@ -50,6 +51,7 @@ FORWARD = (
     actions.Release,
     actions.Revoke,
     actions.GuestStop,
+    actions.GuestLetGo,
     actions.GuestPause,
     actions.GuestResume,
     actions.WindowRevoke,
@@ -372,22 +374,32 @@ def _undo_action(desk: AdoptionDesk, number: int, intent: Intent, again: list[st
     if isinstance(action, (actions.Reserve, actions.GuestStart)):
         drop_custody(desk, action.name)
         desk.stores[action.store].discard(action.name)
+    if isinstance(action, actions.GuestAdopt):
+        drop_unfinished(desk, intent.aims.guests)
     if isinstance(action, actions.Map):
-        for grant in intent.aims.grants:
-            if grant.dma is not None:
-                desk.address_spaces.unmap(grant)
-                grant = msgspec.structs.replace(grant, dma=None)  # noqa: PLW2901 - it is what is left of it
-            if _still_mapped(desk, grant):
-                text = f"{grant.guest} maps {grant.region} as {grant.id} (found after a restart)"
-                return DoneRecord(
-                    number,
-                    time.time_ns(),
-                    text,
-                    StateChange(grants=(msgspec.structs.replace(grant, state=GrantState.MAPPED),)),
-                )
+        found = _mapped_all_the_same(desk, number, intent)
+        if found is not None:
+            return found
     return FailedRecord(
         number, time.time_ns(), "CutShort", "the control process died; the steps done so far were undone"
     )
+
+
+def _mapped_all_the_same(desk: AdoptionDesk, number: int, intent: Intent) -> Record | None:
+    """What is to be recorded of a grant that its guest keeps; None where there is none."""
+    for grant in intent.aims.grants:
+        if grant.dma is not None:
+            desk.address_spaces.unmap(grant)
+            grant = msgspec.structs.replace(grant, dma=None)  # noqa: PLW2901 - it is what is left of it
+        if _still_mapped(desk, grant):
+            text = f"{grant.guest} maps {grant.region} as {grant.id} (found after a restart)"
+            return DoneRecord(
+                number,
+                time.time_ns(),
+                text,
+                StateChange(grants=(msgspec.structs.replace(grant, state=GrantState.MAPPED),)),
+            )
+    return None
 
 
 def _carried_on(desk: AdoptionDesk, number: int, intent: Intent, powers: Powers) -> Record:

@@ -224,7 +224,7 @@ class Control:
             work.subject if spec.danger is Danger.DESTROYS else None,
             work.conditions,
             work.subject,
-            note,
+            "; ".join(filter(None, [work.note, note])),
             work.from_kernel,
             work.to_kernel,
         )
@@ -435,7 +435,7 @@ class Control:
     def _end_guests(self) -> None:
         for guest in list(self._state.guests.values()):
             live = self._desk.live_guest(guest.name)
-            if live is not None and guest.kind is not GuestKind.PROCESS:
+            if live is not None and guest.kind in {GuestKind.CANARY, GuestKind.QEMU}:
                 with contextlib.suppress(MemconsoleError):
                     live.stop(STOP_S)
 

@@ -50,7 +50,9 @@ if TYPE_CHECKING:
     from memconsole.backend.guests.base import GuestDriver as LiveGuest
     from memconsole.backend.guests.base import Offer
     from memconsole.backend.ledger.state import State, WindowGrant
+    from memconsole.backend.managers.guest_memory import Block
     from memconsole.backend.observe.reach import RegionReach
+    from memconsole.backend.stores.adopted import RamFile
 
 RECONNECT_S = 1.0
 """Seconds an agent has to find a new control process (it tries every 100 to 200 ms)."""
@@ -287,7 +289,7 @@ class Desk(Holdings):
         ``patient``: that time does not run while its process is busy or waits for a processor.
         """
         live = self.live_guest(guest)
-        if live is None or live.kind is GuestKind.QEMU:
+        if live is None or live.kind in {GuestKind.QEMU, GuestKind.FOREIGN}:
             return False
         if live.agent():
             return True
@@ -317,6 +319,7 @@ class Desk(Holdings):
         Raises:
             Gone: it ended, or its PID belongs to another process.
         """
+        from memconsole.backend.guests.adopted import AdoptedGuest
         from memconsole.backend.guests.canary import CanaryGuest
         from memconsole.backend.guests.process import ProcessGuest
         from memconsole.backend.guests.qemu import QemuGuest
@@ -327,7 +330,9 @@ class Desk(Holdings):
             )
         grants = self.state.grants_of(guest=guest.name)
         live: LiveGuest
-        if guest.kind is GuestKind.QEMU:
+        if guest.adopted:
+            live = AdoptedGuest.adopt(guest.name, guest.pid, guest.start_ticks)
+        elif guest.kind is GuestKind.QEMU:
             ram = grants[0].id if grants else ""
             live = QemuGuest.adopt(guest.name, guest.pid, guest.start_ticks, self.directory(guest.name), ram)
         else:
@@ -343,6 +348,48 @@ class Desk(Holdings):
                 live = kind.adopt(guest.name, guest.pid, guest.start_ticks, self.hub, offers)
         self._add_guest(live)
         return live
+
+    # --- the RAM of VMs that others run ---------------------------------------------------------------------------
+
+    def ram_files(self, guest: Guest) -> tuple[RamFile, ...]:
+        """The files that a VM's process maps shared, in the shape of RAM.
+
+        Raises:
+            Gone, Denied, KernelRefused, BadFile: it is not shown.
+        """
+        from memconsole.backend.stores import adopted
+
+        return adopted.files_of(self.root, guest)
+
+    def monitor_process(self, qmp: str) -> int:
+        """The PID of who listens at a QMP socket.
+
+        Raises:
+            NotFound, Denied, KernelRefused: nobody does, or it cannot be told.
+        """
+        from memconsole.backend.guests import monitor
+
+        return monitor.process(qmp)
+
+    def ask_ram(self, guest: Guest, qmp: str) -> tuple[Block, ...]:
+        """What a VM's QEMU says of its RAM blocks, through its manager or by its QMP socket.
+
+        Raises:
+            GuestError, BadFile: it says nothing, or something that is not known here.
+        """
+        from memconsole.backend.guests import monitor
+
+        return monitor.blocks(guest, qmp)
+
+    def open_ram(self, guest: Guest, file: RamFile) -> int:
+        """A descriptor of a file that a VM's process has open.
+
+        Raises:
+            Gone, GuestError, Denied, KernelRefused: it ended, or has it open no more.
+        """
+        from memconsole.backend.stores import adopted
+
+        return adopted.opened(self.root, guest.pid or 0, file)
 
     @contextlib.contextmanager
     def grant_offer(self, grant: Grant) -> Iterator[Offer]:

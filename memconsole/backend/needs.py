@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from memconsole.backend.guests.base import Offer
     from memconsole.backend.holdings import Backing
     from memconsole.backend.ledger.state import State, WindowGrant
+    from memconsole.backend.managers.guest_memory import Block
     from memconsole.backend.observe.mappings import FuseAlias
     from memconsole.backend.observe.reach import RegionReach
+    from memconsole.backend.stores.adopted import RamFile
     from memconsole.backend.stores.base import Store, Stores
     from memconsole.extents import ExtentTable
 
@@ -180,6 +182,22 @@ class GuestStarting(LiveGuests, HostTree, Protocol):
 
     def adopt_guest(self, guest: Guest, *, windows: bool = True) -> LiveGuest:
         """Take hold of a guest's process again, with the grants it has; ``windows``: those of devices too."""
+
+
+class ForeignMemory(HostTree, Protocol):
+    """The RAM of VMs that others run."""
+
+    def ram_files(self, guest: Guest) -> tuple[RamFile, ...]:
+        """The files that its process maps shared, in the shape of RAM; Gone, Denied, KernelRefused: it is not shown."""
+
+    def monitor_process(self, qmp: str) -> int:
+        """The PID of who listens at a QMP socket; NotFound, Denied, KernelRefused: nobody, or it cannot be told."""
+
+    def ask_ram(self, guest: Guest, qmp: str) -> tuple[Block, ...]:
+        """What its QEMU says of its blocks, by its manager or by ``qmp``; GuestError: it says nothing."""
+
+    def open_ram(self, guest: Guest, file: RamFile) -> int:
+        """A descriptor of a file that its process has open, to be closed; Gone, GuestError: it has not."""
 
 
 class GrantOffering(Protocol):

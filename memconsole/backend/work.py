@@ -16,7 +16,8 @@ class PreparedAction:
     """An Action on its way: ``aims`` is known before the first step, the other fields are after the last.
 
     ``lasting`` is what stays changed even if a later step fails; ``after`` is called once the ledger knows it is done.
-    With refusals there are no steps. ``then`` is done after it, however it ended, as if somebody had asked for it.
+    With refusals there are no steps. ``note`` is what else its plan says. ``then`` is done after it, however it ended,
+    as if somebody had asked for it.
     ``from_kernel`` and ``to_kernel``: see :class:`memconsole.model.Plan`.
     """
 
@@ -34,6 +35,7 @@ class PreparedAction:
     then: list[Action] = field(default_factory=list)
     from_kernel: str = ""
     to_kernel: str = ""
+    note: str = ""
 
     def refuse(self, code: str, what: str, why: str = "", remedy: str = "") -> None:
         """Add a reason not to do it."""

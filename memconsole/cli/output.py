@@ -74,6 +74,8 @@ def plan(value: Plan) -> None:
     for number, effect in enumerate(value.effects, 1):
         undo = f"  (undo: {effect.undo})" if effect.undo else ""
         text(f"  {number}. {effect.text}{undo}")
+    if value.note:
+        text(f"  note: {value.note}")
     for refusal in value.refusals:
         why = f": {refusal.why}" if refusal.why else ""
         text(f"  refused {refusal.code}: {refusal.what}{why}")

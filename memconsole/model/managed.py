@@ -60,7 +60,9 @@ class Managed(Value, frozen=True):
     ``state`` and ``reason`` are the manager's own words, written at ``since_ns``. ``labels`` are what others (Nova,
     oVirt) keep in the domain's metadata. ``host_devices`` are PCI functions that are passed through, ``mediated`` UUIDs
     of mdevs, ``taps`` its network interfaces on the host. ``persistent``: it is defined, and would be there after a
-    reboot.
+    reboot. ``helped`` are devices that another process of this host works for (virtiofs, vhost-user, TPM), in words.
+    ``job``: what the manager does with it now (a migration, a save), ``block_jobs`` what is done with its disks; empty
+    while there is none.
     """
 
     manager: str
@@ -83,3 +85,6 @@ class Managed(Value, frozen=True):
     mediated: tuple[str, ...] = ()
     disks: tuple[Disk, ...] = ()
     taps: tuple[str, ...] = ()
+    helped: tuple[str, ...] = ()
+    job: str = ""
+    block_jobs: tuple[str, ...] = ()

@@ -232,7 +232,8 @@ class Guest(Value, frozen=True):
     ``silent``: why it does not answer, empty while it does; its ``progress`` is then what it said at ``answered_ns``,
     None if it never answered. ``ended``: what ended one that is gone, if known. ``helpers`` are those that an operator
     named. ``managed``: what another manager of VMs says of it, where one runs it. ``service``: a process that
-    is told to save before a handoff, and started again after it.
+    is told to save before a handoff, and started again after it. ``adopted``: another program started it, and
+    its RAM is in custody.
     """
 
     name: str
@@ -254,6 +255,7 @@ class Guest(Value, frozen=True):
     helpers: tuple[Helper, ...] = ()
     managed: Managed | None = None
     service: Service | None = None
+    adopted: bool = False
 
     @property
     def process(self) -> ProcessId | None:

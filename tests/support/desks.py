@@ -23,6 +23,7 @@ from memconsole.backend.holdings import Holdings, custody_name
 from memconsole.backend.kernel.procmaps import Vma
 from memconsole.backend.ledger.state import EventRecord, Record, Recorded, State, StateChange, WindowGrant
 from memconsole.backend.ledger.writer import carry
+from memconsole.backend.managers.guest_memory import Block
 from memconsole.backend.observe.mappings import BlockedMapping, FuseAlias, RegionMapping
 from memconsole.backend.observe.reach import RegionReach
 from memconsole.backend.observe.survey import GuestReply
@@ -46,6 +47,7 @@ from memconsole.model import (
     Vcpu,
     Window,
 )
+from support.foreign_ram import ForeignRam
 from support.trees import Tree
 
 M = 1 << 20
@@ -270,7 +272,7 @@ class Facts:
     ``lost``: regions without memory. ``frames``: where every segment's pages lie, None where the kernel does not show
     it. ``mapping``: who maps the regions, by PID; ``reaching``: who has their descriptors, a look each (the last one
     stays); ``keeping``: who may have some out of sight. ``window_kept``: whether a guest keeps the window it is asked
-    for.
+    for. ``ram``: the blocks of strangers' RAM by PID, a memfd each, mapped at its ``hva``.
     """
 
     regions: tuple[Region, ...] = ()
@@ -287,12 +289,13 @@ class Facts:
     reaching: tuple[tuple[int, ...], ...] = ((),)
     unseen: str = ""
     strangers: tuple[Guest, ...] = ()
+    ram: tuple[tuple[int, Sequence[Block]], ...] = ()
     windows: tuple[Window, ...] = ()
     window_gaps: tuple[Unread, ...] = ()
     window_kept: bool = False
 
 
-class Desk(Holdings):
+class Desk(ForeignRam, Holdings):
     """A desk made of facts; ``root`` is a tree with as much memory as the tests want."""
 
     def __init__(self, directory: Path, facts: Facts = Facts()) -> None:
@@ -314,6 +317,7 @@ class Desk(Holdings):
         self.withdrawn: list[str] = []
         self.looks = 0
         self.narrow = 0
+        self.hold_ram(facts.ram)
         self._lives = {each.name: each for each in facts.live}
         regions = tuple(self._made(each) for each in facts.regions)
         self.change(
@@ -460,6 +464,7 @@ def desk_of(directory: Path, facts: Facts) -> Iterator[Desk]:
     try:
         yield desk
     finally:
+        desk.close_ram()
         desk.close()
         desk.custody.close()
 

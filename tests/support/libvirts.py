@@ -66,7 +66,7 @@ class Libvirt:
     def ended(self, *command: str | Path, fds: Sequence[int] = ()) -> subprocess.CompletedProcess[str]:
         """A command that has ended, however it did; it was handed these descriptors."""
         return subprocess.run(
-            [*self._inside, *command],
+            self.inside(*command),
             check=False,
             text=True,
             capture_output=True,
@@ -74,6 +74,10 @@ class Libvirt:
             env=_environment(),
             pass_fds=tuple(fds),
         )
+
+    def inside(self, *command: str | Path) -> list[str | Path]:
+        """A command as it runs where libvirt's own files are."""
+        return [*self._inside, *command]
 
     def run(self, *command: str | Path, fds: Sequence[int] = ()) -> str:
         """What a command says that ends well."""

@@ -14,7 +14,7 @@ from support.handoffs import IMAGE, into_next_kernel
 from support.waiting import LONG_S
 
 from memconsole.backend.custody.manager import UnitFdStore
-from memconsole.backend.handoff import apart, check, doubts, facts
+from memconsole.backend.handoff import apart, check, doubts, facts, others
 from memconsole.backend.handoff.device_facts import DeviceFacts
 from memconsole.backend.handoff.facts import GuestFacts, HandoffFacts, RegionFacts
 from memconsole.backend.handoff.image import KernelImage
@@ -26,6 +26,7 @@ from memconsole.model import (
     GuestKind,
     GuestState,
     Managed,
+    ManagedRam,
     Memory,
     Range,
     Refusal,
@@ -117,6 +118,12 @@ ERRORS: dict[str, dict[str, Any]] = {
     "device-driver": {**passed(), "missing": ("vfio_pci",)},
     "command-line-iommu": {**passed(), "here": f"{LINE} intel_iommu=on"},
 }
+_DISCARDS = Managed("libvirt", "web shop", "u", ram=ManagedRam("memfd", shared=True, discard=True))
+ERRORS["guest-adopted"] = {
+    "guests": (GuestFacts(Guest("web", GuestKind.FOREIGN, GuestState.RUNNING, 9, adopted=True), GuestState.RUNNING),)
+}
+ERRORS["guest-managed"] = {"strangers": (Guest("web", GuestKind.FOREIGN, GuestState.RUNNING, 9, managed=_DISCARDS),)}
+ERRORS["region-named"] = {"named": ("web.pc.ram",)}
 ERRORS["region-lost"] = {"lost": ("old",)}
 ERRORS["arena-guests"] = {"stranded": (("vm", "ram"),)}
 ERRORS |= {
@@ -175,6 +182,40 @@ def test_what_makes_it_slow_or_ends_a_guest_warns_and_does_not_refuse(id: str) -
     assert [(each.id, each.severity) for each in bad] == [(id, Severity.WARNING)]
     assert all((bad[0].requirement, bad[0].risk, bad[0].observed, bad[0].remedy))
     assert check.refusals(found) == []
+
+
+def test_a_domain_is_refused_with_all_that_speaks_against_carrying_it() -> None:
+    managed = Managed(
+        "libvirt",
+        "web shop",
+        "u",
+        host_devices=("0000:41:00.0",),
+        helped=("virtiofs share", "TPM (swtpm)"),
+        job="migration out",
+        block_jobs=("copy of vda",),
+    )
+    assert others.hindrances(managed) == [
+        "private RAM",
+        "host devices 0000:41:00.0",
+        "virtiofs share",
+        "TPM (swtpm)",
+        "migration out under way",
+        "copy of vda under way",
+    ]
+    assert others.hindrances(replace_ram(managed, huge_pages=True))[0] == "hugetlb RAM"
+    stranger = Guest("web", GuestKind.FOREIGN, GuestState.RUNNING, 9, managed=_DISCARDS)
+    (found,) = [each for each in check.check_conditions(replace(CLEAN, strangers=(stranger,))) if not each.ok]
+    assert found.observed == "guests of libvirt run: web (<discard/>: QEMU empties its RAM when it ends in order)"
+    assert found.remedy == "virsh managedsave 'web shop'"
+
+
+def replace_ram(managed: Managed, **changes: Any) -> Managed:
+    return msgspec.structs.replace(managed, ram=msgspec.structs.replace(managed.ram, **changes))
+
+
+def test_an_adopted_guest_that_ended_refuses_nothing() -> None:
+    ended = GuestFacts(Guest("web", GuestKind.FOREIGN, GuestState.GONE, 9, adopted=True), GuestState.GONE)
+    assert check.refusals(check.check_conditions(replace(CLEAN, guests=(ended,)))) == []
 
 
 def test_the_observation_says_what_is_missing_in_numbers() -> None:

@@ -200,3 +200,25 @@ def test_no_name_of_it_is_left_in_a_redacted_snapshot(tmp_path: Path) -> None:
     for name in ("web", "shop", "blue", "ann", UUID, "vnet0", "disk.img"):
         assert name not in told, name
     assert "0000:41:00.1" in told
+
+
+def test_helpers_and_jobs_of_a_domain_are_told() -> None:
+    devices = (
+        b"<filesystem type='mount'><driver type='virtiofs'/><source dir='/srv'/><target dir='share'/></filesystem>"
+        b"<interface type='vhostuser'><mac address='52:54:00:00:00:01'/></interface>"
+        b"<tpm model='tpm-crb'><backend type='emulator'/></tpm></devices>"
+    )
+    before, _, after = STATUS.rpartition(b"</devices>")
+    raw = before + devices + after
+    assert libvirt.parse(raw).managed.helped == (
+        "virtiofs share",
+        "vhost-user interface 52:54:00:00:00:01",
+        "TPM (swtpm)",
+    )
+    assert (libvirt.parse(STATUS).managed.job, libvirt.parse(STATUS).managed.block_jobs) == ("", ())
+    jobs = (
+        b"<job type='none' async='migration out' phase='perform2'/>"
+        b"<blockjobs active='yes'><blockjob name='vda' type='copy' state='running'/></blockjobs><domain "
+    )
+    managed = libvirt.parse(re.sub(rb"<(job|blockjobs) [^>]*/>", b"", STATUS).replace(b"<domain ", jobs, 1)).managed
+    assert (managed.job, managed.block_jobs) == ("migration out", ("copy of vda",))

@@ -34,6 +34,7 @@ NOTHING_LEFT_TO_KEEP = {
     "nothing need be done: its regions are carried; memconsole guest stop NAME ends its grants": "it has ended",
     "{}; memconsole release {} forgets it; reserve a new region": "copied out first",
     "memconsole guest stop {} ends its grants": "its process has ended by itself",
+    "memconsole copy {} FILE keeps its contents, then memconsole release {}": "copied out first",
     "release what it holds first": "the keeper ends by this alone, and whoever releases decides what",
     "release regions and guests that are not needed": "that are not needed",
     "memconsole guest stop {}": "its process has ended by itself",

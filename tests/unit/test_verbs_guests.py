@@ -91,7 +91,7 @@ def test_what_cannot_be_done_with_a_guest_is_refused_by_name(desk: Desk, action:
 
 def test_a_stranger_is_named_with_what_would_make_it_a_guest(desk: Desk) -> None:
     (refusal,) = prepare(desk, do.GuestStop("qemu-812")).refusals
-    assert refusal.remedy == "memconsole guest attach NAME --pid 812"
+    assert refusal.remedy == "memconsole guest adopt qemu-812 --qmp PATH"
 
 
 def test_a_vmm_that_is_not_installed_is_named(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

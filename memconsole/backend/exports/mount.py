@@ -43,7 +43,7 @@ from memconsole.backend.holdings import MOUNT
 from memconsole.backend.kernel import census
 from memconsole.backend.kernel.tree import line
 from memconsole.backend.observe.mappings import FuseAlias, is_whole, path_of
-from memconsole.backend.stores import files
+from memconsole.backend.stores import adopted, files
 from memconsole.errors import BadFile, Gone, MemconsoleError, NotFound, Silent
 from memconsole.model import Access, Finding, Grant, Guest, Region, Severity, Snapshot, Value
 
@@ -326,8 +326,9 @@ class GuestMount:
                 yield f"regions/{region.name}", _Wanted(0, 0o600, put, _memfd(region), region.name)
 
     def _can_be_shown(self, region: Region) -> bool:
-        """Whether a region is one file; one that a guest truncated is none any more (finding ``region-truncated``)."""
-        if not self._passes or len(region.segments) != 1 or not self._holdings.holds_region(region.name):
+        """Whether a region is one whole file (not ``region-truncated``) of memconsole's own, and not adopted RAM."""
+        able = self._passes and region.store != adopted.NAME and len(region.segments) == 1
+        if not able or not self._holdings.holds_region(region.name):
             return False
         return os.fstat(self._holdings.fds(region.name)[0]).st_size == region.segments[0].size
 

@@ -120,7 +120,7 @@ def look(monitor: Monitor, guest: str) -> Before:
         raise Refused(what, why, "wait until it has ended, or cancel it", code="JobUnderWay")
     status = _told(monitor, "query-status", _Status).status
     if status not in {*_RUNS, "paused"}:
-        raise Refused(what, f"QEMU says {status}", "resume or end it first", code="NotRunning")
+        raise Refused(what, f"QEMU says {status}", "resume it first, or shut it down", code="NotRunning")
     known = {each.capability: each.state for each in _told(monitor, "query-migrate-capabilities", list[_Capability])}
     changed = {name: known[name] for name in sorted(known) if _wanted(name) not in {None, known[name]}}
     return Before(status in _RUNS, changed, _told(monitor, "query-migrate-parameters", _Parameters).max_bandwidth)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from memconsole.backend import needs
@@ -22,11 +23,14 @@ class SessionContents:
         return sum(region.size for region in self.regions)
 
 
-def cargoes(desk: needs.RegionFds) -> list[SessionContents]:
-    """The regions whose memory is held and that do not survive by themselves, by the session that is to carry each."""
+def cargoes(desk: needs.RegionFds, without: Collection[str] = ()) -> list[SessionContents]:
+    """The regions whose memory is held and that do not survive by themselves, by the session that is to carry each;
+    ``without`` those of these stores.
+    """
     found: dict[str, list[Region]] = {}
     for region in desk.state.regions.values():
-        if desk.holds_region(region.name) and desk.store_of(region.name).CARRIED:
+        carried = desk.holds_region(region.name) and desk.store_of(region.name).CARRIED
+        if carried and region.store not in without:
             guests = {grant.guest for grant in desk.state.grants_of(region=region.name)}
             owner = guests.pop() if len(guests) == 1 else f"={region.name}"
             found.setdefault(luo.session_name(owner), []).append(region)

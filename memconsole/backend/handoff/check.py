@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from memconsole.backend.handoff import device_conditions, doubts, image, service_conditions
+from memconsole.backend.handoff import device_conditions, doubts, image, others, service_conditions
 from memconsole.backend.handoff.facts import GuestFacts, HandoffFacts
 from memconsole.backend.kernel import cmdline, kho
 from memconsole.backend.kernel.handover import abi
@@ -378,7 +378,7 @@ def _custody(facts: HandoffFacts) -> Iterator[Condition]:
 
 
 def _guests(facts: HandoffFacts) -> Iterator[Condition]:
-    vms = [met for met in facts.guests if met.guest.kind is not GuestKind.PROCESS]
+    vms = [met for met in facts.guests if met.guest.kind in {GuestKind.CANARY, GuestKind.QEMU}]
     silent = [met for met in vms if met.why_not]
     yield Condition(
         "guest-silent",
@@ -453,7 +453,8 @@ def _of_a_rehearsal(vms: Iterable[GuestFacts]) -> Iterator[Condition]:
 
 def _of_a_jump(facts: HandoffFacts) -> Iterator[Condition]:
     yield service_conditions.untold(facts)
-    strangers = [guest.name for guest in facts.strangers]
+    yield from others.conditions(facts)
+    strangers = [guest.name for guest in facts.strangers if guest.managed is None]
     yield Condition(
         "guest-foreign",
         WARNING,

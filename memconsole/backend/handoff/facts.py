@@ -39,6 +39,7 @@ from memconsole.backend.observe import paging
 from memconsole.backend.observe.mappings import RegionMapping, region_mappings, stray_mappings
 from memconsole.backend.observe.survey import GuestReply, foreign_guests
 from memconsole.backend.peers.asked import PATIENCE_S
+from memconsole.backend.stores import adopted
 from memconsole.errors import BadFile, MemconsoleError, NotFound
 from memconsole.extents import Flag
 from memconsole.model import Finding, Grant, Guest, GuestKind, GuestState, Memory, Range, Region, Survival
@@ -123,6 +124,7 @@ class HandoffFacts:
     stores_why: str = ""
     misplaced: tuple[tuple[str, str], ...] = ()
     libvirt: tuple[libvirt_setup.Part, ...] = ()
+    named: tuple[str, ...] = ()
 
     @property
     def next_kernel(self) -> str:
@@ -210,6 +212,7 @@ def gather_facts(desk: facets.HandoffChecks, action: HandoffAction, powers: Powe
         libvirt=_libvirt((*strangers, *state.guests.values()), root),
         doubts=(*desk.standing(), *own_findings.custody_findings(desk), *own_findings.waiting_guests(desk)),
         misplaced=_misplaced(state, overs),
+        named=_named(desk),
         custody=desk.custody.label,
         survives=desk.custody.survives,
         devices=found,
@@ -387,6 +390,12 @@ def _misplaced(state: State, overs: Sequence[RegionMapping]) -> tuple[tuple[str,
     )
 
 
+def _named(desk: needs.RegionFds) -> tuple[str, ...]:
+    """The regions that are RAM another program made, as a file that still has its name."""
+    mine = [region.name for region in desk.state.regions.values() if region.store == adopted.NAME]
+    return tuple(name for name in mine if desk.holds_region(name) and any(map(adopted.has_name, desk.fds(name))))
+
+
 def _overlap(start: int, end: int, range: Range) -> int:
     return max(0, min(end, range.end) - max(start, range.start))
 
@@ -394,7 +403,7 @@ def _overlap(start: int, end: int, range: Range) -> int:
 def _ends(state: State, grant: Grant, jump: bool) -> bool:
     """Whether a grant's process ends in this handoff."""
     guest = state.guests.get(grant.guest)
-    return jump or guest is None or guest.kind is not GuestKind.PROCESS
+    return jump or guest is None or guest.kind not in {GuestKind.PROCESS, GuestKind.FOREIGN}
 
 
 def _guest_facts(desk: facets.HandoffChecks, guest: Guest, answer: GuestReply | None, *, jump: bool) -> GuestFacts:
@@ -405,7 +414,7 @@ def _guest_facts(desk: facets.HandoffChecks, guest: Guest, answer: GuestReply | 
     if answer.state is GuestState.SILENT:
         return GuestFacts(guest, answer.state, why_not=answer.why)
     stays = not jump and guest.name in desk.address_spaces.vmm_filled
-    asked = guest.kind is not GuestKind.PROCESS and not stays
+    asked = guest.kind in {GuestKind.CANARY, GuestKind.QEMU} and not stays
     try:
         incapable = save_restore.why_not_savable(desk, live) if asked and answer.state is not GuestState.GONE else ""
         agentless = asked and is_qemu(live) and live.agent_channel() is None

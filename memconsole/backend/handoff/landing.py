@@ -187,7 +187,7 @@ def undo_handoff(desk: Handover, intent: Intent, powers: Powers) -> list[str]:
     ended = []
     for guest in desk.state.guests.values():
         live = desk.live_guest(guest.name)
-        if live is None or guest.kind is GuestKind.PROCESS or guest.state is GuestState.PAUSED:
+        if live is None or not _is_vm(guest) or guest.state is GuestState.PAUSED:
             continue
         with steplog.suppressed(f"guest {guest.name} runs again where it was", MemconsoleError):
             desk.connected(guest.name)
@@ -252,13 +252,18 @@ def end_guests(desk: Handover, guests: Iterable[Guest]) -> None:
 def adopt_processes(desk: Handover, guests: Sequence[Guest], *, windows: bool = False) -> None:
     """Adopt the processes of guests that this control process started again; ``windows``: give them those at once."""
     for guest in guests:
-        if guest.pid is not None and guest.kind is not GuestKind.PROCESS:
+        if guest.pid is not None and _is_vm(guest):
             desk.remove_guest(guest.name)
             with steplog.suppressed(f"guest {guest.name} is taken over", Gone):
                 desk.adopt_guest(guest, windows=windows)
 
 
 # --- inside ---------------------------------------------------------------------------------------------------------
+
+
+def _is_vm(guest: Guest) -> bool:
+    """Whether memconsole runs it."""
+    return guest.kind in {GuestKind.CANARY, GuestKind.QEMU}
 
 
 def _served_no_more(grant: Grant) -> str:

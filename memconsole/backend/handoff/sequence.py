@@ -52,6 +52,7 @@ from memconsole.backend.handoff.report import ReportWriter
 from memconsole.backend.holdings import LANDED
 from memconsole.backend.kernel import host
 from memconsole.backend.steps import Step
+from memconsole.backend.stores import adopted
 from memconsole.backend.work import PreparedAction
 from memconsole.errors import NotFound
 from memconsole.extents import digest_fd
@@ -111,7 +112,8 @@ class _Sequence:
         work.refusals = check.refusals(work.conditions)
         if work.refusals:
             return work
-        cargo = cargoes(desk)
+        # RAM of guests that others run is not rehearsed: they go on, and it changes meanwhile.
+        cargo = cargoes(desk, () if jump else (adopted.NAME,))
         going = [met.guest for met in seen.guests if _can_go(met)]
         told = [met.guest for met in seen.guests if services.runs(met.guest, met.state)]
         self._begin(work, going, told, seen.image.release if seen.image else "")

@@ -8,8 +8,8 @@
 Ids and indexes are two things, in the same order: where there are as many of both, the first is the first.
 
 The kernel exports no memory slots. Guest RAM is told by shape: writable mappings shared with a file (memfd, hugetlbfs,
-FUSE, /dev/shm, devdax) of at least 64 KiB, and private memory of at least 32 MiB that is neither heap nor stack; what
-VMMs map beside it in the same way (registers, rings of I/O, graphics, sound) is told by its path.
+FUSE, /dev/shm, devdax) of at least 64 KiB, and private memory of at least 32 MiB that is neither heap, stack
+nor code; what VMMs map beside it in the same way (registers, rings of I/O, graphics, sound) is told by its path.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def _is_ram(vma: Vma) -> bool:
         return False
     if vma.shared:
         return vma.size >= _SHARED_MIN
-    return vma.size >= _PRIVATE_MIN and vma.path not in {"[heap]", "[stack]"}
+    executable = vma.perms[2:3] == "x"  # what a VMM has translated
+    return vma.size >= _PRIVATE_MIN and not executable and vma.path not in {"[heap]", "[stack]"}
 
 
 def _blocks(census: Census, process: Process, vmas: tuple[Vma, ...]) -> tuple[RamBlock, ...]:

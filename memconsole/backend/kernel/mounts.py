@@ -1,4 +1,4 @@
-r"""What is mounted where in this process's mount namespace.
+r"""What is mounted where in this process's mount namespace, or in another's.
 
 mountinfo = line*
 line      = id parent major:minor root path options optional* "-" fstype source superoptions
@@ -42,6 +42,11 @@ def mounts(root: Root = "/") -> list[MountInfo]:
         BadFile: a line is none.
     """
     return list(parse(tree.read(root, _MOUNTINFO)))
+
+
+def of_process(root: Root, pid: int) -> list[MountInfo]:
+    """Every mount that a process sees; raises as :func:`mounts`, and Gone where it ended."""
+    return list(parse(tree.read(root, f"/proc/{pid}/mountinfo")))
 
 
 def parse(raw: bytes) -> Iterator[MountInfo]:

@@ -143,6 +143,12 @@ def parse(raw: bytes, path: str = "a status file", since_ns: int = 0) -> Domain:
             mediated=tuple(each.get("uuid", "") for each in domain.iterfind(_PASSED.format("mdev"))),
             disks=tuple(_disk(each) for each in domain.iterfind("devices/disk")),
             taps=tuple(filter(None, (_attribute(each, "target", "dev") for each in domain.iterfind(_INTERFACES)))),
+            helped=tuple(_helped(domain)),
+            job=_job(status),
+            block_jobs=tuple(
+                f"{each.get('type', 'a job')} of {each.get('name', 'a disk')}"
+                for each in status.iterfind("blockjobs/blockjob")
+            ),
         )
         return Domain(int(status.attrib["pid"]), managed)
 
@@ -223,6 +229,25 @@ def _module(device: Element) -> MemoryModule:
         int(base, 0) if base else None,
         device.findtext("source/path", ""),
     )
+
+
+def _helped(domain: Element) -> Iterator[str]:
+    """The devices that another process works for, by what they are and what they are called."""
+    for each in domain.iterfind("devices/filesystem"):
+        if _attribute(each, "driver", "type") == "virtiofs":
+            yield f"virtiofs {_attribute(each, 'target', 'dir')}".strip()
+    for kind, name in (("interface", "mac"), ("disk", "target")):
+        for each in domain.iterfind(f"devices/{kind}[@type='vhostuser']"):
+            yield f"vhost-user {kind} {_attribute(each, name, 'address' if name == 'mac' else 'dev')}".strip()
+    for _ in domain.iterfind("devices/tpm/backend[@type='emulator']"):
+        yield "TPM (swtpm)"
+
+
+def _job(status: Element) -> str:
+    """What libvirt does with the domain, as it notes it down: a job of its own kind, or one that goes on beside."""
+    job = status.find("job")
+    words = (job.get("async", ""), job.get("type", "")) if job is not None else ()
+    return next((word for word in words if word not in {"", "none", "query"}), "")
 
 
 def _bdf(address: Element) -> str:

@@ -37,6 +37,7 @@ def find(snapshot: Snapshot, strays: Iterable[RegionMapping], ours: Collection[i
         *_quarantine(snapshot),
         *_windows(snapshot),
         *_unpreserved(snapshot),
+        *_unadopted(snapshot),
         *_sessions(snapshot, ours),
     )
 
@@ -88,7 +89,7 @@ def _lost(region: Region, snapshot: Snapshot) -> Finding:
 
 
 def _guest(guest: Guest, taken_ns: int) -> Iterator[Finding]:
-    if guest.kind is not GuestKind.FOREIGN and guest.state is GuestState.SILENT:
+    if _is_known(guest) and guest.state is GuestState.SILENT:
         yield Finding(
             "guest-silent",
             Severity.WARNING,
@@ -104,9 +105,9 @@ def _guest(guest: Guest, taken_ns: int) -> Iterator[Finding]:
             guest.name,
             f"guest {guest.name} {guest.ended}",
             "the ledger is of another boot: /proc/sys/kernel/random/boot_id",
-            f"its regions keep their contents; memconsole guest stop {guest.name} ends its grants",
+            _parted(guest),
         )
-    elif guest.kind is not GuestKind.FOREIGN and guest.state is GuestState.GONE:
+    elif _is_known(guest) and guest.state is GuestState.GONE:
         yield Finding(
             "guest-gone",
             Severity.WARNING,
@@ -115,11 +116,11 @@ def _guest(guest: Guest, taken_ns: int) -> Iterator[Finding]:
             if guest.service is None
             else f"service {guest.name} does not run",
             _of_process(guest),
-            f"memconsole guest stop {guest.name} ends its grants; its regions keep their contents"
+            _parted(guest)
             if guest.service is None
             else f"memconsole guest resume {guest.name} starts it with its grants",
         )
-    if guest.kind is not GuestKind.FOREIGN and guest.state is GuestState.STOPPED:
+    if _is_known(guest) and guest.state is GuestState.STOPPED:
         yield Finding(
             "guest-stopped",
             Severity.WARNING,
@@ -137,6 +138,21 @@ def _guest(guest: Guest, taken_ns: int) -> Iterator[Finding]:
             "its own check of its RAM",
             "pause it, and find which other process maps its regions: memconsole reach GUEST",
         )
+
+
+def _is_known(guest: Guest) -> bool:
+    """Whether the ledger has it."""
+    return guest.kind is not GuestKind.FOREIGN or guest.adopted
+
+
+def _parted(guest: Guest) -> str:
+    """What to do about a guest that has ended."""
+    if guest.adopted:
+        return (
+            f"memconsole guest let-go {guest.name} ends its grants; its RAM stays in custody until"
+            " memconsole release REGION frees it"
+        )
+    return f"memconsole guest stop {guest.name} ends its grants; its regions keep their contents"
 
 
 def _of_process(guest: Guest, file: str = "") -> str:
@@ -234,6 +250,29 @@ def _windows(snapshot: Snapshot) -> Iterator[Finding]:
 _WITH_LIBVIRT = "virsh managedsave {} before the next kernel writes its RAM to disk; or migrate it to another host"
 
 
+def _unadopted(snapshot: Snapshot) -> Iterator[Finding]:
+    """Adopted guests with shared RAM that custody does not hold: a memory module was plugged in since, say.
+
+    An nvdimm is a file that stays where it is.
+    """
+    for guest in snapshot.guests:
+        blocks = guest.seen.ram if guest.adopted and guest.seen is not None else ()
+        stays = {each.source for each in guest.managed.modules} if guest.managed is not None else set()
+        files = [each for each in blocks if each.backing.startswith("/") and each.backing not in stays]
+        more = [each for each in files if each.region is None]
+        if not more:
+            continue
+        size = sum(each.size for each in more)
+        yield Finding(
+            "ram-not-adopted",
+            Severity.WARNING,
+            guest.name,
+            f"guest {guest.name} has {format_size(size)} of RAM that custody does not hold",
+            _of_process(guest, "/maps"),
+            f"memconsole guest adopt {guest.name} takes what was plugged in since",
+        )
+
+
 def _unpreserved(snapshot: Snapshot) -> Iterator[Finding]:
     """VMs on a host that could hand them over, whose RAM nobody would preserve."""
     for guest in snapshot.guests if snapshot.survival.luo else ():
@@ -242,7 +281,8 @@ def _unpreserved(snapshot: Snapshot) -> Iterator[Finding]:
                 "ram-not-preserved",
                 Severity.WARNING,
                 guest.name,
-                f"guest {guest.name} has {format_size(guest.memory)} of RAM that belongs to no region",
+                f"guest {guest.name} has {format_size(guest.memory)} of RAM that "
+                + ("no handoff carries yet: it is adopted, and not more" if guest.adopted else "belongs to no region"),
                 _of_process(guest, "/maps"),
                 _WITH_LIBVIRT.format(shlex.quote(guest.managed.name))
                 if guest.managed is not None

@@ -140,7 +140,7 @@ def _qemus(state: State, over: RegionMapping, census: Census) -> Iterator[Guest]
     """The guests that are a QEMU, run, and were granted what a mapping reaches into."""
     for name in sorted({grant.guest for grant in state.grants.values() if over.overlaps(grant)}):
         guest = state.guests.get(name)
-        if guest is not None and guest.kind is GuestKind.QEMU and guest.pid is not None:
+        if guest is not None and guest.kind in {GuestKind.QEMU, GuestKind.FOREIGN} and guest.pid is not None:
             process = census.processes.get(guest.pid)
             if process is not None and process.id == guest.process:
                 yield guest

@@ -206,7 +206,7 @@ class PfnTables:
                 f"memconsole guest stop {guest.name} ends its grants",
             )
         page = host.page_size(self._desk.root)
-        if guest.kind is GuestKind.FOREIGN:
+        if guest.kind is GuestKind.FOREIGN and not guest.adopted:
             return process.task, [Span(vma.start, vma.size, vma.start // page) for vma in kvm.guest_ram(process)]
         state = self._desk.state
         grants = state.grants_of(guest=guest.name)

@@ -335,9 +335,13 @@ def _machines(census: Census, pids: Iterable[int | None], domains: Mapping[int, 
 def _guest(guest: Guest, grants: Sequence[Grant], meant: SurveyInput, machines: _Machines, read: Readers) -> Guest:
     answer = meant.answers.get(guest.name, _UNHEARD)
     process = machines.census.processes.get(guest.pid) if guest.pid is not None else None
+    managed = machines.managed(guest.pid) if process is not None and guest.pid is not None else None
     if process is None or process.id != guest.process or process.state in "ZX":
         process = None
         answer = GuestReply(GuestState.GONE)
+    if guest.adopted and managed is not None:
+        said = _SAID.get(managed.state, answer.state) if answer.state is GuestState.RUNNING else answer.state
+        answer = answer._replace(state=said, vcpus=_managed_vcpus(managed) or None)
     state = meant.state
     return replace(
         guest,
@@ -348,8 +352,8 @@ def _guest(guest: Guest, grants: Sequence[Grant], meant: SurveyInput, machines: 
         progress=answer.progress,
         answered_ns=answer.answered_ns,
         silent=_reason(answer, process),
-        managed=machines.managed(process.pid) if process else None,
-        seen=_with_vcpus(guest, answer, _guest_seen(grants, meant, machines, process, read)) if process else None,
+        managed=managed or (guest.managed if guest.adopted else None),
+        seen=_with_vcpus(guest, answer, _guest_seen(guest, grants, meant, machines, read)) if process else None,
     )
 
 
@@ -360,7 +364,7 @@ def _with_helpers(guest: Guest, helpers: tuple[Helper, ...]) -> Guest:
 
 def _with_vcpus(guest: Guest, answer: GuestReply, seen: GuestSeen | None) -> GuestSeen | None:
     """Of a QEMU without KVM the kernel shows no vCPUs: then its own word counts, or nothing is known."""
-    if seen is None or seen.vcpus or guest.kind is not GuestKind.QEMU:
+    if seen is None or seen.vcpus or guest.kind not in {GuestKind.QEMU, GuestKind.FOREIGN}:
         return seen
     return replace(seen, vcpus=answer.vcpus)
 
@@ -374,9 +378,12 @@ def _reason(answer: GuestReply, process: Process | None) -> str:
 
 
 def _guest_seen(
-    grants: Sequence[Grant], meant: SurveyInput, machines: _Machines, process: Process, read: Readers
+    guest: Guest, grants: Sequence[Grant], meant: SurveyInput, machines: _Machines, read: Readers
 ) -> GuestSeen | None:
-    """The guest's process, with those of its mappings that are regions of ours, each with the gpa it was granted."""
+    """The guest's process, with those of its mappings that are regions, each with the gpa it was granted; of one that
+    somebody else started, with all that is RAM.
+    """
+    process = machines.census.processes[guest.pid or 0]
     machine = read(f"/proc/{process.pid}", lambda: machines.of(process.pid), None)
     if machine is None:
         return None
@@ -397,6 +404,8 @@ def _guest_seen(
         region = of.get((vma.device, vma.inode))
         if region is not None:
             blocks.append(replace(block, region=region.name, gpa=_gpa(grants, region.name, vma.offset)))
+        elif guest.adopted:
+            blocks.append(block)
     return replace(machine.seen, ram=tuple(blocks))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from memconsole.backend.kernel.tree import Root
+from memconsole.backend.stores import adopted
 from memconsole.errors import Refused
 from memconsole.model import Access, Finding, Grant, Refusal, Region
 
@@ -111,15 +112,16 @@ class Store(Protocol):
 
 
 Stores = Mapping[str, Store]
+_MEMFD = "memfd"
 
 
 def named(stores: Stores, name: str) -> Store:
-    """The store of this name.
+    """The store of this name; RAM that was adopted is a memfd, or a file of a tmpfs, which does what a memfd does.
 
     Raises:
         Refused: there is none (``NoSuchStore``).
     """
-    store = stores.get(name)
+    store = stores.get(_MEMFD if name == adopted.NAME else name)
     if store is None:
         raise Refused(
             f"there is no store {name}", f"stores: {', '.join(stores)}", "leave --store out", code="NoSuchStore"

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from memconsole import actions
 from memconsole.backend import needs
 from memconsole.backend.handoff.facets import HandoffChecks
-from memconsole.backend.verbs import arenas, grants, guests, handoff, regions, services, windows
+from memconsole.backend.verbs import adopt, arenas, grants, guests, handoff, regions, services, windows
 from memconsole.backend.work import PreparedAction
 
 
@@ -21,6 +21,7 @@ class VerbDesk(
     needs.FaultServing,
     needs.MmioWindows,
     needs.GrantFiles,
+    needs.ForeignMemory,
     Protocol,
 ):
     """All that the verbs need of a desk together, a facet each."""
@@ -37,6 +38,8 @@ VERBS: Mapping[type[actions.Action], Verb] = {
     actions.GuestAttach: guests.attach,
     actions.GuestService: services.add,
     actions.GuestHelper: guests.helper,
+    actions.GuestAdopt: adopt.adopt,
+    actions.GuestLetGo: adopt.let_go,
     actions.GuestStop: guests.stop,
     actions.GuestPause: guests.pause,
     actions.GuestResume: guests.resume,

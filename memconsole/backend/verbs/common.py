@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 from memconsole.actions import NAME
 from memconsole.backend import needs
@@ -45,16 +46,33 @@ def known_guest(work: PreparedAction, desk: needs.LiveGuests, name: str) -> Gues
     foreign = next((each for each in desk.foreign_guests() if each.name == name), None)
     if foreign is not None:
         who = foreign.managed.manager if foreign.managed is not None else "another program"
+        socket = "" if foreign.managed is not None else " --qmp PATH"
         work.refuse(
             "Foreign",
             f"{name} is not a guest of memconsole",
             f"{who} started it, and memconsole only observes it",
-            f"memconsole guest attach NAME --pid {foreign.pid}",
+            f"memconsole guest adopt {shlex.quote(name)}{socket}",
         )
     else:
         known = ", ".join(sorted(desk.state.guests)) or "none"
         work.refuse("NoSuchGuest", f"there is no guest {name}", f"guests: {known}", f"memconsole guest start {name}")
     return None
+
+
+def refuse_adopted(work: PreparedAction, guest: Guest, what: str, remedy: str) -> bool:
+    """Refuse what is not done to a guest that somebody else runs; whether it is one."""
+    if guest.adopted:
+        who = guest.managed.manager if guest.managed is not None else "another program"
+        why = f"{who} runs it; memconsole has its RAM in custody, and nothing else"
+        work.refuse("Adopted", f"guest {guest.name} is not {what} by memconsole", why, remedy)
+    return guest.adopted
+
+
+def at_its_manager(guest: Guest, verb: str) -> str:
+    """Where a guest that is adopted is paused, resumed or ended."""
+    if guest.managed is None:
+        return "do it where it was started"
+    return f"virsh {verb} {shlex.quote(guest.managed.name)}"
 
 
 def is_vm(guest: Guest) -> bool:

@@ -17,9 +17,9 @@ import msgspec
 
 from memconsole.actions import Map, Revoke
 from memconsole.backend import needs
-from memconsole.backend.ledger.state import Recorded
+from memconsole.backend.ledger.state import Recorded, StateChange
 from memconsole.backend.revoke import Ladder, Revoking, suspend_vm
-from memconsole.backend.stores import files
+from memconsole.backend.stores import adopted, files
 from memconsole.backend.verbs import dma
 from memconsole.backend.verbs.common import known_guest, known_region
 from memconsole.backend.work import PreparedAction
@@ -72,7 +72,8 @@ def map(desk: GrantMaking, action: Map) -> PreparedAction:
     if not back and guest.service is None:
         _alive(work, desk, guest)
     _access(work, desk, region, action.access)
-    if guest.kind is GuestKind.QEMU and not back:
+    _own_memory(work, region)
+    if guest.kind in {GuestKind.QEMU, GuestKind.FOREIGN} and not back:
         work.refuse(
             "FixedRam",
             f"guest {guest.name} takes no more memory",
@@ -156,6 +157,13 @@ def offer_grant(work: PreparedAction, desk: GrantOffers, grant: Grant) -> None:
 
 
 # --- what map refuses -------------------------------------------------------------------------------------------
+
+
+def _own_memory(work: PreparedAction, region: Region) -> None:
+    if region.store == adopted.NAME:
+        what = f"region {region.name} cannot be mapped into another guest"
+        why = "it is RAM that another program made, and could not be taken back"
+        work.refuse("Adopted", what, why, f"memconsole copy {region.name} FILE has its contents")
 
 
 def _in_range(work: PreparedAction, region: Region, offset: int, length: int, gpa: int | None) -> None:
@@ -251,6 +259,9 @@ def revoke(desk: GrantTaking, action: Revoke) -> PreparedAction:
             "write --within 5",
         )
         return work
+    if desk.state.regions[grant.region].store == adopted.NAME:
+        _end_adopted(work, desk, grant)
+        return work
     ladder = Ladder(desk, grant, action.within, action.at_most)
 
     def cut() -> Recorded[None]:
@@ -266,3 +277,18 @@ def revoke(desk: GrantTaking, action: Revoke) -> PreparedAction:
     dma.cut_grants(work, desk, [grant])
     work.step("cut", f"take {part} back from {grant.guest}: {rungs}; the contents stay", cut)
     return work
+
+
+def _end_adopted(work: PreparedAction, desk: GrantTaking, grant: Grant) -> None:
+    """The grant of RAM that another program made: it ends when nobody maps the RAM any more, and not before."""
+    region = desk.state.regions[grant.region]
+    if desk.holds_region(region.name) and (pids := desk.region_reach(region).pids):
+        who = ", ".join(str(pid) for pid in pids)
+        what = f"{grant.id} cannot be taken back: {grant.region} is RAM that {grant.guest} made itself"
+        why = f"process {who} has it; to take its pages would end the guest"
+        remedy = f"memconsole guest let-go {grant.guest}, or shut the guest down first"
+        work.refuse("Adopted", what, why, remedy)
+        return
+    work.text = f"{grant.id} ({grant.region} to {grant.guest}) has ended: no process has that RAM any more"
+    work.step("end", f"end {grant.id}: no process maps {grant.region}; its contents stay", lambda: None)
+    work.change = StateChange(without_grants=(grant.id,))

@@ -22,7 +22,7 @@ from memconsole.backend.kernel import census, tree
 from memconsole.backend.ledger.state import Recorded, StateChange
 from memconsole.backend.revoke import Ladder, Revoking, suspend_vm
 from memconsole.backend.verbs import dma, handoff, services
-from memconsole.backend.verbs.common import free_name, is_vm, known_guest
+from memconsole.backend.verbs.common import at_its_manager, free_name, is_vm, known_guest, refuse_adopted
 from memconsole.backend.verbs.grants import OFFER_S, GrantOffers, GrantTaking, offer_grant
 from memconsole.backend.verbs.regions import creation
 from memconsole.backend.work import PreparedAction
@@ -276,6 +276,9 @@ def stop(desk: GrantTaking, action: GuestStop) -> PreparedAction:
     guest = known_guest(work, desk, action.name)
     if guest is None:
         return work
+    remedy = f"{at_its_manager(guest, 'shutdown')}; memconsole guest let-go {guest.name} undoes its adoption"
+    if refuse_adopted(work, guest, "stopped", remedy):
+        return work
     live = desk.live_guest(guest.name)
     grants = desk.state.grants_of(guest=guest.name)
     windows = [grant for grant in desk.state.windows.values() if grant.guest == guest.name]
@@ -348,6 +351,9 @@ def _switch(desk: Handover, name: str, new: GuestState) -> PreparedAction:
     work = PreparedAction(name, f"guest {name} is paused" if pausing else f"guest {name} runs")
     guest = known_guest(work, desk, name)
     if guest is None:
+        return work
+    verb, done = ("suspend", "paused") if pausing else ("resume", "resumed")
+    if refuse_adopted(work, guest, done, at_its_manager(guest, verb)):
         return work
     live = desk.live_guest(name)
     state = desk.state_of(live) if live is not None else GuestState.GONE

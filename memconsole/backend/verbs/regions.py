@@ -12,7 +12,7 @@ from memconsole.backend import needs
 from memconsole.backend.custody import payloads
 from memconsole.backend.holdings import custody_name
 from memconsole.backend.ledger.state import StateChange
-from memconsole.backend.stores import files
+from memconsole.backend.stores import adopted, files
 from memconsole.backend.verbs import handoff
 from memconsole.backend.verbs.common import free_name, known_region
 from memconsole.backend.work import PreparedAction
@@ -111,6 +111,9 @@ def release(desk: RegionReleasing, action: Release) -> PreparedAction:
         if left:
             work.text = f"region {region.name} is released, with what was left of it: {', '.join(left)}"
 
+    if region.store == adopted.NAME:
+        _let_go_of(work, desk, region)
+        return work
     wiped: list[str] = []
     work.step(
         "wipe",
@@ -136,14 +139,33 @@ def release(desk: RegionReleasing, action: Release) -> PreparedAction:
     return work
 
 
+def _let_go_of(work: PreparedAction, desk: RegionReleasing, region: Region) -> None:
+    """RAM that another program made is neither wiped nor emptied: its file may have a name, and belong to others."""
+    held = desk.fds(region.name) if desk.holds_region(region.name) else ()
+    named = any(adopted.has_name(fd) for fd in held)
+    stays = (
+        "its file still has a name, and stays" if named else "the kernel frees it, and zeroes it before others get it"
+    )
+
+    def forget() -> None:
+        desk.close_fds(region.name)
+        drop_custody(desk, region.name)
+        handoff.finish_sessions(desk)
+
+    work.text += f"; {stays}"
+    work.step("forget", f"take {format_size(region.size)} out of custody: {stays}", forget)
+    work.change = StateChange(without_regions=(region.name,))
+
+
 def _in_the_way(work: PreparedAction, desk: RegionReleasing, region: Region) -> None:
     """Refuse while somebody has the region."""
     grants = desk.state.grants_of(region=region.name)
     if grants:
         ids = ", ".join(f"{grant.id} to {grant.guest}" for grant in grants)
-        work.refuse(
-            "Granted", f"region {region.name} is granted", f"its grants: {ids}", f"memconsole revoke {grants[0].id}"
-        )
+        ends = f"memconsole revoke {grants[0].id}"
+        if region.store == adopted.NAME:
+            ends = f"memconsole guest let-go {grants[0].guest}"
+        work.refuse("Granted", f"region {region.name} is granted", f"its grants: {ids}", ends)
     elif desk.holds_region(region.name) and (mapped := desk.region_reach(region).mapped):
         pids = ", ".join(str(pid) for pid in sorted({over.pid for over in mapped}))
         work.refuse(

@@ -41,7 +41,7 @@ def map(desk: WindowGranting, action: WindowMap) -> PreparedAction:
         return work
     _unclaimed(work, window, gaps)
     _refuse(work, desk, window, guest.name)
-    if guest.kind is GuestKind.QEMU:
+    if guest.kind in {GuestKind.QEMU, GuestKind.FOREIGN}:
         work.refuse(
             "NoWindows",
             f"guest {guest.name} cannot take a window",

@@ -7,7 +7,7 @@ import contextlib
 import sys
 
 from memconsole.actions import Action, HandoffAction
-from memconsole.cli import output
+from memconsole.cli import connect, output
 from memconsole.cli.connect import source
 from memconsole.command import action_of
 from memconsole.errors import ExitCode, Refused, UsageError
@@ -18,6 +18,10 @@ from memconsole.source import Source
 
 def act(options: argparse.Namespace) -> int:
     """Plan one Action, ask where it destroys, and apply it; ``--dry-run`` only shows the plan."""
+    if connect.are_many(options):
+        from memconsole.cli import fleeting
+
+        return fleeting.act(options)
     action = action_of(options, options.rest)
     with source(options, need="plan" if options.dry_run else "act") as found:
         plan = found.plan(action)

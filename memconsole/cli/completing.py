@@ -70,8 +70,9 @@ def _existing(kind: str) -> Callable[..., list[str]]:
     """What completes a name: those that the control process knows now; none, where none answers, or another host's."""
 
     def names(*, parsed_args: argparse.Namespace, **_: object) -> list[str]:
-        asked = argparse.Namespace(**{"socket": None, "host": None, "embedded": False, **vars(parsed_args)})
-        if connect.asked_host(asked):
+        usual = {"socket": None, "host": None, "hosts": None, "embedded": False}
+        asked = argparse.Namespace(**{**usual, **vars(parsed_args)})
+        if connect.asked_hosts(asked) != [""]:
             return []  # a key must not wait for ssh
         with contextlib.suppress(MemconsoleError, OSError):
             found = connect.client(asked)

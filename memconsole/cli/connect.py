@@ -7,10 +7,11 @@ import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from memconsole import paths
+from memconsole import decoding, paths
 from memconsole.errors import NoControl, Refused, UsageError
 from memconsole.source import ReadOnly, Source
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from memconsole.backend.control import Control
     from memconsole.backend.wire.client import Client
     from memconsole.backend.wire.dialing import Place
+    from memconsole.fleet import Fleet, Member
 
 HOST = "MEMCONSOLE_HOST"
 
@@ -35,14 +37,79 @@ def using(found: Source) -> Iterator[None]:
         _given.reset(before)
 
 
+def asked_hosts(options: argparse.Namespace) -> list[str]:
+    """The hosts that are asked: other hosts as ssh takes them, ``""`` for this one, snapshot files.
+
+    They are those of ``--host`` and ``--hosts``, else of ``MEMCONSOLE_HOST``, unless the command line says
+    ``--embedded``.
+
+    Raises:
+        BadFile: ``--hosts`` cannot be read.
+    """
+    found = list(options.host or ())
+    if options.hosts:
+        text = decoding.text(decoding.contents(options.hosts, limit=decoding.SETTINGS))
+        found += [word for row in text.splitlines() if (word := row.partition("#")[0].strip())]
+    if not found and options.host is None and not options.embedded:
+        found = os.environ.get(HOST, "").split()
+    return found or [""]
+
+
+def are_many(options: argparse.Namespace) -> bool:
+    """Whether several hosts are asked, or one that is a snapshot file."""
+    found = asked_hosts(options)
+    return len(found) > 1 or is_recorded(found[0])
+
+
+def is_recorded(host: str) -> bool:
+    """Whether what stands for a host is a snapshot file: a path with a ``/``, or a name that ends in ``.snap``."""
+    return not host.startswith("ssh://") and ("/" in host or host.endswith(".snap"))
+
+
 def asked_host(options: argparse.Namespace) -> str:
     """The other host whose control process is asked, or nothing, for this one.
 
-    It is that of ``--host``, else that of ``MEMCONSOLE_HOST``, unless the command line says ``--embedded``.
+    Raises:
+        UsageError: several are (``OneHost``).
     """
-    if options.host is not None:
-        return str(options.host)
-    return "" if options.embedded else os.environ.get(HOST, "")
+    if are_many(options):
+        raise UsageError(
+            "the command is for one host",
+            f"{len(asked_hosts(options))} are named",
+            "name one with --host; hosts, listings and actions take several, and memconsole open takes a file",
+            code="OneHost",
+        )
+    return asked_hosts(options)[0]
+
+
+def fleet_of(options: argparse.Namespace, *, read_only: str = "") -> Fleet:
+    """The hosts that the command line names, as a fleet that was not started yet.
+
+    Raises:
+        UsageError: two have the same name, or one is no host.
+    """
+    from memconsole.fleet import Fleet
+
+    members = [_member(host, options) for host in asked_hosts(options)]
+    names = [member.name for member in members]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"{twice} is there twice", "a host is told by its name", "name each host once")
+    reason = "--read-only was given" if options.read_only else read_only
+    return Fleet(members, interval=options.interval, read_only=reason)
+
+
+def _member(host: str, options: argparse.Namespace) -> Member:
+    from memconsole.backend.wire.client import Client
+    from memconsole.backend.wire.remote import Remote, checked
+    from memconsole.fleet import Member
+    from memconsole.recording import Recording
+
+    if is_recorded(host):
+        return Member(Path(host).name.removesuffix(".snap"), partial(Recording, host), recorded=True)
+    if not host:
+        return Member("localhost", lambda: Client(asked_socket(options)))
+    place = Remote(checked(host), options.socket or "")
+    return Member(host.removeprefix("ssh://").replace("/", ""), lambda: Client(place))
 
 
 def place(options: argparse.Namespace) -> Place:
@@ -80,8 +147,9 @@ def here_only(options: argparse.Namespace, why: str, remedy: str) -> None:
     Raises:
         UsageError: it does (``NotRemote``).
     """
-    if options.host:
-        raise UsageError(f"the command cannot be run on {options.host} from here", why, remedy, code="NotRemote")
+    named = ", ".join(filter(None, options.host or ())) or options.hosts
+    if named:
+        raise UsageError(f"the command cannot be run on {named} from here", why, remedy, code="NotRemote")
 
 
 def asked_socket(options: argparse.Namespace) -> Path:

@@ -69,6 +69,8 @@ def console(options: argparse.Namespace) -> int:
 def _console(options: argparse.Namespace, record_to: Path | None = None) -> int:
     _on_a_terminal()
     with _cleaned_up() as stack:
+        if connect.are_many(options):
+            return _many(options, stack)
         if connect.asked_host(options):
             found = stack.enter_context(contextlib.closing(connect.client(options)))
             return _run(found, options, record_to=record_to)
@@ -77,6 +79,15 @@ def _console(options: argparse.Namespace, record_to: Path | None = None) -> int:
             return _run(client, options, record_to=record_to)
         control = _embedded(options, stack, right)
         return _run(control, options, record_to=record_to, on_quit=lambda: _lost_with(control))
+
+
+def _many(options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
+    """The console of many hosts, and that of one as long as one is looked at."""
+    from memconsole.views.opening import run_many
+
+    fleet = stack.enter_context(contextlib.closing(connect.fleet_of(options)))
+    fleet.start()
+    return run_many(fleet, interval=options.interval)
 
 
 def _lost_with(control: Control) -> str:

@@ -45,7 +45,7 @@ def listing(options: argparse.Namespace) -> int:
     if options.redact:
         redactor = Redactor()
         snapshot, rows = redactor.snapshot(snapshot), redactor.value(rows)
-    _write(options, fields, _sorted(rows, sort, reverse=options.reverse))
+    _write(options, fields, in_its_order(rows, sort, reverse=options.reverse))
     if options.format == "text":
         if options.table == "guests":
             _note_silent(snapshot)
@@ -55,7 +55,7 @@ def listing(options: argparse.Namespace) -> int:
     return ExitCode.FINDINGS if options.table == "findings" and rows else ExitCode.DONE
 
 
-def _sorted(rows: list[Any], field: Field | None, *, reverse: bool) -> list[Any]:
+def in_its_order(rows: list[Any], field: Field | None, *, reverse: bool) -> list[Any]:
     """Rows by a field, the largest number and the latest time first; the other way round with ``reverse``."""
     if field is None:
         return rows[::-1] if reverse else rows

@@ -15,7 +15,9 @@ from memconsole.cli.serving import add_options
 from memconsole.command import Parser, add_actions, reader, split_rest
 from memconsole.errors import UsageError
 from memconsole.exporting import FORMATS
+from memconsole.field import Field
 from memconsole.fields import TABLES
+from memconsole.fleet import HOSTS
 from memconsole.units import parse_address
 
 _GONE = {"findings": "audit"}
@@ -74,19 +76,23 @@ def _tables(commands: Any) -> None:
         if name == "findings":
             name, help = "audit", f"{help}; exit code 4 when there are any"
         listing = commands.add_parser(name, help=help)
-        known = ", ".join(field.id for field in table.fields)
-        listing.add_argument("--columns", metavar="A,B,C", help=f"which columns, or all; of: {known}")
-        listing.add_argument(
-            "--where", metavar="FILTER", default="", help="only rows that match, e.g. 'size>1G state:mapped'"
-        )
-        listing.add_argument("--sort", metavar="FIELD", help="by a field: the largest number, the latest time first")
-        listing.add_argument("--reverse", action="store_true", help="the other way round")
-        _formats(listing)
+        _rows(listing, table.fields)
         listing.add_argument("--redact", action="store_true", help=REDACT)
         if any(field.part is not None for field in table.fields):
             over = "CPU %% and rates over so many seconds"
             listing.add_argument("--over", type=reader(_interval), metavar="SECONDS", help=over)
-        listing.set_defaults(run=_lazily("listing", "listing"), table=table.id, over=None)
+        listing.set_defaults(run=_lazily("fleeting", "table"), table=table.id, over=None)
+
+
+def _rows(listing: argparse.ArgumentParser, fields: Sequence[Field]) -> None:
+    known = ", ".join(field.id for field in fields)
+    listing.add_argument("--columns", metavar="A,B,C", help=f"which columns, or all; of: {known}")
+    listing.add_argument(
+        "--where", metavar="FILTER", default="", help="only rows that match, e.g. 'size>1G state:mapped'"
+    )
+    listing.add_argument("--sort", metavar="FIELD", help="by a field: the largest number, the latest time first")
+    listing.add_argument("--reverse", action="store_true", help="the other way round")
+    _formats(listing)
 
 
 def _formats(parser: argparse.ArgumentParser) -> None:
@@ -231,6 +237,13 @@ def _reading(commands: Any, json_too: argparse.ArgumentParser) -> None:
     reach.set_defaults(run=_lazily("listing", "reach"))
 
 
+def _many(commands: Any) -> None:
+    hosts = commands.add_parser("hosts", help="list hosts with what each says; exit code 1 when one does not answer")
+    _rows(hosts, HOSTS.fields)
+    hosts.add_argument("--within", type=reader(_interval), default=30.0, metavar="S", help="seconds to wait (30)")
+    hosts.set_defaults(run=_lazily("fleeting", "hosts"))
+
+
 def _live(commands: Any, json_too: argparse.ArgumentParser) -> None:
     watch = commands.add_parser("watch", help="tell what changes as it changes, a line each", parents=[json_too])
     watch.add_argument("--every", type=reader(_interval), default=1.0, metavar="S", help="seconds between looks (1)")
@@ -366,8 +379,11 @@ def build() -> Parser:
     parser.add_argument(
         "--host",
         metavar="HOST",
-        help="ask the control process of another host, over ssh (MEMCONSOLE_HOST); --socket is the one there",
+        action="append",
+        help="ask the control process of another host, over ssh (MEMCONSOLE_HOST); --socket is the one there. Given"
+        " several times, with snapshot files too: all of them",
     )
+    parser.add_argument("--hosts", metavar="FILE", help="ask the hosts that a file names, one a line")
     parser.add_argument(
         "--embedded",
         action="store_true",
@@ -386,6 +402,7 @@ def build() -> Parser:
 
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
     _live(commands, json_too)
+    _many(commands)
     _hosting(commands)
     _headless(commands, json_too)
     _history(commands, json_too)
@@ -416,5 +433,5 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     options.rest = rest
     if getattr(options, "here", False):
         connect.here_only(options, "the command works on the host that it runs on", "run it there, over ssh")
-        options.host = ""
+        options.host, options.hosts = [""], None
     return options

@@ -25,7 +25,7 @@ from textual.widget import Widget
 from memconsole import keys
 from memconsole.command import CommandLine
 from memconsole.commandlog import CommandLog
-from memconsole.errors import UsageError
+from memconsole.errors import MemconsoleError, UsageError
 from memconsole.fields import TABLES
 from memconsole.macros import Macro
 from memconsole.model import Event
@@ -59,6 +59,7 @@ from memconsole.views.widgets.table import VirtualTable
 from memconsole.views.widgets.timebar import TimeBar
 
 NARROW = 100
+BEGIN_S = 0.05
 
 
 class ConsoleApp(Prompting):
@@ -142,6 +143,8 @@ class ConsoleApp(Prompting):
         self.pane = self.settings.pane
         self.mouse = self.settings.mouse
         self._begun = False
+        self.begin_at: Place | None = None
+        """Where it opens; the first view without."""
         self._was_away = False
         for theme in themes.OWN:
             self.register_theme(theme)
@@ -194,6 +197,18 @@ class ConsoleApp(Prompting):
         self.set_interval(1.0, self.show_state)
         self.set_interval(1.0, self.tidy)
         self._to_front()
+        if self.begin_at is not None:
+            self._begin_there(self.begin_at)
+
+    def _begin_there(self, place: Place) -> None:
+        """Open where one wants to be, which wants a Snapshot."""
+        if self.snapshot is None and not self.trouble:
+            self.set_timer(BEGIN_S, partial(self._begin_there, place))
+            return
+        try:
+            self.open_view(place.view, place.subject.partition(":")[2] if place.view in DETAILS else place.subject)
+        except MemconsoleError as error:
+            self.notify(str(error), severity="warning", markup=False)
 
     def macros_changed(self) -> None:
         """Bind the keys of the macros that are known now, and no others."""

@@ -8,13 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from memconsole import actions, unforeseen
 from memconsole.actions import Action
+from memconsole.arguments import ArgumentKind
 from memconsole.errors import MemconsoleError
+from memconsole.fields import TABLES
 from memconsole.model import Outcome, Plan, Refusal
 from memconsole.source import Source
+
+ROW_KINDS = {
+    "regions": ArgumentKind.REGION,
+    "guests": ArgumentKind.GUEST,
+    "grants": ArgumentKind.GRANT,
+    "windows": ArgumentKind.WINDOW,
+}
+"""What an argument that a row of each table answers is called."""
+
+
+def answered(action_id: str, table_id: str, item: Any) -> dict[str, str]:
+    """The arguments of an action that a row answers: its own name, or the process of a guest that is not ours."""
+    kind = ROW_KINDS.get(table_id)
+    if item is None:
+        return {}
+    if action_id == "guest-attach":
+        foreign = item.kind == "foreign" and item.pid is not None
+        return {"name": item.name, "pid": str(item.pid)} if foreign else {}
+    fields = actions.fields(actions.REGISTRY[action_id])
+    named = next((field.name for field in fields if field.required and field.arg.kind is kind), None)
+    return {} if named is None else {named: TABLES[table_id].key(item)}
 
 
 class BulkItem(NamedTuple):

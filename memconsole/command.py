@@ -86,15 +86,18 @@ def add_actions(
     return groups
 
 
-_TAKERS = tuple(
-    cls.spec.words
-    for cls in actions.REGISTRY.values()
-    if any(field.arg.kind is ArgumentKind.WORDS for field in actions.fields(cls))
+_TAKERS = (
+    ("each",),
+    *(
+        cls.spec.words
+        for cls in actions.REGISTRY.values()
+        if any(field.arg.kind is ArgumentKind.WORDS for field in actions.fields(cls))
+    ),
 )
 
 
 def split_rest(words: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
-    """The words before a ``--`` and those behind it, for an action that hands words on (``guest start``).
+    """The words before a ``--`` and those behind it, for what hands words on (``guest start``, ``each``).
 
     For every other command ``--`` ends the options, as in other programs: it stays where it is, for argparse.
     """

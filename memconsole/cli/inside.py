@@ -47,7 +47,8 @@ class Inside:
         if not words or why:
             what = f"{shlex.join(words) or 'memconsole'} cannot be run inside of the console"
             raise UsageError(what, why or "it has a terminal or a process to itself", "type it in a shell")
-        if getattr(parse(words), "action", "") and "--dry-run" not in words:
+        asked = parse(words)
+        if (getattr(asked, "action", "") or getattr(asked, "acts", False)) and not getattr(asked, "dry_run", False):
             raise UsageError(f"{words[0]} acts", "it wants its plan to be seen", "type it without options of the shell")
         with output.kept() as told, connect.using(source):
             code = cli.main([*self._given, *words])

@@ -185,7 +185,7 @@ def _reports(commands: Any) -> None:
         "bugreport", help="write what a report of a fault wants into one file, with names redacted in all but its logs"
     )
     bug.add_argument("-o", "--output", metavar="FILE", default="memconsole-bugreport.tar.gz", help="the file to write")
-    bug.add_argument("--no-logs", action="store_true", help="leave the logs out: they have names in them")
+    bug.add_argument("--no-logs", action="store_true", help="leave the logs out: they keep names of what is gone")
     bug.set_defaults(run=_lazily("reporting", "bugreport"), here=True)
 
 
@@ -326,6 +326,19 @@ def _macros(commands: Any, json_too: argparse.ArgumentParser, act: argparse.Argu
     record.set_defaults(run=_lazily("hosting", "macro_record"))
 
 
+def _each(commands: Any, act: argparse.ArgumentParser) -> None:
+    each = commands.add_parser(
+        "each", help="do one action on several, with one plan and one confirmation", parents=[act]
+    )
+    each.usage = "%(prog)s [options] (NAME ... | --where FILTER) -- ACTION [ARG ...]"
+    each.epilog = "-- ACTION [ARG ...]: the action as it is written for one, without its name: -- map db1 --lazy"
+    each.add_argument(
+        "names", metavar="NAME", nargs="*", help="regions, guests, grants or windows, as the action takes"
+    )
+    each.add_argument("--where", metavar="FILTER", help="all of them that match, e.g. 'size>1G state:reserved'")
+    each.set_defaults(run=_lazily("bulking", "each"), acts=True)
+
+
 def _handoff(commands: Any, json_too: argparse.ArgumentParser) -> None:
     check = commands.add_parser("check", help="check every condition of a handoff", parents=[json_too])
     for field in actions.fields(actions.HandoffRun):
@@ -409,6 +422,7 @@ def build() -> Parser:
     _tables(commands)
     groups = add_actions(commands, [act], run=_lazily("acting", "act"))
     _arenas(groups["arena"], json_too)
+    _each(commands, act)
     _handoff(groups["handoff"], json_too)
     _libvirt(commands, json_too, act)
     _macros(commands, json_too, act)

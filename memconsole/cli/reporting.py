@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from memconsole import __version__, document, paths, readiness
+from memconsole import __version__, decoding, document, paths, readiness
 from memconsole import report as audit
 from memconsole.actions import HandoffRun
 from memconsole.cli import output
@@ -75,7 +75,7 @@ def bugreport(options: argparse.Namespace) -> int:
         raise BadFile(f"{path} cannot be written", str(error), "give another path") from None
     output.text(f"{path} is written; only this user can read it")
     if not options.no_logs:
-        output.note("its logs have the names of guests and regions as they are: read them before you send it on")
+        output.note("its logs keep names of what is long gone: read them before you send it on")
     return ExitCode.DONE
 
 
@@ -99,7 +99,7 @@ def _parts(options: argparse.Namespace) -> Iterator[tuple[str, bytes]]:
     yield from _doctor(redactor)
     yield from _checked(redactor)
     if not options.no_logs:
-        yield from _logs()
+        yield from _logs(redactor)
 
 
 def _json(value: object) -> bytes:
@@ -158,13 +158,15 @@ def _ledgers() -> list[Path]:
     return list(found.values())
 
 
-def _logs() -> Iterator[tuple[str, bytes]]:
+def _logs(redactor: Redactor) -> Iterator[tuple[str, bytes]]:
+    """The ends of the logs, with pseudonyms for all names that the Snapshot and its events know."""
     for name in LOGS:
         path = paths.state_dir() / name
         try:
             with path.open("rb") as file:
                 file.seek(max(0, path.stat().st_size - LOG_BYTES))
-                yield f"logs/{name}", file.read(LOG_BYTES)
+                lines = decoding.text(file.read(LOG_BYTES)).splitlines()
+            yield f"logs/{name}", "".join(f"{redactor.text(line)}\n" for line in lines).encode()
         except FileNotFoundError:
             continue
         except OSError as error:

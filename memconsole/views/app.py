@@ -58,7 +58,6 @@ from memconsole.views.widgets.prompt import Prompt
 from memconsole.views.widgets.table import VirtualTable
 from memconsole.views.widgets.timebar import TimeBar
 
-NARROW = 100
 BEGIN_S = 0.05
 
 
@@ -75,7 +74,6 @@ class ConsoleApp(Prompting):
     ENABLE_COMMAND_PALETTE = True
     AUTO_FOCUS = None
     COMMANDS: ClassVar[set[type[Provider] | Callable[[], type[Provider]]]] = {Commands}
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (NARROW, "-wide")]  # noqa: RUF012 - the base has it so
     CSS = """
     Views { height: 1fr; }
     #trouble { display: none; padding: 0 1; color: $error; text-style: bold; }

@@ -29,6 +29,13 @@ class Base(Screen[None]):
     DEFAULT_CSS = "Base { layers: default prompt; }"
 
     focused: Reactive[Widget | None] = Reactive(None, repaint=False)
+    _shown = False
+
+    def update_node_styles(self, animate: bool = True) -> None:
+        """Look up the styles of all there is, but not when it comes to the front first: each part has just done so."""
+        first, self._shown = not self._shown, True
+        if not (first and self.stack_updates == 1):
+            super().update_node_styles(animate)
 
 
 class Views(ContentSwitcher):

@@ -18,6 +18,8 @@ def looks_around(person: Person, service: Service) -> None:
     person.caption("guests; Enter opens one")
     person.presses("3")
     person.sees("Beats", "canary-b")  # a column of this view: the names stand in the Overview, too, which is left
+    person.commands("guests canary-")
+    person.sees("/canary-", "canary-b")
     person.clicks("canary-b")
     person.presses("enter")
     person.sees("guest canary-b")

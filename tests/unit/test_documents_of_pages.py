@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tarfile
 from html.parser import HTMLParser
@@ -13,7 +14,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from support.synthetic import SyntheticSource
 
-from memconsole import document, pages, report
+from memconsole import document, pages, paths, report
 from memconsole.cli import main
 from memconsole.document import Heading, Paragraph, Picture, Rows
 from memconsole.errors import NotFound, UsageError
@@ -129,12 +130,16 @@ def test_a_bug_report_is_one_archive_that_only_its_user_reads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "bug.tar.gz"
-    code, _ = run(capsys, "bugreport", "-o", str(path), "--no-logs")
+    monkeypatch.setattr(paths, "state_dir", lambda: tmp_path)
+    (tmp_path / "serve.log").write_bytes(f"{os.uname().nodename} has /home/x/vm.img \xff\n".encode("latin-1"))
+    code, _ = run(capsys, "bugreport", "-o", str(path))
     assert code == 0
     assert path.stat().st_mode & 0o777 == 0o600
     with tarfile.open(path) as archive:
         names = {Path(name).name for name in archive.getnames()}
         snapshot: Any = json.load(archive.extractfile("memconsole-bugreport/snapshot.json") or pytest.fail("none"))
+        log = (archive.extractfile("memconsole-bugreport/logs/serve.log") or pytest.fail("none")).read().decode()
+    assert re.fullmatch(rf"{snapshot['host']['name']} has path-\d+ \\xff\n", log)
     assert {"versions.json", "snapshot.json", "conditions.json", "doctor.json"} <= names
     assert snapshot["host"]["name"].startswith("host-")
     assert run(capsys, "bugreport", "-o", str(path))[0] == 1

@@ -12,6 +12,7 @@ from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.widget import Widget
 
+from memconsole.bulk import answered
 from memconsole.field import Table
 from memconsole.fields import TABLES
 from memconsole.model import Part, Snapshot
@@ -24,7 +25,6 @@ from memconsole.views.screens.listing import (
     PLACE_KEY,
     action_bindings,
     make_table,
-    prefill,
 )
 from memconsole.views.screens.reach import Reach
 from memconsole.views.view import View, entitle
@@ -153,7 +153,7 @@ class Detail(View):
 
     def action_act(self, action_id: str) -> None:
         """Begin an action on this entity."""
-        self.console.begin(action_id, prefill(action_id, self.TABLE.id, self.item))
+        self.console.begin(action_id, answered(action_id, self.TABLE.id, self.item))
 
     def action_pfn(self) -> None:
         """Open this entity's PFN map."""

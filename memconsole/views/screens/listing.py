@@ -9,7 +9,7 @@ from textual.app import ComposeResult
 from textual.binding import BindingType
 
 from memconsole import actions
-from memconsole.arguments import ArgumentKind
+from memconsole.bulk import ROW_KINDS, answered
 from memconsole.field import Table
 from memconsole.fields import TABLES
 from memconsole.model import Part, Snapshot
@@ -21,38 +21,17 @@ from memconsole.views.widgets.pane import FROM as PANE_FROM
 from memconsole.views.widgets.pane import Pane
 from memconsole.views.widgets.table import VirtualTable
 
-SUBJECT_KINDS = {
-    "regions": ArgumentKind.REGION,
-    "guests": ArgumentKind.GUEST,
-    "grants": ArgumentKind.GRANT,
-    "windows": ArgumentKind.WINDOW,
-}
-"""What an argument of a row of each table is called."""
-
 
 def action_bindings(table_id: str, *, on_subject: bool = False) -> list[BindingType]:
     """The keys of the actions that work on a table; with ``on_subject`` only those that need one of its rows."""
     found: list[BindingType] = []
     for id, cls in actions.REGISTRY.items():
         spec = cls.spec
-        takes = any(field.arg.kind is SUBJECT_KINDS.get(table_id) and field.required for field in actions.fields(cls))
+        takes = any(field.arg.kind is ROW_KINDS.get(table_id) and field.required for field in actions.fields(cls))
         if spec.on == table_id and spec.key and (takes or not on_subject):
             word = spec.words[-1].capitalize()
             found.append(bound(id, f"act('{id}')", word, tooltip=spec.help))
     return found
-
-
-def prefill(action_id: str, table_id: str, item: Any) -> dict[str, str]:
-    """The arguments of an action that a row answers: its own name, or the process of a guest that is not ours."""
-    kind = SUBJECT_KINDS.get(table_id)
-    if item is None:
-        return {}
-    if action_id == "guest-attach":
-        foreign = item.kind == "foreign" and item.pid is not None
-        return {"name": item.name, "pid": str(item.pid)} if foreign else {}
-    fields = actions.fields(actions.REGISTRY[action_id])
-    named = next((field.name for field in fields if field.required and field.arg.kind is kind), None)
-    return {} if named is None else {named: TABLES[table_id].key(item)}
 
 
 class ActionTable(VirtualTable):
@@ -77,7 +56,7 @@ class ActionTable(VirtualTable):
 
     def action_act(self, action_id: str) -> None:
         """Begin an action on the marked rows, or on the one under the cursor."""
-        many = [prefill(action_id, self.table.id, item) for item in self.chosen]
+        many = [answered(action_id, self.table.id, item) for item in self.chosen]
         if self.rows.marked and not many:
             why = "the filter hides every marked row; Escape clears the marks"
             self.notify(why, title="Nothing marked is shown", severity="warning", markup=False)

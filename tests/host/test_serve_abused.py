@@ -60,7 +60,7 @@ def test_no_descriptor_and_little_memory_is_left_after_many_actions(service: Ser
         for _ in range(ACTIONS // 2):
             act()
         until(lambda: held(process.pid) <= fds, "every descriptor is closed again")
-        assert anonymous(process.pid) < memory + 12 * M
+        assert anonymous(process.pid) < memory + 24 * M  # what it keeps of events and of what it looked up is bounded
         assert [region.name for region in client.snapshot().regions] == []
 
 

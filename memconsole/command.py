@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn, Protocol
 
-from memconsole import actions
+from memconsole import action_input, actions
 from memconsole.actions import Action
 from memconsole.arguments import ActionField, Arg, ArgumentKind, read_value
 from memconsole.errors import MemconsoleError, UsageError
@@ -126,7 +126,7 @@ def action_of(namespace: argparse.Namespace, rest: Sequence[str] = ()) -> Action
             values[field.name] = getattr(namespace, field.name)
     if takes_words is not None and rest:
         values[takes_words.name] = tuple(rest)
-    return actions.build(namespace.action, values)
+    return action_input.build(namespace.action, values)
 
 
 def parse(words: Sequence[str]) -> Action:

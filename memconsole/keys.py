@@ -90,6 +90,7 @@ MEANINGS: tuple[Meaning, ...] = (
     _acts("revoke", "take it back", "revoke", "window-revoke"),
     _acts("release", "release it", "release"),
     _acts("attach", "attach a process", "guest-attach"),
+    _acts("service", "have a service (a daemon, a database) as a guest", "guest-service"),
     _acts("helper", "name a helper process", "guest-helper"),
     _acts("adopt", "adopt a VM that another program runs", "guest-adopt"),
     _acts("let-go", "let an adopted VM go", "guest-let-go"),

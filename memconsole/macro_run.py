@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from memconsole import actions, unforeseen
+from memconsole import action_input, actions, unforeseen
 from memconsole.actions import Action
 from memconsole.arguments import read_value
 from memconsole.errors import ExitCode, MacroError, MacroUsage, MemconsoleError
@@ -136,7 +136,7 @@ def action_of(step: MacroStep, values: Mapping[str, str]) -> Action:
     Raises:
         UsageError: a value that does not fit.
     """
-    return actions.build(step.do, {name: _fill(value, values) for name, value in step.arguments.items()})
+    return action_input.build(step.do, {name: _fill(value, values) for name, value in step.arguments.items()})
 
 
 def words_of(step: MacroStep, values: Mapping[str, str]) -> list[str]:

@@ -26,6 +26,7 @@ from msgspec.structs import replace
 
 from memconsole import actions, paths, unforeseen
 from memconsole.actions import Action, AnyAction
+from memconsole.backend.additions import Additions
 from memconsole.backend.desk import Desk
 from memconsole.backend.guests.base import STOP_S
 from memconsole.backend.holdings import MOUNT
@@ -58,11 +59,8 @@ if TYPE_CHECKING:
     from memconsole.backend.custody.manager import KexecGuard
     from memconsole.backend.exports.mount import GuestMount
     from memconsole.backend.history.recorder import HistoryRecorder
-    from memconsole.backend.observe.kho_preserved import KhoPreserved
-    from memconsole.backend.observe.paging import PagingSurvey
     from memconsole.backend.observe.pfn_tables import PfnTables
     from memconsole.backend.observe.survey import ScanResult
-    from memconsole.backend.observe.usage import Placement
     from memconsole.backend.work import PreparedAction
     from memconsole.extents import ExtentTable
 
@@ -112,9 +110,6 @@ class Control:
         self._past = past
         self._closed = False
         self._tables: PfnTables | None = None
-        self._truth: KhoPreserved | None = None
-        self._paging: PagingSurvey | None = None
-        self._placement: Placement | None = None
         with contextlib.ExitStack() as undo:
             self._ledger = Writer(custody, root, state_dir)
             undo.callback(self._ledger.close)
@@ -122,15 +117,11 @@ class Control:
             undo.callback(self._desk.close)
             self._looking = SnapshotTaker(self._desk, root, self._steady)
             undo.callback(self._looking.close)
+            self._additions = Additions(self._desk, root)
             self._desk.mount = _mount(self._desk, mountpoint)
             self._standing = self._ledger.dropped()
             self._desk.standing = lambda: self._standing
-            if self._is_something_left():
-                from memconsole.backend import adoption
-
-                self._standing += self._ledger.carry(adoption.adopt_all(self._desk))
-            if self._desk.mount is not None:
-                self._desk.mount.sync()
+            self._take_over()
             self._desk.guard = _guard(self._desk)
             self._watch()
             self._ready = ReadinessCheck(self.plan, root)
@@ -170,10 +161,12 @@ class Control:
             *self._ledger.findings(),
             *(self._past.findings() if self._past is not None else ()),
         )
-        taken = self._with_truth(self._with_paging(self._looking.take_snapshot(standing, self._scanned())))
+        taken = self._looking.take_snapshot(standing, self._scanned())
+        if not self._closed:
+            taken = self._additions.with_truth(self._additions.with_paging(taken))
         taken = replace(taken, readiness=self._ready.found)
         if parts and not self._closed:
-            taken = self._with_parts(taken, parts)
+            taken = self._additions.with_parts(taken, parts)
         self._upkeep.note_snapshot(taken)
         return taken
 
@@ -283,8 +276,7 @@ class Control:
                 return
             self._closed = True
             self._looking.close()
-            if self._placement is not None:
-                self._placement.close()
+            self._additions.close()
             if not self._custody.survives:
                 self._end_guests()
             if self._tables is not None:
@@ -301,6 +293,15 @@ class Control:
                     self._desk.runtime_dir.rmdir()
 
     # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _take_over(self) -> None:
+        """Adopt what is left, if anything is, and have the mount show it."""
+        if self._is_something_left():
+            from memconsole.backend import adoption
+
+            self._standing += self._ledger.carry(adoption.adopt_all(self._desk))
+        if self._desk.mount is not None:
+            self._desk.mount.sync()
 
     def _is_something_left(self) -> bool:
         """Whether there may be anything to adopt: of an earlier control process, or in a store that outlives them."""
@@ -348,37 +349,6 @@ class Control:
         desk = foreseen.desk_after(self._desk, after)
         desk, note = foreseen.for_handoff(desk) if isinstance(action, actions.HandoffAction) else (desk, "")
         return verbs.prepare(desk, action), note
-
-    def _with_truth(self, taken: Snapshot) -> Snapshot:
-        """What KHO hands over of each region, where this kernel has it."""
-        if not taken.survival.luo or self._closed:
-            return taken
-        from memconsole.backend.observe.kho_preserved import KhoPreserved
-
-        with self._making:
-            self._truth = self._truth or KhoPreserved(self._desk)
-        return self._truth.shown(taken)
-
-    def _with_paging(self, taken: Snapshot) -> Snapshot:
-        """How the memory of guests is mapped, where there are any."""
-        if not taken.guests or self._closed:
-            return taken
-        from memconsole.backend.observe.paging import PagingSurvey
-
-        with self._making:
-            self._paging = self._paging or PagingSurvey(self._root)
-        return self._paging.shown(taken)
-
-    def _with_parts(self, taken: Snapshot, parts: Collection[Part]) -> Snapshot:
-        """What host, service and guests use, and where the memory of guests lies, for those who asked."""
-        from memconsole.backend.observe import usage
-
-        taken = usage.with_usage(taken, self._root)
-        if Part.PLACEMENT not in parts:
-            return taken
-        with self._making:
-            self._placement = self._placement or usage.Placement(self._root)
-        return self._placement.shown(taken)
 
     @contextlib.contextmanager
     def _mounted(self) -> Iterator[None]:

@@ -7,9 +7,9 @@ import contextlib
 import os
 import socket
 import sys
-import threading
 from functools import partial
 
+from memconsole import unforeseen
 from memconsole.backend.wire.dialing import Local
 from memconsole.cli.connect import asked_socket
 from memconsole.errors import ExitCode
@@ -27,7 +27,7 @@ def bridge(options: argparse.Namespace) -> int:
     """
     with contextlib.closing(Local(asked_socket(options)).dial(first=True)) as line:
         line.sock.settimeout(None)
-        threading.Thread(target=_from_stdin, args=(line.sock,), daemon=True).start()
+        unforeseen.thread("of what comes from stdin", partial(_from_stdin, line.sock)).start()
         while data := line.sock.recv(CHUNK):
             _write(data)
     return ExitCode.DONE

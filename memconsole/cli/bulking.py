@@ -76,7 +76,9 @@ def _rows(cls: type[Action], snapshot: Snapshot, names: Sequence[str], text: str
     """
     table = TABLES[cls.spec.on]
     if bool(names) == (text is not None):
-        raise UsageError(f"it is not said which {table.title} are meant", "", "give NAME ..., or --where FILTER")
+        raise UsageError(
+            f"the command does not say which {table.title} are meant", "", "give NAME ..., or --where FILTER"
+        )
     rows = table.rows(snapshot)
     if text is not None:
         found = where.choose(where.parse(text, table.fields), table.pick(None), rows)

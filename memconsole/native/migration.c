@@ -29,15 +29,10 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
-#include "core.h"
+#include "migration.h"
 
-#define IN (256u << 10)
-#define OUT (64u << 10)
-#define PIECES 64
 #define MAX_PAGE_BITS 16
 
 #define VM_EOF 0x00
@@ -52,231 +47,8 @@
 #define VM_FOOTER 0x7e
 #define SWITCHOVER_START 11
 
-#define RAM_ZERO 0x02
-#define RAM_SIZES 0x04
-#define RAM_PAGE 0x08
-#define RAM_EOS 0x10
-#define RAM_CONTINUE 0x20
-#define RAM_XBZRLE 0x40
-#define RAM_HOOK 0x80
-#define RAM_COMPRESSED 0x100
-#define RAM_MULTIFD 0x200
-
 #define CAPABILITIES "configuration/capabilities"
 #define SHARED "x-ignore-shared"
-
-/* What is awaited. Every field is accumulated to its length; PAGE and TAIL are passed on in the pieces they come in. */
-enum state {
-	FILE_HEADER, SECTION,
-	CONFIG, MACHINE, SUB_LENGTH, SUB_NAME, SUB_VERSION, CAP_COUNT, CAP_LENGTH, CAP_NAME, PAGE_BITS, UUID,
-	COMMAND, START, START_NAME, START_VERSION, PART, EARLY, EARLY_NAME, FOOTER,
-	WORD, SIZE_LENGTH, SIZE_NAME, SIZE, BLOCK_LENGTH, BLOCK_NAME, ZERO, PAGE, TAIL
-};
-
-struct mc_stream {
-	struct mc_stream_facts facts;
-	enum state state, body;		/* what is awaited; and behind the version of a part of the configuration */
-	uint32_t want, held;		/* bytes of the field that is awaited, and of it that are there */
-	uint8_t field[256];
-	int code;			/* of the failure after which nothing is taken any more */
-	struct mc_fail failure;
-
-	int to, lock, shared, configured;
-	uint32_t caps, ram_id;
-	uint8_t begun, ended, open;	/* RAM's section; whether a footer may follow */
-	uint8_t page_flags;
-	uint64_t sizes;			/* what block lengths are still to add up to */
-	struct mc_stream_block *block, *written, *sizing;	/* of the last record; the last kept one; being declared */
-	uint64_t offset, left;		/* of the page that comes, and bytes of it that are to come */
-
-	uint64_t window, described, last;	/* of the tail: its last bytes; where its description ends; its last byte */
-
-	struct iovec pieces[PIECES];	/* of one run for a sink, which end at sink_at; they point into what was fed */
-	int nr, sink;
-	uint64_t sink_at, sink_bytes;
-
-	uint32_t out;
-	uint8_t in_buffer[IN], out_buffer[OUT];
-};
-
-static uint32_t be16(const uint8_t *p)
-{
-	return (uint32_t)p[0] << 8 | p[1];
-}
-
-static uint32_t be32(const uint8_t *p)
-{
-	return be16(p) << 16 | be16(p + 2);
-}
-
-static uint64_t be64(const uint8_t *p)
-{
-	return (uint64_t)be32(p) << 32 | be32(p + 4);
-}
-
-static void store(uint8_t *p, uint64_t value, unsigned int bytes)
-{
-	while (bytes--) {
-		p[bytes] = (uint8_t)value;
-		value >>= 8;
-	}
-}
-
-/* Ends it: the code and the reason, and what the reason is about. */
-static int stop(struct mc_stream *s, int code, const char *why, const void *name, size_t length)
-{
-	if (name) {
-		memcpy(s->facts.what, name, length);
-		s->facts.what[length] = 0;
-	}
-	return s->code = mc_fail(&s->failure, code, 0, why);
-}
-
-static int spoiled(struct mc_stream *s, const char *why)
-{
-	return stop(s, MC_FORMAT, why, NULL, 0);
-}
-
-static int unknown(struct mc_stream *s, const char *why)
-{
-	return stop(s, MC_RANGE, why, NULL, 0);
-}
-
-static int broken(struct mc_stream *s, const char *call)
-{
-	return s->code = mc_fail_errno(&s->failure, call);
-}
-
-static int await(struct mc_stream *s, enum state state, uint32_t want)
-{
-	s->state = state;
-	s->want = want;
-	s->held = 0;
-	return MC_OK;
-}
-
-/* A name is awaited: of so many bytes, one at least. */
-static int await_name(struct mc_stream *s, enum state state, uint8_t length)
-{
-	return length ? await(s, state, length) : spoiled(s, "a name in it is empty");
-}
-
-/* --- what goes out --- */
-
-static int write_out(struct mc_stream *s, const uint8_t *bytes, uint64_t length)
-{
-	while (length) {
-		ssize_t n = write(s->to, bytes, length);
-
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n <= 0)
-			return broken(s, "write");
-		bytes += n;
-		length -= (uint64_t)n;
-	}
-	return MC_OK;
-}
-
-static int flush(struct mc_stream *s)
-{
-	uint32_t length = s->out;
-
-	s->out = 0;
-	return length ? write_out(s, s->out_buffer, length) : MC_OK;
-}
-
-static int put(struct mc_stream *s, const void *bytes, uint64_t length)
-{
-	s->facts.out += length;
-	if (s->to < 0)
-		return MC_OK;
-	if (s->out + length > OUT && flush(s))
-		return s->code;
-	if (length > OUT)
-		return write_out(s, bytes, length);
-	memcpy(s->out_buffer + s->out, bytes, length);
-	s->out += (uint32_t)length;
-	return MC_OK;
-}
-
-static int put_number(struct mc_stream *s, uint64_t value, unsigned int bytes)
-{
-	uint8_t raw[8];
-
-	store(raw, value, bytes);
-	return put(s, raw, bytes);
-}
-
-static int put_name(struct mc_stream *s, const void *name, size_t length)
-{
-	return put_number(s, length, 1) ? s->code : put(s, name, length);
-}
-
-/* --- what goes to where RAM is --- */
-
-static int flush_sink(struct mc_stream *s)
-{
-	struct iovec *piece = s->pieces;
-	uint64_t at = s->sink_at - s->sink_bytes;
-
-	while (s->nr) {
-		ssize_t n = pwritev(s->sink, piece, s->nr, (off_t)at);
-
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n <= 0)
-			return broken(s, "pwritev");
-		at += (uint64_t)n;
-		while (s->nr && (size_t)n >= piece->iov_len) {
-			n -= (ssize_t)piece->iov_len;
-			piece++;
-			s->nr--;
-		}
-		if (s->nr) {
-			piece->iov_base = (uint8_t *)piece->iov_base + n;
-			piece->iov_len -= (size_t)n;
-		}
-	}
-	s->sink_bytes = 0;
-	return MC_OK;
-}
-
-static int sink(struct mc_stream *s, const struct mc_stream_block *block, uint64_t at, const void *bytes, uint64_t length)
-{
-	at += block->base;
-	if (s->nr && (s->nr == PIECES || s->sink != block->fd || s->sink_at != at) && flush_sink(s))
-		return s->code;
-	if (!s->nr)
-		s->sink_at = at;
-	s->sink = block->fd;
-	s->pieces[s->nr++] = (struct iovec){ (void *)bytes, length };
-	s->sink_at += length;
-	s->sink_bytes += length;
-	return MC_OK;
-}
-
-/* Zeros over a page of a sink that holds something else; where it holds nothing, nothing is put. */
-static int sink_zeros(struct mc_stream *s, const struct mc_stream_block *block, uint64_t at)
-{
-	static const uint8_t zeros[4096];
-	uint8_t held[4096];
-
-	if (flush_sink(s))
-		return s->code;
-	at += block->base;
-	for (uint64_t end = at + s->facts.page_size; at < end; at += sizeof(held)) {
-		ssize_t n = pread(block->fd, held, sizeof(held), (off_t)at);
-
-		if (n < 0)
-			return broken(s, "pread");
-		if (n == (ssize_t)sizeof(held) && !memcmp(held, zeros, sizeof(held)))
-			continue;
-		if (pwrite(block->fd, zeros, sizeof(zeros), (off_t)at) != (ssize_t)sizeof(zeros))
-			return broken(s, "pwrite");
-	}
-	return MC_OK;
-}
 
 /* --- the header and the configuration --- */
 
@@ -477,210 +249,7 @@ static int on_footer(struct mc_stream *s)
 	return s->ended ? await(s, TAIL, 0) : await(s, SECTION, 1);
 }
 
-/* --- RAM --- */
-
-static struct mc_stream_block *find(struct mc_stream *s, const void *name, size_t length)
-{
-	for (uint32_t i = 0; i < s->facts.blocks; i++) {
-		struct mc_stream_block *block = &s->facts.block[i];
-
-		if (strlen(block->name) == length && !memcmp(block->name, name, length))
-			return block;
-	}
-	return NULL;
-}
-
-/* RAM has ended: every block has its pages here or elsewhere, or nothing is made of the stream. */
-static int check_blocks(struct mc_stream *s)
-{
-	if (!s->sizing)
-		return spoiled(s, "its RAM has no sizes");
-	for (uint32_t i = 0; i < s->facts.blocks; i++) {
-		const struct mc_stream_block *block = &s->facts.block[i];
-
-		if (s->to >= 0 && !block->elsewhere && !block->kept)
-			return stop(s, MC_FORMAT, "a block of RAM has no page in it and is said nowhere to be elsewhere",
-				    block->name, strlen(block->name));
-	}
-	return MC_OK;
-}
-
-static int on_eos(struct mc_stream *s)
-{
-	if (s->offset)
-		return spoiled(s, "a section's end is not at its end");
-	if (s->ended && check_blocks(s))
-		return s->code;
-	s->open = 1;
-	return put(s, s->field, 8) ? s->code : await(s, SECTION, 1);
-}
-
-static int await_page(struct mc_stream *s)
-{
-	struct mc_stream_block *block = s->block;
-
-	if (s->offset >= block->length || block->length - s->offset < s->facts.page_size)
-		return stop(s, MC_FORMAT, "a page lies beyond its block", block->name, strlen(block->name));
-	if (block->elsewhere) {
-		block->dropped++;
-	} else {
-		int same = s->written == block;
-
-		block->kept++;
-		s->written = block;
-		if (put_number(s, s->offset | s->page_flags | (same ? RAM_CONTINUE : 0), 8) ||
-		    (!same && put_name(s, block->name, strlen(block->name))))
-			return s->code;
-	}
-	if (s->page_flags == RAM_ZERO)
-		return await(s, ZERO, 1);
-	s->left = s->facts.page_size;
-	return await(s, PAGE, 0);
-}
-
-static int on_sizes(struct mc_stream *s)
-{
-	if (s->sizing)
-		return spoiled(s, "it says the sizes of its RAM twice");
-	if (!s->offset)
-		return spoiled(s, "its RAM is of no size");
-	s->sizes = s->offset;
-	return put(s, s->field, 8) ? s->code : await(s, SIZE_LENGTH, 1);
-}
-
-static int on_word(struct mc_stream *s)
-{
-	uint64_t word = be64(s->field), flags = word & (s->facts.page_size - 1);
-
-	s->offset = word - flags;
-	if (flags == (RAM_PAGE | RAM_CONTINUE) || flags == (RAM_ZERO | RAM_CONTINUE)) {
-		s->page_flags = (uint8_t)(flags & ~(uint64_t)RAM_CONTINUE);
-		return s->block ? await_page(s) : spoiled(s, "a page is of the block of one before, and none was");
-	}
-	if (flags == RAM_PAGE || flags == RAM_ZERO) {
-		s->page_flags = (uint8_t)flags;
-		return await(s, BLOCK_LENGTH, 1);
-	}
-	if (flags == RAM_EOS)
-		return on_eos(s);
-	if (flags == RAM_SIZES)
-		return on_sizes(s);
-	if (flags & RAM_XBZRLE)
-		return unknown(s, "pages in it are differences (xbzrle)");
-	if (flags & RAM_COMPRESSED)
-		return unknown(s, "pages in it are compressed");
-	if (flags & RAM_MULTIFD)
-		return unknown(s, "its pages went another way (multifd)");
-	if (flags & RAM_HOOK)
-		return unknown(s, "its pages went another way (RDMA)");
-	return spoiled(s, "a record of its RAM is of no known kind");
-}
-
-static int on_size_name(struct mc_stream *s)
-{
-	struct mc_stream_block *block;
-
-	if (memchr(s->field, 0, s->want))
-		return spoiled(s, "a block of RAM has no possible name");
-	block = find(s, s->field, s->want);
-	if (block && (block->declared || !block->elsewhere))
-		return stop(s, MC_FORMAT, "it has two blocks of RAM of one name", s->field, s->want);
-	if (!block) {
-		if (s->facts.blocks == MC_STREAM_BLOCKS)
-			return unknown(s, "it has more blocks of RAM than can be told apart here");
-		block = &s->facts.block[s->facts.blocks++];
-		memcpy(block->name, s->field, s->want);
-		block->fd = -1;
-	}
-	s->sizing = block;
-	return await(s, SIZE, s->shared ? 16 : 8);
-}
-
-/* All sizes are said: whatever is elsewhere is one of them. */
-static int check_elsewhere(struct mc_stream *s)
-{
-	for (uint32_t i = 0; i < s->facts.blocks; i++) {
-		const struct mc_stream_block *block = &s->facts.block[i];
-
-		if (!block->declared)
-			return stop(s, MC_FORMAT, "it has no block of RAM of this name", block->name, strlen(block->name));
-	}
-	return await(s, WORD, 8);
-}
-
-/* A file that a block's pages go to holds all of them: nothing is written behind its end. */
-static int check_sink(struct mc_stream *s, const struct mc_stream_block *block)
-{
-	struct stat st;
-
-	if (block->fd < 0)
-		return MC_OK;
-	if (fstat(block->fd, &st))
-		return broken(s, "fstat");
-	if ((uint64_t)st.st_size < block->base || (uint64_t)st.st_size - block->base < block->length)
-		return stop(s, MC_FORMAT, "the file for a block's pages is shorter than the block", block->name,
-			    strlen(block->name));
-	return MC_OK;
-}
-
-static int on_size(struct mc_stream *s)
-{
-	struct mc_stream_block *block = s->sizing;
-	uint64_t length = be64(s->field);
-
-	if (!length || length > s->sizes || length % s->facts.page_size)
-		return stop(s, MC_FORMAT, "a block of RAM is of no possible size", block->name, strlen(block->name));
-	if (block->elsewhere && block->length != length)
-		return stop(s, MC_FORMAT, "a block of RAM is of another size than it is elsewhere", block->name,
-			    strlen(block->name));
-	block->length = length;
-	block->declared = 1;
-	s->sizes -= length;
-	if (check_sink(s, block) || put_name(s, block->name, strlen(block->name)) || put(s, s->field, 8))
-		return s->code;
-	/* A place where no block is: a QEMU that has the capability refuses it as well. */
-	if (s->lock && put_number(s, UINT64_MAX, 8))
-		return s->code;
-	return s->sizes ? await(s, SIZE_LENGTH, 1) : check_elsewhere(s);
-}
-
-static int on_block_name(struct mc_stream *s)
-{
-	s->block = find(s, s->field, s->want);
-	if (!s->block || !s->block->declared)
-		return stop(s, MC_FORMAT, "a page is of a block that it has no size of", s->field, s->want);
-	return await_page(s);
-}
-
-static int on_zero(struct mc_stream *s)
-{
-	struct mc_stream_block *block = s->block;
-
-	if (s->field[0])
-		return unknown(s, "a page in it is filled with what is not zero");
-	if (!block->elsewhere) {
-		if (put(s, s->field, 1))
-			return s->code;
-	} else if (block->fd >= 0 && sink_zeros(s, block, s->offset)) {
-		return s->code;
-	}
-	return await(s, WORD, 8);
-}
-
-static int page(struct mc_stream *s, const uint8_t *bytes, uint64_t length)
-{
-	const struct mc_stream_block *block = s->block;
-	uint64_t at = s->offset + s->facts.page_size - s->left;
-
-	s->left -= length;
-	if (!block->elsewhere) {
-		if (put(s, bytes, length))
-			return s->code;
-	} else if (block->fd >= 0 && sink(s, block, at, bytes, length)) {
-		return s->code;
-	}
-	return s->left ? MC_OK : await(s, WORD, 8);
-}
+/* --- devices, and the whole --- */
 
 /*
  * Devices. Their sections have no lengths; what says that they are whole is the description, which closes the stream: its
@@ -723,14 +292,7 @@ static int step(struct mc_stream *s)
 	case EARLY: return await_name(s, EARLY_NAME, s->field[4]);
 	case EARLY_NAME: return on_early_name(s);
 	case FOOTER: return on_footer(s);
-	case WORD: return on_word(s);
-	case SIZE_LENGTH: return await_name(s, SIZE_NAME, s->field[0]);
-	case SIZE_NAME: return on_size_name(s);
-	case SIZE: return on_size(s);
-	case BLOCK_LENGTH: return await_name(s, BLOCK_NAME, s->field[0]);
-	case BLOCK_NAME: return on_block_name(s);
-	case ZERO: return on_zero(s);
-	default: return spoiled(s, "it is in no state");	/* PAGE and TAIL are no fields */
+	default: return mc_stream_record(s);
 	}
 }
 
@@ -745,7 +307,7 @@ static uint64_t take(struct mc_stream *s, const uint8_t *bytes, uint64_t length)
 		n = s->want - s->held;
 	s->facts.in += n;
 	if (s->state == PAGE) {
-		page(s, bytes, n);
+		mc_stream_page(s, bytes, n);
 	} else if (s->state == TAIL) {
 		tail(s, bytes, n);
 	} else {
@@ -777,7 +339,7 @@ int mc_stream_feed(struct mc_stream *s, const void *bytes, uint64_t length, stru
 	while (at < end && !s->code)
 		at += take(s, at, (uint64_t)(end - at));
 	if (!s->code)
-		flush_sink(s);	/* its pieces are the caller's bytes */
+		mc_stream_flush_sink(s);	/* its pieces are the caller's bytes */
 	s->nr = 0;
 	return outcome(s, fail);
 }
@@ -791,7 +353,7 @@ int mc_stream_end(struct mc_stream *s, struct mc_fail *fail)
 	else if (s->facts.cut)
 		spoiled(s, "it is cut off: no description closes it");
 	if (!s->code)
-		flush(s);
+		mc_stream_flush(s);
 	return outcome(s, fail);
 }
 
@@ -824,24 +386,6 @@ int mc_stream_run(struct mc_stream *s, int from, int stopper, struct mc_fail *fa
 			broken(s, "read");
 	}
 	return outcome(s, fail);
-}
-
-/* Of RAM: this block of so many bytes is elsewhere. Its pages are left out; they go to the file `fd` from `base`, unless fd is -1. */
-int mc_stream_elsewhere(struct mc_stream *s, const char *name, uint64_t length, int fd, uint64_t base, struct mc_fail *fail)
-{
-	size_t letters = strlen(name);
-	struct mc_stream_block *block;
-
-	if (s->facts.in || s->facts.blocks == MC_STREAM_BLOCKS || !letters || letters > 255 || find(s, name, letters) ||
-	    !length || base > INT64_MAX || length > INT64_MAX - base)
-		return mc_fail(fail, MC_RANGE, 0, "no such block can be elsewhere");
-	block = &s->facts.block[s->facts.blocks++];
-	memcpy(block->name, name, letters);
-	block->length = length;
-	block->elsewhere = 1;
-	block->fd = fd;
-	block->base = base;
-	return MC_OK;
 }
 
 /* A filter whose output goes to `to` (-1: nowhere, it only reads), locked or not. Errors: MC_MEMORY. */

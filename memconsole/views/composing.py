@@ -23,7 +23,7 @@ from textual.widget import Widget
 from memconsole.views.private import Composed, Update, WholeUpdate
 
 _SINGLE = re.compile(
-    "[ -~\u00a1-\u00ac\u00ae-\u02ff\u0391-\u03c9\u2010-\u2027\u2030-\u205e\u2190-\u21ff\u2500-\u25fc\u2800-\u28ff]*"
+    r"[ -~\u00a1-\u00ac\u00ae-\u02ff\u0391-\u03c9\u2010-\u2027\u2030-\u205e\u2190-\u21ff\u2500-\u25fc\u2800-\u28ff]*"
 )
 """Texts of which every character is a cell, whatever stands before it."""
 

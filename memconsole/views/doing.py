@@ -10,7 +10,7 @@ from typing import NamedTuple
 from textual import work
 from textual.message import Message
 
-from memconsole import actions, unforeseen
+from memconsole import action_input, actions, unforeseen
 from memconsole.actions import Action
 from memconsole.arguments import ArgumentKind
 from memconsole.errors import MemconsoleError
@@ -100,7 +100,7 @@ class Doing(Following):
         if options or missing_of(cls, given):
             self.push_screen(Form(cls, given), self._propose_if_any)
         else:
-            self.propose(actions.build(action_id, given))
+            self.propose(action_input.build(action_id, given))
 
     def _propose_if_any(self, action: Action | None) -> None:
         if action is not None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from textual import work
 from textual.message import Message
 
-from memconsole import actions, bulk
+from memconsole import action_input, actions, bulk
 from memconsole.actions import Action
 from memconsole.bulk import BulkItem
 from memconsole.views.screens.acting import Form, given_of, missing_of
@@ -42,13 +42,13 @@ class Manifold(Scripting):
             self.begin(action_id, many[0])
             return
         if not missing_of(cls, many[0]):
-            self.propose_all([actions.build(action_id, given) for given in many])
+            self.propose_all([action_input.build(action_id, given) for given in many])
             return
 
         def filled(action: Action | None) -> None:
             if action is not None:
                 common = {name: text for name, text in given_of(action).items() if name not in many[0]}
-                self.propose_all([actions.build(action_id, {**common, **given}) for given in many])
+                self.propose_all([action_input.build(action_id, {**common, **given}) for given in many])
 
         self.push_screen(Form(cls, many[0], many=len(many)), filled)
 

@@ -20,8 +20,8 @@ from support.controls import runtime_dir
 from support.libvirts import Libvirt, libvirts
 from support.waiting import until
 
+from memconsole import action_input, native
 from memconsole import actions as do
-from memconsole import native
 from memconsole.backend.custody.holder import KeeperCustody
 from memconsole.backend.steps import FAULT_VARIABLE
 
@@ -45,7 +45,7 @@ CONTROL = f"""
 import json, os, sys
 from pathlib import Path
 import msgspec
-from memconsole import actions
+from memconsole import action_input
 from memconsole.backend.control import Control
 from memconsole.backend.custody.holder import KeeperCustody
 from memconsole.errors import MemconsoleError
@@ -53,7 +53,7 @@ control = Control(Path(sys.argv[1]), KeeperCustody(Path(sys.argv[2])))
 os.environ["{FAULT_VARIABLE}"] = sys.argv[3]
 codes = []
 for each in json.loads(sys.argv[4]):
-    action = actions.decode(each)
+    action = action_input.decode(each)
     codes += [refusal.code for refusal in control.plan(action).refusals]
     try:
         control.apply(action)
@@ -73,7 +73,8 @@ class World(NamedTuple):
 
     def command(self, actions: tuple[do.Action, ...], fault: str = "") -> list[str]:
         places = (str(self.runtime), str(self.keeper))
-        return [sys.executable, "-c", CONTROL, *places, fault, json.dumps([do.encode(each) for each in actions])]
+        told = json.dumps([action_input.encode(each) for each in actions])
+        return [sys.executable, "-c", CONTROL, *places, fault, told]
 
     def control(self, *actions: do.Action) -> tuple[list[str], dict[str, Any]]:
         """What a control process refused of these actions, and its Snapshot after those it did."""

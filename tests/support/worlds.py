@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from memconsole import action_input, native
 from memconsole import actions as do
-from memconsole import native
 from memconsole.backend.control import Control
 from memconsole.backend.custody.holder import KeeperCustody
 from memconsole.backend.kernel import census
@@ -27,14 +27,14 @@ from support.waiting import LONG_S
 CHILD = f"""
 import json, os, sys
 from pathlib import Path
-from memconsole import actions
+from memconsole import action_input
 from memconsole.backend.control import Control
 from memconsole.backend.custody.holder import KeeperCustody
 control = Control(Path(sys.argv[1]), KeeperCustody(Path(sys.argv[2])))
 for guest in sys.argv[5:]:
     assert control._desk.connected(guest)
 os.environ["{FAULT_VARIABLE}"] = sys.argv[4]
-control.apply(actions.decode(json.loads(sys.argv[3])))
+control.apply(action_input.decode(json.loads(sys.argv[3])))
 print("survived")
 control.close()
 """
@@ -67,7 +67,7 @@ class World(NamedTuple):
     def dies(self, action: do.Action, at: str, *connected: str) -> None:
         """Apply an action in a process of its own, once these guests' agents are back, that dies at a fault point."""
         places = str(self.runtime), str(self.keeper)
-        words = [sys.executable, "-c", CHILD, *places, json.dumps(do.encode(action)), at, *connected]
+        words = [sys.executable, "-c", CHILD, *places, json.dumps(action_input.encode(action)), at, *connected]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         assert done.returncode == -signal.SIGKILL, (at, done.stdout, done.stderr)
 

@@ -26,6 +26,10 @@ ONLY_HEADLESS = {
     "watch": "tells changes as they come, as the console does",
     "copy": "writes a region's contents to a file",
     "completion": "is for shells",
+    "bridge": "carries bytes for another host",
+    "each": "is what marked rows are in the console",
+    "hosts": "is the console of many hosts",
+    "libvirt": "sets up this machine",
 }
 """Commands that are no view, no action and no report, and why."""
 

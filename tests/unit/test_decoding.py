@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support import sources, synthetic
 
-from memconsole import actions, decoding, macros, recording
+from memconsole import action_input, decoding, macros, recording
 from memconsole.backend.diagnose import inspect
 from memconsole.backend.handoff import bootplan, manifest
 from memconsole.backend.history import former, json_delta, store
@@ -74,7 +74,7 @@ def test_no_text_is_decoded_in_a_way_that_may_fail() -> None:
         of = ast.unparse(call.func.value)
         ours = of.startswith("msgspec.json.") or any(word in of for word in ("__file__", "NATIVE", "Decoder("))
         tolerant = len(call.args) > 1 or any(word.arg == "errors" for word in call.keywords)
-        if not ours and not tolerant and of not in {"actions", "bootplan", "records", "state"}:
+        if not ours and not tolerant and of not in {"action_input", "bootplan", "records", "state"}:
             found.append(f"{where}: {ast.unparse(call)}")
     assert not found, "use decoding.text"
 
@@ -253,9 +253,9 @@ def test_wire(raw: bytes) -> None:
 @given(VALUES)
 def test_plain_values(value: Any) -> None:
     with named:
-        actions.decode(value)
+        action_input.decode(value)
     with named:
-        actions.build("reserve", {"name": value, "size": value, "store": value})
+        action_input.build("reserve", {"name": value, "size": value, "store": value})
     if isinstance(value, dict):
         with named:
             delta.apply(synthetic.snapshot(), delta.Delta(fields=value))

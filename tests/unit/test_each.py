@@ -47,8 +47,8 @@ def test_two_words_of_an_action_are_one() -> None:
     [
         (["each", "web0"], "each wants an action"),
         (["each", "web0", "--", "explode"], "no action"),
-        (["each", "--", "guest", "pause"], "not said which"),
-        (["each", "web0", "--where", "name=web0", "--", "guest", "pause"], "not said which"),
+        (["each", "--", "guest", "pause"], "does not say which"),
+        (["each", "web0", "--where", "name=web0", "--", "guest", "pause"], "does not say which"),
         (["each", "web0", "--", "handoff", "rehearse"], "cannot be done on each"),
         (["each", "web0", "--", "guest", "start"], "cannot be done on web0"),
         (["each", "nobody", "--", "guest", "pause"], "no nobody"),

@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 from support import synthetic
 
-from memconsole import actions
+from memconsole import action_input, actions
 from memconsole.actions import Action
 from memconsole.model import Access, Outcome
 from memconsole.undoing import inverse
@@ -49,7 +49,7 @@ def test_every_action_of_the_registry_has_an_inverse_or_a_reason(id: str) -> Non
         for field in actions.fields(cls)
         if field.required
     }
-    found = inverse(actions.build(id, texts), Outcome(id, "a", ""), None)
+    found = inverse(action_input.build(id, texts), Outcome(id, "a", ""), None)
     assert isinstance(found, Action) or found
 
 

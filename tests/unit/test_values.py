@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memconsole import actions, command, units
+from memconsole import action_input, actions, command, units
 from memconsole.arguments import write_value
 from memconsole.errors import Denied, UsageError
 from memconsole.model import Access, Rung
@@ -58,7 +58,7 @@ EXAMPLES = [
 
 @pytest.mark.parametrize("action", EXAMPLES, ids=lambda action: action.spec.id)
 def test_an_action_survives_the_wire(action: actions.Action) -> None:
-    assert actions.decode(actions.encode(action)) == action
+    assert action_input.decode(action_input.encode(action)) == action
 
 
 @pytest.mark.parametrize("action", EXAMPLES, ids=lambda action: action.spec.id)
@@ -68,7 +68,7 @@ def test_an_action_survives_being_written_by_a_person(action: actions.Action) ->
         for field in actions.fields(type(action))
         if (value := getattr(action, field.name)) is not None
     }
-    assert actions.build(action.spec.id, texts) == action
+    assert action_input.build(action.spec.id, texts) == action
 
 
 def test_the_cli_form_is_one_shell_line() -> None:
@@ -78,13 +78,13 @@ def test_the_cli_form_is_one_shell_line() -> None:
 
 def test_unknown_actions_and_arguments_are_named() -> None:
     with pytest.raises(UsageError, match="explode"):
-        actions.build("explode", {})
+        action_input.build("explode", {})
     with pytest.raises(UsageError, match="nam"):
-        actions.build("reserve", {"nam": "x"})
+        action_input.build("reserve", {"nam": "x"})
     with pytest.raises(UsageError, match="lacks"):
-        actions.build("reserve", {"name": "x"})
+        action_input.build("reserve", {"name": "x"})
     with pytest.raises(UsageError):
-        actions.build("guest-attach", {"name": "x", "pid": "many"})
+        action_input.build("guest-attach", {"name": "x", "pid": "many"})
 
 
 def test_keys_do_not_collide_within_a_view() -> None:

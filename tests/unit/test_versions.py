@@ -29,7 +29,7 @@ from memconsole.backend.ledger import log as ledger_log
 from memconsole.backend.ledger import state, trail
 from memconsole.backend.ledger.log import Ledger, RecordKind
 from memconsole.backend.ledger.opening import LEDGER
-from memconsole.backend.wire import delta, server
+from memconsole.backend.wire import delta, parameters
 from memconsole.errors import BadFile
 from memconsole.model import Region, RegionState, Request, Segment, Value
 
@@ -107,7 +107,7 @@ def test_what_is_stored_and_sent_is_found() -> None:
         "backend.exports.userfault.KeptUffd",
         "backend.exports.mount.MountRecord", "backend.handoff.manifest.Manifest", "backend.handoff.bootplan.Resume",
         "backend.revoke.suspend_vm.SuspendedGuest", "backend.wire.protocol.Fault", "backend.wire.client.Greeting",
-        "backend.wire.delta.Watched", "backend.wire.server._Hello",
+        "backend.wire.delta.Watched", "backend.wire.parameters.Hello",
     ):  # fmt: skip
         assert name in STORED
 
@@ -117,7 +117,7 @@ def test_an_unknown_field_is_passed_over_or_refused_by_name(cls: type[msgspec.St
     values = sample(inspect.type_info(cls))
     known = msgspec.json.decode(encoded(values), type=cls)
     raw = encoded({**values, "later": LATER})
-    if issubclass(cls, Request | server._Strict):
+    if issubclass(cls, Request | parameters.Strict):
         with pytest.raises(msgspec.ValidationError, match="`later`"):
             msgspec.json.decode(raw, type=cls)
     else:

@@ -18,6 +18,7 @@ from support.guests import open_fds
 from support.synthetic import snapshot
 from support.waiting import until
 
+from memconsole import action_input
 from memconsole import actions as do
 from memconsole.backend.wire import client as client_module
 from memconsole.backend.wire.client import Client
@@ -137,7 +138,7 @@ def test_an_answer_that_is_none_is_named(
     with pytest.raises(error) as raised:
         client.plan(do.Release("web"))
     assert raised.value.code == code
-    assert service.calls == [("Plan", {"action": do.encode(do.Release("web"))})]
+    assert service.calls == [("Plan", {"action": action_input.encode(do.Release("web"))})]
 
 
 def test_an_action_is_sent_once_however_it_ends(client: Client, service: Service) -> None:

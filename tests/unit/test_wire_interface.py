@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from support.served import Raw, ServedSource
 
-from memconsole import actions, errors
+from memconsole import action_input, errors
 from memconsole.backend.wire import protocol, write_interface
 from memconsole.backend.wire.call import Call
 from memconsole.backend.wire.serving import serve_in_thread
@@ -230,7 +230,7 @@ def test_null_is_no_value_where_one_is_wanted(path: Path) -> None:
         raw.send(b'{"method":"io.memconsole.GetExtents","parameters":{"key":null}}\0')
         assert raw.receive()["error"] == "org.varlink.service.InvalidParameter"
     with pytest.raises(errors.UsageError):
-        actions.decode({"do": "reserve", "name": None, "size": 4096})
+        action_input.decode({"do": "reserve", "name": None, "size": 4096})
 
 
 def test_an_answer_with_null_is_understood() -> None:

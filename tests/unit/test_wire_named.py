@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from memconsole import actions
+from memconsole import action_input, actions
 from memconsole.actions import GuestStart, HandoffRehearse, HandoffRun, Reserve
 from memconsole.backend.wire import named
 from memconsole.errors import Denied, UsageError
@@ -74,4 +74,4 @@ def test_a_name_is_judged_before_anything_is_looked_for(boot: Path, path: str, m
 )
 def test_text_that_would_name_another_file_is_no_action(make: Callable[[], actions.Action]) -> None:
     with pytest.raises(UsageError):
-        actions.decode(actions.encode(make()))
+        action_input.decode(action_input.encode(make()))

@@ -140,7 +140,7 @@ def _check_mounted(arena: Arena) -> Iterator[Finding]:
     for file, record, why in dax.read_arena(arena):
         if why or record is None:
             what = why or "it does not say what it is: it was never finished"
-            remedy = "the next start of memconsole takes away what was never finished; else it is left as it is"
+            remedy = "what was never finished goes with the next start of the service; all else is left as it is"
             yield _finding("arena-file", file, f"a file of arena {arena.name}: {what}", remedy)
     for region in _inside(arena):
         if region.runs != 1 or (region.start or 0) % ext4.CLUSTER:

@@ -151,7 +151,7 @@ def _cancelled(monitor: Monitor, _before: Before, within: float) -> None:
         if status != "cancelling":
             monitor("migrate_cancel", {})
         if time.monotonic() > deadline:
-            raise GuestError("its migration does not end", f"it is {status} after {within:g} s", "migrate_cancel")
+            raise GuestError("the migration does not end", f"it is {status} after {within:g} s", "migrate_cancel")
         time.sleep(_LOOK_S)
 
 

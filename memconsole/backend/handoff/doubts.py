@@ -57,7 +57,7 @@ def arena_doubts(facts: HandoffFacts) -> Iterator[Condition]:
         "arena-guests",
         Severity.ERROR,
         not facts.stranded,
-        requirement="no VM of memconsole runs on a region of an arena",
+        requirement="no VM has its RAM on a region of an arena",
         risk="memconsole-resume mounts no arena: the guest ends, and its region keeps the contents",
         observed=f"guests on regions of an arena: {named}" if named else "",
         remedy="shut the guest down in its own way; its region stays, and the next kernel finds it (docs/stores.md)",

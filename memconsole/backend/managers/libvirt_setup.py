@@ -135,7 +135,7 @@ def apply(changes: Iterable[Change], root: Root = "/") -> None:
     if tree.live(root) and os.geteuid():
         raise Denied("libvirt's configuration cannot be changed", "it is root's", "run as root")
     for change in changes:
-        now = change.path.read_text() if change.path.is_file() else None
+        now = change.path.read_text(errors="surrogateescape") if change.path.is_file() else None
         if now != change.before:
             raise Refused(f"{change.path} was changed meanwhile", "it is not overwritten", "look again", code="Altered")
         make(change)

@@ -30,6 +30,7 @@ MAGIC = b"LibvirtQemudSave"
 PARTIAL = b"LibvirtQemudPart"
 _HEADER = struct.Struct("<16s19I")
 VERSION = 2
+"""libvirt's own, not ours. Raised here when libvirt writes another and this has been read and tried."""
 _LARGEST = 16 << 20
 _RAW = 0
 _FORMATS = {1: "gzip", 2: "bzip2", 3: "xz", 4: "lzop"}
@@ -201,7 +202,7 @@ def _refuse_other(locked: domainxml.Lock | None, digest: str) -> None:
     if locked.digest != digest:
         why = f"it is locked to the RAM of region {locked.region}, whose frames are not those that are here"
         raise Refused(
-            what, why, "keep the image; memconsole handoff report says what became of its RAM", code="LockedImage"
+            what, why, "keep the image, and see what became of its RAM: memconsole handoff report", code="LockedImage"
         )
 
 

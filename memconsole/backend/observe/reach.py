@@ -81,7 +81,7 @@ def find(
     unseen = ""
     if census.unseen and not mapped and not held:
         who = census.unseen
-        unseen = _ask_frames(region.segments[index], fds[index], who) if counted else f"{who}, and nobody counts"
+        unseen = _ask_frames(region.segments[index], fds[index], who) if counted else f"{who}, and nothing counts"
     return RegionReach(mapped, held, unseen)
 
 

@@ -243,14 +243,14 @@ def create_refusals(name: str, device: Pmem, root: Root = "/") -> Iterator[tuple
     if device.size < SMALLEST:
         yield "TooSmall", what, f"it has {format_size(device.size)}; {format_size(SMALLEST)} are needed", words(root)
     if any(each.device == device.number for each in mounts.mounts(root)):
-        yield "InUse", what, "it is mounted", f"umount {device.path}, if nobody needs it"
+        yield "InUse", what, "it is mounted", f"umount {device.path}, if it is not needed"
         return
     held = contents(device)
     if held.arena:
         remedy = f"memconsole arena scan takes it up; memconsole arena remove {held.arena} gives it up"
         yield "HoldsArena", what, f"it holds the arena {held.arena}", remedy
     elif held.other:
-        remedy = f"if nobody needs it: wipefs -a {device.path}; blkdiscard -z {device.path}"
+        remedy = f"if it is no longer needed: wipefs -a {device.path}; blkdiscard -z {device.path}"
         yield "HoldsUnknown", what, f"it holds {held.other}", remedy
 
 
@@ -291,7 +291,7 @@ def mount_all(runtime: Path, root: Root = "/") -> list[Finding]:
                 if read_record(path, ArenaRecord) is None:
                     ext4.unmount(path)
                     what = f"the arena {name} on {device.path} was never finished"
-                    remedy = f"if nobody needs it: wipefs -a {device.path}, then memconsole arena create {name}"
+                    remedy = f"if it is no longer needed: wipefs -a {device.path}, then memconsole arena create {name}"
                     found.append(Finding("arena-unread", Severity.WARNING, device.name, what, "", remedy))
         except MemconsoleError as error:
             remedy = error.remedy or f"mount -o {OPTIONS} {device.path} says more"

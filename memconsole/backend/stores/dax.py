@@ -121,7 +121,7 @@ class DaxStore:
         unusable = [each for each in arenas.mounted(self._root) if each.device not in self._locks]
         if not unusable:
             return Refusal("NoArena", what, "no arena is mounted", "memconsole arena create NAME, or arena scan")
-        why = "; ".join(f"arena {each.name}: {each.trouble or 'another memconsole uses it'}" for each in unusable)
+        why = "; ".join(f"arena {each.name}: {each.trouble or 'another control process uses it'}" for each in unusable)
         return Refusal("NoArena", what, why, "memconsole arena check")
 
     def reserve_segments(
@@ -280,7 +280,7 @@ class DaxStore:
         device = os.fstat(fd).st_dev
         start = next((each.start for each in arenas.mounted(self._root) if each.device == device), None)
         if start is None:
-            raise NotFound("it is not shown where an arena lies", "its device has no physical address", "run as root")
+            raise NotFound("the place of the arena is not shown", "its device has no physical address", "run as root")
         rows = []
         for run in ext4.runs(fd, size):
             at = start + run.physical
@@ -461,7 +461,7 @@ def _read_arena(arena: Arena, held: Collection[str]) -> Iterator[tuple[Region, i
 
 
 def _unusable(arena: Arena) -> Finding:
-    why = arena.trouble or "another memconsole uses it"
+    why = arena.trouble or "another control process uses it"
     what = f"the arena {arena.name} on {arena.source} is not used: {why}"
     remedy = "it is left as it is; memconsole arena check says more"
     return Finding("arena-unused", Severity.WARNING, arena.name, what, str(arena.path), remedy)

@@ -92,7 +92,7 @@ def _extents(fd: int, start: int, length: int) -> list[tuple[int, int, int, int]
     try:
         fcntl.ioctl(fd, _FIEMAP, asked, True)
     except OSError as error:
-        raise KernelRefused("FIEMAP", error.errno or 0, what="it cannot be seen where a region lies") from None
+        raise KernelRefused("FIEMAP", error.errno or 0, what="the place of the region cannot be seen") from None
     count = min(_HEAD.unpack_from(asked)[3], _MOST)
     rows = (_EXTENT.unpack_from(asked, _HEAD.size + index * _EXTENT.size) for index in range(count))
     return [(row[0], row[1], row[2], row[5]) for row in rows]
@@ -158,8 +158,8 @@ def truncate(fd: int, within: float) -> None:
             raise KernelRefused(
                 "ftruncate",
                 errno.EBUSY,
-                what=f"a file of the arena cannot be cut: somebody still pins a page of it after {within:g} s",
-                remedy="try again once whoever pins it has let go of it",
+                what=f"a file of the arena cannot be cut: a page of it is still pinned after {within:g} s",
+                remedy="find what pins it (reach REGION) and try again",
             ) from None
     if cutting.returncode:
         raise KernelRefused("ftruncate", errno.EIO, what=f"a file of the arena cannot be cut: {said.strip()}")

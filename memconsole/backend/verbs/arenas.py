@@ -64,7 +64,7 @@ def scan(desk: ArenaKeeping, action: ArenaScan) -> PreparedAction:
         if work.findings:
             work.text += f"; {len(work.findings)} findings: memconsole audit"
 
-    work.step("take", "mount the arenas of this host and take up the regions in them that nobody holds", take)
+    work.step("take", "mount the arenas of this host and take up the regions in them that have no owner here", take)
     return work
 
 

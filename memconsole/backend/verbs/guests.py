@@ -180,24 +180,7 @@ def attach(desk: ProcessAttaching, action: GuestAttach) -> PreparedAction:
         return work
 
     if gone is not None:
-        again = replace(gone, command=command, service=how or gone.service)
-        grants = desk.state.grants_of(guest=gone.name)
-        work.text = f"process {action.pid} is guest {gone.name} again, with {len(grants)} grants"
-
-        def rejoin() -> None:
-            with contextlib.closing(Handle(action.pid)) as handle:
-                now = {"pid": handle.pid, "start_ticks": handle.start_ticks}
-                found = replace(again, **now, state=GuestState.RUNNING, ended="")
-            desk.remove_guest(gone.name)
-            for grant in grants:
-                desk.userfaults.drop_uffd(grant.id)
-            desk.adopt_guest(found)
-            offered = tuple(replace(grant, state=GrantState.OFFERED) for grant in grants)
-            work.change = StateChange(guests=(found,), grants=offered)
-
-        had = ", ".join(grant.id for grant in grants) or "no grant"
-        text = f"take process {action.pid} ({' '.join(command)[:60]}) as guest {gone.name}, which ended; it gets {had}"
-        work.step("join", text, rejoin, lambda: desk.remove_guest(gone.name), "detach it")
+        _rejoin_step(work, desk, action.pid, replace(gone, command=command, service=how or gone.service))
         return work
 
     def join() -> None:
@@ -217,6 +200,27 @@ def attach(desk: ProcessAttaching, action: GuestAttach) -> PreparedAction:
     text = f"take process {action.pid} ({' '.join(command)[:60]}) as guest {action.name}"
     work.step("join", text, join, lambda: desk.remove_guest(action.name), "detach it")
     return work
+
+
+def _rejoin_step(work: PreparedAction, desk: ProcessAttaching, pid: int, again: Guest) -> None:
+    """``join`` takes a process in the place of one that ended; what that one was granted is offered to it."""
+    grants = desk.state.grants_of(guest=again.name)
+    work.text = f"process {pid} is guest {again.name} again, with {len(grants)} grants"
+
+    def rejoin() -> None:
+        with contextlib.closing(Handle(pid)) as handle:
+            now = {"pid": handle.pid, "start_ticks": handle.start_ticks}
+            found = replace(again, **now, state=GuestState.RUNNING, ended="")
+        desk.remove_guest(again.name)
+        for grant in grants:
+            desk.userfaults.drop_uffd(grant.id)
+        desk.adopt_guest(found)
+        offered = tuple(replace(grant, state=GrantState.OFFERED) for grant in grants)
+        work.change = StateChange(guests=(found,), grants=offered)
+
+    had = ", ".join(grant.id for grant in grants) or "no grant"
+    text = f"take process {pid} ({' '.join(again.command)[:60]}) as guest {again.name}, which ended; it gets {had}"
+    work.step("join", text, rejoin, lambda: desk.remove_guest(again.name), "detach it")
 
 
 def _ended_guest(desk: needs.LiveGuests, name: str) -> Guest | None:

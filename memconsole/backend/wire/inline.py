@@ -54,7 +54,7 @@ def piece(fd: int, at: int, most: int) -> tuple[int, bytes]:
 def part(fd: int, at: int) -> InlinePart:
     """The next part of what a descriptor holds, at or after ``at``."""
     start, found = piece(fd, at, PART)
-    packed = base64.b64encode(zlib.compress(found, _LEVEL)).decode("ascii")
+    packed = base64.b64encode(zlib.compress(found, _LEVEL)).decode("ascii", "strict")
     return InlinePart(os.fstat(fd).st_size, start, len(found), packed)
 
 

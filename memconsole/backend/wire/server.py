@@ -17,15 +17,15 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import msgspec
 
 import memconsole
-from memconsole import actions, decoding, unforeseen
+from memconsole import action_input, decoding, unforeseen
 from memconsole.actions import Action
 from memconsole.backend.peers.peer import Peer, Rate
-from memconsole.backend.wire import inline, named, protocol
+from memconsole.backend.wire import inline, named, parameters, protocol
 from memconsole.backend.wire.call import Call, log
 from memconsole.backend.wire.loop import Loop, PeerConnection
 from memconsole.backend.wire.pool import Pool
@@ -56,67 +56,6 @@ class ServiceSource(Source, Protocol):
 
     def denied(self, peer: str, what: str) -> None:
         """Record as an event that a peer was denied something."""
-
-
-class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    pass
-
-
-class _Nothing(_Strict, frozen=True):
-    pass
-
-
-class _Interface(_Strict, frozen=True):
-    interface: str
-
-
-class _Hello(_Strict, frozen=True):
-    protocol: int
-    inline: bool | None = None
-
-
-class _Wanted(_Strict, frozen=True):
-    known: int | None = None
-    parts: tuple[Part, ...] | None = None
-
-
-class _Key(_Strict, frozen=True):
-    key: str
-
-
-class _Region(_Strict, frozen=True):
-    region: str
-
-
-class _Place(_Strict, frozen=True):
-    fd: int
-    at: Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
-
-
-class _Action(_Strict, frozen=True):
-    action: dict[str, Any]
-
-
-MOST_BEFORE = 256
-"""Actions that one may be planned after: each is planned as well, and who may only look can ask for it."""
-
-
-class _Planned(_Strict, frozen=True):
-    action: dict[str, Any]
-    after: Annotated[tuple[dict[str, Any], ...], msgspec.Meta(max_length=MOST_BEFORE)] | None = None
-
-
-class _After(_Strict, frozen=True):
-    after: int | None = None
-
-
-class _At(_Strict, frozen=True):
-    at_ns: int
-
-
-class _Every(_Strict, frozen=True):
-    every_ms: int | None = None
-    parts: tuple[Part, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -204,8 +143,8 @@ class Service:
             else:
                 if method.serve is not Service._read_descriptor:
                     connection.lend(())
-                parameters = decoding.json(protocol.given(request.parameters), method.parameters, what=request.method)
-                method.serve(self, call, parameters)
+                given = decoding.json(protocol.given(request.parameters), method.parameters, what=request.method)
+                method.serve(self, call, given)
         except decoding.Undecodable as error:
             call.reject(f"{SERVICE}.InvalidParameter", {"parameter": _parameter(error.why)})
         except Exception as error:  # noqa: BLE001 - one call's fault must not end the service; fail() logs it
@@ -266,7 +205,7 @@ class Service:
 
     # --- methods --------------------------------------------------------------------------------------------------
 
-    def _get_info(self, call: Call, _: _Nothing) -> None:
+    def _get_info(self, call: Call, _: parameters.Nothing) -> None:
         info = {
             "vendor": "memconsole",
             "product": "memconsole",
@@ -276,7 +215,7 @@ class Service:
         }
         call.answer(msgspec.json.encode(info))
 
-    def _describe(self, call: Call, p: _Interface) -> None:
+    def _describe(self, call: Call, p: parameters.Interface) -> None:
         if p.interface == INTERFACE:
             call.answer(msgspec.json.encode({"description": protocol.description()}))
         elif p.interface == SERVICE:
@@ -284,7 +223,7 @@ class Service:
         else:
             call.reject(f"{SERVICE}.InterfaceNotFound", {"interface": p.interface})
 
-    def _hello(self, call: Call, p: _Hello) -> None:
+    def _hello(self, call: Call, p: parameters.Hello) -> None:
         if p.protocol != protocol.PROTOCOL:
             raise protocol.version_mismatch(protocol.PROTOCOL, p.protocol)
         call.connection.inline = bool(p.inline)
@@ -293,7 +232,7 @@ class Service:
         hello = {"protocol": protocol.PROTOCOL, "version": memconsole.__version__, "label": self.source.label}
         call.answer(msgspec.json.encode({**hello, "role": role.name.lower(), "read_only": reason}))
 
-    def _get_snapshot(self, call: Call, p: _Wanted) -> None:
+    def _get_snapshot(self, call: Call, p: parameters.Wanted) -> None:
         taken = self.survey.latest(p.parts or ())
         if taken is not None:
             self._send_snapshot(call, taken, p.known)
@@ -314,7 +253,7 @@ class Service:
         else:
             call.answer(b'{"generation":%d,"snapshot":%b}' % (taken.generation, taken.encoded))
 
-    def _get_extents(self, call: Call, p: _Key) -> None:
+    def _get_extents(self, call: Call, p: parameters.Key) -> None:
         def work() -> CallResult:
             table = self.source.extents(p.key)
             try:
@@ -327,7 +266,7 @@ class Service:
 
         self._work(call, self._read, READ_S, work)
 
-    def _open_region(self, call: Call, p: _Region) -> None:
+    def _open_region(self, call: Call, p: parameters.Region) -> None:
         peer = call.connection.peer.who()
 
         def work() -> CallResult:
@@ -337,7 +276,7 @@ class Service:
 
         self._work(call, self._read, READ_S, work)
 
-    def _read_descriptor(self, call: Call, p: _Place) -> None:
+    def _read_descriptor(self, call: Call, p: parameters.Place) -> None:
         lent = call.connection.lent
         if not 0 <= p.fd < len(lent):
             what = f"the last answer left {len(lent)} descriptors to be read"
@@ -357,9 +296,9 @@ class Service:
             os.close(fd)
             raise
 
-    def _plan(self, call: Call, p: _Planned) -> None:
-        action = actions.decode(p.action)
-        after = tuple(actions.decode(each) for each in p.after or ())
+    def _plan(self, call: Call, p: parameters.Planned) -> None:
+        action = action_input.decode(p.action)
+        after = tuple(action_input.decode(each) for each in p.after or ())
         role = self.roles.of(call.connection.peer)
 
         def work() -> CallResult:
@@ -370,8 +309,8 @@ class Service:
 
         self._work(call, self._think, READ_S, work)
 
-    def _apply(self, call: Call, p: _Action) -> None:
-        action = actions.decode(p.action)
+    def _apply(self, call: Call, p: parameters.Applied) -> None:
+        action = action_input.decode(p.action)
         peer = call.connection.peer.who()
 
         def work() -> CallResult:
@@ -386,31 +325,31 @@ class Service:
         self.survey.outdate()
         self._streams.news()
 
-    def _events(self, call: Call, p: _After) -> None:
+    def _events(self, call: Call, p: parameters.After) -> None:
         if call.more:
             self._streams.listen(call, p.after or 0)
         else:
             call.answer(msgspec.json.encode({"events": self.source.events(p.after or 0)}))
 
-    def _history(self, call: Call, p: _After) -> None:
+    def _history(self, call: Call, p: parameters.After) -> None:
         def work() -> CallResult:
             return CallResult(msgspec.json.encode({"times": self.source.history(p.after or 0)}))
 
         self._work(call, self._read, READ_S, work)
 
-    def _get_past(self, call: Call, p: _At) -> None:
+    def _get_past(self, call: Call, p: parameters.At) -> None:
         def work() -> CallResult:
             return CallResult(msgspec.json.encode({"snapshot": self.source.at(p.at_ns)}))
 
         self._work(call, self._read, READ_S, work)
 
-    def _watch(self, call: Call, p: _Every) -> None:
+    def _watch(self, call: Call, p: parameters.Every) -> None:
         if call.more:
             self._streams.watch(call, max(p.every_ms or 1000, 250) / 1000, p.parts or ())
         else:
-            self._get_snapshot(call, _Wanted(parts=p.parts))
+            self._get_snapshot(call, parameters.Wanted(parts=p.parts))
 
-    def _doctor(self, call: Call, _: _Nothing) -> None:
+    def _doctor(self, call: Call, _: parameters.Nothing) -> None:
         def work() -> CallResult:
             from memconsole.backend.diagnose.doctor import doctor
 
@@ -470,20 +409,20 @@ class Service:
                 call.fail(answer)
 
     METHODS: ClassVar[dict[str, Method]] = {
-        f"{SERVICE}.GetInfo": Method(_Nothing, Role.NOBODY, _get_info),
-        f"{SERVICE}.GetInterfaceDescription": Method(_Interface, Role.NOBODY, _describe),
-        f"{INTERFACE}.Hello": Method(_Hello, Role.VIEWER, _hello),
-        f"{INTERFACE}.GetSnapshot": Method(_Wanted, Role.VIEWER, _get_snapshot),
-        f"{INTERFACE}.GetExtents": Method(_Key, Role.VIEWER, _get_extents),
-        f"{INTERFACE}.OpenRegion": Method(_Region, Role.OPERATOR, _open_region),
-        f"{INTERFACE}.ReadDescriptor": Method(_Place, Role.VIEWER, _read_descriptor),
-        f"{INTERFACE}.Plan": Method(_Planned, Role.VIEWER, _plan),
-        f"{INTERFACE}.Apply": Method(_Action, Role.OPERATOR, _apply),
-        f"{INTERFACE}.Events": Method(_After, Role.VIEWER, _events),
-        f"{INTERFACE}.Watch": Method(_Every, Role.VIEWER, _watch),
-        f"{INTERFACE}.History": Method(_After, Role.VIEWER, _history),
-        f"{INTERFACE}.GetPast": Method(_At, Role.VIEWER, _get_past),
-        f"{INTERFACE}.Doctor": Method(_Nothing, Role.VIEWER, _doctor),
+        f"{SERVICE}.GetInfo": Method(parameters.Nothing, Role.NOBODY, _get_info),
+        f"{SERVICE}.GetInterfaceDescription": Method(parameters.Interface, Role.NOBODY, _describe),
+        f"{INTERFACE}.Hello": Method(parameters.Hello, Role.VIEWER, _hello),
+        f"{INTERFACE}.GetSnapshot": Method(parameters.Wanted, Role.VIEWER, _get_snapshot),
+        f"{INTERFACE}.GetExtents": Method(parameters.Key, Role.VIEWER, _get_extents),
+        f"{INTERFACE}.OpenRegion": Method(parameters.Region, Role.OPERATOR, _open_region),
+        f"{INTERFACE}.ReadDescriptor": Method(parameters.Place, Role.VIEWER, _read_descriptor),
+        f"{INTERFACE}.Plan": Method(parameters.Planned, Role.VIEWER, _plan),
+        f"{INTERFACE}.Apply": Method(parameters.Applied, Role.OPERATOR, _apply),
+        f"{INTERFACE}.Events": Method(parameters.After, Role.VIEWER, _events),
+        f"{INTERFACE}.Watch": Method(parameters.Every, Role.VIEWER, _watch),
+        f"{INTERFACE}.History": Method(parameters.After, Role.VIEWER, _history),
+        f"{INTERFACE}.GetPast": Method(parameters.At, Role.VIEWER, _get_past),
+        f"{INTERFACE}.Doctor": Method(parameters.Nothing, Role.VIEWER, _doctor),
     }
 
 
@@ -493,11 +432,11 @@ def _with_parts(answer: CallResult) -> CallResult:
         for fd in answer.fds:
             undo.callback(os.close, fd)
         first = [inline.part(fd, 0) for fd in answer.fds]
-        parameters = answer.parameters[:-1] + b',"inline":' + msgspec.json.encode(first) + b"}"
+        whole = answer.parameters[:-1] + b',"inline":' + msgspec.json.encode(first) + b"}"
         if all(part.ends for part in first):
-            return CallResult(parameters)
+            return CallResult(whole)
         undo.pop_all()
-    return CallResult(parameters, answer.fds)
+    return CallResult(whole, answer.fds)
 
 
 def _parameter(message: str) -> str:

@@ -15,7 +15,7 @@ from textual.message import Message
 from textual.suggester import SuggestFromList
 from textual.widgets import Button, Input, Label, Select, Static
 
-from memconsole import actions, bulk
+from memconsole import action_input, actions, bulk
 from memconsole.actions import Action
 from memconsole.arguments import ActionField, ArgumentKind, read_value, write_value
 from memconsole.errors import MemconsoleError
@@ -192,7 +192,7 @@ class Form(FieldForm[Action]):
 
     def built(self, texts: Mapping[str, str]) -> tuple[Action, str]:
         """The Action, on the first row where there are many."""
-        action = actions.build(self._cls.spec.id, {**texts, **self._of_row})
+        action = action_input.build(self._cls.spec.id, {**texts, **self._of_row})
         return action, actions.cli_form(action)
 
 

@@ -130,9 +130,11 @@ def resolve_target(snapshot: Snapshot, tables: TableSource, target: str) -> Join
 def table_key(snapshot: Snapshot, target: str) -> str:
     """The table key a name means: one with its kind (``region:NAME``) as it is, a bare name where it is unambiguous.
 
+    A guest and the region that is its RAM often have one name: the guest is meant, whose map has the region's frames.
+
     Raises:
         NotFound: no region or guest has the name.
-        UsageError: both have it.
+        UsageError: both have it, and the region is not the guest's.
     """
     if target.startswith(("region:", "guest:", "domain:", "frames:")):
         return target
@@ -142,11 +144,11 @@ def table_key(snapshot: Snapshot, target: str) -> str:
         raise NotFound(
             f"there is no region or guest {target!r}", "none has this name", "see memconsole regions, memconsole guests"
         )
-    if len(keys) > 1:
+    if len(keys) > 1 and (target, target) not in {(grant.region, grant.guest) for grant in snapshot.grants}:
         raise UsageError(
             f"{target!r} is ambiguous", "a region and a guest have this name", f"write {' or '.join(keys)}"
         )
-    return keys[0]
+    return keys[-1]
 
 
 # --- from a frame to all who reach it ---------------------------------------------------------------------------

@@ -281,3 +281,23 @@ def test_an_address_that_was_granted_is_found_though_no_process_maps_it() -> Non
     assert (found.region, found.offset) == ("ram", 16 * P)
     with pytest.raises(NotFound):
         joined.resolve_target(SNAPSHOT, Shown(rows), "0x1000@vm")
+
+
+# --- what a name means --------------------------------------------------------------------------------------------
+
+
+def test_a_name_of_a_guest_and_of_its_ram_is_the_guest() -> None:
+    grant = replace(SNAPSHOT.grants[0], guest="ram")
+    own = replace(SNAPSHOT, guests=(replace(SNAPSHOT.guests[0], name="ram"),), grants=(grant,))
+    assert joined.table_key(own, "ram") == "guest:ram"
+    assert joined.table_key(own, "region:ram") == "region:ram"
+    assert joined.table_key(own, "spare") == "region:spare"
+
+
+def test_a_name_of_a_guest_and_of_a_region_that_is_not_its_own_wants_its_kind() -> None:
+    other = replace(SNAPSHOT, guests=(replace(SNAPSHOT.guests[0], name="spare"),))
+    with pytest.raises(UsageError, match="ambiguous") as refused:
+        joined.table_key(other, "spare")
+    assert "region:spare or guest:spare" in refused.value.remedy
+    with pytest.raises(NotFound):
+        joined.table_key(other, "nothing")

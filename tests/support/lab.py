@@ -284,7 +284,7 @@ def run(
             break
         tries.append(f"{scenario} {' '.join(arguments)}: {why}; its console ended: {_console(share)[-400:]!r}")
         for path in set(share.iterdir()) - filled:
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     repeated.extend(tries)
     said = _said(share)
     stages = max((verdict["stage"] for verdict in said), default=0)

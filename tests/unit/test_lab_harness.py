@@ -51,7 +51,8 @@ def test_a_lab_whose_qemu_crashes_or_goes_deaf_is_run_again_from_the_start(
     share: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     half = """echo '{"name": "half", "ok": true, "stage": 1}' >>"$SHARE/verdicts"; """
-    said = ran(share, monkeypatch, BOOTED + half + fault, BOOTED + END)
+    left = """mkdir "$SHARE/home" || exit; ln -s "$SHARE" "$SHARE/home/in"; """
+    said = ran(share, monkeypatch, BOOTED + left + half + fault, BOOTED + left + END)
     said.check()
     assert [verdict["name"] for verdict in said.said] == ["end"]
     assert len(lab.repeated) == 1

@@ -58,6 +58,14 @@ def test_a_lab_whose_qemu_crashes_or_goes_deaf_is_run_again_from_the_start(
     assert len(lab.repeated) == 1
 
 
+def test_a_lab_whose_qemu_is_busy_with_nothing_is_run_again(share: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab_watch, "ASLEEP_S", 1000.0)
+    monkeypatch.setattr(lab_watch, "BUSY_S", 0.2)
+    said = ran(share, monkeypatch, BOOTED + "while :; do :; done", BOOTED + END)
+    said.check()
+    assert lab_watch.DEAF in said.console
+
+
 def test_a_lab_that_goes_deaf_again_and_again_fails(share: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = ran(share, monkeypatch, *[BOOTED + "sleep 1000"] * 5)
     with pytest.raises(AssertionError, match="never said 'end'"):

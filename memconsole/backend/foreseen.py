@@ -22,8 +22,7 @@ from memconsole.backend.holdings import custody_name
 from memconsole.backend.ledger.state import EventRecord, State, StateChange
 from memconsole.backend.observe.reach import RegionReach
 from memconsole.backend.revoke import suspend_vm
-from memconsole.backend.stores import base
-from memconsole.backend.stores.files import SEGMENT
+from memconsole.backend.stores import base, files
 from memconsole.model import Grant, GrantState, Guest, GuestKind, GuestState, Helper, Region, Segment
 
 if TYPE_CHECKING:
@@ -265,8 +264,8 @@ def _change(desk: verbs.VerbDesk, action: Action, work: PreparedAction) -> State
 
 
 def _with_segments(region: Region) -> Region:
-    starts = range(0, region.size, SEGMENT)
-    return replace(region, segments=tuple(Segment(0, 0, min(SEGMENT, region.size - start)) for start in starts))
+    starts = range(0, region.size, files.SEGMENT)
+    return replace(region, segments=tuple(Segment(0, 0, min(files.SEGMENT, region.size - start)) for start in starts))
 
 
 def _running(guest: Guest) -> Guest:

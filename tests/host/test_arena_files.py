@@ -156,7 +156,7 @@ def test_a_cut_that_does_not_end_is_given_up(store: DaxStore, monkeypatch: pytes
     fd = reserved(store)
     with monkeypatch.context() as at_work:
         at_work.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-        with pytest.raises(KernelRefused, match="somebody still pins a page"):
+        with pytest.raises(KernelRefused, match="is still pinned after"):
             dax.cut(fd, within=0.1)
     assert os.fstat(fd).st_size == SIZE
     os.close(fd)
@@ -186,7 +186,7 @@ def test_a_second_memconsole_leaves_an_arena_alone(store: DaxStore, tmp_path: Pa
     other = DaxStore(tmp_path, lasting=True)
     found, (told,) = other.found(())
     assert (found, told.id) == ([], "arena-unused")
-    assert "another memconsole uses it" in told.observed
+    assert "another control process uses it" in told.observed
     assert [each.code for each in other.reserve_refusals(SIZE, 4096, None, promised=0, root="/")] == ["NoArena"]
     store.close()
     (taken,), _ = other.found(())

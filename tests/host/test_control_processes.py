@@ -18,7 +18,7 @@ from support.waiting import until
 
 from memconsole import actions as do
 from memconsole.backend.control import Control
-from memconsole.backend.stores import memfd
+from memconsole.backend.stores import files
 from memconsole.errors import GuestError, MemconsoleError, Refused
 from memconsole.model import Access, GrantState, RegionState, RevokeOutcome, Rung, Severity
 
@@ -237,7 +237,7 @@ def test_a_grant_of_a_part_reaches_its_segment_and_says_so(control: Control, dat
 def test_segments_of_a_region_are_granted_and_taken_back_each_for_itself(
     control: Control, database: AgentProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memfd, "SEGMENT", 2 * M)
+    monkeypatch.setattr(files, "SEGMENT", 2 * M)
     control.apply(do.Reserve("large", 4 * M))
     control.apply(do.Map("large", "db", length=M))
     second = do.Map("large", "db", offset=M, length=M)

@@ -99,7 +99,7 @@ def test_what_cannot_be_filled_stays_as_it_is() -> None:
 
 
 def test_a_large_region_is_made_of_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memfd, "SEGMENT", 4 * M)
+    monkeypatch.setattr(files, "SEGMENT", 4 * M)
     fds = memfd.reserve_segments("web", 10 * M, prefault=True)
     assert [segment.size for segment in files.segments(fds)] == [4 * M, 4 * M, 2 * M]
     assert files.resident_bytes(fds) == 10 * M

@@ -117,6 +117,11 @@ class Libvirt:
             reaper.wait()
 
 
+def _unless_used(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.rmdir()
+
+
 def _environment() -> dict[str, str]:
     return {**os.environ, "LC_ALL": "C.UTF-8"}
 
@@ -139,6 +144,10 @@ def libvirts(over: Sequence[str] = ()) -> Iterator[Libvirt]:
         (directory / "etc/qemu.conf").write_text(QEMU_CONF)
         (directory / "etc/libvirtd.conf").write_text('auth_unix_rw = "none"\n')
         Path("/run/libvirt").mkdir(exist_ok=True)
+        for path in map(Path, over):
+            if not path.is_dir():  # a mount point must be
+                path.mkdir()
+                stack.callback(_unless_used, path)
         command = ["unshare", "-m", "--propagation", "private", "sh", "-c", ENTER, "sh", str(directory), *over]
         namespace = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE))
         stack.callback(namespace.kill)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from memconsole.backend.kernel.memory import memory as read_memory
 from memconsole.backend.kernel.tree import Root
+from memconsole.backend.stores import files
 from memconsole.backend.stores.base import Found
-from memconsole.backend.stores.files import SEGMENT, resident_bytes
 from memconsole.errors import KernelRefused, Refused
 from memconsole.model import Access, Finding, Grant, HugePool, Memory, Refusal, Region
 from memconsole.units import MAX_SIZE, PAGE, format_size
@@ -84,9 +84,9 @@ def reserve_segments(
         raise Refused(refusal.what, refusal.why, refusal.remedy, code=refusal.code)
     fds: list[int] = []
     try:
-        for index, start in enumerate(range(0, size, SEGMENT)):
+        for index, start in enumerate(range(0, size, files.SEGMENT)):
             fds.append(_create(f"{PREFIX}{name}:{index}", page_size))
-            _fill(fds[-1], min(SEGMENT, size - start), page_size, node, prefault=prefault)
+            _fill(fds[-1], min(files.SEGMENT, size - start), page_size, node, prefault=prefault)
     except OSError as error:
         _discard(fds)
         raise KernelRefused("memfd_create", error.errno or 0, what=f"region {name} cannot be reserved") from None
@@ -125,7 +125,7 @@ def fill_segments(fds: Sequence[int]) -> None:
 
     for fd in fds:
         size = os.fstat(fd).st_size
-        if resident_bytes([fd]) < size:
+        if files.resident_bytes([fd]) < size:
             with contextlib.suppress(OSError):
                 placement.place(fd, size, huge=False, node=None, populate=True)
 
@@ -208,7 +208,7 @@ def why_no_copy(fd: int, region: Region, segment: int, *, promised: int = 0, roo
         wanted = region.segments[segment].size
     else:
         free = read_memory(root).available - promised
-        wanted = resident_bytes([fd])
+        wanted = files.resident_bytes([fd])
     if wanted > free:
         return f"{format_size(wanted)} of fresh frames are needed, {format_size(max(0, free))} available"
     return ""

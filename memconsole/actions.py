@@ -130,7 +130,7 @@ class GuestStart(Action, frozen=True, tag="guest-start"):
 
 
 SAVE_S = 60.0
-"""Seconds a service has to save, where nobody says otherwise."""
+"""Seconds a service has to save, where the command does not say."""
 _Unit = Annotated[str, Arg(ArgumentKind.TEXT, "systemd unit it runs as, and is started again by")]
 _Exec = Annotated[str, Arg(ArgumentKind.TEXT, "command it is started by, after a handoff too")]
 _SaveSignal = Annotated[str, Arg(ArgumentKind.TEXT, "signal that has it save and end before a handoff (SIGTERM)")]
@@ -315,7 +315,7 @@ class ArenaCreate(Action, frozen=True, tag="arena-create"):
 
 
 class ArenaScan(Action, frozen=True, tag="arena-scan"):
-    """Take up the arenas of this host, and the regions in them that nobody knows."""
+    """Take up the arenas of this host, and the regions in them that this host has no record of."""
 
     spec = Spec(
         "arena-scan",

@@ -38,7 +38,7 @@ def opened(path: Path) -> sqlite3.Connection:
 
 
 def looked_at(path: Path) -> sqlite3.Connection:
-    """A file to read. Where nothing may be written beside it, without what its log (``-wal``) holds.
+    """A file to read. In a directory that may not be written to, its log (``-wal``) is left out.
 
     Raises:
         sqlite3.Error: it cannot be opened.

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 
 from memconsole.actions import Action, HandoffAction
-from memconsole.cli import connect, output
+from memconsole.cli import confirming, connect, output
 from memconsole.cli.connect import source
 from memconsole.command import action_of
-from memconsole.errors import ExitCode, Refused, UsageError
+from memconsole.errors import ExitCode, Refused
 from memconsole.escaping import escape
 from memconsole.model import Danger, Plan
 from memconsole.source import Source
@@ -71,15 +70,15 @@ def confirm(plan: Plan) -> None:
         Refused: another word was typed.
     """
     name = plan.confirm or "yes"
-    if not sys.stdin.isatty():
-        raise UsageError(f"{plan.action} must be confirmed", "stdin is not a terminal", "add --yes")
-    output.plan(plan)
-    sys.stderr.write(f"type {escape(name)} to go on: ")
-    sys.stderr.flush()
-    if sys.stdin.readline().strip() != name:
-        raise Refused(
+    confirming.typed(
+        name,
+        f"type {escape(name)} to go on: ",
+        lambda: output.plan(plan),
+        what=plan.action,
+        refused=Refused(
             f"{plan.action} was not confirmed",
             "another word was typed; nothing was changed",
             "type the name as it is shown, or add --yes",
             code="NotConfirmed",
-        )
+        ),
+    )

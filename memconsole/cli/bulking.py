@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from memconsole import actions, bulk, command, where
 from memconsole.actions import Action
 from memconsole.bulk import BulkItem
-from memconsole.cli import output
+from memconsole.cli import confirming, output
 from memconsole.cli.connect import source
 from memconsole.errors import ExitCode, NotFound, Refused, UsageError
 from memconsole.fields import TABLES
@@ -110,12 +109,19 @@ def _for_row(cls: type[Action], row: Any, rest: Sequence[str]) -> Action:
 
 def _tell(options: argparse.Namespace, items: Sequence[BulkItem]) -> None:
     """What each would see done, refused ones first."""
-    ordered = sorted(items, key=lambda item: not item.refused)
     if options.json:
-        output.json([_as_json(item) for item in ordered])
-        return
-    for item in ordered:
+        output.json([_as_json(item) for item in _refused_first(items)])
+    else:
+        _show(items)
+
+
+def _show(items: Sequence[BulkItem]) -> None:
+    for item in _refused_first(items):
         output.plan(item.plan)
+
+
+def _refused_first(items: Sequence[BulkItem]) -> list[BulkItem]:
+    return sorted(items, key=lambda item: not item.refused)
 
 
 def _confirm(items: Sequence[BulkItem], left: int) -> None:
@@ -124,20 +130,19 @@ def _confirm(items: Sequence[BulkItem], left: int) -> None:
     Raises:
         UsageError: nobody is there to type it. Refused: something else was typed.
     """
-    spec = items[0].action.spec
-    if not sys.stdin.isatty():
-        raise UsageError(f"{spec.title} of {left:,} must be confirmed", "stdin is not a terminal", "add --yes")
-    for item in sorted(items, key=lambda item: not item.refused):
-        output.plan(item.plan)
-    sys.stderr.write(f"{left} would be done, {len(items) - left} are refused; type {left} to go on: ")
-    sys.stderr.flush()
-    if sys.stdin.readline().strip() != str(left):
-        raise Refused(
-            f"{spec.title} was not confirmed",
+    title = items[0].action.spec.title
+    confirming.typed(
+        str(left),
+        f"{left} would be done, {len(items) - left} are refused; type {left} to go on: ",
+        lambda: _show(items),
+        what=f"{title} of {left:,}",
+        refused=Refused(
+            f"{title} was not confirmed",
             "something else was typed; nothing was changed",
             f"type {left}, or add --yes",
             code="NotConfirmed",
-        )
+        ),
+    )
 
 
 def _told_one(item: BulkItem) -> None:

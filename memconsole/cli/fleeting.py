@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import msgspec
 from memconsole import bulk, exporting, where
 from memconsole.actions import Action
 from memconsole.bulk import BulkItem
-from memconsole.cli import connect, listing, output
+from memconsole.cli import confirming, connect, listing, output
 from memconsole.command import action_of
 from memconsole.errors import ExitCode, NotFound, Refused, UsageError
 from memconsole.field import Field, Table
@@ -136,18 +135,19 @@ def _refuse(items: dict[str, BulkItem]) -> None:
 
 
 def _confirm(action: Action, count: int) -> None:
-    if not sys.stdin.isatty():
-        raise UsageError(f"{action.spec.id} on {count} hosts must be confirmed", "stdin is not a terminal", "add --yes")
     danger = ", which destroys" if action.spec.danger is Danger.DESTROYS else ""
-    sys.stderr.write(f"{action.spec.title} on {count} hosts{danger}: type {count} to go on: ")
-    sys.stderr.flush()
-    if sys.stdin.readline().strip() != str(count):
-        raise Refused(
+    confirming.typed(
+        str(count),
+        f"{action.spec.title} on {count} hosts{danger}: type {count} to go on: ",
+        lambda: None,  # the plans of all hosts were told before any was judged
+        what=f"{action.spec.id} on {count} hosts",
+        refused=Refused(
             f"{action.spec.id} was not confirmed",
             "another number was typed; nothing was changed",
             "type the number as it is shown, or add --yes",
             code="NotConfirmed",
-        )
+        ),
+    )
 
 
 def _tell_outcomes(options: argparse.Namespace, done: dict[str, BulkItem]) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Sequence
 
 from memconsole.backend.managers import libvirt_host, libvirt_setup
 from memconsole.backend.managers.sealed import Change, Standing
-from memconsole.cli import output
-from memconsole.errors import Denied, ExitCode, Refused, UsageError
+from memconsole.cli import confirming, output
+from memconsole.errors import Denied, ExitCode, Refused
 
 MARKS = {Standing.THERE: "+", Standing.STALE: "~", Standing.MISSING: "-", Standing.ALTERED: "!"}
 
@@ -89,14 +88,15 @@ def _confirmed(options: argparse.Namespace, changes: Sequence[Change]) -> Sequen
         raise Denied("libvirt's configuration cannot be changed", "it is root's", "run as root; --dry-run shows it")
     if options.yes:
         return changes
-    if not sys.stdin.isatty():
-        raise UsageError("the changes must be confirmed", "stdin is not a terminal", "add --yes, or --dry-run to see")
-    _show(changes, options.root)
-    sys.stderr.write("type yes to make these changes: ")
-    sys.stderr.flush()
-    if sys.stdin.readline().strip() != "yes":
-        remedy = "type yes, or add --yes"
-        raise Refused("the changes were not confirmed", "nothing was changed", remedy, code="NotConfirmed")
+    remedy = "type yes, or add --yes"
+    confirming.typed(
+        "yes",
+        "type yes to make these changes: ",
+        lambda: _show(changes, options.root),
+        what="the changes",
+        refused=Refused("the changes were not confirmed", "nothing was changed", remedy, code="NotConfirmed"),
+        remedy="add --yes, or --dry-run to see",
+    )
     return changes
 
 

@@ -26,7 +26,7 @@ class GuestState(enum.StrEnum):
     """Whether a guest runs; ``gone`` is a guest whose process ended without being stopped.
 
     ``suspended``: to RAM, by itself; ``paused``: its vCPUs were stopped from outside. ``silent``: its process is there
-    and did not answer in time, so that nobody knows.
+    and did not answer in time, so that whether it runs is not known.
     """
 
     STARTING = "starting"

@@ -36,23 +36,7 @@
 	jnz	1b
 	.endm
 
-	.text
-	.org 0xf000
-	.code16
-real:
-	cli
-	lgdtl	%cs:0xf000 + gdtr - real
-	movl	%cr0, %eax
-	orb	$1, %al
-	movl	%eax, %cr0
-	ljmpl	$8, $protected
-
-	.code32
-protected:
-	movw	$16, %ax
-	movw	%ax, %ds
-	movw	%ax, %es
-	movw	%ax, %ss
+	.include "protected.S"
 
 	movl	$LPC, %ebx
 	configure 0x40, PM+1		# where its ports are

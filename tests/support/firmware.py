@@ -1,4 +1,7 @@
-"""The firmware of guests whose code is the test's own (firmware.S, counting.S), built with the assembler."""
+"""The firmware of guests whose code is the test's own, built with the assembler.
+
+firmware.S and counting.S; each begins with protected.S.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,9 @@ def counting(directory: Path) -> tuple[str, ...]:
 
 def _image(directory: Path, source: str) -> Path:
     made, image = directory / "firmware.o", directory / "firmware.bin"
-    subprocess.run(["as", "--32", "-o", made, Path(__file__).with_name(source)], check=True)
+    subprocess.run(
+        ["as", "--32", "-I", Path(__file__).parent, "-o", made, Path(__file__).with_name(source)], check=True
+    )
     link = ["ld", "-m", "elf_i386", "-Ttext", "0xffff0000", "-e", "0xfffffff0", "--oformat", "binary"]
     subprocess.run([*link, "-o", image, made], check=True)
     return image

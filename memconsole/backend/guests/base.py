@@ -86,7 +86,7 @@ class GuestDriver(Protocol):
         """What it says of its own progress, if it can."""
 
     def vcpus(self) -> tuple[Vcpu, ...] | None:
-        """Its vCPUs, where nobody but its VMM can say; None where it does not, or the kernel does."""
+        """Its vCPUs, where only its VMM can say; None where the VMM does not, or the kernel does."""
 
     def interrupt(self) -> None:
         """Ask it nothing more: who waits for its answer learns that none comes. :meth:`close` does the rest."""

@@ -375,7 +375,7 @@ class _Reader:
 
     @property
     def ours(self) -> bool:
-        """Whether it was ended from this side (refused, spoiled, no room): QEMU only sees that nobody reads on."""
+        """Whether it was ended from this side (refused, spoiled, no room): QEMU sees only that reading stopped."""
         return self._error is not None and self._error.code != CUT
 
     def result(self) -> Filtered:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -106,16 +108,16 @@ class CommandLine:
             raise Failed(_sentence(first), REFUSED, first)
         return {"changed": True, "msg": f"would do: {plan['cli']}", "plan": plan}
 
-    def fail(self, failed: Failed) -> NoReturn:
-        """End the module as failed, with what memconsole said."""
-        self.module.fail_json(msg=str(failed), rc=failed.code, error=failed.error)
-        raise AssertionError  # fail_json ends the process
-
-    def missing(self, error: OSError) -> NoReturn:
-        """End the module as failed: there is no such command."""
-        executable = self.module.params["executable"]
-        self.module.fail_json(msg=f"{executable} cannot be run: {error.strerror}", rc=127, error={})
-        raise AssertionError  # likewise
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """End the module as failed where a command does, with what memconsole said, or where there is none."""
+        try:
+            yield
+        except Failed as failed:
+            self.module.fail_json(msg=str(failed), rc=failed.code, error=failed.error)
+        except OSError as error:
+            executable = self.module.params["executable"]
+            self.module.fail_json(msg=f"{executable} cannot be run: {error.strerror}", rc=127, error={})
 
 
 def _with(words: tuple[str, ...], *options: str) -> list[str]:

@@ -145,12 +145,8 @@ def main() -> None:
     }
     module = AnsibleModule(argument_spec=spec, supports_check_mode=True, mutually_exclusive=[("pid", "vmm")])
     command = cli.CommandLine(module)
-    try:
+    with command.failing():
         done = bring(command)
-    except cli.Failed as failed:
-        command.fail(failed)
-    except OSError as error:
-        command.missing(error)
     module.exit_json(**done)
 
 

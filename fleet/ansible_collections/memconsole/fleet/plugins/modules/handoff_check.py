@@ -85,14 +85,10 @@ def main() -> None:
     }
     module = AnsibleModule(argument_spec=spec, supports_check_mode=True)
     command = cli.CommandLine(module)
-    try:
+    with command.failing():
         plan = command.plan(
             "handoff", "rehearse" if module.params["rehearse"] else "run", *cli.kernel_words(module.params)
         )
-    except cli.Failed as failed:
-        command.fail(failed)
-    except OSError as error:
-        command.missing(error)
     failing = [each for each in plan["conditions"] if not each["ok"]]
     found = {
         "ready": not plan["refusals"],

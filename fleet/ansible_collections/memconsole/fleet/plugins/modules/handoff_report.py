@@ -74,12 +74,8 @@ def main() -> None:
     }
     module = AnsibleModule(argument_spec=spec, supports_check_mode=True)
     command = cli.CommandLine(module)
-    try:
+    with command.failing():
         found = command.last_handoff(picture=module.params["picture"])
-    except cli.Failed as failed:
-        command.fail(failed)
-    except OSError as error:
-        command.missing(error)
     if module.params["must_be_whole"] and not found["whole"]:
         what = "not everything came back from the last handoff" if found["made"] else "there was no handoff"
         module.fail_json(msg=f"{what}; memconsole handoff report says what is known", **found)

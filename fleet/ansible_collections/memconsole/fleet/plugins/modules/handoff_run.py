@@ -244,12 +244,8 @@ def main() -> None:
     module = AnsibleModule(argument_spec=spec, supports_check_mode=True)
     command = cli.CommandLine(module)
     job = module.params["job"]
-    try:
+    with command.failing():
         done = begun(command) if job is None else looked(command, job)
-    except cli.Failed as failed:
-        command.fail(failed)
-    except OSError as error:
-        command.missing(error)
     module.exit_json(**done)
 
 

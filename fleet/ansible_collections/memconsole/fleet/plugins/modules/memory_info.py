@@ -59,13 +59,9 @@ def main() -> None:
     module = AnsibleModule(argument_spec=spec, supports_check_mode=True)
     command = cli.CommandLine(module)
     subset = module.params["subset"]
-    try:
+    with command.failing():
         options = [f"--{name}" for name in ("usage", "redact") if module.params[name]]
         snapshot = command.ask("snapshot", *options)[1]
-    except cli.Failed as failed:
-        command.fail(failed)
-    except OSError as error:
-        command.missing(error)
     if unknown := sorted(set(subset) - snapshot.keys()):
         module.fail_json(msg=f"a snapshot has no field {unknown[0]!r}; its fields are {', '.join(sorted(snapshot))}")
     module.exit_json(changed=False, snapshot={name: snapshot[name] for name in subset or snapshot})

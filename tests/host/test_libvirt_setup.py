@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from support.waiting import until
 
 from memconsole.backend import steps
 from memconsole.backend.guests.statestream import StateStream
-from memconsole.backend.managers import domainxml, plans, saveimage
+from memconsole.backend.managers import domainxml, plans, saveimage, virsh
 from memconsole.backend.managers.migration import Elsewhere
 
 M = 1 << 20
@@ -206,19 +207,14 @@ def test_an_ordinary_domain_is_started_when_nothing_of_memconsole_is_left_but_th
         host.manager.virsh("restore", host.manager.directory / f"{name}.whole")
 
 
-class Passthrough:
-    """The monitor of a domain's QEMU through libvirt, a descriptor with a command too."""
-
-    def __init__(self, manager: Libvirt, name: str) -> None:
-        self._manager, self._name = manager, name
-
-    def __call__(self, command: str, arguments: Mapping[str, object], fd: int | None = None) -> Any:
-        passed = ("--pass-fds", str(fd)) if fd is not None else ()
-        asked = json.dumps({"execute": command, "arguments": arguments})
-        words = ("virsh", "-q", "-c", "qemu:///system", "qemu-monitor-command", *passed, self._name, asked)
-        answer = json.loads(self._manager.run(*words, fds=() if fd is None else (fd,)))
-        assert "error" not in answer, answer
-        return answer["return"]
+@pytest.fixture
+def ask(host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> virsh.Monitor:
+    """The monitor of the domain with the UUID, by a virsh that runs where libvirt is."""
+    words = " ".join(map(str, host.manager.inside(shutil.which("virsh") or "virsh")))
+    (tmp_path / "virsh").write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+    (tmp_path / "virsh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return virsh.monitor(UUID)
 
 
 def take(taking: StateStream) -> None:
@@ -232,14 +228,15 @@ def told(fd: int) -> tuple[int, int]:
     return rounds, wrong
 
 
-def test_a_guest_with_ram_of_its_own_is_moved_live_into_a_file_and_restored_on_it(host: Host) -> None:
+def test_a_guest_with_ram_of_its_own_is_moved_live_into_a_file_and_restored_on_it(
+    host: Host, ask: virsh.Monitor
+) -> None:
     """Taken, taken back, and taken again; refused without its RAM and while it is locked; nothing is wrong in it."""
     manager, directory = host.manager, host.manager.directory
     (directory / "counting.xml").write_text(COUNTING.format(uuid=UUID, firmware=counting(directory)[1]))
     manager.virsh("undefine", "web")  # it has its UUID
     manager.virsh("define", directory / "counting.xml")
     manager.virsh("start", "counting")
-    ask = Passthrough(manager, "counting")
     looked = {"command-line": f"xp /1wx {STATUS:#x}"}
     until(lambda: int(str(ask("human-monitor-command", looked)).split()[-1], 16), "rounds of the guest")
     host.plan()

@@ -17,10 +17,11 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from memconsole import decoding, unforeseen
 from memconsole.backend.managers.migration import CUT, Elsewhere, Filtered, filtered
+from memconsole.backend.managers.virsh import Monitor
 from memconsole.backend.peers.patience import Patience
 from memconsole.backend.steps import Step
 from memconsole.errors import GuestError, MemconsoleError, Refused
@@ -51,17 +52,6 @@ _PIPE = 1 << 20
 _UNDER_WAY = frozenset({"setup", "active", "pre-switchover", "device", "cancelling", "wait-unplug", "postcopy-active"})
 _RUNS = frozenset({"running", "suspended"})
 _LOOK_S = 0.05
-
-
-class Monitor(Protocol):
-    """A QEMU's monitor, by its socket or through its manager: what it returns for a command, a descriptor with it.
-
-    Raises:
-        GuestError: it refused, or does not answer.
-    """
-
-    def __call__(self, command: str, arguments: Mapping[str, object], fd: int | None = None) -> Any:  # noqa: D102
-        ...
 
 
 class Before(Value, frozen=True):

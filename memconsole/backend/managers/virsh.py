@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
 from memconsole import decoding
-from memconsole.backend.managers.guest_memory import LARGEST, Ask
+from memconsole.backend.managers.guest_memory import LARGEST
 from memconsole.errors import GuestError
 from memconsole.model.base import Value
 
@@ -24,6 +24,9 @@ BINARY = "virsh"
 URI = "qemu:///system"
 WITHIN_S = 40.0
 """Seconds an answer may take: libvirt itself waits 30 s for its lock on the domain."""
+
+
+_NO_OPTION = "doesn't support option"
 
 
 class _Error(Value, frozen=True):
@@ -40,38 +43,58 @@ def installed() -> bool:
     return shutil.which(BINARY) is not None
 
 
-def monitor(uuid: str) -> Ask:
-    """The monitor of a domain's QEMU, through libvirt."""
-    return partial(_execute, uuid)
-
-
-def _execute(uuid: str, command: str, arguments: Mapping[str, object]) -> Any:
-    """What QEMU returns.
+class Monitor(Protocol):
+    """The monitor of a domain's QEMU: what it returns for a QMP command; ``fd`` is handed to it (``getfd``).
 
     Raises:
         GuestError: libvirt or QEMU refused, or did not answer in time. Undecodable: the answer is none.
     """
+
+    def __call__(self, command: str, arguments: Mapping[str, object], fd: int | None = None) -> Any:  # noqa: D102
+        ...
+
+
+def monitor(uuid: str) -> Monitor:
+    """The monitor of a domain's QEMU, through libvirt."""
+    return partial(_execute, uuid)
+
+
+def _execute(uuid: str, command: str, arguments: Mapping[str, object], fd: int | None = None) -> Any:
     asked = msgspec.json.encode({"execute": command, "arguments": dict(arguments)}).decode()
-    words = [BINARY, "-q", "-c", URI, "qemu-monitor-command", "--domain", uuid, asked]
+    passed = () if fd is None else ("--pass-fds", str(fd))
     what = f"libvirt does not hand {command} on to domain {uuid}"
-    try:
-        said = subprocess.run(
-            words,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
-            timeout=WITHIN_S,
-            env={**os.environ, "LC_ALL": "C"},
-        )
-    except subprocess.TimeoutExpired:
-        why = f"{BINARY} did not end within {WITHIN_S:g} s"
-        raise GuestError(what, why, "see what the domain waits for: virsh domjobinfo NAME") from None
-    except OSError as error:
-        raise GuestError(what, f"{BINARY}: {error.strerror}", "apt install libvirt-clients") from None
-    if said.returncode:
-        why = " ".join(decoding.text(said.stderr[:1000]).split()) or f"{BINARY} ended with {said.returncode}"
-        raise GuestError(what, why, "systemctl status libvirtd virtqemud: one of them must run")
-    answer = decoding.json(said.stdout, _Answer, what=f"the answer to {command}", limit=LARGEST)
+    words = ("qemu-monitor-command", *passed, "--domain", uuid, asked)
+    said = run(*words, what=what, fds=() if fd is None else (fd,))
+    answer = decoding.json(said, _Answer, what=f"the answer to {command}", limit=LARGEST)
     if answer.error is not None:
         raise GuestError(f"QEMU refused {command}", answer.error.desc, "see the domain's log in /var/log/libvirt/qemu")
     return answer.returned
+
+
+def run(*words: str, what: str, within: float = WITHIN_S, fds: Sequence[int] = ()) -> bytes:
+    """What virsh says to a command of the system's libvirt; ``what`` is what was not done where it does not end well.
+
+    Raises:
+        GuestError: it did not end well (``TooOld``: it knows no such option), or not within so many seconds.
+    """
+    try:
+        said = subprocess.run(
+            [BINARY, "-q", "-c", URI, *words],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+            timeout=within,
+            env={**os.environ, "LC_ALL": "C"},
+            pass_fds=tuple(fds),
+        )
+    except subprocess.TimeoutExpired:
+        why = f"{BINARY} did not end within {within:g} s"
+        raise GuestError(what, why, "see what the domain waits for: virsh domjobinfo NAME") from None
+    except OSError as error:
+        raise GuestError(what, f"{BINARY}: {error.strerror}", "apt install libvirt-clients") from None
+    if not said.returncode:
+        return said.stdout
+    why = " ".join(decoding.text(said.stderr[:1000]).split()) or f"{BINARY} ended with {said.returncode}"
+    if _NO_OPTION in why:
+        raise GuestError(what, why, "install libvirt 8.2 or newer", code="TooOld")
+    raise GuestError(what, why, "systemctl status libvirtd virtqemud: one of them must run")

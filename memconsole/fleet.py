@@ -338,11 +338,11 @@ class Fleet:
         self._last = found, made
         return made
 
-    def extents(self, key: str) -> ExtentTable:
+    def extents(self, key: str, at_ns: int | None = None) -> ExtentTable:
         """The PFN map of a host's region or guest."""
         kind, _, name = key.partition(":")
         host, name = split(name)
-        return self.source_of(host).extents(f"{kind}:{name}")
+        return self.source_of(host).extents(f"{kind}:{name}", at_ns)
 
     def plan(self, action: Action, after: Sequence[Action] = ()) -> Plan:
         """The plan of the action's host."""

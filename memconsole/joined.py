@@ -28,8 +28,8 @@ _IDENTITY = "identity"
 class TableSource(Protocol):
     """Where tables come from: a Source."""
 
-    def extents(self, key: str) -> ExtentTable:
-        """The table of a key, which the caller closes."""
+    def extents(self, key: str, at_ns: int | None = None) -> ExtentTable:
+        """The table of a key, or of a time in the past, which the caller closes."""
 
 
 class Reacher(Value, frozen=True):

@@ -37,7 +37,7 @@ from memconsole.model import (
     Snapshot,
     TableRef,
 )
-from memconsole.source import nothing_at
+from memconsole.source import no_map_at, nothing_at
 from memconsole.upgrading import upgraded
 
 if TYPE_CHECKING:
@@ -307,12 +307,14 @@ class Recording:
         """The recorded Snapshot."""
         return self._snapshot
 
-    def extents(self, key: str) -> ExtentTable:
+    def extents(self, key: str, at_ns: int | None = None) -> ExtentTable:
         """A copy of a recorded table, which the caller closes.
 
         Raises:
-            NotFound: the file holds no table of this key.
+            NotFound: the file holds no table of this key, or is of a later time.
         """
+        if at_ns is not None and at_ns < self._snapshot.taken_ns:
+            raise no_map_at(key, at_ns, self._snapshot.taken_ns)
         with self._lock:
             table = self._tables.get(key)
             if table is None:
@@ -320,7 +322,9 @@ class Recording:
                 raise NotFound(
                     f"{self._name} holds no PFN map of {key}", "the map was not recorded with it", f"it holds: {known}"
                 )
-            return type(table).from_bytes(table.to_bytes())
+            copy = type(table).from_bytes(table.to_bytes())
+            copy.scanned_ns = self._snapshot.taken_ns
+            return copy
 
     def plan(self, action: actions.Action, after: Sequence[actions.Action] = ()) -> Plan:  # noqa: ARG002
         """A plan that refuses, whatever it were to follow."""

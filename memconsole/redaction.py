@@ -243,9 +243,9 @@ class RedactedSource:
         """The other source's Snapshot, redacted."""
         return self.redactor.snapshot(self._source.snapshot(parts))
 
-    def extents(self, key: str) -> ExtentTable:
+    def extents(self, key: str, at_ns: int | None = None) -> ExtentTable:
         """The other source's table of what a pseudonym stands for."""
-        return self._source.extents(self.redactor.name_of(key))
+        return self._source.extents(self.redactor.name_of(key), at_ns)
 
     def plan(self, action: Action, after: Sequence[Action] = ()) -> Plan:  # noqa: ARG002 - refused all the same
         """A plan that refuses."""

@@ -31,13 +31,14 @@ class Source(Protocol):
     def snapshot(self, parts: Collection[Part] = ()) -> Snapshot:
         """The present Snapshot with these parts, or more (of a file: the recorded one, with those it has)."""
 
-    def extents(self, key: str) -> ExtentTable:
+    def extents(self, key: str, at_ns: int | None = None) -> ExtentTable:
         """The PFN map of ``region:NAME`` (by offset) or ``guest:NAME`` (by gpa, or hva where no gpa is known).
 
+        With a time, ns since the epoch, the last one that was scanned until then and recorded; ``scanned_ns`` is when.
         Every call makes a new table; it is the caller's, and closed with its last reference.
 
         Raises:
-            NotFound: there is no such region or guest, or the file holds no table for it.
+            NotFound: there is no such region or guest, the file holds no table for it, or none was recorded.
             Denied: the kernel does not show PFNs to this user.
             Gone: the process ended.
         """
@@ -74,6 +75,20 @@ class Source(Protocol):
         """Let go of what this source holds; an embedded control process ends its guests and frees its regions."""
 
 
+def no_map_at(key: str, at_ns: int, first_ns: int | None = None) -> NotFound:
+    """The error for a PFN map that was not recorded until a time; ``first_ns`` is when it was, later."""
+    from memconsole.errors import NotFound
+    from memconsole.units import format_time
+
+    later = f"; the first of it was at {format_time(first_ns)}" if first_ns is not None else ""
+    return NotFound(
+        f"no PFN map of {key} is recorded of {format_time(at_ns)}",
+        f"a map is recorded when it is looked at, and this one was not by then{later}",
+        "look at maps that you want to compare later; memconsole snapshot --pfn -o FILE keeps all of a moment",
+        code="NotRecorded",
+    )
+
+
 def nothing_at(times: Sequence[int]) -> NotFound:
     """The error for a time before the first of those at which something was recorded."""
     from memconsole.errors import NotFound
@@ -105,9 +120,9 @@ class ReadOnly:
         """The other source's Snapshot."""
         return self._source.snapshot(parts)
 
-    def extents(self, key: str) -> ExtentTable:
+    def extents(self, key: str, at_ns: int | None = None) -> ExtentTable:
         """The other source's table."""
-        return self._source.extents(key)
+        return self._source.extents(key, at_ns)
 
     def plan(self, action: Action, after: Sequence[Action] = ()) -> Plan:
         """The other source's plan, refused as read-only."""
@@ -151,19 +166,19 @@ class ReadOnly:
 
 
 class PastSource:
-    """Another Source at a past time: its recorded Snapshot and nothing that was not recorded."""
+    """Another Source, ``live``, at a past time: its recorded Snapshot and nothing that was not recorded."""
 
     def __init__(self, source: Source, snapshot: Snapshot) -> None:
         from memconsole.units import format_time
 
-        self._source = source
+        self.live = source
         self._snapshot = snapshot
         self.when = format_time(snapshot.taken_ns)
 
     @property
     def label(self) -> str:
         """The other source's label."""
-        return self._source.label
+        return self.live.label
 
     @property
     def read_only(self) -> str:
@@ -174,23 +189,28 @@ class PastSource:
         """The recorded Snapshot."""
         return self._snapshot
 
-    def extents(self, key: str) -> ExtentTable:
-        """The table of a file whose one Snapshot this is; of any other past none was recorded.
+    def extents(self, key: str, at_ns: int | None = None) -> ExtentTable:
+        """The last table that was scanned until then and recorded, if it is of the region or guest of this Snapshot.
 
         Raises:
             NotFound: none was recorded.
         """
         from memconsole.errors import NotFound
 
-        if self._source.read_only and self._source.snapshot().taken_ns == self._snapshot.taken_ns:
-            return self._source.extents(key)
-
-        raise NotFound(
-            f"no PFN map of {key} is recorded of {self.when}",
-            "the history keeps snapshots without their PFN maps",
-            "memconsole snapshot --pfn -o FILE keeps them",
-            code="NotRecorded",
-        )
+        taken = self._snapshot.taken_ns
+        table = self.live.extents(key, taken if at_ns is None else min(at_ns, taken))
+        kind, _, name = key.partition(":")
+        named = self._snapshot.regions if kind == "region" else self._snapshot.guests if kind == "guest" else ()
+        made = max((each.created_ns for each in named if each.name == name), default=0)
+        if table.scanned_ns < made:
+            table.close()
+            raise NotFound(
+                f"no PFN map of {key} is recorded of {self.when}",
+                "the last one before is of another that had its name",
+                "( and ) go to other moments",
+                code="NotRecorded",
+            )
+        return table
 
     def plan(self, action: Action, after: Sequence[Action] = ()) -> Plan:  # noqa: ARG002 - refused all the same
         """A plan that refuses."""
@@ -217,11 +237,11 @@ class PastSource:
 
     def history(self, after: int = 0) -> Sequence[int]:
         """The other source's history."""
-        return self._source.history(after)
+        return self.live.history(after)
 
     def at(self, time_ns: int) -> Snapshot:
         """What the other source recorded."""
-        return self._source.at(time_ns)
+        return self.live.at(time_ns)
 
     def close(self) -> None:
         """The other source stays open."""

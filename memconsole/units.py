@@ -122,8 +122,9 @@ def format_duration(ns: int) -> str:
 
 
 def format_age(ns: int) -> str:
-    """An age as people say it: in whole seconds, ``0ns`` below one."""
-    return format_duration(ns // 1_000_000_000 * 1_000_000_000)
+    """An age as people say it, in whole seconds: ``0s``, ``14s``, ``2m05s``."""
+    seconds = ns // 1_000_000_000
+    return f"{seconds}s" if seconds < 60 else format_duration(seconds * 1_000_000_000)
 
 
 def parse_duration(text: str) -> int:

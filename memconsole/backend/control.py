@@ -17,7 +17,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -51,7 +51,7 @@ from memconsole.model import (
     Severity,
     Snapshot,
 )
-from memconsole.source import nothing_at
+from memconsole.source import no_map_at, nothing_at
 
 # A survey needs none of these: they are imported by those who act.
 if TYPE_CHECKING:
@@ -125,10 +125,21 @@ class Control:
             self._desk.guard = _guard(self._desk)
             self._watch()
             self._ready = ReadinessCheck(self.plan, root)
-            self._upkeep = Upkeep(
-                self._desk, self._acting, self.snapshot, self._ledger.carry, self._ready, apply=self.apply, past=past
-            )
+            self._upkeep = self._see_to(past)
             undo.pop_all()
+
+    def _see_to(self, past: HistoryRecorder | None) -> Upkeep:
+        """What this process sees to of itself, from now on."""
+        return Upkeep(
+            self._desk,
+            self._acting,
+            self.snapshot,
+            self._ledger.carry,
+            self._ready,
+            apply=self.apply,
+            past=past,
+            maps_since=self._maps_since,
+        )
 
     # --- looking --------------------------------------------------------------------------------------------------
 
@@ -170,12 +181,16 @@ class Control:
         self._upkeep.note_snapshot(taken)
         return taken
 
-    def extents(self, key: str) -> ExtentTable:
+    def extents(self, key: str, at_ns: int | None = None) -> ExtentTable:
         """The PFN map of ``region:NAME`` or ``guest:NAME``, which the caller closes; see :class:`tables.Tables`.
 
         Raises:
-            NotFound, Denied, Gone, KernelRefused: there is none, or it cannot be read.
+            NotFound, Denied, Gone, KernelRefused: there is none, or it cannot be read. BadFile: the record is damaged.
         """
+        if at_ns is not None:
+            if self._past is None:
+                raise no_map_at(key, at_ns)
+            return self._past.map_at(key, at_ns)
         from memconsole.backend.observe.pfn_tables import PfnTables
 
         with self._making:
@@ -363,6 +378,9 @@ class Control:
     def _watch(self) -> None:
         if self._desk.guard is not None:
             self._desk.guard.keep(on=bool(self._state.regions or self._state.guests))
+
+    def _maps_since(self, known: Mapping[str, int]) -> Sequence[tuple[str, ExtentTable]]:
+        return self._tables.scanned_since(known) if self._tables is not None else ()
 
     def _scanned(self) -> dict[str, ScanResult]:
         return dict(self._tables.scanned) if self._tables is not None else {}

@@ -25,7 +25,7 @@ from memconsole.model import HandoffReport, Snapshot
 
 if TYPE_CHECKING:
     from memconsole.actions import Action
-    from memconsole.backend.history.recorder import HistoryRecorder
+    from memconsole.backend.history.recorder import HistoryRecorder, ScannedSince
     from memconsole.backend.ledger.state import Recorded
     from memconsole.backend.readiness import ReadinessCheck
 
@@ -74,6 +74,7 @@ class Upkeep:
         *,
         apply: Callable[[Action], object],
         past: HistoryRecorder | None = None,
+        maps_since: ScannedSince = lambda _: (),
     ) -> None:
         self._desk = desk
         self._acting = acting
@@ -83,6 +84,7 @@ class Upkeep:
         self._apply = apply
         self._tried: set[str] = set()
         self._past = past
+        self._maps_since = maps_since
         self._taking = threading.Lock()
         self._latest: Snapshot | None = None
         self._ticks = Ticks()
@@ -166,8 +168,10 @@ class Upkeep:
         mount.show_status(taken)
 
     def record_history(self) -> None:
-        """Record a Snapshot, where that is due."""
+        """Record the PFN maps that somebody had scanned, then a Snapshot, where that is due."""
         past = self._past
+        if past is not None:
+            past.note_maps(self._maps_since)
         if past is not None and past.is_due(time.time_ns()):
             latest = self._latest
             past.note(latest if latest is not None and past.is_due(latest.taken_ns) else self._recent(0))

@@ -23,10 +23,6 @@ SIZE = re.compile(r"(\d{2,3})x(\d{2,3})")
 
 def snapshot(options: argparse.Namespace) -> int:
     """A Snapshot as JSON, or one view of it as SVG or text, to stdout or a file."""
-    if options.pfn and not options.output:
-        raise UsageError(
-            "--pfn needs a file", "PFN maps are binary and cannot go to stdout with the JSON", "add -o FILE"
-        )
     with source_or_file(options) as given:
         found: Source = RedactedSource(given) if options.redact else given
         if options.format == "json" and not options.view:
@@ -44,6 +40,10 @@ def wanted(options: argparse.Namespace) -> tuple[Part, ...]:
 
 def write_json(found: Source, options: argparse.Namespace) -> None:
     """A Source's Snapshot as JSON, with its tables where ``--pfn`` asks for them."""
+    if options.pfn and not options.output:
+        raise UsageError(
+            "--pfn needs a file", "PFN maps are binary and cannot go to stdout with the JSON", "add -o FILE"
+        )
     taken = found.snapshot(wanted(options))
     if not options.output:
         output.json(taken)

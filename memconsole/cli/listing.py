@@ -17,7 +17,8 @@ from memconsole.field import Field, in_order
 from memconsole.fields import REACHED, SPANS, TABLES
 from memconsole.model import Part, Snapshot, Unread
 from memconsole.redaction import Redactor
-from memconsole.units import format_address, last_answer
+from memconsole.source import PastSource, Source
+from memconsole.units import format_address, last_answer, parse_time
 
 if TYPE_CHECKING:
     from memconsole.extents import ExtentTable
@@ -149,13 +150,16 @@ EXTENT_FIELDS = (
 
 def pfn(options: argparse.Namespace) -> int:
     """The extents of a region (by offset) or guest (by gpa, hva where none is known)."""
-    with source(options) as found:
+    with source(options) as live:
+        found: Source = (
+            live if options.at is None else PastSource(live, live.at(parse_time(options.at, time.time_ns())))
+        )
         key = joined.table_key(found.snapshot(), options.target)
         with contextlib.closing(found.extents(key)) as table:
             rows = list(_extents(table, options.range))
-            page_size = table.page_size
+            about = {"key": key, "page_size": table.page_size, "scanned_ns": table.scanned_ns}
     if options.json:
-        output.json({"key": key, "page_size": page_size, "extents": rows})
+        output.json({**about, "extents": rows})
     elif options.csv:
         output.document(exporting.as_csv(EXTENT_FIELDS, rows))
     else:

@@ -126,7 +126,8 @@ def _history(commands: Any, json_too: argparse.ArgumentParser) -> None:
     show = history.add_parser("show", help="show the snapshot of a time: JSON, or any view as SVG or text")
     show.add_argument("time", metavar="TIME", help="-5m, 14:03:12, 2026-09-21T14:03:12, or since the epoch")
     _picture(show)
-    show.set_defaults(run=_lazily("past", "history_show"), pfn=False, usage=False, placement=False)
+    show.add_argument("--pfn", action="store_true", help="include the PFN maps that are recorded (needs -o)")
+    show.set_defaults(run=_lazily("past", "history_show"), usage=False, placement=False)
     done = history.add_parser("commands", help="list the command lines that console sessions did")
     done.add_argument("--since", metavar="TIME", help="only lines since TIME")
     done.add_argument("--session", metavar="SESSION", default="", help="only those of one session")
@@ -206,6 +207,9 @@ def _reading(commands: Any, json_too: argparse.ArgumentParser) -> None:
     )
     pfn.add_argument("target", metavar="REGION-OR-GUEST", help="a name, or region:NAME, guest:NAME, domain:GROUP")
     pfn.add_argument("--range", type=reader(_range), metavar="A-B", help="only offsets or GPAs from A up to B")
+    pfn.add_argument(
+        "--at", metavar="TIME", help="as it was last scanned until TIME, where that is recorded (-5m, 14:03:12)"
+    )
     pfn.add_argument("--csv", action="store_true", help="write CSV")
     pfn.set_defaults(run=_lazily("listing", "pfn"))
 

@@ -39,6 +39,8 @@ class ExtentTable:
         """Takes over a native table; use the class methods."""
         self._table = ffi.gc(handle, lib.mc_table_free)
         self._lock = threading.Lock()
+        self.scanned_ns = 0
+        """When it was scanned, ns since the epoch; 0: nobody says."""
 
     # --- how tables come to be
 
@@ -222,7 +224,9 @@ class ExtentTable:
         """
         out = ffi.new("struct mc_table **")
         native.call("a table cannot be shared", lib.mc_table_share, out, self._sealed())
-        return ExtentTable(out[0])
+        same = ExtentTable(out[0])
+        same.scanned_ns = self.scanned_ns
+        return same
 
     # --- what a table is
 

@@ -52,9 +52,9 @@ class FrozenSource:
         """The Snapshot taken when this was made."""
         return self._snapshot
 
-    def extents(self, key: str) -> ExtentTable:
+    def extents(self, key: str, at_ns: int | None = None) -> ExtentTable:
         """The PFN map from the source behind it."""
-        return self._source.extents(key)
+        return self._source.extents(key, at_ns)
 
     def plan(self, action: Action, after: Sequence[Action] = ()) -> Plan:
         """The plan of the source behind it."""

@@ -82,7 +82,7 @@ def _console(table: str) -> None:
             self.other = now
             return now
 
-        def extents(self, key: str) -> ExtentTable:
+        def extents(self, key: str, at_ns: int | None = None) -> ExtentTable:
             with Path(table).open("rb") as file:
                 return ExtentTable.from_fd(file.fileno())
 

@@ -44,7 +44,7 @@ sys.path.insert(0, sys.argv[2])
 from support.served import ServedSource
 class Tables(ServedSource):
     table = ExtentTable.from_rows(Extent(16 * i, (i * 7919) << 5, 16, 1) for i in range(1 << 20))
-    def extents(self, key):
+    def extents(self, key, at_ns=None):
         return self
     fd, page_size, close = table.fd, table.page_size, lambda self: None
     def __len__(self):

@@ -61,7 +61,7 @@ from memconsole.model import (
     Vcpu,
     Window,
 )
-from memconsole.source import nothing_at
+from memconsole.source import no_map_at, nothing_at
 from support.synthetic_frames import extents_of, pages_of, rows_of
 
 if TYPE_CHECKING:
@@ -338,7 +338,8 @@ class SyntheticSource:
     ``refuse`` makes every plan carry these refusals; that of a handoff has ``conditions`` and ``kernels``, this one and
     the next. ``fail`` makes the named methods raise; ``on_apply`` turns the Snapshot into the one after an Action
     (without it an Action only leaves an event). A table replaced with :meth:`show_rows` is what the next
-    :meth:`extents` returns. ``recorded`` is the history, oldest first.
+    :meth:`extents` returns. ``recorded`` is the history, oldest first,
+    ``recorded_rows`` the PFN maps in it: when each was scanned, and its rows.
     """
 
     def __init__(
@@ -360,6 +361,7 @@ class SyntheticSource:
         self.kernels: tuple[str, str] = ("", "")
         self.fail: dict[str, Exception] = {}
         self.recorded: list[Snapshot] = []
+        self.recorded_rows: dict[str, list[tuple[int, Sequence[Extent]]]] = {}
         self.closed = False
 
     @property
@@ -391,11 +393,21 @@ class SyntheticSource:
         self.asked_for.append(frozenset(parts))
         return self._snapshot
 
-    def extents(self, key: str) -> ExtentTable:
-        """A new table of the rows shown for ``key``, else of those the Snapshot implies; the caller closes it."""
+    def extents(self, key: str, at_ns: int | None = None) -> ExtentTable:
+        """A new table of the rows shown for ``key``, else of those the Snapshot implies; the caller closes it.
+
+        Of a time, the rows that were recorded until then.
+        """
         from memconsole.extents import ExtentTable
 
         self._called("extents")
+        if at_ns is not None:
+            until = [each for each in self.recorded_rows.get(key, ()) if each[0] <= at_ns]
+            if not until:
+                raise no_map_at(key, at_ns)
+            table = ExtentTable.from_rows(until[-1][1])
+            table.scanned_ns = until[-1][0]
+            return table
         shown = self._rows.get(key)
         if shown is not None:
             return ExtentTable.from_rows(shown)

@@ -109,7 +109,7 @@ def test_what_refuses_comes_first_and_what_holds_is_counted() -> None:
         "       ▸ reserve it again",
     ]
     assert lines[3].startswith("▲ warn base-pages")
-    assert lines[-1] == "▸ 1 of 3 conditions hold  checked 12.0s ago; r looks again"
+    assert lines[-1] == "▸ 1 of 3 conditions hold  checked 12s ago; r looks again"
 
 
 def test_what_was_never_judged_is_not_green() -> None:
@@ -220,7 +220,7 @@ async def test_only_the_line_that_says_how_old_the_check_is_is_painted_as_it_age
 
         monkeypatch.setattr(panel, "render_line", render_line)
         await refreshed(pilot, app, msgspec.structs.replace(first, taken_ns=first.taken_ns + 5_000_000_000))
-        assert "checked 5.0s ago" in panel.render().plain
+        assert "checked 5s ago" in panel.render().plain
         assert painted == {rows - 1}
         painted.clear()
         await refreshed(pilot, app, msgspec.structs.replace(judged(), taken_ns=first.taken_ns + 6_000_000_000))

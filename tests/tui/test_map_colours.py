@@ -21,6 +21,7 @@ from memconsole.views.widgets.facts import Lines
 
 MAP = "region:web0-ram0"
 BDF = "0000:00:05.0"
+S = 10**9
 HELD = int(Flag.PRESENT | Flag.FILE)
 RW = int(Flag.PRESENT | Flag.READ | Flag.WRITE)
 GPA = 4 << 20
@@ -70,7 +71,7 @@ async def colour(pilot: Pilot[None], view: MapView, title: str) -> None:
     """Press ``t`` until the map is coloured by this."""
     assert view.model is not None
     for _ in view.model.modes:
-        if view.status == f"by {title}":
+        if view.status.startswith(f"by {title} "):
             return
         await pilot.press("t")
         await arrived(pilot)
@@ -99,11 +100,11 @@ async def test_a_colour_that_cannot_be_told_is_passed_over_with_its_reason() -> 
         await colour(pilot, view, "sharing")
         await pilot.press("t")
         await arrived(pilot)
-        assert view.status == "by sharing"
+        assert view.status.startswith("by sharing ")
         assert any("soft-dirty" in note.title for note in pilot.app._notifications)
         await pilot.press("t")
         await arrived(pilot)
-        assert view.status == "by preserved"
+        assert view.status.startswith("by preserved ")
 
 
 async def test_the_next_edge_is_that_of_the_colours_shown() -> None:
@@ -154,6 +155,34 @@ async def test_a_map_is_held_against_a_recorded_snapshot(tmp_path: Path) -> None
         assert "moved 10 came 8,192 gone 0" in view.query_one("#pfn-title", Lines).render().plain
         view.map.go_to_page(3)
         assert "moved, was in 0x90003" in view.query_one("#pfn-facts", Lines).render().plain
+
+
+async def test_a_map_is_held_against_the_last_one_that_was_recorded_until_a_time() -> None:
+    source = made()
+    source.recorded = [replace(source.snapshot(), taken_ns=NOW_NS - 60 * S)]
+    source.recorded_rows[MAP] = [(NOW_NS - 90 * S, [Extent(0, 0x90000, 10, HELD), Extent(10, 0x1000A, 8182, HELD)])]
+    async with opened(source, "web0-ram0 against @-30s") as (pilot, view):
+        await arrived(pilot)
+        assert "moved 10 came 8,192 gone 0" in view.query_one("#pfn-title", Lines).render().plain
+        assert view.status == "by page size · scanned 0s ago"
+        view.aim("against @-2m")
+        for _ in range(200):
+            await pilot.pause(0.01)
+            if pilot.app._notifications:
+                break
+        assert "nothing is recorded" in " ".join(each.message for each in pilot.app._notifications)
+
+
+async def test_the_map_of_the_past_says_how_long_before_it_was_scanned() -> None:
+    source = made()
+    source.recorded = [replace(source.snapshot(), taken_ns=NOW_NS - 60 * S)]
+    source.recorded_rows[MAP] = [(NOW_NS - 90 * S, [Extent(0, 0x90000, 10, HELD)])]
+    async with opened(source, "web0-ram0") as (pilot, view):
+        await arrived(pilot)
+        await pilot.press("left_square_bracket")
+        while not (view.model is not None and view.status.endswith("scanned 30s before")):
+            await pilot.pause(0.01)
+        assert "40K 100% resident" in view.query_one("#pfn-title", Lines).render().plain
 
 
 async def test_the_past_of_a_file_is_that_file_with_its_maps(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ async def test_the_brackets_walk_and_the_header_says_when(source: SyntheticSourc
 
 @pytest.mark.parametrize(
     ("age", "said"),
-    [(0, "under a second"), (S - 1, "under a second"), (S, "1.0s"), (65 * S, "1m05s")],
+    [(0, "under a second"), (S - 1, "under a second"), (S, "1s"), (65 * S, "1m05s")],
 )
 def test_an_age_is_said_in_whole_seconds(age: int, said: str) -> None:
     assert whole_seconds(age) == said

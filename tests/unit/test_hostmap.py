@@ -121,7 +121,7 @@ def test_what_is_preserved_is_seen_while_sessions_are_open(host: Snapshot, table
 
 def test_a_table_that_cannot_be_had_is_named(host: Snapshot) -> None:
     class Without(SyntheticSource):
-        def extents(self, key: str) -> ExtentTable:
+        def extents(self, key: str, at_ns: int | None = None) -> ExtentTable:
             raise MemconsoleError(f"no {key}", "PFNs are hidden", "run as root")
 
     found = hostmap.survey(host, Without(host))

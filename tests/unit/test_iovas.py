@@ -83,7 +83,7 @@ def test_what_leads_elsewhere_what_is_missing_and_what_nothing_accounts_for(host
 
 def test_a_region_that_cannot_be_seen_is_named_and_nothing_of_it_is_as_granted(host: Snapshot) -> None:
     class Hidden(SyntheticSource):
-        def extents(self, key: str) -> ExtentTable:
+        def extents(self, key: str, at_ns: int | None = None) -> ExtentTable:
             if key.startswith("region:"):
                 raise NotFound("no table", "PFNs are hidden", "run as root")
             return super().extents(key)

@@ -114,7 +114,7 @@ class Shown:
     def __init__(self, rows: Mapping[str, Sequence[Extent]]) -> None:
         self._rows = rows
 
-    def extents(self, key: str) -> ExtentTable:
+    def extents(self, key: str, at_ns: int | None = None) -> ExtentTable:
         if key not in self._rows:
             raise NotFound(f"no PFN map of {key}", "it is not recorded")
         return ExtentTable.from_rows(self._rows[key])

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sqlite3
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,12 @@ from support.waiting import until
 
 from memconsole import actions, cli
 from memconsole.backend.control import EMBEDDED_HISTORY, embedded
+from memconsole.backend.diagnose.inspect import describe
 from memconsole.backend.history.recorder import HistoryRecorder
 from memconsole.backend.wire.client import Client
 from memconsole.backend.wire.serving import serve_in_thread
-from memconsole.errors import ExitCode, NotFound, Refused, UsageError
+from memconsole.errors import BadFile, ExitCode, NotFound, Refused, UsageError
+from memconsole.extents import Extent, ExtentTable, Flag
 from memconsole.model import Snapshot
 from memconsole.source import PastSource, ReadOnly, Source
 from memconsole.units import format_time, parse_time
@@ -163,6 +166,111 @@ def test_a_moment_is_looked_at_and_not_changed(source: ServedSource) -> None:
     with pytest.raises(Refused):
         moment.apply(actions.Release("web"))
     assert source.applied == []
+
+
+def test_the_map_of_a_moment_is_the_last_that_was_scanned_until_then_of_the_same_region(source: ServedSource) -> None:
+    shown = source.recorded[1]
+    key, name = f"region:{shown.regions[0].name}", shown.regions[0].name
+    source.recorded_rows[key] = [(NOW_NS - 5 * S, [Extent(0, 7, 1, int(Flag.PRESENT))])]
+    with PastSource(source, shown).extents(key) as table:
+        assert (table.scanned_ns, table[0].pfn) == (NOW_NS - 5 * S, 7)
+    later = replace(shown, regions=(replace(shown.regions[0], created_ns=NOW_NS - 2 * S), *shown.regions[1:]))
+    with pytest.raises(NotFound, match="no PFN map") as caught:
+        PastSource(source, later).extents(f"region:{name}")
+    assert "of another that had its name" in caught.value.why
+
+
+# --- PFN maps ---------------------------------------------------------------------------------------------------------
+
+
+def scanned(seconds: float, *pfns: int) -> ExtentTable:
+    table = ExtentTable.from_rows(Extent(page, pfn, 1, int(Flag.PRESENT)) for page, pfn in enumerate(pfns))
+    table.scanned_ns = NOW_NS + int(seconds * S)
+    return table
+
+
+def noted(past: HistoryRecorder, *tables: tuple[str, ExtentTable]) -> dict[str, int]:
+    """Record these, as the control process has them; what was asked for."""
+    asked: dict[str, int] = {}
+
+    def since(known: Mapping[str, int]) -> list[tuple[str, ExtentTable]]:
+        asked.update(known)
+        return list(tables)
+
+    past._map_due.clear()
+    past.note_maps(since)
+    return asked
+
+
+def test_maps_that_were_scanned_are_recorded_where_they_differ(tmp_path: Path) -> None:
+    past = HistoryRecorder(tmp_path, 1.0)
+    assert noted(past, ("region:web", scanned(0, 7, 8)), ("guest:db1", scanned(0, 9))) == {}
+    known = noted(past, ("region:web", scanned(10, 7, 8)))
+    assert known == {"region:web": NOW_NS, "guest:db1": NOW_NS}
+    noted(past, ("region:web", scanned(20, 7, 5)))
+
+    def at(seconds: float) -> tuple[float, list[int]]:
+        with past.map_at("region:web", NOW_NS + int(seconds * S)) as table:
+            return (table.scanned_ns - NOW_NS) / S, [row.pfn + page for row in table for page in range(row.count)]
+
+    assert at(0) == at(9) == (0, [7, 8])
+    assert at(10) == at(19.9) == (10, [7, 8])
+    assert at(20) == at(1000) == (20, [7, 5])
+    with pytest.raises(NotFound, match="no PFN map of region:web is recorded") as caught:
+        at(-1)
+    assert f"the first of it was at {format_time(NOW_NS)}" in caught.value.why
+    with pytest.raises(NotFound, match="no PFN map of region:db is recorded"):
+        past.map_at("region:db", NOW_NS + S)
+    past.note(taken(30))
+    past.close()
+    said = describe(tmp_path / "snapshots.sqlite")
+    assert (said.facts["pfn_maps"], said.facts["snapshots"], said.findings) == (3, 1, ())
+
+
+def test_maps_have_a_share_of_the_history_and_the_oldest_go_first(tmp_path: Path) -> None:
+    past = HistoryRecorder(tmp_path, 1.0, max_bytes=1 << 20)
+    for seconds in range(6):
+        noise = [int.from_bytes(os.urandom(4), "little") for _ in range(12_000)]
+        noted(past, ("region:web", scanned(seconds, *noise)))
+    with pytest.raises(NotFound):
+        past.map_at("region:web", NOW_NS)
+    past.map_at("region:web", NOW_NS + 5 * S).close()
+    noise = [int.from_bytes(os.urandom(4), "little") for _ in range(80_000)]
+    noted(past, ("region:huge", scanned(9, *noise)))
+    with pytest.raises(NotFound):
+        past.map_at("region:huge", NOW_NS + 9 * S)
+    assert past.findings() == ()
+    past.close()
+
+
+def test_a_map_that_is_damaged_on_disk_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
+    past = HistoryRecorder(tmp_path, 1.0)
+    noted(past, ("region:web", scanned(0, 7)), ("region:db", scanned(0, 9)))
+    past.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "snapshots.sqlite")) as database:
+        (payload,) = database.execute("SELECT payload FROM maps WHERE key = 'region:db'").fetchone()
+        database.execute("UPDATE maps SET payload = ? WHERE key = 'region:web'", (payload,))
+        database.commit()
+    looker = HistoryRecorder(tmp_path)
+    with pytest.raises(BadFile, match="the PFN map of region:web"):
+        looker.map_at("region:web", NOW_NS)
+    looker.map_at("region:db", NOW_NS).close()
+    looker.close()
+    (finding,) = describe(tmp_path / "snapshots.sqlite").findings
+    assert "region:web" in finding.observed
+
+
+def test_a_map_of_the_past_comes_over_the_wire_with_when_it_was_scanned(source: ServedSource, tmp_path: Path) -> None:
+    source.recorded_rows["region:web"] = [(NOW_NS + S, [Extent(0, 7, 1, int(Flag.PRESENT))])]
+    with contextlib.ExitStack() as stack:
+        serving = serve_in_thread(source, tmp_path / "control")
+        stack.callback(serving.close)
+        client = stack.enter_context(contextlib.closing(Client(tmp_path / "control")))
+        with client.extents("region:web", NOW_NS + 2 * S) as table:
+            assert (table.scanned_ns, table[0].pfn) == (NOW_NS + S, 7)
+        with pytest.raises(NotFound) as caught:
+            client.extents("region:web", NOW_NS)
+        assert caught.value.code == "NotRecorded"
 
 
 # --- times as people write them -------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def test_one_line_has_the_host_the_verdict_and_the_last_handoff() -> None:
     found = readiness.judge(lambda _: planned(condition("custody", ok=True)))
     taken = replace(SNAPSHOT, readiness=replace(found, checked_ns=SNAPSHOT.taken_ns - 12 * S), handoff=made)
     assert readiness.line(taken) == (
-        f"{taken.host.name}: ready to hand off: none of 1 conditions refuses it; checked 12.0s ago;"
+        f"{taken.host.name}: ready to hand off: none of 1 conditions refuses it; checked 12s ago;"
         " last rehearsal done, longest blackout 120.0ms, 2h00m ago"
     )
     assert readiness.line(SNAPSHOT).endswith("; never rehearsed")

@@ -24,7 +24,7 @@ class SlowTables(ServedSource):
         self.asked = threading.Semaphore(0)
         self.go = threading.Event()
 
-    def extents(self, key: str) -> ExtentTable:
+    def extents(self, key: str, at_ns: int | None = None) -> ExtentTable:
         self.asked.release()
         assert self.go.wait(LONG_S)
         return super().extents(key)

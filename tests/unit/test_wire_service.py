@@ -89,7 +89,7 @@ def test_a_table_is_passed_whole_and_what_is_read_is_a_copy(client: Client, sour
     made: list[tuple[bytes, int]] = []
     original = source.extents
 
-    def extents(key: str) -> ExtentTable:
+    def extents(key: str, at_ns: int | None = None) -> ExtentTable:
         table = original(key)
         made.append((table.to_bytes(), os.fstat(table.fd).st_ino))
         return table

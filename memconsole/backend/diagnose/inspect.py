@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from memconsole import decoding
-from memconsole.backend.history import former, store
+from memconsole.backend.history import former, maps, store
 from memconsole.backend.ledger import log as ledger_log
 from memconsole.backend.managers import saveimage
 from memconsole.errors import BadFile, NotFound
@@ -176,6 +176,7 @@ def _history(path: Path, found: sqlite3.Connection) -> Description:
     hosts: set[str] = set()
     keys: list[int] = []
     damage = []
+    pfn_maps = 0
     try:
         damage += [row[0] for row in found.execute("PRAGMA integrity_check(1)") if row[0] != "ok"]
         bounds = found.execute("SELECT chapter, min(key), max(key) FROM frames GROUP BY chapter ORDER BY 2").fetchall()
@@ -190,9 +191,12 @@ def _history(path: Path, found: sqlite3.Connection) -> Description:
                     keys.append(key)
             except BadFile as error:
                 damage.append(str(error))
+        pfn_maps, spoilt = maps.damage(found, path)
+        damage += spoilt
     except sqlite3.Error as error:
         damage.append(str(error))
-    return _recorded(path, store.VERSION, keys, hosts, damage)
+    described = _recorded(path, store.VERSION, keys, hosts, damage)
+    return msgspec.structs.replace(described, facts={**described.facts, "pfn_maps": pfn_maps})
 
 
 def _audit(path: Path, found: sqlite3.Connection) -> Description:

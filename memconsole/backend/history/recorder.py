@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from memconsole.backend.history.store import History
 from memconsole.backend.history.writer import MAX_BYTES, Recorder
 from memconsole.errors import KernelRefused
 from memconsole.model import Finding, Severity, Snapshot
+
+if TYPE_CHECKING:
+    from memconsole.extents import ExtentTable
+
+log = logging.getLogger("memconsole.history")
+
+ScannedSince: TypeAlias = "Callable[[Mapping[str, int]], Sequence[tuple[str, ExtentTable]]]"
+"""The PFN maps that were scanned after what is known of each key, ns since the epoch."""
+
+REST_TIMES = 20
+"""So many times as long as a map took to be recorded, it is not recorded again."""
 
 
 class HistoryRecorder:
@@ -30,6 +45,8 @@ class HistoryRecorder:
         self._history = History(directory)
         self._last: int | None = None
         self._trouble: KernelRefused | None = None
+        self._mapped: dict[str, int] = {}
+        self._map_due: dict[str, float] = {}
 
     def findings(self) -> tuple[Finding, ...]:
         """The files that are set aside, and that nothing is recorded at present, and why."""
@@ -62,6 +79,41 @@ class HistoryRecorder:
                 self._trouble = error
             else:
                 self._trouble = None
+
+    def note_maps(self, scanned: ScannedSince) -> None:
+        """Record the PFN maps that were scanned since it was asked last; they are closed.
+
+        One is recorded again once twenty times what it took have passed: a large one that changes all the time costs a
+        twentieth of a processor. One that cannot be written is a finding.
+        """
+        with self._recording:
+            recorder = self._recorder
+            if recorder is None:
+                return
+            for key, table in scanned(self._mapped):
+                with contextlib.closing(table):
+                    if time.monotonic() >= self._map_due.get(key, 0):
+                        self._note_map(recorder, key, table)
+                        self._mapped[key] = table.scanned_ns
+
+    def _note_map(self, recorder: Recorder, key: str, table: ExtentTable) -> None:
+        began = time.monotonic()
+        try:
+            if not recorder.record_map(key, table):
+                log.warning("the PFN map of %s is too large for this history", key)
+        except KernelRefused as error:
+            self._trouble = error
+        now = time.monotonic()
+        self._map_due[key] = now + REST_TIMES * (now - began)
+
+    def map_at(self, key: str, at_ns: int) -> ExtentTable:
+        """The PFN map of a key as it was last scanned until ``at_ns``, which the caller closes.
+
+        Raises:
+            NotFound: none was recorded until then. BadFile: it is damaged.
+        """
+        with self._looking:
+            return self._history.map_at(key, at_ns)
 
     def times(self, after: int = 0) -> Sequence[int]:
         """The times of what is recorded, ns since the epoch, oldest first; only those above ``after``.

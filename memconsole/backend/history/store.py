@@ -8,6 +8,7 @@ Grammar of the store::
                                             that begins its chapter
     payload  = zlib(text, dictionary)       the dictionary ends with what was inflated before it in the chapter, and the
                                             two keys as u64, so that zlib's own checksums tell a frame in a wrong place
+    maps                                    PFN maps, a table of their own (:mod:`.maps`)
     text                                    a chapter's first: the Snapshot as JSON; else what changed since the frame
                                             before (:mod:`.json_delta`)
 
@@ -24,17 +25,20 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from memconsole import decoding
 from memconsole.backend import database
-from memconsole.backend.history import json_delta
+from memconsole.backend.history import json_delta, maps
 from memconsole.errors import BadFile
 from memconsole.model import Snapshot
 from memconsole.source import nothing_at
 from memconsole.upgrading import upgraded
+
+if TYPE_CHECKING:
+    from memconsole.extents import ExtentTable
 
 FILE = "snapshots.sqlite"
 APPLICATION = 0x4D434853
@@ -168,6 +172,15 @@ class History:
         return decoding.convert(
             upgraded(value), Snapshot, what=f"the snapshot in {self.path}", remedy="use the memconsole that wrote it"
         )
+
+    def map_at(self, key: str, at_ns: int) -> ExtentTable:
+        """The PFN map of a key as it was last scanned until a time, which the caller closes.
+
+        Raises:
+            NotFound: none was recorded until then. BadFile: it is damaged.
+        """
+        with self._looking() as found:
+            return maps.at(found, key, at_ns, self.path)
 
     def close(self) -> None:
         """Close the file."""

@@ -14,15 +14,19 @@ import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from memconsole import paths
 from memconsole.backend import database
-from memconsole.backend.history import former, json_delta
+from memconsole.backend.history import former, json_delta, maps
 from memconsole.backend.history.store import APPLICATION, FILE, SCHEMA, VERSION, Chapter, check, encode
 from memconsole.errors import BadFile, KernelRefused, Refused
 from memconsole.model import Finding, Severity, Snapshot
+
+if TYPE_CHECKING:
+    from memconsole.extents import ExtentTable
 
 log = logging.getLogger("memconsole.history")
 
@@ -101,6 +105,16 @@ class Recorder:
                 self._set_aside(DAMAGED, str(error))
                 self._append(snapshot.taken_ns, value)
             self._take_over()
+
+    def record_map(self, key: str, table: ExtentTable) -> bool:
+        """Record a PFN map, unless it is as it was. Whether there is room for one of its size.
+
+        Raises:
+            KernelRefused: it cannot be written; nothing of it is left.
+        """
+        with self._named():
+            oldest = table.scanned_ns - self._max_age_ns
+            return maps.record(self._writable(), key, table, max_bytes=self._max_bytes, oldest_ns=oldest)
 
     def close(self) -> None:
         """Close the file and let another process record."""
@@ -190,6 +204,7 @@ class Recorder:
                 found.execute(SCHEMA)
                 found.execute(f"PRAGMA application_id = {APPLICATION}")
                 found.execute(f"PRAGMA user_version = {VERSION}")
+        found.execute(maps.SCHEMA)
         (last,) = found.execute("SELECT max(key) FROM frames").fetchone()
         self._last = max(self._last, last or 0)
         found.execute("SELECT key FROM frames ORDER BY key LIMIT 1").fetchone()

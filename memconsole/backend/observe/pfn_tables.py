@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -76,13 +76,21 @@ class PfnTables:
                 kept = self._kept.get(key)
                 if kept is not None and kept.token == token and time.monotonic() - kept.at <= FRESH_S:
                     return kept.table.share()
+            scanned = time.time_ns()
             table = _MAKE[kind](self, name)
+            table.scanned_ns = scanned
             with self._lock:
                 kept = self._kept.pop(key, None)
                 if kept is not None:
                     kept.table.close()
                 self._kept[key] = _CachedTable(table, token, time.monotonic())
                 return table.share()
+
+    def scanned_since(self, known: Mapping[str, int]) -> list[tuple[str, ExtentTable]]:
+        """The tables that were scanned after what is known of their key, ns since the epoch; the caller closes them."""
+        with self._lock:
+            later = {key: each.table for key, each in self._kept.items() if each.table.scanned_ns > known.get(key, 0)}
+            return [(key, table.share()) for key, table in later.items()]
 
     def forget(self) -> None:
         """Drop what is kept of regions and guests that are no more."""

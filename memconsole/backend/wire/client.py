@@ -74,6 +74,7 @@ class _Past(msgspec.Struct, frozen=True):
 
 class _Extents(msgspec.Struct, frozen=True):
     fd: int
+    scanned_ns: int = 0
     inline: tuple[InlinePart, ...] = ()
 
 
@@ -252,21 +253,25 @@ class Client:
                 self._knows_parts = False
         return self._ask("GetSnapshot", {"known": known}, _Snapshot)
 
-    def extents(self, key: str) -> ExtentTable:
+    def extents(self, key: str, at_ns: int | None = None) -> ExtentTable:
         """See :class:`Source`; a table that came as a descriptor is mapped, never copied."""
         from memconsole.extents import ExtentTable
 
         with self._lent() as connection:
-            raw, fds = connection.call("GetExtents", {"key": key}, READ_S)
+            asked = {"key": key} if at_ns is None else {"key": key, "at_ns": at_ns}
+            raw, fds = connection.call("GetExtents", asked, READ_S)
             try:
                 answer = _read(raw, _Extents)
                 if not self._place.descriptors:
                     what = f"the PFN map of {key}"
                     (segment,) = _inline(connection, answer.inline, 1, what)
-                    return ExtentTable.from_bytes(inline.whole(segment, what))
-                if not 0 <= answer.fd < len(fds):
+                    table = ExtentTable.from_bytes(inline.whole(segment, what))
+                elif not 0 <= answer.fd < len(fds):
                     raise WireError("the answer has no table", f"fd {answer.fd} of {len(fds)}")
-                return ExtentTable.from_fd(fds[answer.fd])
+                else:
+                    table = ExtentTable.from_fd(fds[answer.fd])
+                table.scanned_ns = answer.scanned_ns
+                return table
             finally:
                 for fd in fds:
                     os.close(fd)

@@ -38,9 +38,10 @@ class Wanted(Strict, frozen=True):
 
 
 class Key(Strict, frozen=True):
-    """What a PFN map is of: ``region:NAME`` or ``guest:NAME``."""
+    """What a PFN map is of: ``region:NAME`` or ``guest:NAME``; and the time until which it was recorded, if not now."""
 
     key: str
+    at_ns: int | None = None
 
 
 class Region(Strict, frozen=True):

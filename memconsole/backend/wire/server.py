@@ -255,11 +255,13 @@ class Service:
 
     def _get_extents(self, call: Call, p: parameters.Key) -> None:
         def work() -> CallResult:
-            table = self.source.extents(p.key)
+            table = self.source.extents(p.key, p.at_ns)
             try:
                 # What a client gets must not be a way to change what another gets.
                 fd = os.open(f"/proc/self/fd/{table.fd}", os.O_RDONLY | os.O_CLOEXEC)
                 about = {"fd": 0, "rows": len(table), "page_size": table.page_size}
+                if p.at_ns is not None:
+                    about["scanned_ns"] = table.scanned_ns
                 return CallResult(msgspec.json.encode(about), (fd,))
             finally:
                 table.close()

@@ -41,6 +41,7 @@ class DomainModel:
 
     marks = None
     page_size = PAGE
+    scanned_ns = 0
 
     def __init__(self, source: Source, snapshot: Snapshot, group: str) -> None:
         self._source = source

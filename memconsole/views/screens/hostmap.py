@@ -48,6 +48,7 @@ class HostModel:
 
     marks = None
     page_size = PAGE
+    scanned_ns = 0
 
     def __init__(self, source: Source, snapshot: Snapshot) -> None:
         self._source = source

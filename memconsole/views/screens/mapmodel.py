@@ -40,6 +40,10 @@ class MapModel(Protocol):
         """Bytes of a page."""
 
     @property
+    def scanned_ns(self) -> int:
+        """When it was scanned, ns since the epoch; 0: when it was read."""
+
+    @property
     def modes(self) -> Sequence[Mode]:
         """The ways to colour it, the first one first."""
 

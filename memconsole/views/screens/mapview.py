@@ -23,7 +23,9 @@ from textual.worker import get_current_worker
 from memconsole import unforeseen
 from memconsole.errors import MemconsoleError
 from memconsole.model import Snapshot
-from memconsole.source import Source
+from memconsole.recording import REASON
+from memconsole.source import PastSource, Source
+from memconsole.units import format_age
 from memconsole.views.bound import bound
 from memconsole.views.screens.mapmodel import MapModel
 from memconsole.views.view import View
@@ -117,6 +119,7 @@ class MapView(View):
         self._snapshot: Snapshot | None = None
         self._shown = ""
         self._read_from: Source | None = None
+        self._read_ns = 0
         self._legend_for: tuple[object, ...] | None = None
         self._legend_height = 0
 
@@ -159,8 +162,20 @@ class MapView(View):
 
     @property
     def status(self) -> str:
-        """What it is coloured by."""
-        return "" if self.model is None else f"by {self.model.modes[self.mode].title}"
+        """What it is coloured by, and how old the scan is."""
+        if self.model is None:
+            return ""
+        return " · ".join(filter(None, [f"by {self.model.modes[self.mode].title}", self._age]))
+
+    @property
+    def _age(self) -> str:
+        """How long ago it was scanned; of the past and of files, how long before what is shown, where that is known."""
+        scanned, source = self.model.scanned_ns if self.model is not None else 0, self._read_from
+        if source is not None and not isinstance(source, PastSource) and source.read_only != REASON:
+            return f"scanned {format_age(max(self.console.clock() - (scanned or self._read_ns), 0))} ago"
+        if not scanned or self._snapshot is None:
+            return ""
+        return f"scanned {format_age(max(self._snapshot.taken_ns - scanned, 0))} before"
 
     def about(self, subject: str) -> None:
         """Open the map of another subject; nothing is read before there is a Snapshot."""
@@ -236,6 +251,7 @@ class MapView(View):
     def _read(self, snapshot: Snapshot) -> None:
         self.scanning = True
         self._read_from = self.console.source
+        self._read_ns = self.console.clock()
         self._read_in_thread(self._read_from, self._shown, snapshot, self.model, self.mode)
 
     @work(thread=True, exclusive=True, group="pfn-scan", exit_on_error=False, description="read")

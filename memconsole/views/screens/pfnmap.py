@@ -20,8 +20,8 @@ from memconsole.errors import MemconsoleError
 from memconsole.extents import ExtentTable, Flag
 from memconsole.field import Field, Table
 from memconsole.model import Snapshot
-from memconsole.source import Source
-from memconsole.units import PAGE, format_size
+from memconsole.source import PastSource, Source
+from memconsole.units import PAGE, format_size, parse_time
 from memconsole.views.bound import bound
 from memconsole.views.screens import pfnmodes
 from memconsole.views.screens.domainmap import DomainModel
@@ -144,6 +144,11 @@ class PfnModel:
         return self.table.page_size
 
     @property
+    def scanned_ns(self) -> int:
+        """When its table was scanned."""
+        return self.table.scanned_ns
+
+    @property
     def modes(self) -> Sequence[Mode]:
         """By kind of page, runs, node, sharing, writes, what is preserved, what devices reach."""
         table, source = self.table, self._source
@@ -208,13 +213,18 @@ class PfnModel:
             self.space = MapSpace(snapshot, self.subject)
         return not same
 
-    def against(self, path: str) -> Marks:
-        """What differs from the map of this subject in a recorded Snapshot.
+    def against(self, which: str, now_ns: int) -> Marks:
+        """What differs from the map of this subject in a file, or at a time of the past (``-5m``, ``@14:03:12``).
 
         Raises:
-            BadFile: the file is none. NotFound: it has no map of this subject.
+            UsageError: it is no time. BadFile: the file is none. NotFound: no map of this subject is recorded there.
         """
-        with contextlib.closing(recording.Recording(path)) as then, then.extents(self.subject) as before:
+        if which.startswith(("@", "-")):
+            live = self._source.live if isinstance(self._source, PastSource) else self._source
+            moment = PastSource(live, live.at(parse_time(which, now_ns)))
+            with moment.extents(self.subject) as before:
+                return Marks(before, self.table)
+        with contextlib.closing(recording.Recording(which)) as then, then.extents(self.subject) as before:
             return Marks(before, self.table)
 
     def close(self) -> None:
@@ -309,10 +319,10 @@ class PfnMap(MapView):
         self.colour_by(0 if self.mode == FRAGMENTS else FRAGMENTS)
 
     def aim(self, target: str | int | None) -> None:
-        """Go to a page, or (``against FILE``) mark what differs from a recorded Snapshot."""
-        word, _, path = str(target).partition(" ")
-        if word == "against" and path:
-            self._against = path.strip()
+        """Go to a page, or (``against FILE``, ``against @-5m``) mark what differs from what was recorded."""
+        word, _, which = str(target).partition(" ")
+        if word == "against" and which:
+            self._against = which.strip()
             if self.model is not None and not self.scanning:
                 self._compare()
         else:
@@ -323,14 +333,14 @@ class PfnMap(MapView):
         self._compare()
 
     def _compare(self) -> None:
-        path, self._against = self._against, ""
-        if path and isinstance(self.model, PfnModel):
-            self._compare_in_thread(self.model, path)
+        which, self._against = self._against, ""
+        if which and isinstance(self.model, PfnModel):
+            self._compare_in_thread(self.model, which)
 
     @work(thread=True, exclusive=True, group="pfn-compare", exit_on_error=False, description="compare")
-    def _compare_in_thread(self, model: PfnModel, path: str) -> None:
+    def _compare_in_thread(self, model: PfnModel, which: str) -> None:
         worker = get_current_worker()
-        found = unforeseen.attempt("the comparison", "console", partial(model.against, path))
+        found = unforeseen.attempt("the comparison", "console", partial(model.against, which, self.console.clock()))
         if not worker.is_cancelled:
             failed = found if isinstance(found, MemconsoleError) else None
             self.post_message(self.Compared(model, None if failed else cast("Marks", found), failed))

@@ -148,13 +148,14 @@ def _checked(redactor: Redactor) -> Iterator[tuple[str, bytes]]:
 
 
 def _ledgers() -> list[Path]:
-    """The memfds of ledgers, as a process that holds one shows it; each once, by its inode."""
-    found: dict[int, Path] = {}
+    """The memfds of ledgers, as a process that holds one shows it; each once, by device and inode."""
+    found: dict[tuple[int, int], Path] = {}
     for directory in Path("/proc").glob("[0-9]*/fd"):
         with contextlib.suppress(OSError):  # it ended, or is not this user's
             for fd in directory.iterdir():
                 if "memfd:memconsole-ledger" in str(fd.readlink()):
-                    found.setdefault(fd.stat().st_ino, fd)
+                    status = fd.stat()
+                    found.setdefault((status.st_dev, status.st_ino), fd)
     return list(found.values())
 
 

@@ -162,7 +162,7 @@ def test_the_pfns_of_a_guest_are_those_the_kernel_shows(control: Control) -> Non
     snapshot = control.snapshot()
     pid = guest(snapshot, "c1").pid
     assert pid is not None
-    start, length = mapping_of(pid, region(snapshot, "c1").segments[0].inode)
+    start, length = mapping_of(pid, region(snapshot, "c1").segments[0])
     independent = frames(pid, start, length // 4096)
     with control.extents("guest:c1") as table:
         ours = [0] * (length // 4096)
@@ -194,7 +194,7 @@ def test_a_guest_that_does_not_answer_is_cut_off_and_its_memory_stays(control: C
     snapshot = control.snapshot()
     pid = guest(snapshot, "c1").pid
     assert pid is not None
-    start, _ = mapping_of(pid, region(snapshot, "c1").segments[0].inode)
+    start, _ = mapping_of(pid, region(snapshot, "c1").segments[0])
     os.kill(pid, signal.SIGSTOP)
     before = read(pid, start, 16 * M)
     with pytest.raises(GuestError, match=f"mapped by {pid}") as refused:
@@ -213,7 +213,7 @@ def test_a_guest_that_does_not_answer_is_cut_off_and_its_memory_stays(control: C
         control.apply(do.GuestAttach("heir", process.pid))
         control.apply(do.Map("c1", "heir", access=Access.RO))
         process.do("wait g2")
-        start, _ = mapping_of(process.pid, region(snapshot, "c1").segments[0].inode)
+        start, _ = mapping_of(process.pid, region(snapshot, "c1").segments[0])
         assert read(process.pid, start, 16 * M) == before
 
 
@@ -257,7 +257,7 @@ def test_a_qemu_runs_on_a_region_with_the_pfns_the_kernel_shows(control: Control
     assert found.seen is not None
     assert [(block.region, block.gpa, block.size) for block in found.seen.ram] == [("vm", 0, 64 * M)]
     control.apply(do.GuestPause("vm"))
-    start, length = mapping_of(found.pid, region(snapshot, "vm").segments[0].inode)
+    start, length = mapping_of(found.pid, region(snapshot, "vm").segments[0])
     with control.extents("guest:vm") as table:
         ours = {row.offset + page: row.pfn + page for row in table for page in range(row.count)}
     shown = {page: pfn for page, pfn in enumerate(frames(found.pid, start, length // 4096)) if pfn}

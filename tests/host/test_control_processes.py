@@ -157,9 +157,11 @@ def test_a_process_that_works_for_a_guest_is_a_finding_until_it_is_named(control
         control.apply(do.GuestAttach("db", guest.pid))
         control.apply(do.Map("cache", "db"))
         guest.do("wait g1")
-        (inode,) = (segment.inode for segment in control.snapshot().regions[0].segments)
+        (segment,) = control.snapshot().regions[0].segments
         link = next(
-            path for path, said in fd_links(os.getpid()).items() if "memfd" in said and path.stat().st_ino == inode
+            path
+            for path in fd_links(os.getpid())
+            if ((status := path.stat()).st_dev, status.st_ino) == (segment.device, segment.inode)
         )
         arguments = [sys.executable, "-c", MAPPER, f"/proc/{os.getpid()}/fd/{link.name}"]
         with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as backend:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.guests import collapse, fd_links, frames, given, hubs, mapping_of, own_frames, read, region
+from support.guests import collapse, fd_links, frames, given, hubs, mapping_of, own_frames, read, region, segment_of
 from support.waiting import until
 
 from memconsole.backend.exports.fd import Hub
@@ -92,7 +92,7 @@ def test_it_runs_in_its_grant_and_checks_every_page(
         assert progress.runs_as == ("kvm" if "kvm" in request.node.name else "process")
         assert progress.wrong == 0
         # Its memory is the region's own frames, page by page.
-        start, length = mapping_of(guest.pid, os.fstat(fd).st_ino)
+        start, length = mapping_of(guest.pid, segment_of(fd))
         assert length == M
         seen = frames(guest.pid, start, 256)
         pairs = [(pfn, own) for pfn, own in zip(seen, own_frames(fd, M), strict=True) if pfn]
@@ -107,7 +107,7 @@ def test_it_maps_its_memory_by_huge_pages(canary: tuple[CanaryGuest, Hub]) -> No
         collapse(fd, 8 * M)
         assert guest.offer(offer, 30)
         runs_on(guest)
-        start, _ = mapping_of(guest.pid, os.fstat(fd).st_ino)
+        start, _ = mapping_of(guest.pid, segment_of(fd))
         read(guest.pid, start, 8 * M)
         assert procmaps.paged("/", guest.pid)[start].huge == 8 * M
         assert guest.request_unmap("bird-1", 30)

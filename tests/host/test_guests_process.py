@@ -27,6 +27,7 @@ from support.guests import (
     open_fds,
     read,
     region,
+    segment_of,
 )
 from support.waiting import LONG_S, until
 
@@ -95,7 +96,7 @@ def test_a_process_maps_by_huge_pages(database: tuple[ProcessGuest, AgentProcess
             length = 4 * M + 8192
             offer = Offer(f"db-{offset}", mine, offset, length, access, 0)
             assert guest.offer(offer, 30)
-            start, mapped = mapping_of(process.pid, os.fstat(fd).st_ino)
+            start, mapped = mapping_of(process.pid, segment_of(fd))
             assert mapped == length
             assert (start - offset) % HUGE == 0
             read(process.pid, start, length)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import socket
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.guests import HUGE, collapse, frames, given, mapping_of, open_fds, own_frames, read, region
+from support.guests import HUGE, collapse, frames, given, mapping_of, open_fds, own_frames, read, region, segment_of
 from support.waiting import until
 
 from memconsole.backend.guests import commandline, qemu
@@ -47,7 +46,7 @@ def guest(ram: Offer, tmp_path: Path) -> Iterator[QemuGuest]:
 
 
 def test_its_ram_is_the_region_frame_by_frame(guest: QemuGuest, ram: Offer) -> None:
-    start, length = mapping_of(guest.pid, os.fstat(ram.fd).st_ino)
+    start, length = mapping_of(guest.pid, segment_of(ram.fd))
     assert length == RAM
     until(lambda: any(frames(guest.pid, start, RAM // 4096)), "the firmware's first touch")
     guest.pause()
@@ -159,7 +158,7 @@ def test_its_ram_is_mapped_by_huge_pages(tmp_path: Path) -> None:
             collapse(fd, whole)
             guest = QemuGuest.start("vm", offer, tmp_path, args=["-S"])
             try:
-                start, length = mapping_of(guest.pid, os.fstat(fd).st_ino)
+                start, length = mapping_of(guest.pid, segment_of(fd))
                 assert length == size
                 read(guest.pid, start, whole)
                 assert procmaps.paged("/", guest.pid)[start].huge == whole

@@ -58,7 +58,7 @@ def lent(control: Control, process: AgentProcess, size: int = 8 * M, *, lazy: bo
 
 def present(control: Control, pid: int, size: int = 8 * M) -> list[int]:
     """Which pages the process has in place: the independent reader."""
-    address, _ = mapping_of(pid, region(control.snapshot(), "cache").segments[0].inode)
+    address, _ = mapping_of(pid, region(control.snapshot(), "cache").segments[0])
     return [page for page, pfn in enumerate(frames(pid, address, size // PAGE)) if pfn]
 
 

@@ -20,8 +20,8 @@ from memconsole.backend.exports.fd import Hub
 from memconsole.backend.guests.base import Offer
 from memconsole.backend.guests.canary import CanaryGuest
 from memconsole.backend.kernel.census import links
-from memconsole.backend.stores import memfd
-from memconsole.model import Access
+from memconsole.backend.stores import files, memfd
+from memconsole.model import Access, Segment
 from support.waiting import LONG_S
 
 
@@ -270,12 +270,19 @@ def own_frames(fd: int, size: int) -> list[int]:
     return found
 
 
-def mapping_of(pid: int, inode: int) -> tuple[int, int]:
-    """Address and length of the largest mapping of an inode in a process (/proc/PID/maps)."""
+def segment_of(fd: int) -> Segment:
+    """The segment a memfd is: told from files of other kinds, whose inodes are counted alike, by its device."""
+    (found,) = files.segments([fd])
+    return found
+
+
+def mapping_of(pid: int, segment: Segment) -> tuple[int, int]:
+    """Address and length of the largest mapping of a segment in a process (/proc/PID/maps)."""
+    device = f"{os.major(segment.device):02x}:{os.minor(segment.device):02x}"
     found = []
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
         words = line.split()
-        if int(words[4]) == inode:
+        if words[3:5] == [device, str(segment.inode)]:
             start, end = (int(word, 16) for word in words[0].split("-"))
             found.append((end - start, start))
     length, start = max(found)

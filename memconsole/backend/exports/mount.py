@@ -407,7 +407,8 @@ class GuestMount:
                 index, offset = divmod(grant.offset, files.SEGMENT)
                 fd = self._holdings.fds(grant.region)[index]
                 parts.append(MapPart(fd, offset, grant.length, grant.gpa))
-                key.append((os.fstat(fd).st_ino, offset, grant.length, grant.gpa))
+                status = os.fstat(fd)
+                key.append((status.st_dev, status.st_ino, offset, grant.length, grant.gpa))
         path = f"guests/{guest.name}/pfnmap"
         uid = self._owner(guest, owners, listed.get(f"guests/{guest.name}"))
         if parts and self._maps.get(guest.name) != [(uid,), *key]:

@@ -258,7 +258,7 @@ def finish_moves(desk: MoveLeftovers) -> None:
             store = base.named(desk.stores, region.store)
             old, _ = desk.custody.get(custody_name(region_name, segment))
             try:
-                if os.fstat(old).st_ino != os.fstat(fresh).st_ino:
+                if not os.path.sameopenfile(old, fresh):
                     store.settle(region_name, segment, fresh, old)
                     store.empty_segments([old])
             finally:

@@ -30,7 +30,7 @@ from memconsole.agent import userfaultfd
 from memconsole.backend.control import Control
 from memconsole.backend.exports import userfault
 from memconsole.backend.revoke.ladder import Ladder
-from memconsole.model import Rung
+from memconsole.model import Rung, Segment
 
 SIZE, ROUNDS = int(sys.argv[1]) << 20, int(sys.argv[2])
 API, REGISTER, RWPROTECT = 0xC018AA3F, 0xC020AA00, 0xC018AA09
@@ -59,11 +59,11 @@ def bare() -> int:
     return took
 
 
-def fill(pid: int, inode: int) -> None:
+def fill(pid: int, segment: Segment) -> None:
     """Have all of a guest's memory in its page tables, as if it had walked it: who reads it by /proc/PID/mem puts it
     there. Without KVM of the host's own a guest would take minutes for it.
     """
-    address, length = mapping_of(pid, inode)
+    address, length = mapping_of(pid, segment)
     with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
         memory.seek(address)
         for _ in range(0, length, PART):
@@ -111,7 +111,7 @@ def protected(control: Control) -> tuple[int, int, int]:
     (grant,) = (each for each in control.snapshot().grants if each.guest == "c")
     (region,) = (each for each in control.snapshot().regions if each.name == "c")
     os.kill(guest.pid or 0, signal.SIGSTOP)
-    fill(guest.pid or 0, region.segments[0].inode)
+    fill(guest.pid or 0, region.segments[0])
     calls: list[int] = []
     bars: list[int] = []
     rungs: list[int] = []

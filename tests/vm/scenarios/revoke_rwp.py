@@ -29,7 +29,7 @@ from memconsole.backend.control import Control
 from memconsole.backend.custody.holder import OwnCustody
 from memconsole.backend.exports import userfault
 from memconsole.extents import digest_fd
-from memconsole.model import Rung
+from memconsole.model import Rung, Segment
 
 M = 1 << 20
 SIZE = 64 * M
@@ -96,13 +96,15 @@ def by_vm_read(pid: int, address: int) -> bytes:
     return found.raw
 
 
-def has_fd(pid: int, inode: int) -> bool:
+def has_fd(pid: int, segment: Segment) -> bool:
+    """Whether a process has a segment open; sockets and pipes count their inodes as memfds do, on devices of theirs."""
     for fd in Path(f"/proc/{pid}/fd").iterdir():
         try:
-            if fd.stat().st_ino == inode:
-                return True
+            status = fd.stat()
         except OSError:
             continue
+        if (status.st_dev, status.st_ino) == (segment.device, segment.inode):
+            return True
     return False
 
 
@@ -118,8 +120,8 @@ def pid_of(control: Control, name: str) -> int:
     return next(guest.pid or 0 for guest in control.snapshot().guests if guest.name == name)
 
 
-def inode_of(control: Control, region: str) -> int:
-    return next(each.segments[0].inode for each in control.snapshot().regions if each.name == region)
+def only_segment(control: Control, region: str) -> Segment:
+    return next(each.segments[0] for each in control.snapshot().regions if each.name == region)
 
 
 def rung(control: Control) -> None:
@@ -131,7 +133,8 @@ def rung(control: Control) -> None:
     lab.say("handed", control._desk.userfaults.has_uffd("g2"), guest=pid)
     os.kill(pid, signal.SIGSTOP)
     (fd,) = control._desk.fds("more")
-    inode, (address, _) = inode_of(control, "more"), mapping_of(pid, inode_of(control, "more"))
+    segment = only_segment(control, "more")
+    address, _ = mapping_of(pid, segment)
     word = os.pread(fd, 8, 0)
     ways = [by_mem(pid, address), path.read_bytes()[:8]]
     try:
@@ -157,7 +160,7 @@ def rung(control: Control) -> None:
     os.pwrite(fd, b"LATER-02", 0)
     lab.say("unread", closed(lambda: by_mem(pid, address)))
     lab.say("unread-by-vm-read", closed(lambda: by_vm_read(pid, address)))
-    lab.say("no-fd", not has_fd(pid, inode))
+    lab.say("no-fd", not has_fd(pid, segment))
     lab.say("no-path", refused(path))
     lab.say("not-written-by-a-trap", os.pread(fd, 8, 0) == b"LATER-02")
     found = control.snapshot().findings
@@ -193,7 +196,7 @@ def somebody_else(control: Control) -> None:
     """A mapping that is not the canary's: to bar the canary is not enough, and the contents move away from both."""
     control.apply(do.GuestStart("c3", memory=4 * M))
     pid, (grant,) = pid_of(control, "c3"), [each.id for each in control.snapshot().grants]
-    address, length = mapping_of(pid, inode_of(control, "c3"))
+    address, length = mapping_of(pid, only_segment(control, "c3"))
     path = f"/proc/{pid}/map_files/{address:x}-{address + length:x}"
     command = [sys.executable, "-c", OTHER, path]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
@@ -221,7 +224,7 @@ def dies(point: str) -> None:
             control.apply(do.Map("more", "c4", gpa=1 << 30))
             pid, (fd,) = pid_of(control, "c4"), control._desk.fds("more")
             os.kill(pid, signal.SIGSTOP)
-            (address, _), kept = mapping_of(pid, inode_of(control, "more")), digest_fd(fd)
+            (address, _), kept = mapping_of(pid, only_segment(control, "more")), digest_fd(fd)
         world.dies(do.Revoke("g2", within=0.5), point)
         with world.control() as control:
             grants = [each.id for each in control.snapshot().grants]

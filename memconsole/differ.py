@@ -9,6 +9,7 @@ change (:func:`settled`), ``diff`` names the fields that did (:func:`changes`), 
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -84,13 +85,31 @@ def settled(old: Snapshot | None, new: Snapshot) -> Snapshot:
         return new
     kept: dict[str, Any] = {name: getattr(old, name) for name in Snapshot.__struct_fields__}
     for name, before, after in unequal(old, new):
-        found = matched(name, before, after)
-        items = list(after) if found is not None else []
-        for was, now in found.kept if found is not None else ():
+        pairs = in_place(KEYS[name], before, after) if name in KEYS else None
+        if pairs is None:
+            found = matched(name, before, after)
+            pairs = found.kept if found is not None else None
+        items = list(after) if pairs is not None else []
+        for was, now in pairs or ():
             if before[was] == after[now]:
                 items[now] = before[was]
-        kept[name] = after if found is None else tuple(items)
+        kept[name] = after if pairs is None else tuple(items)
     return msgspec.structs.replace(new, **kept)
+
+
+def in_place(
+    key: Callable[[Any], str], before: Sequence[Any], after: Sequence[Any]
+) -> Sequence[tuple[int, int]] | None:
+    """The places of those that are other objects, where each has the place that it had; else None.
+
+    Mostly few of thousands are, and then no key of the others is made.
+    """
+    if len(before) != len(after):
+        return None
+    others = list(itertools.compress(itertools.count(), map(operator.is_not, before, after)))
+    if any(key(before[at]) != key(after[at]) for at in others):
+        return None
+    return [(at, at) for at in others]
 
 
 # --- for people -----------------------------------------------------------------------------------------------------

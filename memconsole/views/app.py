@@ -415,7 +415,7 @@ class ConsoleApp(Prompting):
         target = focus or view.first_focus
         if target is not None and self.screen is self.screen_stack[0]:
             self.screen.set_focus(target, scroll_visible=False)
-        self.show_state()
+        self.before_frame(self.show_state)
 
     def on_virtual_table_row_opened(self, event: VirtualTable.RowOpened) -> None:
         """Open the detail of a row."""
@@ -447,6 +447,7 @@ class ConsoleApp(Prompting):
 
     def on_key(self, event: events.Key) -> None:
         """Say why a grey key does nothing."""
+        self.do_due()
         active = self.screen_stack[0].query_one(Keys).grey.get(event.key)
         if active is None or self.screen is not self.screen_stack[0]:
             return

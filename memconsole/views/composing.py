@@ -75,6 +75,8 @@ class Picture:
 
 def difference(before: Strip, piece: Piece) -> tuple[int, Strip]:
     """The part of a piece that differs from what was there, and its column; an empty Strip where none does."""
+    if before is piece.strip:
+        return piece.column, Strip([], 0)
     old, new = list(before), list(piece.strip)
     if old == new:
         return piece.column, Strip([], 0)

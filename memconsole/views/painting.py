@@ -7,11 +7,14 @@ said in answer to it. Here a frame waits until the widgets have told each other 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import ClassVar
 
 from textual import events
-from textual.geometry import Size
+from textual.geometry import Region, Size
 from textual.reactive import Reactive, reactive
 from textual.screen import Screen
+from textual.strip import Strip
 from textual.widget import Widget
 from textual.widgets import ContentSwitcher
 
@@ -47,6 +50,9 @@ class Views(ContentSwitcher):
 class Sheet(Scrolled):
     """A ScrollView that is laid out and focused without being painted twice."""
 
+    BARE: ClassVar[bool] = False
+    """Whether its lines stand as they are: nothing is drawn beside, below or over them, at the most a frame above."""
+
     _frame_alone = False
     _scrolled_for: tuple[Size, Size, Size] | None = None
 
@@ -54,6 +60,23 @@ class Sheet(Scrolled):
         """Leave the scrollbar alone where no size differs: every layout asks for it, and it is a frame of its own."""
         before, self._scrolled_for = self._scrolled_for, (virtual_size, self.container_size, self.size)
         return before != self._scrolled_for
+
+    def render_lines(self, crop: Region) -> list[Strip]:
+        """Some lines; of a bare one those that ``render_line`` made, the same objects as long as it keeps them.
+
+        Textual makes each of them anew, and so all that was found out about it before: its filters, its codes, and that
+        the terminal shows it already.
+        """
+        above = self.styles.gutter.top
+        if not self.BARE:
+            return super().render_lines(crop)
+        framed = max(above - crop.y, 0)
+        strips = [self.render_line(y - above) for y in range(crop.y + framed, crop.bottom)]
+        for each in self.get_line_filters():
+            background = self.background_colors[1]
+            strips = [strip.apply_filter(each, background) for strip in strips]
+        strips = [strip.crop(crop.x, crop.right) for strip in strips]
+        return [*super().render_lines(Region(crop.x, crop.y, crop.width, framed)), *strips] if framed else strips
 
     def looks_parts_up(self) -> bool:
         """Not where the frame alone may differ."""
@@ -73,6 +96,8 @@ class Painting(Ordered):
     def __init__(self, *, ansi_color: bool | None = None) -> None:
         super().__init__(ansi_color=ansi_color)
         self._picture = Picture()
+        self._held = 0
+        self._due: dict[Callable[[], None], None] = {}
 
     def get_default_screen(self) -> Screen[None]:
         """The screen below all dialogs."""
@@ -91,11 +116,32 @@ class Painting(Ordered):
     async def hand_on(self, event: events.Key | events.Paste) -> None:
         """Hold the frame back until all that a key does has been done."""
         self.hold_frames()
+        self._held += 1
         self._let_go(ROUNDS)
         await super().hand_on(event)
+
+    def before_frame(self, do: Callable[[], None]) -> None:
+        """Do this once, when all else that a key does is done; at once where no key is."""
+        if self._held:
+            self._due[do] = None
+        else:
+            do()
+
+    def do_due(self) -> None:
+        """Do what waits for the frame."""
+        while self._due:
+            do = next(iter(self._due))
+            del self._due[do]
+            do()
 
     def _let_go(self, rounds: int) -> None:
         if rounds:
             asyncio.get_running_loop().call_soon(self._let_go, rounds - 1)
             return
+        self._held -= 1
+        try:
+            if not self._held:
+                self.do_due()
+        except Exception as error:  # noqa: BLE001 - no handler is beneath, to which Textual would look
+            self.report(error)
         self.show_frames()

@@ -10,7 +10,10 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import IO, Any
 
+from rich.color import Color
 from rich.console import RenderableType
+from rich.segment import Segment
+from rich.style import Style as RichStyle
 from textual._compositor import Compositor, CompositorUpdate, LayoutUpdate
 from textual.app import App
 from textual.dom import DOMNode
@@ -21,12 +24,22 @@ from textual.message import Message
 from textual.message_pump import MessagePump
 from textual.screen import Screen
 from textual.scroll_view import ScrollView
+from textual.scrollbar import ScrollBar, ScrollBarRender
 from textual.strip import Strip
 from textual.widget import Widget
 
 NAMES: Mapping[type, frozenset[str]] = {
     App: frozenset(
-        {"_begin_batch", "_display", "_driver", "_end_batch", "_handle_exception", "_register_child", "_running"}
+        {
+            "_begin_batch",
+            "_display",
+            "_driver",
+            "_end_batch",
+            "_handle_exception",
+            "_register_child",
+            "_running",
+            "_start_widget",
+        }
     ),
     Compositor: frozenset({"_dirty_regions", "_regions_to_spans", "_render_chops"}),
     DOMNode: frozenset({"_bindings", "_get_component_classes"}),
@@ -34,7 +47,7 @@ NAMES: Mapping[type, frozenset[str]] = {
     LinuxDriver: frozenset({"_disable_mouse_support", "_enable_mouse_support", "_file"}),
     MessagePump: frozenset({"_dispatch_message"}),
     Screen: frozenset({"_compositor"}),
-    Widget: frozenset({"_scroll_update"}),
+    Widget: frozenset({"_scroll_update", "_vertical_scrollbar"}),
 }
 """What is used of each class, by the class that Textual defines it in."""
 
@@ -133,8 +146,40 @@ def compose_with(screen: Screen[Any], compositor: Composed) -> None:
     screen._compositor = compositor  # noqa: SLF001 - Textual makes it itself, and asks nobody
 
 
+class Rail(ScrollBar):
+    """A scrollbar whose lines are the same objects wherever they look the same, instead of 50 new ones for a step."""
+
+    def __init__(self, *, thickness: int) -> None:
+        super().__init__(name="vertical", thickness=thickness)
+        self._known: dict[Segment, Strip] = {}
+
+    def render_lines(self, crop: Region) -> list[Strip]:
+        """The lines of the rail."""
+        bar, background = self.render(), self.background_colors[1]
+        if not isinstance(bar, ScrollBarRender) or not isinstance(bar.style, RichStyle):
+            return super().render_lines(crop)
+        back, front = bar.style.bgcolor or Color.default(), bar.style.color or Color.default()
+        drawn = bar.render_bar(
+            self.size.height, bar.virtual_size, bar.window_size, bar.position, bar.thickness,
+            back_color=back, bar_color=front,
+        )  # fmt: skip
+        strips = [self._known.setdefault(each, Strip([each])) for each in drawn.segments[crop.y : crop.bottom]]
+        for filter in self.get_line_filters():
+            strips = [strip.apply_filter(filter, background) for strip in strips]
+        return strips
+
+
 class Scrolled(ScrollView):
     """A ScrollView that says when its scrollbars are laid out, and what of the style sheet it looks up."""
+
+    @property
+    def vertical_scrollbar(self) -> ScrollBar:
+        """The bar at the right, made when it is asked for first."""
+        if self._vertical_scrollbar is None:
+            self._vertical_scrollbar = Rail(thickness=self.scrollbar_size_vertical)
+            self._vertical_scrollbar.display = False
+            self.app._start_widget(self, self._vertical_scrollbar)  # noqa: SLF001 - as Widget's own does
+        return self._vertical_scrollbar
 
     def _scroll_update(self, virtual_size: Size) -> None:
         if self.scrolls_anew(virtual_size):

@@ -33,7 +33,7 @@ class Prompting(Lining):
 
     def on_choosing_changed(self) -> None:
         """What the title says of the table may differ."""
-        self.show_state()
+        self.before_frame(self.show_state)
 
     def on_choosing_wanted(self, event: VirtualTable.Wanted) -> None:
         """Ask for a filter, a column to sort by, the columns to show, what to copy, or the file to write to."""

@@ -10,7 +10,7 @@ from memconsole.differ import settled
 from memconsole.errors import UsageError
 from memconsole.field import Field
 from memconsole.fields import REGIONS
-from memconsole.model import Snapshot
+from memconsole.model import RegionState, Snapshot
 from memconsole.views.widgets.rowset import RowSet
 
 SNAPSHOT = synthetic.snapshot()
@@ -114,6 +114,29 @@ def test_what_changed_and_what_is_new_is_marked_until_the_next_load() -> None:
     assert made.changed("web0-ram0", field("name")) == 0
     made.load(made.items)
     assert made.before == {}
+
+
+CHANGES = st.dictionaries(st.integers(0, 9), st.sampled_from(["size", "state", "name", "equal"]), max_size=5)
+
+
+@given(CHANGES, st.sampled_from([None, "size", "state"]), st.sampled_from(["", "web", "size>100M", "!mapped"]))
+def test_rows_that_stay_in_place_are_as_rows_loaded_anew(changes: dict[int, str], by: str | None, text: str) -> None:
+    regions = list(SNAPSHOT.regions)
+    for at, what in changes.items():
+        now = {"size": regions[at].size * 4, "state": RegionState.RESTORED, "name": f"other{at}"}
+        regions[at] = msgspec.structs.replace(regions[at], **({what: now[what]} if what in now else {}))
+    kept, anew = rows(), RowSet(REGIONS, REGIONS.pick(None))
+    for made in (kept, anew):
+        made.sort(field(by) if by else None)
+        made.filter(text)
+    assert kept.warm(1000) is False
+    kept.load(regions)
+    anew.load(regions)
+    assert names(kept) == names(anew)
+    assert kept.before.keys() == {kept.keys[at] for at, what in changes.items() if what != "equal"}
+    kept.filter(f"{text} a")
+    anew.filter(f"{text} a")
+    assert names(kept) == names(anew)
 
 
 @pytest.mark.parametrize("budget", [1, 3, 100])

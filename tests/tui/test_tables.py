@@ -208,6 +208,31 @@ async def test_only_rows_in_sight_are_formatted(monkeypatch: pytest.MonkeyPatch)
         assert 0 < len(seen) <= 2 * widget.size.height
 
 
+async def test_a_view_that_comes_back_makes_only_the_lines_that_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = synthetic.snapshot(100, 3)
+    first = msgspec.structs.replace(before.regions[1], state=RegionState.RESTORED)
+    app = console(synthetic.SyntheticSource(before))
+    made: list[str] = []
+    row = VirtualTable._row
+
+    def count(self: VirtualTable, key: str, line: TableLine, width: int) -> Strip:
+        made.append(key)
+        return row(self, key, line, width)
+
+    monkeypatch.setattr(VirtualTable, "_row", count)
+    async with running(app) as pilot:
+        await pilot.press("2", "3")
+        regions = (before.regions[0], first, *before.regions[2:])
+        await refreshed(pilot, app, msgspec.structs.replace(before, regions=regions))
+        made.clear()
+        await pilot.press("2")
+        assert made == [first.name]
+        await pilot.press("3", "2")
+        assert made == [first.name] * 2  # its mark fades
+        await pilot.press("3", "2")
+        assert made == [first.name] * 2
+
+
 async def test_a_row_is_copied_as_text_and_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
     app = console()
     copied: list[str] = []

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from rich.cells import cell_len
+from rich.segment import Segment
+from rich.style import Style
+from textual.cache import LRUCache
 from textual.content import Content
 from textual.events import Click
+from textual.strip import Strip
+from textual.visual import Visual
 from textual.widget import Widget
 
 from memconsole import actions, keys
@@ -18,8 +23,11 @@ if TYPE_CHECKING:
     from textual.binding import ActiveBinding
     from textual.screen import Screen
 
+    from memconsole.views.painting import Painting
+
 Part = tuple[str, str]
 LEAST_TITLE = 3
+KEPT = 32
 
 
 def line(parts: Iterable[Part]) -> Content:
@@ -37,14 +45,8 @@ def width_of(parts: Iterable[Part]) -> int:
     return sum(cell_len(text) for text, _ in parts)
 
 
-def spread(left: Content, right: Content, width: int) -> Content:
-    """``left`` and ``right`` at the ends of one line; the left one is cut where both do not fit."""
-    room = max(width - right.cell_length, 0)
-    return Content.assemble(left.truncate(room, ellipsis=True, pad=True), right)
-
-
 class Bar(Widget):
-    """One line that is painted again only when its words change."""
+    """One line that is painted again only when its words change; what it said of late it need not make again."""
 
     DEFAULT_CSS = "Bar { height: 1; width: 1fr; }"
     ALLOW_SELECT = False
@@ -55,6 +57,8 @@ class Bar(Widget):
         self._right: tuple[Part, ...] = ()
         self.keys_at: list[tuple[int, int, str]] = []
         """From which column to which a click is as good as which key."""
+        self._looks: dict[str, Style] = {}
+        self._made: LRUCache[tuple[tuple[Part, ...], tuple[Part, ...], int], Strip] = LRUCache(KEPT)
 
     def show_parts(self, left: Sequence[Part], right: Sequence[Part] = ()) -> None:
         """Show these parts at the left and at the right end."""
@@ -68,9 +72,42 @@ class Bar(Widget):
             if start <= event.x < end:
                 self.app.simulate_key(key)
 
-    def render(self) -> Content:
-        """The line."""
-        return spread(line(self._left), line(self._right), self.size.width)
+    def notify_style_update(self) -> None:
+        """Look at the colours again."""
+        super().notify_style_update()
+        self._looks.clear()
+        self._made.clear()
+
+    def render_line(self, y: int) -> Strip:
+        """The line: both ends, the left one cut where they do not fit."""
+        width = self.size.width
+        if y:
+            return Strip.blank(width, self.rich_style)
+        said = (self._left, self._right, width)
+        made = self._made.get(said)
+        if made is None:
+            right = self._strip(self._right).crop(0, width)
+            made = self._made[said] = Strip.join([self._cut(self._strip(self._left), width - right.cell_length), right])
+        return made
+
+    def _cut(self, strip: Strip, room: int) -> Strip:
+        """A strip in so many cells, with an ellipsis where it was longer."""
+        if strip.cell_length <= room:
+            return strip.extend_cell_length(room, self._look(""))
+        last = [*strip.crop(0, room)][-1:]
+        cut = strip.crop(0, max(room - 1, 0))
+        return Strip([*cut, *(Segment("…" + " " * (room - cut.cell_length - 1), style) for _, style, _ in last)])
+
+    def _strip(self, parts: Iterable[Part]) -> Strip:
+        return Strip([Segment(escape(text), self._look(style)) for text, style in parts if text])
+
+    def _look(self, style: str) -> Style:
+        """What a style of the theme looks like here."""
+        found = self._looks.get(style)
+        if found is None:
+            [drawn] = Visual.to_strips(self, Content.styled("x", style), 1, 1, self.visual_style)
+            found = self._looks[style] = (next(iter(drawn)).style or Style()).clear_meta_and_links()
+        return found
 
 
 class Header(Bar):
@@ -150,11 +187,16 @@ class Keys(Bar):
 
     def _changed(self, screen: Screen[object]) -> None:
         if self.is_attached and screen is self.screen:
-            self.list_keys()
+            self.console.before_frame(self.list_keys)
 
     def on_resize(self) -> None:
         """Fit as many keys as there is room for."""
         self.list_keys()
+
+    @property
+    def console(self) -> Painting:
+        """The app, which knows when a frame is due."""
+        return cast("Painting", self.app)
 
     def list_keys(self) -> None:
         """Show the keys of the focused widget and its views."""

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from memconsole import where
+from memconsole.differ import in_place
 from memconsole.field import Field, Table, in_order
 
 
@@ -108,6 +109,10 @@ class RowSet:
         if items is self.items and self.loaded:
             faded, self.before = bool(self.before), {}
             return faded
+        others = in_place(self.table.key, self.items, items) if self.loaded else None
+        if others is not None:
+            self._renew(items, [at for at, _ in others])
+            return True
         keys = [self.table.key(item) for item in items]
         old, old_at, old_texts = self.items, self._at, self._texts
         self.before = {}
@@ -128,6 +133,21 @@ class RowSet:
         self.marked &= self._at.keys()
         self._sort()
         return True
+
+    def _renew(self, items: Sequence[Any], others: Sequence[int]) -> None:
+        """Take the entities of a Snapshot in which none came, went or moved, and only these may be others."""
+        old, self.items = self.items, items
+        changed = [at for at in others if old[at] != items[at]]
+        self.before = {self.keys[at]: old[at] for at in changed}
+        for at in changed:
+            self._texts[at] = None
+        get = self.sort_field.get if self.sort_field is not None else None
+        if get is not None and any(get(old[at]) != get(items[at]) for at in changed):
+            self._sort()
+        elif self._where:
+            shown = set(self.order)
+            if any(bool(self._where(items[at], partial(self._text, at))) != (at in shown) for at in changed):
+                self._filter(self._sorted)
 
     def is_news(self, key: str) -> bool:
         """Whether more of an entity changed with the last load than what always runs on."""

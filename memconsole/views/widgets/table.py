@@ -79,6 +79,7 @@ class VirtualTable(Choosing, can_focus=True):
         *(f"table--{tone}" for tone in TONES),
     }
     ALLOW_SELECT = False
+    BARE = True
     BINDINGS: ClassVar[list[BindingType]] = [
         bound("open", "open", "Open"),
         bound("up", "move(-1)", "Up", show=False),
@@ -149,6 +150,7 @@ class VirtualTable(Choosing, can_focus=True):
         self._columns: tuple[Column, ...] = ()
         self._layout_for: tuple[int, int] = (-1, -1)
         self._width = 0
+        self._top, self._wide, self._keyed = 0, 0, False
         self._strips: LRUCache[tuple[str, int], tuple[TableLine, Strip]] = LRUCache(KEPT_STRIPS)
         self._painted: dict[int, TableLine | None] = {}
         self._style_table: dict[str, Style] = {}
@@ -281,7 +283,7 @@ class VirtualTable(Choosing, can_focus=True):
         self._layout_for = (-1, -1)
 
     def _repaint(self, *, everything: bool) -> None:
-        if everything:
+        if everything or not self.size.width:  # all of one that comes to the front is painted
             self.refresh()
         else:
             self._lay_out()
@@ -315,7 +317,8 @@ class VirtualTable(Choosing, can_focus=True):
         return super().render_lines(crop)
 
     def _lay_out(self) -> None:
-        """Look at the room and the colours there are, if they may have changed."""
+        """Look at where the lines are, and at the room and the colours there are, if they may have changed."""
+        self._top, self._wide, self._keyed = self.scroll_offset.y, self.size.width, self.has_focus
         width = self.scrollable_content_region.width
         if self._layout_for == (width, self._left):
             return
@@ -324,23 +327,23 @@ class VirtualTable(Choosing, can_focus=True):
         styles = {name: self.get_component_rich_style(f"table--{name}", partial=True) for name in names}
         styles["base"] = self.rich_style
         columns = columns_for(self.rows.fields, self._left, width, self.rows.sort_field)
-        if (columns, styles, self.size.width) != (self._columns, self._style_table, self._width):
-            self._columns, self._style_table, self._width = columns, styles, self.size.width
+        if (columns, styles, self._wide) != (self._columns, self._style_table, self._width):
+            self._columns, self._style_table, self._width = columns, styles, self._wide
             self._mixed.clear()
             self._layout_number += 1
 
     def _line(self, y: int) -> TableLine | None:
-        row = self.scroll_offset.y + y - 1
+        row = self._top + y - 1
         if not 0 <= row < len(self.rows):
             return None
         key = self.rows.key(row)
-        on = (0 if row != self.cursor else 2 if self.has_focus else 1) + MARKED * self.rows.is_marked(row)
+        on = (0 if row != self.cursor else 2 if self._keyed else 1) + MARKED * self.rows.is_marked(row)
         before = self.rows.before.get(key, self)
         return TableLine(self.rows[row], before, on, self._layout_number)
 
     def render_line(self, y: int) -> Strip:
         """One line of the table: the header, a row, or an empty one."""
-        styles, width = self._style_table, self.size.width
+        styles, width = self._style_table, self._wide
         if y == 0:
             return self._header(styles, width)
         line = self._line(y)
@@ -348,12 +351,13 @@ class VirtualTable(Choosing, can_focus=True):
         if line is None:
             text = f"  {self._nothing()}" if y == 1 and not len(self.rows) else ""
             return Strip([Segment(fit(text, width), styles["base"] + styles["dim"])], width)
-        key = self.rows.key(self.scroll_offset.y + y - 1)
+        key = self.rows.key(self._top + y - 1)
         kept = self._strips.get((key, line.cursor))
         # identity, not equality: an equal line of another object would keep a dead object alive in the cache
         if kept is not None and all(was is now for was, now in zip(kept[0], line, strict=True)):
             return kept[1]
         strip = self._row(key, line, width)
+        self._strips.discard((key, line.cursor))  # without it the cache keeps what it has
         self._strips[(key, line.cursor)] = (line, strip)
         return strip
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -292,6 +293,11 @@ class Fleet:
     def hosts(self) -> list[HostRow]:
         """A row a host, in the order they were given."""
         return [member.row(max(SILENT * self._interval, SILENT)) for member in self.members.values()]
+
+    def verdicts(self) -> Counter[Verdict]:
+        """How many hosts are ready for a handoff, refuse one, or are not known to be either."""
+        shown = (member.snapshot for member in self.members.values())
+        return Counter(readiness.verdict(each.readiness) if each is not None else Verdict.UNKNOWN for each in shown)
 
     def source_of(self, host: str) -> Source:
         """The Source of one host, which stays the fleet's.

@@ -104,12 +104,26 @@ def _member(host: str, options: argparse.Namespace) -> Member:
     from memconsole.fleet import Member
     from memconsole.recording import Recording
 
+    name = _name_of(host)
     if is_recorded(host):
-        return Member(Path(host).name.removesuffix(".snap"), partial(Recording, host), recorded=True)
+        return Member(name, partial(Recording, host), recorded=True)
     if not host:
-        return Member("localhost", lambda: Client(asked_socket(options)))
+        return Member(name, lambda: Client(asked_socket(options)))
     place = Remote(checked(host), options.socket or "")
-    return Member(host.removeprefix("ssh://").replace("/", ""), lambda: Client(place))
+    return Member(name, lambda: Client(place))
+
+
+def _name_of(host: str) -> str:
+    """What a host of a fleet is called, as it was given."""
+    if is_recorded(host):
+        return Path(host).name.removesuffix(".snap")
+    return host.removeprefix("ssh://").replace("/", "") or "localhost"
+
+
+def alone(options: argparse.Namespace, name: str) -> argparse.Namespace:
+    """The same options for one of their hosts by its name, as if no other had been given; a file is of this host."""
+    host = next(host for host in asked_hosts(options) if _name_of(host) == name)
+    return argparse.Namespace(**{**vars(options), "host": ["" if is_recorded(host) else host], "hosts": ""})
 
 
 def place(options: argparse.Namespace) -> Place:

@@ -26,6 +26,7 @@ from memconsole.units import format_size
 if TYPE_CHECKING:
     from memconsole.backend.control import Control
     from memconsole.backend.wire.sockets import Lock
+    from memconsole.views.places import Place
 
 STARTING_S = 10.0
 """How long a console waits for another one that is about to answer."""
@@ -87,7 +88,11 @@ def _many(options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
 
     fleet = stack.enter_context(contextlib.closing(connect.fleet_of(options)))
     fleet.start()
-    return run_many(fleet, interval=options.interval)
+
+    def open_one(host: str, place: Place) -> int:
+        return _run(fleet.opened(host), connect.alone(options, host), begin_at=place)
+
+    return run_many(fleet, open_one, interval=options.interval)
 
 
 def _lost_with(control: Control) -> str:
@@ -163,6 +168,7 @@ def _run(
     *,
     record_to: Path | None = None,
     on_quit: Callable[[], str] | None = None,
+    begin_at: Place | None = None,
 ) -> int:
     from memconsole.cli.inside import Inside
     from memconsole.views.opening import run
@@ -176,6 +182,7 @@ def _run(
         command=command,
         on_quit_warning=on_quit,
         command_line=Inside(connect.given_words(options)),
+        begin_at=begin_at,
     )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import datetime
 import textwrap
+from collections import Counter
 
 from textual.content import Content
 
 from memconsole import readiness, recording
+from memconsole.fleet import Fleet
 from memconsole.model import Snapshot
 from memconsole.readiness import Verdict
 from memconsole.source import PastSource
@@ -41,7 +43,7 @@ def headline(app: Console) -> tuple[list[Part], list[Part]]:
     right += [(f" ◌ {title}… ", "bold $accent") for title in app.busy]
     if app.alerts.unseen:
         right.append((f" ✖ {app.alerts.unseen} new ", "bold reverse $error"))
-    right.append(_ready(app.snapshot))
+    right += _all_ready(app.source.verdicts()) if isinstance(app.source, Fleet) else [_ready(app.snapshot)]
     right.append(_liveness(app))
     if app.snapshot is not None:
         right.append((f"{_moment(app, app.snapshot)} ", "bold $accent" if past else ""))
@@ -54,6 +56,15 @@ def _ready(snapshot: Snapshot | None) -> Part:
     if judged is Verdict.READY:
         return (" ✔ ready ", "$success")
     return (" ✖ not ready ", "$error") if judged is Verdict.REFUSED else (" ? unchecked ", "$text-muted")
+
+
+def _all_ready(verdicts: Counter[Verdict]) -> list[Part]:
+    """How many hosts are not ready, and of how many it is not known; that all are, where it is so."""
+    if verdicts[Verdict.READY] == verdicts.total():
+        return [(f" ✔ all {verdicts.total():,} ready ", "$success")]
+    refused, unknown = verdicts[Verdict.REFUSED], verdicts[Verdict.UNKNOWN]
+    found: list[Part] = [(f" ✖ {refused:,} not ready ", "$error")] if refused else []
+    return [*found, *([(f" ? {unknown:,} unchecked ", "$text-muted")] if unknown else [])]
 
 
 def whole_seconds(age: int) -> str:

@@ -61,8 +61,11 @@ def run(
     return app.return_code or 0
 
 
-def run_many(fleet: Fleet, *, interval: float = 1.0) -> int:
-    """Open the console of many hosts, from it that of one, and that of many again, until the operator leaves."""
+def run_many(fleet: Fleet, open_one: Callable[[str, Place], int], *, interval: float = 1.0) -> int:
+    """Open the console of many hosts, from it that of one, and that of many again, until the operator leaves.
+
+    ``open_one`` opens the console of one host by its name, at a place, as :func:`run` does.
+    """
     from memconsole.views.fleetapp import FleetApp
 
     begin_at: Place | None = None
@@ -80,4 +83,4 @@ def run_many(fleet: Fleet, *, interval: float = 1.0) -> int:
         if app.into is None:
             return app.return_code or 0
         begin_at = app.trail[0]
-        run(fleet.opened(app.into.host), interval=interval, begin_at=app.into.place)
+        open_one(app.into.host, app.into.place)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from contextlib import closing
 
+from msgspec.structs import replace
 from support.console import SMALL, current_table, running, selected, shown, type_text, until
 from support.fleets import fleet_of
+from support.stub_host import HUGETLB
 from support.synthetic import NOW_NS, SyntheticSource
 from textual.pilot import Pilot
 
 from memconsole.actions import GuestPause
 from memconsole.fleet import Fleet
+from memconsole.model import Readiness
 from memconsole.source import Source
 from memconsole.views.app import ConsoleApp
 from memconsole.views.fleetapp import FleetApp, Into
@@ -107,3 +110,21 @@ async def test_a_hosts_console_opens_at_the_row_that_was_chosen() -> None:
     app.begin_at = Place("guest", f"guest:{name}")
     async with running(app) as pilot:
         await until(pilot, lambda: app.trail[-1] == Place("guest", f"guest:{name}"))
+
+
+async def test_the_first_line_says_how_many_hosts_are_ready() -> None:
+    fleet, _ = fleet_of(3)
+    ready = Readiness(NOW_NS, 1, (), 50)
+    for name, found in (("h1", ready), ("h2", replace(ready, failing=(HUGETLB,))), ("h3", None)):
+        member = fleet.members[name]
+        assert member.snapshot is not None
+        member.snapshot = replace(member.snapshot, readiness=found)
+    with closing(fleet):
+        app = over(fleet)
+        async with running(app) as pilot:
+            await until(pilot, lambda: "1 not ready" in shown(app) and "1 unchecked" in shown(app))
+            for member in fleet.members.values():
+                assert member.snapshot is not None
+                member.snapshot = replace(member.snapshot, readiness=ready)
+            await pilot.press("ctrl+r")
+            await until(pilot, lambda: "all 3 ready" in shown(app))

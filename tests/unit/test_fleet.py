@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -19,11 +19,15 @@ from support.waiting import LONG_S, until
 from memconsole import actions as do
 from memconsole import recording
 from memconsole.backend.wire.serving import serve_in_thread
-from memconsole.cli import main
+from memconsole.cli import hosting, main
+from memconsole.cli.inside import Inside
 from memconsole.errors import ExitCode, NoControl, NotFound, Refused
 from memconsole.fields import TABLES
 from memconsole.fleet import Fleet, HostState, Member, hosted, joined, split
+from memconsole.macro_run import Ran
 from memconsole.source import Source
+from memconsole.views import opening
+from memconsole.views.places import Place
 
 
 def test_names_of_a_joined_snapshot_have_their_host_and_still_fit_each_other() -> None:
@@ -174,3 +178,25 @@ def test_an_action_on_several_hosts_is_planned_on_each_and_done_on_all_or_none(
     assert [len(each.applied) for each in sources] == [0, 0]
     assert main([*words, "reserve", "new", "64M", "--yes"]) == ExitCode.DONE
     assert [len(each.applied) for each in sources] == [1, 1]
+
+
+def test_the_console_of_one_of_many_hosts_has_the_commands_of_a_shell_on_that_host(
+    words: list[str], sources: list[ServedSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def opened(found: Source, *, command_line: Inside, command: Callable[[list[str]], Ran], **_: object) -> int:
+        said.append(command_line.run(["guests", "--columns", "name", "--csv"], found).text)
+        said.append(command(["guests", "--columns", "name", "--csv"]).text)
+        return 0
+
+    def many(fleet: Fleet, open_one: Callable[[str, Place], int], **_: object) -> int:
+        fleet.wait(LONG_S)
+        return open_one("h2", Place("overview"))
+
+    monkeypatch.setattr(hosting, "_on_a_terminal", lambda: None)
+    monkeypatch.setattr(opening, "run", opened)
+    monkeypatch.setattr(opening, "run_many", many)
+    assert main(words) == ExitCode.DONE
+    names = ["name", *(guest.name for guest in sources[1].snapshot().guests)]
+    assert [text.split() for text in said] == [names, names]

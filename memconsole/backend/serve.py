@@ -37,6 +37,7 @@ from memconsole.backend.handoff import luo
 from memconsole.backend.history.recorder import HistoryRecorder
 from memconsole.backend.peers import notify
 from memconsole.backend.wire import metrics, sockets
+from memconsole.backend.wire.families import PARTS
 from memconsole.backend.wire.roles import Roles
 from memconsole.backend.wire.serving import RunningService, serve_in_thread
 from memconsole.errors import ExitCode, Gone, KernelRefused, MemconsoleError
@@ -150,7 +151,7 @@ def _start(settings: ServeSettings, passed: list[tuple[str, int]], stack: contex
     stack.callback(serving.close)
     serving.listen(metrics_socket, metrics.Endpoint(serving.service))
     if settings.metrics_textfile is not None:
-        serving.service.each(METRICS_S, partial(metrics.write_textfile, settings.metrics_textfile), metrics.PARTS)
+        serving.service.each(METRICS_S, partial(metrics.write_textfile, settings.metrics_textfile), PARTS)
     return serving
 
 

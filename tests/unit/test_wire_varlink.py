@@ -14,6 +14,7 @@ from support.served import Raw, ServedSource
 from support.synthetic import snapshot
 from support.waiting import until
 
+import memconsole
 from memconsole import actions
 from memconsole.backend.wire import protocol
 from memconsole.backend.wire.client import Client
@@ -43,7 +44,7 @@ def test_the_varlink_package_introspects_and_calls_everything(
     serving: RunningService, path: Path, source: ServedSource
 ) -> None:
     with varlink.Client(f"unix:{path}") as client:
-        assert client.get_interfaces() == ["org.varlink.service", "io.memconsole"]
+        assert client.get_interfaces() == ["org.varlink.service", "io.memconsole", "io.systemd.Metrics"]
         with client.open("org.varlink.service") as service:
             assert service.GetInfo()["product"] == "memconsole"
         with client.open("io.memconsole") as console:
@@ -128,3 +129,23 @@ def test_a_client_that_half_closes_is_still_answered(serving: RunningService, pa
         raw.sock.shutdown(socket.SHUT_WR)
         assert "plan" in raw.receive()["parameters"]
         assert raw.at_end()
+
+
+def test_metrics_are_told_as_services_of_systemd_tell_theirs(serving: RunningService, path: Path) -> None:
+    with varlink.Client(f"unix:{path}") as client, client.open("io.systemd.Metrics") as metrics:
+        families = {each["name"]: each for each in metrics.Describe(_more=True)}
+        listed = list(metrics.List(_more=True))
+        assert {each["name"] for each in listed} == set(families)
+        assert families["io.memconsole.guest_memory_bytes"]["type"] == "gauge"
+        assert families["io.memconsole.canary_beats_total"]["type"] == "counter"
+        shown = snapshot(20, 5)
+        memory = {
+            each["object"]: each["value"] for each in listed if each["name"] == "io.memconsole.guest_memory_bytes"
+        }
+        assert memory == {guest.name: guest.memory for guest in shown.guests}
+        build = next(each for each in listed if each["name"] == "io.memconsole.build")
+        assert (families[build["name"]]["type"], build["value"]) == ("string", memconsole.__version__)
+        assert build["fields"]["kernel"] == shown.host.kernel
+        with pytest.raises(varlink.VarlinkError) as refused:
+            metrics.List()
+        assert refused.value.error() == "org.varlink.service.ExpectedMore"

@@ -40,6 +40,13 @@ class Call:
             self.connection.send(b'{"parameters":' + parameters + tail, fds)
         self._done(continues)
 
+    def answer_each(self, parameters: Sequence[bytes]) -> None:
+        """Reply to a call that wants more with several, of which there is at least one."""
+        *first, last = parameters
+        if self.open and not self.oneway and first:
+            self.connection.send(b"".join(b'{"parameters":%b,"continues":true}\0' % each for each in first))
+        self.answer(last)
+
     def fail(self, error: Exception) -> None:
         """Reply with an error; one that was not foreseen is logged, counted, and answered as ``Internal``."""
         name, fault = protocol.fault_of(unforeseen.named(error, self.method or "a call", "call"))

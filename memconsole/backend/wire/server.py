@@ -25,8 +25,9 @@ import memconsole
 from memconsole import action_input, decoding, unforeseen
 from memconsole.actions import Action
 from memconsole.backend.peers.peer import Peer, Rate
-from memconsole.backend.wire import inline, named, parameters, protocol
+from memconsole.backend.wire import inline, named, parameters, protocol, systemd_metrics
 from memconsole.backend.wire.call import Call, log
+from memconsole.backend.wire.families import PARTS
 from memconsole.backend.wire.loop import Loop, PeerConnection
 from memconsole.backend.wire.pool import Pool
 from memconsole.backend.wire.protocol import INTERFACE, SERVICE, VarlinkCall
@@ -152,7 +153,7 @@ class Service:
 
     def _unknown(self, call: Call) -> None:
         interface, _, _ = call.method.rpartition(".")
-        if interface in {INTERFACE, SERVICE}:
+        if interface in self.DESCRIPTIONS:
             call.reject(f"{SERVICE}.MethodNotFound", {"method": call.method})
         else:
             call.reject(f"{SERVICE}.InterfaceNotFound", {"interface": interface or call.method})
@@ -211,15 +212,14 @@ class Service:
             "product": "memconsole",
             "version": memconsole.__version__,
             "url": "https://varlink.org/" + INTERFACE,
-            "interfaces": [SERVICE, INTERFACE],
+            "interfaces": list(self.DESCRIPTIONS),
         }
         call.answer(msgspec.json.encode(info))
 
     def _describe(self, call: Call, p: parameters.Interface) -> None:
-        if p.interface == INTERFACE:
-            call.answer(msgspec.json.encode({"description": protocol.description()}))
-        elif p.interface == SERVICE:
-            call.answer(msgspec.json.encode({"description": protocol.SERVICE_DESCRIPTION}))
+        description = self.DESCRIPTIONS.get(p.interface)
+        if description is not None:
+            call.answer(msgspec.json.encode({"description": description()}))
         else:
             call.reject(f"{SERVICE}.InterfaceNotFound", {"interface": p.interface})
 
@@ -359,6 +359,34 @@ class Service:
 
         self._work(call, self._read, READ_S, work)
 
+    def _metrics(self, call: Call, told: Callable[[Snapshot], list[bytes]]) -> None:
+        if not call.more:
+            call.reject(f"{SERVICE}.ExpectedMore", {})
+            return
+        self._hold(call, READ_S)
+
+        def taken(found: SharedSnapshot | MemconsoleError) -> None:
+            if isinstance(found, MemconsoleError):
+                call.fail(found)
+            elif not self.read(lambda: job(found.snapshot)):
+                call.fail(Refused(f"{call.method} must wait", "too many calls wait already", "try again", code="Busy"))
+
+        def job(snapshot: Snapshot) -> None:
+            answer = unforeseen.attempt(call.method, "call", partial(told, snapshot))
+            self.loop.call(lambda: done(answer))
+
+        def done(answer: list[bytes] | MemconsoleError) -> None:
+            with self.loop.contained(call.connection):
+                call.fail(answer) if isinstance(answer, MemconsoleError) else call.answer_each(answer)
+
+        self.survey.get(taken, PARTS)
+
+    def _list_metrics(self, call: Call, _: parameters.Nothing) -> None:
+        self._metrics(call, systemd_metrics.listed)
+
+    def _describe_metrics(self, call: Call, _: parameters.Nothing) -> None:
+        self._metrics(call, systemd_metrics.described)
+
     # --- what may block -------------------------------------------------------------------------------------------
 
     def _hold(self, call: Call, seconds: float) -> None:
@@ -425,6 +453,13 @@ class Service:
         f"{INTERFACE}.History": Method(parameters.After, Role.VIEWER, _history),
         f"{INTERFACE}.GetPast": Method(parameters.At, Role.VIEWER, _get_past),
         f"{INTERFACE}.Doctor": Method(parameters.Nothing, Role.VIEWER, _doctor),
+        f"{systemd_metrics.INTERFACE}.List": Method(parameters.Nothing, Role.VIEWER, _list_metrics),
+        f"{systemd_metrics.INTERFACE}.Describe": Method(parameters.Nothing, Role.VIEWER, _describe_metrics),
+    }
+    DESCRIPTIONS: ClassVar[dict[str, Callable[[], str]]] = {
+        SERVICE: lambda: protocol.SERVICE_DESCRIPTION,
+        INTERFACE: protocol.description,
+        systemd_metrics.INTERFACE: lambda: systemd_metrics.DESCRIPTION,
     }
 
 

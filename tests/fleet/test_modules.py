@@ -170,6 +170,38 @@ def test_no_control_process_and_no_command_are_told_as_what_they_are(tmp_path: P
     assert (missing["failed"], missing["rc"]) == (True, 127)
 
 
+OLDER = """#!/bin/sh
+case "$*" in
+*--version*) echo memconsole 0.0.9 ;;
+*--dry-run*) echo '{"action": "handoff-run", "cli": "handoff run", "conditions": [], "effects": [], "refusals": []}' ;;
+*snapshot*) echo '{"host": {}, "guests": [], "regions": [], "findings": [], "handoff": null}' ;;
+*) echo "memconsole: error: unrecognized arguments: $*" >&2; exit 2 ;;
+esac
+"""
+
+
+def test_a_memconsole_that_is_older_than_the_collection_is_told_by_its_version(tmp_path: Path, run: Run) -> None:
+    older = tmp_path / "older"
+    older.write_text(OLDER, encoding="utf-8")
+    older.chmod(0o755)
+    for module, why in (
+        ("handoff_check", "its plan says nothing of from_kernel, to_kernel"),
+        ("handoff_run", "its plan says nothing of from_kernel, to_kernel"),
+        ("handoff_report", "unrecognized arguments"),
+    ):
+        found = run(module, executable=str(older))
+        assert (found["failed"], found["error"]) == (True, {"code": "TooOld"})
+        assert "memconsole 0.0.9 on this host is older than the collection" in found["msg"]
+        assert why in found["msg"]
+
+
+def test_a_service_that_does_not_say_which_kernel_would_boot_is_not_begun(host: StubHost, run: Run) -> None:
+    host.kernels = ("", "")
+    found = run("handoff_run")
+    assert (found["failed"], found["error"], host.jumps) == (True, {"code": "NoKernel"}, 0)
+    assert run("handoff_check")["failed"]
+
+
 def test_every_module_is_documented_as_ansible_doc_reads_it(tmp_path: Path) -> None:
     program = str(Path(sys.executable).parent / "ansible-doc")
     (tmp_path / "none.cfg").touch()

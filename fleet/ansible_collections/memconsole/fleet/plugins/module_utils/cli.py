@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-DONE, FAILED, REFUSED, FINDINGS, NO_CONTROL = 0, 1, 3, 4, 5
+DONE, FAILED, USAGE, REFUSED, FINDINGS, NO_CONTROL = 0, 1, 2, 3, 4, 5
 """Exit codes of memconsole, which say what a command came to."""
+PLAN = ("action", "cli", "conditions", "effects", "refusals")
+HANDOFF = (*PLAN, "from_kernel", "to_kernel")
+SNAPSHOT = ("host", "guests", "regions", "findings", "handoff")
+"""What modules read of an answer; one that lacks some is of a memconsole that is older than this collection."""
 
 OPTIONS: dict[str, Any] = {"executable": {"type": "path", "default": "memconsole"}, "socket": {"type": "path"}}
 KERNEL: dict[str, Any] = {"kernel": {"type": "str"}, "initrd": {"type": "str"}, "append": {"type": "str"}}
+
+
+_UNKNOWN = re.compile(r"unrecognized arguments: .*|.*invalid choice: .*")
+"""How a memconsole says that it does not know a command or an option."""
 
 
 class Failed(Exception):
@@ -41,7 +50,7 @@ class CommandLine:
         """Run a command; its exit code, which is one of ``codes``, and what it wrote as JSON.
 
         Raises:
-            Failed: it ended with another code, or wrote no JSON.
+            Failed: it ended with another code, or wrote no JSON; or it does not know the command (``TooOld``).
         """
         code, out, err = self.module.run_command(self.words(*words), handle_exceptions=False)
         try:
@@ -49,6 +58,8 @@ class CommandLine:
         except ValueError:
             value = None
         error = value["error"] if isinstance(value, dict) and isinstance(value.get("error"), dict) else {}
+        if code == USAGE and (said := _UNKNOWN.search(f"{error.get('what', '')}\n{err}")):
+            raise self._too_old(said[0])
         if code not in codes or error or value is None:
             raise Failed(_sentence(error) or err.strip() or f"memconsole ended with exit code {code}", code, error)
         return code, value
@@ -59,8 +70,27 @@ class CommandLine:
         Raises:
             Failed: there is none.
         """
-        plan: dict[str, Any] = self.ask(*_with(words, "--dry-run", "--json"), codes=(DONE, REFUSED))[1]
-        return plan
+        plan = self.ask(*_with(words, "--dry-run", "--json"), codes=(DONE, REFUSED))[1]
+        found = self._whole(plan, "plan", HANDOFF if words[0] == "handoff" else PLAN)
+        if words[:2] == ("handoff", "run") and not found["refusals"] and not found["to_kernel"]:
+            why = "its plan names no kernel: its service may be older than the command, or the image does not say"
+            raise Failed(f"{why} (restart the service: systemctl restart memconsole)", FAILED, {"code": "NoKernel"})
+        return found
+
+    def _whole(self, value: Any, what: str, names: tuple[str, ...]) -> dict[str, Any]:
+        """An answer that has everything that is read of it."""
+        lacks = [name for name in names if not isinstance(value, dict) or name not in value]
+        if lacks:
+            raise self._too_old(f"its {what} says nothing of {', '.join(lacks)}")
+        found: dict[str, Any] = value
+        return found
+
+    def _too_old(self, why: str) -> Failed:
+        """The failure of a memconsole that knows less than this collection asks, by its version."""
+        _, out, _ = self.module.run_command([self.module.params["executable"], "--version"], handle_exceptions=False)
+        said = out.strip() or "memconsole of a version that it does not tell"
+        what = f"{said} on this host is older than the collection memconsole.fleet: {why}"
+        return Failed(f"{what} (upgrade it, and restart its service)", USAGE, {"code": "TooOld"})
 
     def snapshot(self) -> dict[str, Any]:
         """Everything that the host shows.
@@ -68,8 +98,7 @@ class CommandLine:
         Raises:
             Failed: it shows nothing.
         """
-        found: dict[str, Any] = self.ask("snapshot")[1]
-        return found
+        return self._whole(self.ask("snapshot")[1], "snapshot", SNAPSHOT)
 
     def last_handoff(self, *, picture: bool) -> dict[str, Any]:
         """The last handoff: its report, whether all came back, what is found now, and its timeline if that is wanted.

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from support.playbooks import Engine
+from support.playbooks import local
 from support.services import Service, services
 
 from memconsole.actions import GuestStart
@@ -49,7 +49,7 @@ def fleet() -> Iterator[dict[str, Service]]:
 def test_every_guest_of_every_host_is_started_anew_once_all_hosts_can(
     fleet: dict[str, Service], tmp_path: Path
 ) -> None:
-    engine = Engine(tmp_path, {name: service.path for name, service in fleet.items()})
+    engine = local(tmp_path, {name: service.path for name, service in fleet.items()})
     before = {name: guest(service).pid for name, service in fleet.items()}
     stopped = before["hv2"]
     assert stopped is not None

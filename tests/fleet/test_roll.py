@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from support.playbooks import Engine, recap
+from support.playbooks import Engine, local, recap
 from support.stub_host import StubHost, stub_host
 
 NAMES = ("hv1", "hv2", "hv3")
@@ -20,7 +20,7 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
     sockets = {name: tmp_path / f"{name}.control" for name in NAMES}
     with ExitStack() as stack:
         hosts = {name: stack.enter_context(stub_host(path)) for name, path in sockets.items()}
-        yield Engine(tmp_path, sockets), hosts
+        yield local(tmp_path, sockets), hosts
 
 
 def jumps(hosts: dict[str, StubHost]) -> list[int]:

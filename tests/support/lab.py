@@ -1,9 +1,9 @@
 """The lab: a hypervisor host in a VM, in which a real kernel really kexecs.
 
-QEMU (TCG) boots the lab's kernel over this machine's own root, read-only over 9p under a tmpfs overlay, so that the
-lab has this machine's userland, Python and QEMU. ``/init`` of a small initrd (busybox and the script below) mounts all
-that and runs ``/run/lab/start``; after a kexec the same initrd finds the next kernel's command line and starts it again
-with ``stage=N+1``.
+QEMU (TCG) boots the lab's kernel over this machine's own root, read-only over 9p under an overlay in memory (or on a
+disk, where the command line has ``disk=vda``), so that the lab has this machine's userland, Python and QEMU. ``/init``
+of a small initrd (busybox and the script below) mounts all that and runs ``/run/lab/start``; after a kexec the same
+initrd finds the next kernel's command line and starts it again with ``stage=N+1``.
 
 A scenario is a Python file of tests/vm/scenarios; what it has to say it appends to ``/run/lab/verdicts`` (one JSON
 object a line, see :mod:`lab_guest`), in a directory shared with this machine. A run that says nothing has failed, and
@@ -51,7 +51,11 @@ fail() { echo "lab: $1"; $B poweroff -f; }
 $B mount -t devtmpfs dev /dev; $B mount -t proc proc /proc; $B mount -t sysfs sys /sys
 share="trans=virtio,version=9p2000.L,msize=524288"
 $B mount -t 9p -o $share,ro,cache=loose host0 /ro || fail "no root share"
-$B mount -t tmpfs -o size=25% tmp /rw && $B mkdir /rw/up /rw/work
+case "$($B cat /proc/cmdline)" in
+*disk=vda*) $B mount -t ext4 /dev/vda /rw || fail "no disk" ;;
+*) $B mount -t tmpfs -o size=25% tmp /rw ;;
+esac
+$B mkdir -p /rw/up /rw/work
 $B mount -t overlay -o lowerdir=/ro,upperdir=/rw/up,workdir=/rw/work over /new || fail "no overlay"
 for d in dev proc sys; do $B mount -o move /$d /new/$d; done
 $B mount -t tmpfs run /new/run

@@ -41,6 +41,23 @@ def image(kernel: Path, cache: Path) -> Path:
     return found
 
 
+def renamed(image: bytes, release: str) -> bytes:
+    """The same kernel, which says in its image and when it runs that it is of another release of as many characters.
+
+    ``uname`` of both, the banner and the setup's version have it; nothing else of the kernel changes.
+    """
+    found = release_of(image)
+    if len(found) != len(release):
+        raise ValueError(f"{release} has not as many characters as {found}, the release of the lab's kernel")
+    return image.replace(found.encode(), release.encode())
+
+
+def release_of(image: bytes) -> str:
+    """The release that an image says it is of."""
+    at = int.from_bytes(image[0x20E:0x210], "little") + 0x200
+    return image[at : image.index(b" ", at)].decode("ascii")
+
+
 def _made(setup: bytes, kernel: bytes, directory: Path) -> bytes:
     """A setup that is told of the payload behind the stub, the stub, and the payload."""
     header = list(struct.unpack_from(_ELF, kernel))

@@ -1,4 +1,4 @@
-"""Playbooks of the collection in the tree, by the real ansible-playbook, over control processes of this machine."""
+"""Playbooks of the collection in the tree, by the real ansible-playbook, over hosts of a test."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import memconsole
-from support.waiting import until
+from support.waiting import LONG_S, until
 
 TOP = Path(memconsole.__path__[0]).parent
 FLEET = TOP / "fleet"
@@ -44,23 +44,22 @@ def executable(directory: Path) -> Path:
 
 
 class Engine:
-    """ansible-playbook over hosts that are control processes here, by their sockets."""
+    """ansible-playbook over hosts by name, with what its inventory says of each of them and of all."""
 
-    def __init__(self, directory: Path, sockets: Mapping[str, Path]) -> None:
+    def __init__(
+        self, directory: Path, hosts: Mapping[str, Mapping[str, object]], shared: Mapping[str, object]
+    ) -> None:
         self.directory = directory
         self.reports = directory / "roll"
         self.inventory = directory / "inventory.json"
-        shared = {
-            "ansible_connection": "local",
+        told = {
             "ansible_python_interpreter": sys.executable,
             "ansible_remote_tmp": str(directory / "remote"),
-            "memconsole_executable": str(executable(directory)),
             "memconsole_report_dir": str(self.reports),
-            "memconsole_interval": 0.5,
+            **shared,
         }
         (directory / "none.cfg").touch()
-        hosts = {name: {"memconsole_socket": str(path)} for name, path in sockets.items()}
-        self.inventory.write_text(json.dumps({"memconsole": {"hosts": hosts, "vars": shared}}), encoding="utf-8")
+        self.inventory.write_text(json.dumps({"memconsole": {"hosts": hosts, "vars": told}}), encoding="utf-8")
 
     def command(self, playbook: str, *more: str) -> list[str]:
         """One run of a playbook of the collection."""
@@ -72,11 +71,11 @@ class Engine:
         words, env = self.command(playbook, *more), environment(self.directory)
         return subprocess.run(words, env=env, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
 
-    def killed(self, playbook: str, when: Any) -> None:
+    def killed(self, playbook: str, when: Any, *more: str, within: float = LONG_S) -> None:
         """Run it until ``when`` says so, and kill the controller with all of its workers."""
-        words, env = self.command(playbook), environment(self.directory)
+        words, env = self.command(playbook, *more), environment(self.directory)
         with subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, start_new_session=True) as process:
-            until(when)
+            until(when, within=within)
             os.killpg(process.pid, signal.SIGKILL)
 
     def report(self) -> dict[str, Any]:
@@ -87,6 +86,16 @@ class Engine:
     def states(self) -> list[str]:
         """Where each host is, in order."""
         return [row["state"] for row in self.report()["hosts"]]
+
+
+def local(directory: Path, sockets: Mapping[str, Path]) -> Engine:
+    """An engine over control processes of this machine, by their sockets."""
+    shared = {
+        "ansible_connection": "local",
+        "memconsole_executable": str(executable(directory)),
+        "memconsole_interval": 0.5,
+    }
+    return Engine(directory, {name: {"memconsole_socket": str(path)} for name, path in sockets.items()}, shared)
 
 
 def recap(said: str, names: Sequence[str]) -> dict[str, dict[str, int]]:

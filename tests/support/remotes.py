@@ -84,7 +84,8 @@ Host {name}
 """
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
@@ -104,7 +105,7 @@ def ssh_host(directory: Path, path: str) -> Iterator[SshHost]:
         subprocess.run(command, check=True)
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where it is compiled to drop its rights
-    host = SshHost(_free_port(), directory, f"ssh -F {directory}/ssh_config")
+    host = SshHost(free_port(), directory, f"ssh -F {directory}/ssh_config")
     values: Mapping[str, object] = {
         "port": host.port, "directory": directory, "path": path, "name": host.name, "user": getpass.getuser(),
         "pam": "yes" if os.geteuid() == 0 else "no",

@@ -1,0 +1,149 @@
+"""Rolls over lab hosts: VMs with an sshd of their own that really boot the next kernel, their canaries going on in it.
+
+They take long: ``make soak`` runs them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import build_deb
+import pytest
+from support import lab
+from support.lab_fleet import DEBIAN, PATIENCE, LabFleet, lab_fleet
+from support.playbooks import Engine, recap
+from support.remotes import SSHD
+from support.waiting import until
+
+SOAK = pytest.mark.skipif(not os.environ.get("MEMCONSOLE_SOAK"), reason="a fleet of labs takes long: MEMCONSOLE_SOAK=1")
+pytestmark = pytest.mark.skipif(not SSHD, reason="there is no sshd: apt install openssh-server")
+THREE = ("hv1", "hv2", "hv3")
+CANARY = (
+    "[ -e /var/lib/begun ] || { memconsole serve --record 30; memconsole guest start canary --memory 8M; :"
+    " >/var/lib/begun; }"
+)
+"""What a host does before its first service: a guest, which counts."""
+OLDER = """#!/bin/sh
+case "$*" in *--yes*) cp /boot/vmlinuz-{old} /boot/vmlinuz-{new} ;; esac
+exec memconsole "$@"
+"""
+"""A memconsole on a host where somebody puts another image in the place of the next kernel's, once it was planned."""
+TRIES = 2
+"""How often a fleet is begun of which a host went deaf: QEMU's emulation does that (lab_watch.py)."""
+
+
+def engine(directory: Path, fleet: LabFleet, **shared: object) -> Engine:
+    """An engine over lab hosts; each look costs an emulated processor ten seconds."""
+    told = {"memconsole_interval": 45, "memconsole_least_timeout": 900, "ansible_remote_tmp": "/tmp/ansible", **shared}
+    return Engine(directory, fleet.variables(), told)
+
+
+def rows(made: Engine) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = made.report()["hosts"]
+    return found
+
+
+@SOAK
+def test_a_host_is_rolled_while_its_network_is_cut_in_the_jump(tmp_path: Path) -> None:
+    for attempt in range(1, TRIES + 1):
+        with lab_fleet(tmp_path / str(attempt), ["hv1"], more=CANARY) as fleet:
+            host, made = fleet.hosts["hv1"], engine(tmp_path / str(attempt), fleet)
+            with host.cut_in_the_jump():
+                done = made.play("roll")
+            if done.returncode and host.deaf() and attempt < TRIES:
+                lab.repeated.append("hv1: nothing ran in it any more")
+                continue
+            assert done.returncode == 0, (done.stdout, host.console())
+            assert host.releases() == [fleet.old, fleet.new]
+            row = rows(made)[0]
+            assert (row["state"], row["report"]["to_kernel"]) == ("done", fleet.new)
+            assert row["blackouts"]["canary"] > 0
+            assert (made.reports / "report.html").read_text(encoding="utf-8").count("data:image/svg+xml;base64,") == 1
+            return
+
+
+@SOAK
+def test_three_hosts_are_held_up_by_one_rolled_past_a_controller_that_dies_and_rolled_back(tmp_path: Path) -> None:
+    options = {"hv3": ("-rtc", "base=2031-01-01T00:00:00")}
+    with lab_fleet(tmp_path, THREE, more=CANARY, options=options) as fleet:
+        made, hosts = engine(tmp_path, fleet, memconsole_serial=1), fleet.hosts
+        fleet.run("hv2", "kill -STOP $(memconsole guests --json | grep -o '\"pid\": *[0-9]*' | grep -o '[0-9]*')")
+        held = made.play("roll")
+        assert held.returncode != 0
+        assert made.states() == ["waiting", "refused", "waiting"], held.stdout
+        assert "GuestSilent" in rows(made)[1]["why"]
+        assert [host.boots() for host in hosts.values()] == [1, 1, 1]
+
+        fleet.run("hv2", "kill -CONT $(memconsole guests --json | grep -o '\"pid\": *[0-9]*' | grep -o '[0-9]*')")
+        made.killed("roll", lambda: hosts["hv3"].boots() == 2, within=3 * PATIENCE)
+        assert made.states() == ["done", "done", "begun"]
+        until(hosts["hv3"].serves, "hv3 serves", PATIENCE)
+        told = made.play("report")
+        assert (told.returncode, made.states()) == (0, ["done"] * 3), told.stdout
+        assert all(row["picture"].startswith("<svg") for row in rows(made))
+
+        went_on = made.play("roll")
+        assert (went_on.returncode, made.states()) == (0, ["unchanged"] * 3), went_on.stdout
+        assert [host.releases() for host in hosts.values()] == [[fleet.old, fleet.new]] * 3
+
+        back = made.play("rollback", "-e", f"memconsole_rollback_from={fleet.new}", "-e", "memconsole_serial=3")
+        assert (back.returncode, made.states()) == (0, ["done"] * 3), back.stdout
+        assert [host.releases() for host in hosts.values()] == [[fleet.old, fleet.new, fleet.old]] * 3
+
+
+@SOAK
+def test_a_kernel_that_panics_is_told_as_a_host_that_booted_anew(tmp_path: Path) -> None:
+    with lab_fleet(tmp_path, ["hv1"], more=CANARY) as fleet:
+        line = fleet.run("hv1", "cat /proc/cmdline").strip()
+        made = engine(tmp_path, fleet, memconsole_append=f"{line} rdinit=/nowhere")
+        done = made.play("roll")
+        assert done.returncode != 0
+        assert made.states() == ["failed"], done.stdout
+        assert "booted anew" in rows(made)[0]["why"]
+        assert fleet.hosts["hv1"].releases() == [fleet.old, fleet.old]
+
+
+@SOAK
+def test_a_host_that_comes_back_with_the_old_kernel_is_not_done(tmp_path: Path) -> None:
+    with lab_fleet(tmp_path, ["hv1"], more=CANARY) as fleet:
+        program = fleet.hosts["hv1"].share / "older"
+        program.write_text(OLDER.format(old=fleet.old, new=fleet.new), encoding="utf-8")
+        program.chmod(0o755)
+        made = engine(tmp_path, fleet, memconsole_executable="/run/lab/older")
+        done = made.play("roll")
+        assert done.returncode != 0
+        assert made.states() == ["failed"], done.stdout
+        assert f"the host runs {fleet.old}" in rows(made)[0]["why"]
+        assert rows(made)[0]["report"]["guests"][0]["back"]
+
+
+@SOAK
+def test_a_host_whose_disk_is_full_rolls_or_says_why_not(tmp_path: Path) -> None:
+    with lab_fleet(tmp_path, ["hv1"], more=CANARY) as fleet:
+        fleet.run("hv1", "dd if=/dev/zero of=/full bs=1M 2>/dev/null; df / | grep 100%")
+        made = engine(tmp_path, fleet)
+        done = made.play("roll")
+        row = rows(made)[0]
+        if done.returncode:
+            assert row["why"], done.stdout
+            assert fleet.run("hv1", "memconsole guests --json").count('"running"') == 1
+        else:
+            assert row["state"] == "done"
+            assert row["report"]["guests"][0]["back"]
+
+
+@SOAK
+def test_a_fresh_debian_is_installed_by_the_role_and_rolled(tmp_path: Path) -> None:
+    package = build_deb.build(tmp_path / "deb")
+    with lab_fleet(tmp_path, ["hv1"], begins=DEBIAN) as fleet:
+        made = engine(tmp_path, fleet)
+        installed = made.play("install", "-e", f"memconsole_package={package}")
+        assert installed.returncode == 0, installed.stdout
+        again = made.play("install", "-e", f"memconsole_package={package}")
+        assert recap(again.stdout, ["hv1"])["hv1"]["changed"] == 0, again.stdout
+        fleet.run("hv1", "memconsole guest start canary --memory 8M")
+        done = made.play("roll")
+        assert (done.returncode, made.states()) == (0, ["done"]), done.stdout
+        assert fleet.hosts["hv1"].releases() == [fleet.old, fleet.new]

@@ -42,7 +42,7 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,54}"
 """What a region or guest may be called: it becomes a file name and, with a prefix, a LUO session name (63 bytes)."""
 
 
-STORES = ("memfd", "dax")
+STORES = ("memfd", "dax", "devdax")
 """Where frames can live: docs/stores.md says what each survives."""
 
 
@@ -307,11 +307,14 @@ class ArenaCreate(Action, frozen=True, tag="arena-create"):
         "arena-create",
         ("arena", "create"),
         "Create arena",
-        "Format a range that was set aside at boot, for regions of the dax store",
+        "Format a range that was set aside at boot, for regions of the dax store, or of devdax",
         Danger.DESTROYS,
     )
     name: Annotated[str, Arg(ArgumentKind.NEW_NAME, "name of the new arena", positional=True)]
-    device: Annotated[str, Arg(ArgumentKind.TEXT, "pmem device, for example pmem0; the only one if left out")] = ""
+    device: Annotated[
+        str, Arg(ArgumentKind.TEXT, "pmem device, for example pmem0, or dax0.0 with devdax; the only one if left out")
+    ] = ""
+    devdax: Annotated[bool, Arg(ArgumentKind.FLAG, "without a file system, for regions of the devdax store")] = False
 
 
 class ArenaScan(Action, frozen=True, tag="arena-scan"):
@@ -321,7 +324,7 @@ class ArenaScan(Action, frozen=True, tag="arena-scan"):
         "arena-scan",
         ("arena", "scan"),
         "Scan arenas",
-        "Mount the arenas of this host and take up the regions in them",
+        "Take up the arenas of this host, and the regions in them",
         Danger.CHANGES,
     )
 

@@ -45,7 +45,8 @@ KINDS: Mapping[str, FindingKind] = {
     ),
     "arena-unread": FindingKind("every arena can be mounted and read", "regions in it are not taken up"),
     "arena-unused": FindingKind(
-        "every arena of this host is mounted with dax, and one memconsole's", "regions in it are not taken up"
+        "every arena of this host is one memconsole's, and mounted with dax if it is a file system",
+        "regions in it are not taken up",
     ),
     "audit-behind": FindingKind(
         "the audit trail has every record of the ledger", "the audit trail cannot say who did what since"

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
 import msgspec
@@ -245,11 +245,16 @@ def _adopt_regions(desk: AdoptionDesk) -> Recorded[list[Finding]]:
                 told.append(_torn_region(region, there))
             continue
         fds = tuple(desk.custody.get(name)[0] for name in names)
-        found = files.segments(fds)
+        found = _segments(desk, region.store, fds)
         desk.hold_region(region.name, fds)
         if [_segment_file(each) for each in found] != [_segment_file(each) for each in region.segments]:
             told.append((yield from _other_memory(region, found)))
     return told
+
+
+def _segments(desk: AdoptionDesk, store: str, fds: Sequence[int]) -> tuple[Segment, ...]:
+    known = desk.stores.get(store)  # none, of a newer memconsole or of RAM that was adopted: it is a file
+    return files.segments(fds) if known is None else known.segments(fds)
 
 
 def _segment_file(segment: Segment) -> tuple[int, int]:
@@ -296,9 +301,10 @@ def _adopt_found(desk: AdoptionDesk, name: str, held_as: set[str], where: str) -
     wanted = [custody_name(name, index) for index in range(len(held_as))]
     held = [desk.custody.get(each) for each in wanted] if held_as == set(wanted) else []
     fds = tuple(fd for fd, _ in held)
-    segments = files.segments(fds)
+    segments: tuple[Segment, ...] = ()
     try:
         region = payloads.read(name, held[0][1] if held else b"", Region)
+        segments = _segments(desk, region.store, fds)
         whole = bool(segments) and all(each.size and each.size % PAGE == 0 for each in segments)
     except BadFile:
         whole = False

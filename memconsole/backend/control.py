@@ -38,7 +38,6 @@ from memconsole.backend.readiness import ReadinessCheck
 from memconsole.backend.upkeep import Upkeep
 from memconsole.errors import MemconsoleError, Refused
 from memconsole.model import (
-    Access,
     Danger,
     Event,
     Finding,
@@ -273,7 +272,7 @@ class Control:
         lent: list[int] = []
         with self._desk.borrowed_fds(region) as fds, contextlib.ExitStack() as undo:
             for fd in fds:
-                lent.append(store.segment_fd(fd, Access.RO))
+                lent.append(store.readable_fd(fd))
                 undo.callback(os.close, lent[-1])
             self._ledger.record(EventRecord(time.time_ns(), "lent", region, f"{region} can be read by {peer}", peer))
             undo.pop_all()

@@ -162,6 +162,7 @@ class Desk(Holdings):
                 shields=self.blocked_mappings,
                 among=among,
                 counted=self.store_of(region.name).COUNTED,
+                others=self.state.regions.values(),
             )
 
     def keepers(self, among: Collection[int] | None = None) -> tuple[int, ...]:
@@ -403,6 +404,7 @@ class Desk(Holdings):
 
         fds, store = self.fds(grant.region), self.store_of(grant.region)
         index, offset = divmod(grant.offset, files.SEGMENT)
+        offset += store.segments([fds[index]])[0].start
         fd = store.segment_fd(fds[index], grant.access)
         try:
             modes = self._uffd_modes(grant) if store.FAULTS else 0

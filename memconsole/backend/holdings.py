@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,12 +60,15 @@ class Holdings:
     @functools.cached_property
     def stores(self) -> Stores:
         """The stores of this host, by name."""
-        from memconsole.backend.stores import memfd
+        from memconsole.backend.stores import memfd, ranges
         from memconsole.backend.stores.dax import DaxStore
+        from memconsole.backend.stores.pieces import PieceStore
 
+        lasting = self.custody.survives
         return {
             memfd.NAME: memfd,
-            DaxStore.NAME: DaxStore(self.runtime_dir, lasting=self.custody.survives, root=self.root),
+            DaxStore.NAME: DaxStore(self.runtime_dir, lasting=lasting, root=self.root),
+            ranges.DEVDAX: PieceStore(ranges.DEVDAX, ranges.devdax, lasting=lasting, root=self.root),
         }
 
     def store_of(self, region: str) -> Store:
@@ -172,19 +176,26 @@ class Holdings:
         found = {}
         with self._looking:
             for name, fds in self._fds.items():
-                stats = [os.fstat(fd) for fd in fds]
+                seen = [os.fstat(fd) for fd in fds]
                 found[name] = tuple(
                     Backing(
-                        stat.st_dev,
-                        stat.st_ino,
-                        stat.st_size,
-                        stat.st_blocks * 512,
+                        status.st_dev,
+                        status.st_ino,
+                        *self._sizes(name, index, status),
                         files.seals(fd),
                         files.was_preserved(fd),
                     )
-                    for fd, stat in zip(fds, stats, strict=True)
+                    for index, (fd, status) in enumerate(zip(fds, seen, strict=True))
                 )
         return found
+
+    def _sizes(self, region: str, index: int, found: os.stat_result) -> tuple[int, int]:
+        """Bytes of a segment, and those that have frames; a device says neither of itself."""
+        if not stat.S_ISCHR(found.st_mode):
+            return found.st_size, found.st_blocks * 512
+        meant = self.state.regions.get(region)
+        size = sum(each.size for each in meant.segments[index : index + 1]) if meant is not None else 0
+        return size, size
 
     def promised_bytes(self) -> int:
         """Bytes of reserved base pages that have no frame yet: memory that is spoken for."""

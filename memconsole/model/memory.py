@@ -13,11 +13,16 @@ from memconsole.model.words import Access, GrantState, GuestKind, GuestState, Re
 
 
 class Segment(Value, frozen=True):
-    """One memfd of a region, by the inode its mappings show in /proc/PID/maps."""
+    """One memfd of a region, by the inode its mappings show in /proc/PID/maps.
+
+    One that is a piece of a device begins at byte ``start`` of it, and ``whole`` is the device's number (st_rdev).
+    """
 
     inode: int
     device: int
     size: int
+    start: int = 0
+    whole: int = 0
 
 
 class RegionSeen(Value, frozen=True):

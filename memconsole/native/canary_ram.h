@@ -162,10 +162,11 @@ static int range_claim(const struct agent_grant *m, int fd, void **at)
 	    (m->gpa != AGENT_NO_GPA && (m->gpa % PAGE || m->gpa > GPA_END - m->length)) ||
 	    (m->access != AGENT_RO && !writes))
 		return EINVAL;
-	/* A file shorter than the grant would end in SIGBUS, not in an answer. */
+	/* A file shorter than the grant would end in SIGBUS, not in an answer; a device does not say how long it is. */
 	if (fstat(fd, &st) < 0)
 		return errno;
-	if (m->offset > (uint64_t)st.st_size || m->length > (uint64_t)st.st_size - m->offset)
+	if (S_ISREG(st.st_mode) &&
+	    (m->offset > (uint64_t)st.st_size || m->length > (uint64_t)st.st_size - m->offset))
 		return ERANGE;
 	*at = map_for_huge_pages(m->length, PROT_READ | (writes ? PROT_WRITE : 0), fd, (off_t)m->offset);
 	if (*at == MAP_FAILED)

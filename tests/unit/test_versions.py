@@ -202,7 +202,7 @@ def again(found: state.State) -> state.State:
 
 
 def test_a_compacted_ledger_keeps_what_it_does_not_know_of_an_entity() -> None:
-    newest = region(tier="gold", segments=[{"inode": 7, "device": 1, "size": 4096, "tier": 2}])
+    newest = region(tier="gold", segments=[{"inode": 7, "device": 1, "size": 4096, "start": 0, "whole": 0, "tier": 2}])
     found = state.fold(records((RecordKind.EVENT, event(regions=[newest]))))
     assert found.regions == {"web": REGION}
     for _ in range(2):

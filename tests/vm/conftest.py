@@ -13,6 +13,7 @@ from support import lab
 
 SECONDS = {
     "arena": 90,
+    "arena-devdax": 80,
     "audit": 125,
     "dma": 65,
     "dma-amd": 50,

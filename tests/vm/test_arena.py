@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 from support import lab
 
 JUMPS = 20 if os.environ.get("MEMCONSOLE_SOAK") else 1
@@ -13,5 +14,12 @@ WORDS = "kho=off liveupdate=off memmap=256M!1G"
 
 def test_regions_of_an_arena_are_found_again_with_every_byte(tmp_path: Path) -> None:
     said = lab.run("arena", tmp_path, append=WORDS, arguments=[str(JUMPS)])
+    said.check()
+    assert said.stages == JUMPS + 1
+
+
+@pytest.mark.group("arena-devdax")
+def test_a_raw_device_says_by_itself_what_is_in_it(tmp_path: Path) -> None:
+    said = lab.run("devdax", tmp_path, append=WORDS, arguments=[str(JUMPS)])
     said.check()
     assert said.stages == JUMPS + 1

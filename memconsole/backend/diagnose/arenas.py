@@ -10,10 +10,16 @@ from memconsole.backend.kernel.pmem import Pmem
 from memconsole.backend.kernel.tree import Root
 from memconsole.backend.stores import arena as arenas
 from memconsole.backend.stores import dax, ext4
+from memconsole.backend.stores import ranges as raw
 from memconsole.backend.stores.arena import Arena, Contents
+from memconsole.backend.stores.described import free
+from memconsole.backend.stores.ranges import Range
 from memconsole.errors import MemconsoleError, UsageError
 from memconsole.model import Finding, Severity, Value
 from memconsole.units import format_address, format_size, parse_size
+
+_DAMAGED = "a description of memconsole"
+"""How :func:`.ranges.contents` begins to say that a range says something that cannot be used."""
 
 
 class InArena(Value, frozen=True):
@@ -52,7 +58,47 @@ def ranges(root: Root = "/") -> tuple[ArenaRange, ...]:
         Denied, KernelRefused, BadFile: they cannot be listed.
     """
     mounted = {each.device: each for each in arenas.mounted(root)}
-    return tuple(_range(device, mounted.get(device.number), root) for device in pmem.devices(root))
+    blocks = tuple(_range(device, mounted.get(device.number), root) for device in pmem.devices(root))
+    return (*blocks, *(_raw(device, root) for device in raw.devdax(root)))
+
+
+def _raw(device: Range, root: Root) -> ArenaRange:
+    """A range without a file system."""
+    trouble, said = device.trouble, None
+    generation, holds = 0, ""
+    if not trouble:
+        try:
+            held = raw.contents(device)
+            holds = f"arena {held.arena}" if held.arena else held.other or "nothing"
+            found = raw.look(device)
+            said, generation = found.description, found.generation
+            if said is not None and said.host and (here := arenas.machine_id(root)) and said.host != here:
+                trouble = f"another host made it (machine id {said.host})"
+        except MemconsoleError as error:
+            trouble = f"{error.what}: {error.why}"
+    inside = tuple(
+        InArena(
+            name=piece.name,
+            size=piece.size,
+            start=device.start + piece.start if device.start is not None else None,
+            runs=1,
+            generation=generation,
+            guests=tuple(sorted({grant.guest for grant in piece.grants})),
+        )
+        for piece in (said.pieces if said is not None else ())
+        if piece.region is not None
+    )
+    return ArenaRange(
+        device=device.name,
+        size=device.size,
+        start=device.start,
+        holds=holds,
+        arena=said.name if said is not None else "",
+        free=free(said, device.size)[0] if said is not None else None,
+        regions=inside,
+        trouble=trouble,
+        words=words_of(device, root),
+    )
 
 
 def _range(device: Pmem, arena: Arena | None, root: Root) -> ArenaRange:
@@ -91,7 +137,7 @@ def _inside(arena: Arena) -> Iterator[InArena]:
         yield InArena(name, record.region.size, start, len(runs), record.generation, guests)
 
 
-def words_of(device: Pmem, root: Root = "/") -> str:
+def words_of(device: Pmem | Range, root: Root = "/") -> str:
     """The word of this kernel's command line (``memmap=nn!ss``) that sets a range aside; empty where none does."""
     for value in cmdline.values(cmdline.read(root), "memmap"):
         for part in value.split(","):
@@ -129,6 +175,17 @@ def check(name: str = "", root: Root = "/") -> tuple[Finding, ...]:
             continue
         known += 1
         found += _check_mounted(arena) if arena is not None else _check_unmounted(device, label)
+    for each in raw.devdax(root):
+        if each.trouble:
+            continue
+        seen = _raw(each, root)
+        if name and seen.arena != name:
+            continue
+        known += bool(seen.arena)
+        if seen.trouble:
+            found.append(_finding("arena-unused", seen.arena or each.name, seen.trouble, "nothing in it is lost"))
+        elif seen.holds.startswith(_DAMAGED):
+            found.append(_finding("arena-unread", each.name, f"{each.path} holds {seen.holds}", "see dmesg"))
     if name and not known:
         raise UsageError(f"there is no arena {name}", "no range holds one of this name", "memconsole arena list")
     return tuple(found)

@@ -296,7 +296,8 @@ class _TableReader:
             return None
         try:
             with self.desk.borrowed_fds(name) as fds:
-                return self._opened.enter_context(ExtentTable.scan_fd(fds[index], region.segments[index].size))
+                frames = self.desk.store_of(name).frames(fds[index], region.segments[index].size)
+                return self._opened.enter_context(frames)
         except NotFound:
             return None
 

@@ -405,6 +405,8 @@ class GuestMount:
         for grant in state.grants_of(guest=guest.name)[:MAX_PARTS]:
             if grant.region in state.regions and self._holdings.holds_region(grant.region):
                 index, offset = divmod(grant.offset, files.SEGMENT)
+                if state.regions[grant.region].segments[index].whole:  # the mount looks at files that are one region
+                    continue
                 fd = self._holdings.fds(grant.region)[index]
                 parts.append(MapPart(fd, offset, grant.length, grant.gpa))
                 status = os.fstat(fd)

@@ -128,13 +128,19 @@ def given_a_device(words: Sequence[str]) -> bool:
     return any(option == "device" and "vfio-" in value for option, value in options(words))
 
 
-def started(name: str, memory: int, socket: Path, args: Sequence[str], *, devices: int = 0) -> list[str]:
-    """A command line for so many bytes of RAM, the fd that every guest is given; an iommufd and devices follow it."""
+def started(
+    name: str, memory: int, socket: Path, args: Sequence[str], *, devices: int = 0, offset: int = 0
+) -> list[str]:
+    """A command line for so many bytes of RAM, the fd that every guest is given; an iommufd and devices follow it.
+
+    ``offset``: where in the file behind the fd its RAM begins, which is a device then.
+    """
+    place = f",offset={offset}" if offset else ""
     return [
         BINARY,
         *("-name", name, "-nodefaults", "-no-user-config", "-display", "none"),
         *("-machine", "q35,memory-backend=ram"),
-        *("-m", f"size={memory}B", "-object", f"{_backend(memory)},{_ALIGN}"),
+        *("-m", f"size={memory}B", "-object", f"{_backend(memory)},{_ALIGN}{place}"),
         *("-qmp", f"unix:{socket},server=on,wait=off"),
         *(("-object", f"iommufd,id=memconsole,fd={GIVEN_FD + 1}") if devices else ()),
         *(word for number in range(devices) for word in ("-device", _device(number))),

@@ -117,14 +117,19 @@ class QemuGuest:
         Raises:
             GuestError: it cannot start (its last words are in the error) or its monitor does not answer.
         """
-        if ram.offset or ram.access is not Access.RW:
+        if ram.access is not Access.RW:
             raise GuestError(
                 f"guest {name} cannot start", "QEMU needs a whole region, read-write", f"memconsole map REGION {name}"
             )
         log = directory / "log"
         socket = directory / "qmp"
         argv = commandline.started(
-            name, ram.length, socket, args, devices=len(devices.files) if devices is not None else 0
+            name,
+            ram.length,
+            socket,
+            args,
+            devices=len(devices.files) if devices is not None else 0,
+            offset=ram.offset,
         )
         socket.unlink(missing_ok=True)
         handed = (devices.iommufd, *devices.files) if devices is not None else ()

@@ -43,6 +43,16 @@ def is_whole(grant: Grant, region: Region) -> bool:
     return grant.offset == 0 and grant.length == region.size
 
 
+class _Part(NamedTuple):
+    """Bytes ``start`` to ``end`` of a file are those of a region from ``base`` on."""
+
+    region: str
+    base: int
+    start: int = 0
+    end: int = 1 << 63
+    through: str = ""
+
+
 class BlockedMapping(NamedTuple):
     """A mapping that is there and leads nowhere: every access waits for an answer that is never given."""
 
@@ -72,25 +82,38 @@ class RegionMapping(NamedTuple):
 def region_mappings(
     census: Census, regions: Iterable[Region], faces: Iterable[FuseAlias] = (), shields: Iterable[BlockedMapping] = ()
 ) -> list[RegionMapping]:
-    """Every VMA of every process through which it reaches a region, by its segments or by other faces of it."""
-    of: dict[Object, tuple[str, int, str]] = {}
+    """Every VMA of every process through which it reaches a region, by its segments or by other faces of it.
+
+    The files of regions that are pieces of one device reach them all: what counts is where in it a VMA lies.
+    """
+    of: dict[Object, list[_Part]] = {}
+    pieces: dict[int, list[_Part]] = defaultdict(list)
     known = set()
     for region in regions:
         base = 0
         known.add(region.name)
         for segment in region.segments:
-            of[segment.device, segment.inode] = (region.name, base, "")
+            if segment.whole:
+                parts = pieces[segment.whole]
+                parts.append(_Part(region.name, base, segment.start, segment.start + segment.size))
+            else:
+                parts = [_Part(region.name, base)]
+            of[segment.device, segment.inode] = parts
             base += segment.size
     for face in faces:
         if face.region in known:
-            of[face.device, face.inode] = (face.region, face.base, face.path)
+            of[face.device, face.inode] = [_Part(face.region, face.base, through=face.path)]
     blind = set(shields)
     found = []
     if of:
         for pid, vma in census.mappings(of.keys()):
-            name, base, through = of[vma.device, vma.inode]
-            if BlockedMapping(census.processes[pid].id, vma.start, vma.end) not in blind:
-                found.append(RegionMapping(name, pid, vma, base + vma.offset, through))
+            if BlockedMapping(census.processes[pid].id, vma.start, vma.end) in blind:
+                continue
+            found += [
+                RegionMapping(part.region, pid, vma, part.base + vma.offset - part.start, part.through)
+                for part in of[vma.device, vma.inode]
+                if vma.offset < part.end and part.start < vma.offset + vma.size
+            ]
     return found
 
 

@@ -57,12 +57,14 @@ def find(
     shields: Iterable[BlockedMapping] = (),
     among: Collection[int] | None = None,
     counted: bool = True,
+    others: Iterable[Region] = (),
 ) -> RegionReach:
     """Who reaches a segment of a region (all of it if left out), apart from ``exempt`` processes (us and our custody).
 
     ``faces`` are other files that show the region, and ``shields`` mappings that lead nowhere. ``among``: only these
     processes are looked at, which on a host of thousands costs next to nothing, and says nothing of the others.
-    ``counted``: the kernel counts who maps its frames.
+    ``counted``: the kernel counts who maps its frames. ``others``: regions that may be pieces of the same device, whose
+    files reach this one.
 
     Raises:
         Denied, KernelRefused, BadFile: the processes of this host cannot be read.
@@ -72,7 +74,11 @@ def find(
     index = slice(0, None) if segment is None else slice(segment, segment + 1)
     start = sum(each.size for each in region.segments[: index.start])
     end = start + sum(each.size for each in region.segments[index])
-    mapped = tuple(over for over in region_mappings(census, [region], faces, shields) if start <= over.offset < end)
+    mapped = tuple(
+        over
+        for over in region_mappings(census, [region, *_neighbours(region, others)], faces, shields)
+        if over.region == region.name and over.offset < end and start < over.offset + over.vma.size
+    )
     objects = {(each.device, each.inode) for each in region.segments[index]}
     held = (
         *memfds.holders(census, objects, _places(fds[index])),
@@ -83,6 +89,14 @@ def find(
         who = census.unseen
         unseen = _ask_frames(region.segments[index], fds[index], who) if counted else f"{who}, and nothing counts"
     return RegionReach(mapped, held, unseen)
+
+
+def _neighbours(region: Region, others: Iterable[Region]) -> list[Region]:
+    """The other pieces of the device that a region is a piece of."""
+    wholes = {each.whole for each in region.segments if each.whole}
+    return [
+        other for other in others if other.name != region.name and any(each.whole in wholes for each in other.segments)
+    ]
 
 
 def _places(fds: Sequence[int]) -> frozenset[str]:

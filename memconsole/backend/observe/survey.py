@@ -389,21 +389,22 @@ def _guest_seen(
         return None
     state = meant.state
     of = {
-        (segment.device, segment.inode): region
+        (segment.device, segment.inode): (region, segment.start)
         for name in {grant.region for grant in grants}
         if (region := state.regions.get(name)) is not None
         for segment in region.segments
     }
     of.update(
-        ((face.device, face.inode), state.regions[face.region])
+        ((face.device, face.inode), (state.regions[face.region], 0))
         for face in meant.faces
         if any(grant.region == face.region for grant in grants)
     )
     blocks = []
     for vma, block in zip(machine.vmas, machine.seen.ram, strict=True):
-        region = of.get((vma.device, vma.inode))
-        if region is not None:
-            blocks.append(replace(block, region=region.name, gpa=_gpa(grants, region.name, vma.offset)))
+        found = of.get((vma.device, vma.inode))
+        if found is not None:
+            region, start = found
+            blocks.append(replace(block, region=region.name, gpa=_gpa(grants, region.name, vma.offset - start)))
         elif guest.adopted:
             blocks.append(block)
     return replace(machine.seen, ram=tuple(blocks))

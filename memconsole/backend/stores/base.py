@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from memconsole.backend.kernel.tree import Root
 from memconsole.backend.stores import adopted
 from memconsole.errors import Refused
-from memconsole.model import Access, Finding, Grant, Refusal, Region
+from memconsole.model import Access, Finding, Grant, Refusal, Region, Segment
 
 if TYPE_CHECKING:
     from memconsole.extents import ExtentTable
@@ -48,6 +48,10 @@ class Store(Protocol):
     def CARRIED(self) -> bool:  # noqa: N802
         """Whether live update carries its regions; the others survive by themselves."""
 
+    @property
+    def CUTS(self) -> bool:  # noqa: N802
+        """Whether a region can be taken from who holds its file; else the file reaches other regions, too."""
+
     def reserve_refusals(
         self, size: int, page_size: int, node: int | None, *, promised: int, root: Root
     ) -> tuple[Refusal, ...]:
@@ -79,11 +83,21 @@ class Store(Protocol):
     def fill_segments(self, fds: Sequence[int]) -> None:
         """Put every page in place, as far as that can be done."""
 
+    def segments(self, fds: Sequence[int]) -> tuple[Segment, ...]:
+        """What the segments behind fds are, as their mappings show them."""
+
     def grant_refusals(self, grant: Grant) -> tuple[Refusal, ...]:
         """What of a grant this memory cannot do."""
 
     def segment_fd(self, fd: int, access: Access) -> int:
         """A new fd of a segment for handing out, which the caller closes: read-only for ``ro``."""
+
+    def readable_fd(self, fd: int) -> int:
+        """A new fd from which all of a segment can be read (read(2), holes by SEEK_DATA), which the caller closes.
+
+        Raises:
+            KernelRefused, Refused: it cannot be opened, or there is no room for a copy.
+        """
 
     def empty_segments(self, fds: Sequence[int]) -> None:
         """Take the frames of segments from everybody, for good; the fds stay open.

@@ -28,7 +28,7 @@ from memconsole.backend.stores import ext4, files
 from memconsole.backend.stores.arena import FRESH, Arena, RegionRecord
 from memconsole.backend.stores.base import Found
 from memconsole.errors import BadFile, KernelRefused, MemconsoleError, NotFound, Refused
-from memconsole.model import Access, Finding, Grant, Refusal, Region, RegionState, Severity
+from memconsole.model import Access, Finding, Grant, Refusal, Region, RegionState, Segment, Severity
 from memconsole.units import PAGE, format_size
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class DaxStore:
 
     NAME = "dax"
     FAULTS = COUNTED = CARRIED = False
-    EMPTIED_PROVES = True
+    EMPTIED_PROVES = CUTS = True
 
     def __init__(self, runtime: Path, *, lasting: bool, root: Root = "/") -> None:
         self._runtime = runtime
@@ -186,6 +186,10 @@ class DaxStore:
             found.append(Refusal("NoDma", f"no device can reach region {grant.region}", why, remedy))
         return tuple(found)
 
+    def segments(self, fds: Sequence[int]) -> tuple[Segment, ...]:
+        """See :func:`.files.segments`."""
+        return files.segments(fds)
+
     def segment_fd(self, fd: int, access: Access) -> int:
         """A new fd for handing out, which the caller closes.
 
@@ -197,6 +201,10 @@ class DaxStore:
             return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
         except OSError as error:
             raise KernelRefused("open", error.errno or 0, what="a file of an arena cannot be opened") from None
+
+    def readable_fd(self, fd: int) -> int:
+        """The segment itself, read-only; raises as :meth:`segment_fd`."""
+        return self.segment_fd(fd, Access.RO)
 
     def fill_segments(self, fds: Sequence[int]) -> None:
         """Give clusters back to where a guest punched holes, as far as there is room."""

@@ -19,7 +19,7 @@ from memconsole.backend.kernel.tree import Root
 from memconsole.backend.stores import files
 from memconsole.backend.stores.base import Found
 from memconsole.errors import KernelRefused, Refused
-from memconsole.model import Access, Finding, Grant, HugePool, Memory, Refusal, Region
+from memconsole.model import Access, Finding, Grant, HugePool, Memory, Refusal, Region, Segment
 from memconsole.units import MAX_SIZE, PAGE, format_size
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 NAME = "memfd"
 PAGE_SIZES = (PAGE, 2 << 20, 1 << 30)
-FAULTS = COUNTED = CARRIED = True
+FAULTS = COUNTED = CARRIED = CUTS = True
 EMPTIED_PROVES = False
 """What the kernel holds of an emptied memfd (a pin) it holds without the file."""
 PREFIX = "memconsole:"
@@ -147,6 +147,11 @@ def segment_fd(fd: int, access: Access) -> int:
         raise KernelRefused("F_ADD_SEALS", error.errno or 0, what="a segment cannot be sealed") from None
 
 
+def readable_fd(fd: int) -> int:
+    """The segment itself, read-only; raises as :func:`segment_fd`."""
+    return segment_fd(fd, Access.RO)
+
+
 def free_segments(fds: Sequence[int]) -> None:
     """Free a region's frames, whoever still maps them (SIGBUS is what is left to them), and close its fds.
 
@@ -198,6 +203,11 @@ def frames(fd: int, size: int) -> ExtentTable:
     from memconsole.extents import ExtentTable
 
     return ExtentTable.scan_fd(fd, size)
+
+
+def segments(fds: Sequence[int]) -> tuple[Segment, ...]:
+    """See :func:`.files.segments`."""
+    return files.segments(fds)
 
 
 def why_no_copy(fd: int, region: Region, segment: int, *, promised: int = 0, root: Root = "/") -> str:

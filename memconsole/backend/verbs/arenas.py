@@ -1,24 +1,30 @@
-"""``arena create``, ``scan`` and ``remove``: ranges that were set aside at boot become memory of the dax store."""
+"""``arena create``, ``scan`` and ``remove``: ranges that were set aside at boot become memory of stores.
+
+With a file system they are of the dax store, without one of the devdax store, which is a :class:`PieceStore`.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Protocol
 
 import msgspec
 
-from memconsole.actions import ArenaCreate, ArenaRemove, ArenaScan
+from memconsole.actions import NAME, ArenaCreate, ArenaRemove, ArenaScan
 from memconsole.backend import needs
 from memconsole.backend.custody import payloads
 from memconsole.backend.holdings import custody_name
 from memconsole.backend.kernel import pmem
 from memconsole.backend.kernel.pmem import Pmem
 from memconsole.backend.stores import arena as arenas
+from memconsole.backend.stores import namespaces, ranges
 from memconsole.backend.stores.base import Found
+from memconsole.backend.stores.dax import DaxStore
+from memconsole.backend.stores.pieces import PieceStore
+from memconsole.backend.stores.ranges import Opened, Range
 from memconsole.backend.work import PreparedAction
 from memconsole.model import RegionState
 from memconsole.units import format_size
-
-STORE = "dax"
 
 
 class ArenaKeeping(needs.OwnRegionFds, needs.RuntimeFiles, Protocol):
@@ -29,6 +35,9 @@ def create(desk: ArenaKeeping, action: ArenaCreate) -> PreparedAction:
     """Format a range, mount it, and have it say what it is: ``format``. There is no undo."""
     work = PreparedAction(action.name, "")
     _for_a_service(work, desk)
+    if action.devdax:
+        _create_raw(work, desk, action)
+        return work
     device = _device(work, desk, action)
     if device is None or work.refusals:
         return work
@@ -47,6 +56,81 @@ def create(desk: ArenaKeeping, action: ArenaCreate) -> PreparedAction:
     return work
 
 
+def _create_raw(work: PreparedAction, desk: ArenaKeeping, action: ArenaCreate) -> None:
+    """Have a range say what is in it, without a file system; a block device becomes a devdax device first."""
+    stores = _piece_stores(desk)
+    known = {each.name: each for each in ranges.devdax(desk.root)}
+    wanted = action.device.removeprefix("/dev/")
+    blocks = {each.name for each in pmem.devices(desk.root)}
+    device: Range | Pmem | None = known.get(wanted)
+    if device is None and not wanted and len(known) == 1 and not blocks:
+        device = next(iter(known.values()))
+    if device is None and (wanted in blocks or not known or not wanted):
+        if known and not wanted:
+            names = ", ".join([*known, *sorted(blocks)])
+            what = "it is not said which range becomes the arena"
+            work.refuse("WhichRange", what, f"devices: {names}", f"--device {next(iter(known))}")
+            return
+        device = _device(work, desk, action)
+    elif device is None:
+        names = ", ".join([*known, *sorted(blocks)])
+        work.refuse("NoRange", f"there is no device {wanted}", f"devices: {names}", "choose one")
+    if device is None:
+        return
+    place = f"{device.path}, {format_size(device.size)}"
+    _refuse_raw(work, desk, action.name, device)
+    if work.refusals:
+        return
+    made: list[Range] = []
+    if isinstance(device, Pmem):
+        block = device
+
+        def convert() -> None:
+            made.append(namespaces.as_devdax(block, desk.root))
+
+        text = f"have {place} be a devdax device: /dev/{device.name} goes, the kernel writes an info block"
+        work.step("convert", text, convert)
+    else:
+        made.append(device)
+
+    def describe() -> None:
+        arena = stores[ranges.DEVDAX].create(action.name, made[0])
+        work.text = f"arena {action.name} is on {made[0].path}: {format_size(arena.free[0])} for regions"
+
+    work.step("format", f"have {place} say that it is arena {action.name}, with nothing in it", describe)
+
+
+def _refuse_raw(work: PreparedAction, desk: ArenaKeeping, name: str, device: Range | Pmem) -> None:
+    """What of a range, and of a name, forbids it."""
+    if isinstance(device, Pmem):
+        for refusal in arenas.create_refusals(name, device, desk.root):
+            work.refuse(*refusal)
+    taken = {each.name for each in arenas.mounted(desk.root)}
+    taken |= {each.said.name for store in _piece_stores(desk).values() for each in store.arenas()}
+    if not re.fullmatch(NAME, name):
+        why = "a name is 1 to 55 letters, digits, dots, dashes and underscores"
+        work.refuse("BadName", f"{name!r} cannot be an arena's name", why, "choose another name")
+    elif name in taken and not any(each.code == "NameTaken" for each in work.refusals):
+        work.refuse("NameTaken", f"there is an arena {name} already", "names are unique", "choose another name")
+    if isinstance(device, Pmem):
+        return
+    what = f"no arena {name} can be made on {device.path}"
+    if device.trouble:
+        work.refuse("InUse", what, device.trouble, "daxctl reconfigure-device --mode=devdax, if it is not needed so")
+        return
+    held = ranges.contents(device)
+    if held.arena:
+        remedy = f"memconsole arena scan takes it up; memconsole arena remove {held.arena} gives it up"
+        work.refuse("HoldsArena", what, f"it holds the arena {held.arena}", remedy)
+    elif held.other:
+        remedy = f"if it is no longer needed: daxio --zero --output={device.path} (of pmdk)"
+        work.refuse("HoldsUnknown", what, f"it holds {held.other}", remedy)
+
+
+def _piece_stores(desk: needs.Stored) -> dict[str, PieceStore]:
+    return {name: store for name, store in desk.stores.items() if isinstance(store, PieceStore)}
+
+
 def scan(desk: ArenaKeeping, action: ArenaScan) -> PreparedAction:
     """Mount what is not mounted, and take the regions up that nobody holds: ``take``."""
     del action
@@ -56,8 +140,11 @@ def scan(desk: ArenaKeeping, action: ArenaScan) -> PreparedAction:
         return work
 
     def take() -> None:
-        found, work.findings = desk.stores[STORE].found(held_regions(desk))
-        taken = [take_up(desk, each) for each in found]
+        taken: list[Found] = []
+        for store in desk.stores.values():
+            found, told = store.found(held_regions(desk)) if store.may_know() else ([], [])
+            work.findings += told
+            taken += [take_up(desk, each) for each in found]
         work.change = msgspec.structs.replace(work.change, regions=tuple(each.region for each in taken))
         names = ", ".join(f"{each.region.name} ({format_size(each.region.size)})" for each in taken)
         work.text = f"regions taken up from arenas: {names or 'none that was not known'}"
@@ -73,8 +160,12 @@ def remove(desk: ArenaKeeping, action: ArenaRemove) -> PreparedAction:
     work = PreparedAction(action.name, f"arena {action.name} is removed; its range holds nothing")
     _for_a_service(work, desk)
     known = {each.name: each for each in arenas.mounted(desk.root)}
+    raw = {each.said.name: (store, each) for store in _piece_stores(desk).values() for each in store.arenas()}
+    if action.name in raw:
+        _remove_raw(work, *raw[action.name])
+        return work
     if action.name not in known:
-        names = ", ".join(known) or "none is mounted"
+        names = ", ".join([*known, *raw]) or "none is mounted"
         what = f"there is no arena {action.name}"
         work.refuse("NoSuchArena", what, f"arenas: {names}", "memconsole arena list, or arena scan")
         return work
@@ -91,7 +182,7 @@ def remove(desk: ArenaKeeping, action: ArenaRemove) -> PreparedAction:
         return work
 
     def do() -> None:
-        desk.stores[STORE].close()  # an arena that this process has open cannot be unmounted
+        desk.stores[DaxStore.NAME].close()  # an arena that this process has open cannot be unmounted
         arenas.remove(arena)
 
     work.step(
@@ -100,6 +191,22 @@ def remove(desk: ArenaKeeping, action: ArenaRemove) -> PreparedAction:
         do,
     )
     return work
+
+
+def _remove_raw(work: PreparedAction, store: PieceStore, arena: Opened) -> None:
+    inside = sorted(piece.name for piece in arena.said.pieces)
+    if inside:
+        work.refuse(
+            "ArenaInUse",
+            f"arena {arena.said.name} holds {len(inside)} regions",
+            f"in it: {', '.join(inside[:8])}",
+            "memconsole arena scan takes them up; memconsole copy REGION FILE saves the contents of one",
+        )
+    if work.refusals:
+        return
+    size = format_size(arena.device.size)
+    text = f"write zeros over all {size} of {arena.device.path}, arena {arena.said.name}; it stays a devdax device"
+    work.step("remove", text, lambda: store.remove(arena))
 
 
 def held_regions(desk: needs.InCustody) -> frozenset[str]:

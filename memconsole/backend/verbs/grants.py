@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from typing import Protocol
 
 import msgspec
 
-from memconsole.actions import Map, Revoke
+from memconsole.actions import GuestStart, Map, Revoke
 from memconsole.backend import needs
 from memconsole.backend.ledger.state import Recorded, StateChange
 from memconsole.backend.revoke import Ladder, Revoking, suspend_vm
 from memconsole.backend.stores import adopted, files
 from memconsole.backend.verbs import dma
-from memconsole.backend.verbs.common import known_guest, known_region
+from memconsole.backend.verbs.common import is_vm, known_guest, known_region
 from memconsole.backend.work import PreparedAction
 from memconsole.errors import Gone, GuestError
 from memconsole.model import (
@@ -94,6 +95,7 @@ def map(desk: GrantMaking, action: Map) -> PreparedAction:
         lazy=action.lazy,
     )
     _apart(work, desk, grant)
+    _alone(work, desk, grant)
     work.refusals += desk.store_of(region.name).grant_refusals(grant)
     if grant.dma is not None:
         dma.refuse_device(work, desk, grant, grant.dma)
@@ -232,6 +234,46 @@ def _apart(work: PreparedAction, desk: needs.LedgerState, grant: Grant) -> None:
                 f" at gpa {format_address(other.gpa)}",
                 "choose another --gpa",
             )
+
+
+def _alone(work: PreparedAction, desk: needs.RegionFds, grant: Grant) -> None:
+    """A process that memconsole did not start gets no file that reaches what another guest was granted."""
+    for why in shared_device(desk, grant):
+        remedy = "give it a region of another store, or of an arena of its own"
+        work.refuse("Shared", f"guest {grant.guest} cannot map region {grant.region}", why, remedy)
+
+
+def shared_device(desk: needs.RegionFds, grant: Grant) -> Iterator[str]:
+    """What speaks against a grant of a piece of a device; its file reaches all other pieces, and cannot be cut."""
+    region = desk.state.regions.get(grant.region)
+    wholes = {each.whole for each in region.segments if each.whole} if region is not None else set()
+    for other in desk.state.grants.values():
+        theirs = desk.state.regions.get(other.region)
+        if theirs is None or other.region == grant.region or wholes.isdisjoint(each.whole for each in theirs.segments):
+            continue
+        strangers = [
+            guest.name
+            for name in (grant.guest, other.guest)
+            if (guest := desk.state.guests.get(name)) is not None and not is_vm(guest)
+        ]
+        if strangers:
+            yield (
+                f"a descriptor of it reaches all of its device, {other.region} of {other.guest} ({other.id}) too, and"
+                f" {strangers[0]} is no VM of this service"
+            )
+
+
+def refuse_beside_strangers(work: PreparedAction, desk: needs.Stored, action: GuestStart) -> None:
+    """Refuse RAM of a store in which a process has a file that would reach it, too."""
+    if desk.stores[action.store].CUTS:
+        return
+    for grant in desk.state.grants.values():
+        guest, region = desk.state.guests.get(grant.guest), desk.state.regions.get(grant.region)
+        if region is not None and region.store == action.store and guest is not None and not is_vm(guest):
+            what = f"guest {action.name} cannot have its RAM in the {action.store} store"
+            why = f"{guest.name}, which is no VM of this service, has a descriptor of it ({grant.id})"
+            work.refuse("Shared", what, why, f"memconsole revoke {grant.id}, or leave --store out")
+            return
 
 
 def _segment(grant: Grant) -> int:

@@ -23,7 +23,7 @@ from memconsole.backend.ledger.state import Recorded, StateChange
 from memconsole.backend.revoke import Ladder, Revoking, suspend_vm
 from memconsole.backend.verbs import dma, handoff, services
 from memconsole.backend.verbs.common import at_its_manager, free_name, is_vm, known_guest, refuse_adopted
-from memconsole.backend.verbs.grants import OFFER_S, GrantOffers, GrantTaking, offer_grant
+from memconsole.backend.verbs.grants import OFFER_S, GrantOffers, GrantTaking, offer_grant, refuse_beside_strangers
 from memconsole.backend.verbs.regions import creation
 from memconsole.backend.work import PreparedAction
 from memconsole.errors import Gone, MemconsoleError
@@ -84,6 +84,7 @@ def start(desk: VmStarting, action: GuestStart) -> PreparedAction:
         created_ns=now,
     )
     work.refusals += desk.stores[action.store].grant_refusals(grant)
+    refuse_beside_strangers(work, desk, action)
     if work.refusals:
         return work
     dma.hand_device(work, desk, grant)

@@ -12,7 +12,7 @@ from memconsole.backend import needs
 from memconsole.backend.custody import payloads
 from memconsole.backend.holdings import custody_name
 from memconsole.backend.ledger.state import StateChange
-from memconsole.backend.stores import adopted, files
+from memconsole.backend.stores import adopted
 from memconsole.backend.verbs import handoff
 from memconsole.backend.verbs.common import free_name, known_region
 from memconsole.backend.work import PreparedAction
@@ -65,7 +65,7 @@ def creation(work: PreparedAction, desk: needs.OwnRegionFds, action: Reserve) ->
             action.name, action.size, action.page_size, action.node, prefault=action.prefault, promised=promised
         )
         desk.hold_region(action.name, fds)
-        made = msgspec.structs.replace(region, segments=files.segments(fds))
+        made = msgspec.structs.replace(region, segments=store.segments(fds))
         work.change = msgspec.structs.replace(work.change, regions=(made,))
 
     def take_back() -> None:

@@ -1,0 +1,391 @@
+"""The store whose regions are pieces of a device that is memory (:mod:`.ranges`), without a file system.
+
+A region is one run of units of 2 MiB, and has a device file of its own, ``/dev/memconsole/ARENA/REGION``: the same
+device at an offset, under an inode by which the kernel shows who has it. Who has such a file can map all of the range:
+
+* so only VMs that memconsole started share a range, else one process has one grant of it (:mod:`..verbs.grants`);
+* so no file can be cut from its holder: a revoke asks, and then kills. To unbind the driver takes every mapping away,
+  and is never a rung: it does not wait for who has pinned a page, and the kernel crashes when that one lets go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from memconsole.backend.kernel.tree import Root
+from memconsole.backend.stores import memfd, ranges
+from memconsole.backend.stores.base import Found
+from memconsole.backend.stores.described import UNIT, Description, Piece, place_for
+from memconsole.backend.stores.ranges import Devices, Opened, Range
+from memconsole.errors import KernelRefused, MemconsoleError, NotFound, Refused
+from memconsole.model import Access, Finding, Grant, Refusal, Region, RegionState, Segment, Severity
+from memconsole.units import PAGE, format_size
+
+if TYPE_CHECKING:
+    from memconsole.extents import ExtentTable
+
+
+class _Place(NamedTuple):
+    arena: Opened
+    piece: Piece
+
+
+class PieceStore:
+    """The ranges of one kind that one control process uses; it has the lock of each, so that nobody else does.
+
+    ``lasting``: whether what is reserved outlives this process, which a region of a range does. ``nodes``: where device
+    files are made, by ``node``.
+    """
+
+    FAULTS = COUNTED = CARRIED = EMPTIED_PROVES = False
+    CUTS = False
+    """See :mod:`.base`: a descriptor of one region reaches all of its range."""
+
+    def __init__(
+        self,
+        name: str,
+        devices: Devices,
+        *,
+        lasting: bool,
+        root: Root = "/",
+        nodes: Path = Path(ranges.NODES),
+        node: Callable[[Range, Path], None] = ranges.make_node,
+    ) -> None:
+        self.NAME = name
+        self._devices = devices
+        self._lasting = lasting
+        self._root = root
+        self._nodes = nodes
+        self._node = node
+        self._open: dict[str, Opened] = {}
+        self._troubles: dict[str, MemconsoleError] = {}
+
+    # --- which there are ----------------------------------------------------------------------------------------
+
+    def arenas(self) -> tuple[Opened, ...]:
+        """The ranges that say that they are arenas, and are this control process's to use."""
+        if not self._lasting:
+            return ()
+        self._troubles.clear()
+        for device in self._devices(self._root):
+            if device.name in self._open or device.trouble:
+                continue
+            try:
+                found = ranges.opened(device, self._root)
+            except MemconsoleError as error:
+                self._troubles[device.name] = error
+                continue
+            if found is None:
+                continue
+            if any(each.said.name == found.said.name for each in self._open.values()):
+                found.close()
+                why = f"there is another arena {found.said.name}"
+                remedy = "nothing in it is lost; it is used once the other one is gone"
+                self._troubles[device.name] = Refused(f"{device.path} is not used", why, remedy, code="NameTaken")
+                continue
+            self._open[device.name] = found
+        return tuple(self._open.values())
+
+    def create(self, name: str, device: Range) -> Opened:
+        """Have an empty range be an arena; raises as :func:`ranges.create`."""
+        made = self._open[device.name] = ranges.create(device, name, self._root)
+        return made
+
+    def remove(self, arena: Opened) -> None:
+        """Write zeros over all of a range, and let go of it.
+
+        Raises:
+            KernelRefused: it cannot be mapped.
+        """
+        ranges.wipe(arena)
+        del self._open[arena.device.name]
+        arena.close()
+        with contextlib.suppress(OSError):
+            (self._nodes / arena.said.name).rmdir()
+
+    def close(self) -> None:
+        """Let go of every range; the regions in them stay."""
+        for each in self._open.values():
+            each.close()
+        self._open.clear()
+
+    # --- reserving ----------------------------------------------------------------------------------------------
+
+    def reserve_refusals(
+        self, size: int, page_size: int, node: int | None, *, promised: int, root: Root
+    ) -> tuple[Refusal, ...]:
+        """Why a region of this size cannot be reserved, all reasons; nothing is done."""
+        del promised, root
+        found = []
+        if page_size != PAGE or node is not None:
+            why = "its ranges are where they are, and are mapped by 2 MiB pages"
+            what = f"the {self.NAME} store takes no page size and no NUMA node"
+            found.append(Refusal("BadPageSize", what, why, "leave --page-size and --node out"))
+        if size <= 0 or size % UNIT:
+            rounded = format_size(max(1, -(-size // UNIT)) * UNIT)
+            why = "a region of a range is made of units of 2M"
+            found.append(Refusal("BadSize", f"cannot reserve {size} bytes", why, f"make it {rounded}"))
+        usable = self.arenas()
+        if not usable:
+            found.append(self._no_arena())
+        elif not found and (most := max(each.free[1] for each in usable)) < size:
+            why = ", ".join(
+                f"arena {each.said.name} has {format_size(each.free[0])} free, {format_size(each.free[1])} in one run"
+                for each in usable
+            )
+            remedy = (
+                f"make it {format_size(most)}, or make an arena of another range"
+                if most
+                else "make an arena of another range"
+            )
+            found.append(Refusal("NoMemory", f"cannot reserve {format_size(size)}", why, remedy))
+        return tuple(found)
+
+    def _no_arena(self) -> Refusal:
+        what = f"the {self.NAME} store has no memory"
+        if not self._lasting:
+            why = "a region of a range outlives this process, which keeps nothing"
+            return Refusal("NoService", what, why, "memconsole serve, then the same command")
+        why = "; ".join(f"{name}: {error.why or error.what}" for name, error in self._troubles.items())
+        remedy = "memconsole arena create NAME --devdax"
+        return Refusal(
+            "NoArena", what, why or "no range is an arena of it", "memconsole arena check" if why else remedy
+        )
+
+    def reserve_segments(
+        self, name: str, size: int, page_size: int, node: int | None, *, prefault: bool, promised: int
+    ) -> tuple[int, ...]:
+        """The fd of a new region, all zeroes; the range says what it is once :meth:`describe` was called.
+
+        Raises:
+            Refused: the first refusal. BadFile: the range has no room to say more. KernelRefused: it cannot be mapped.
+        """
+        del prefault  # every page has its frame from the beginning
+        for refusal in self.reserve_refusals(size, page_size, node, promised=promised, root=self._root):
+            raise Refused(refusal.what, refusal.why, refusal.remedy, code=refusal.code)
+        self.discard(name)  # what was never finished
+        arena = max(self.arenas(), key=lambda each: each.free[1])
+        start = place_for(arena.said, size, arena.device.size)
+        if start is None:
+            raise KernelRefused("reserve", errno.ENOSPC, what=f"arena {arena.said.name} has no such run")
+        _change(arena, name, Piece(name=name, start=start, size=size))
+        try:
+            arena.zero(start, size)
+            return (self._opened(arena, name),)
+        except BaseException:
+            self.discard(name)
+            raise
+
+    def _opened(self, arena: Opened, name: str) -> int:
+        path = self._nodes / arena.said.name / name
+        self._node(arena.device, path)
+        try:
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise KernelRefused("open", error.errno or 0, what=f"{path} cannot be opened") from None
+
+    def fresh_segment(self, name: str, index: int, size: int, page_size: int, node: int | None) -> int:
+        """Never: see :meth:`why_no_copy`.
+
+        Raises:
+            Refused: always.
+        """
+        del index, size, page_size, node
+        raise Refused(
+            f"region {name} cannot be moved",
+            _NO_COPY,
+            "reserve a region of another store for what has to move",
+            code="NoCopy",
+        )
+
+    def describe(self, fds: Sequence[int], region: Region, grants: Sequence[Grant] = ()) -> None:
+        """Have the range say what a region is and whose; nothing, where it says that already.
+
+        Raises:
+            BadFile: the range has no room to say more.
+        """
+        del fds
+        place = self._place(region.name)
+        if place is None:
+            return
+        meant = msgspec.structs.replace(region, state=RegionState.RESERVED, segments=(), grants=(), seen=None)
+        said = msgspec.structs.replace(place.piece, region=meant, grants=tuple(grants))
+        if said != place.piece:
+            _change(place.arena, region.name, said)
+
+    def promised_bytes(self, region: Region, resident: int) -> int:
+        """None of the host's: a region has all its frames from the beginning."""
+        del region, resident
+        return 0
+
+    # --- giving out ---------------------------------------------------------------------------------------------
+
+    def segments(self, fds: Sequence[int]) -> tuple[Segment, ...]:
+        """What segments are: pieces of a device; one that no range of this process describes has no size."""
+        found = []
+        for fd in fds:
+            status, place = os.fstat(fd), self._place(_name(fd))
+            size, start = (place.piece.size, place.piece.start + place.arena.device.base) if place else (0, 0)
+            found.append(Segment(status.st_ino, status.st_dev, size, start, status.st_rdev))
+        return tuple(found)
+
+    def grant_refusals(self, grant: Grant) -> tuple[Refusal, ...]:
+        """No faults are served on a device, and DMA is mapped by file, which the kernel takes for memfds alone."""
+        found = []
+        if grant.lazy:
+            why = "the kernel has no userfaultfd for a device that is memory"
+            found.append(Refusal("NotLazy", f"region {grant.region} cannot be mapped lazily", why, "leave --lazy out"))
+        if grant.dma is not None:
+            why = "memconsole maps memory for devices by its file, which the kernel takes of memfds alone"
+            remedy = "reserve a region with --store memfd for it"
+            found.append(Refusal("NoDma", f"no device can reach region {grant.region}", why, remedy))
+        return tuple(found)
+
+    def segment_fd(self, fd: int, access: Access) -> int:
+        """A new fd for handing out, which the caller closes.
+
+        Raises:
+            KernelRefused: it cannot be opened.
+        """
+        flags = os.O_RDWR if access is Access.RW else os.O_RDONLY
+        try:
+            return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
+        except OSError as error:
+            raise KernelRefused("open", error.errno or 0, what="a device cannot be opened") from None
+
+    def readable_fd(self, fd: int) -> int:
+        """A copy in ordinary memory: a device is not read from, and its descriptor reaches more than the region.
+
+        Raises:
+            NotFound: no range of this process describes it. Refused: there is no memory for a copy (``NoMemory``).
+            KernelRefused: it cannot be mapped or written.
+        """
+        place = self._place(_name(fd))
+        if place is None:
+            raise NotFound(
+                "the region cannot be read", "no range of this process describes it", "memconsole arena scan"
+            )
+        for refusal in memfd.reserve_refusals(place.piece.size, root=self._root):
+            raise Refused(refusal.what, f"it is read from a copy, and {refusal.why}", refusal.remedy, code=refusal.code)
+        return place.arena.copied(place.piece.name, place.piece.start, place.piece.size)
+
+    def fill_segments(self, fds: Sequence[int]) -> None:
+        """Nothing: every page has its frame from the beginning."""
+
+    # --- taking back --------------------------------------------------------------------------------------------
+
+    def why_no_copy(self, fd: int, region: Region, segment: int, *, promised: int, root: Root) -> str:
+        """Why contents are never moved: who had the old place could reach the new one, too."""
+        del fd, region, segment, promised, root
+        return _NO_COPY
+
+    def settle(self, name: str, index: int, kept: int, gone: int) -> None:
+        """Nothing: contents are never moved."""
+
+    def drop_fresh(self, name: str, index: int) -> None:
+        """Nothing: contents are never moved."""
+
+    def empty_segments(self, fds: Sequence[int]) -> None:
+        """Nothing: no file can be cut. What is released nobody maps any more, and it was wiped."""
+
+    def wipe_segments(self, fds: Sequence[int]) -> int | None:
+        """Write zeros over all of a region; how many bytes, None where no range of this process describes one.
+
+        Raises:
+            KernelRefused: it cannot be mapped.
+        """
+        places = [self._place(_name(fd)) for fd in fds]
+        for place in places:
+            if place is None:
+                return None
+            place.arena.zero(place.piece.start, place.piece.size)
+        return sum(place.piece.size for place in places if place is not None)
+
+    def discard(self, name: str) -> None:
+        """Have no range say anything of a region; its device file goes.
+
+        Raises:
+            BadFile: never, for less takes less room.
+        """
+        place = self._place(name)
+        if place is not None:
+            _change(place.arena, name, None)
+            (self._nodes / place.arena.said.name / name).unlink(missing_ok=True)
+
+    # --- looking ------------------------------------------------------------------------------------------------
+
+    def frames(self, fd: int, size: int) -> ExtentTable:
+        """Where the pages of a region lie: by the physical start of its device, which the kernel says.
+
+        Raises:
+            NotFound: no range of this process describes it, or its physical address is not shown.
+        """
+        from memconsole.extents import Extent, ExtentTable, Flag
+
+        place = self._place(_name(fd))
+        if place is None or place.arena.device.start is None:
+            what = "the place of the region is not shown"
+            raise NotFound(what, "its device has no physical address", "run as root")
+        first = (place.arena.device.start + place.piece.start) // PAGE
+        flags = int(Flag.PRESENT | Flag.FILE | (Flag.HUGE if not first * PAGE % UNIT else Flag(0)))
+        return ExtentTable.from_rows([Extent(0, first, size // PAGE, flags)], first=0, pages=size // PAGE)
+
+    def may_know(self) -> bool:
+        """Whether there is a range that may be an arena."""
+        return self._lasting and bool(self._devices(self._root))
+
+    def found(self, held: Collection[str]) -> tuple[list[Found], list[Finding]]:
+        """What is in the ranges; what was never finished, which nobody was told of, is forgotten."""
+        if not self._lasting:
+            return [], []
+        regions, told = [], []
+        for arena in self.arenas():
+            for piece in arena.said.pieces:
+                if piece.name in held:
+                    continue
+                if piece.region is None:
+                    self.discard(piece.name)
+                    continue
+                try:
+                    fd = self._opened(arena, piece.name)
+                except KernelRefused as why:
+                    told.append(_finding("arena-unread", piece.name, why))
+                    continue
+                regions.append(Found(msgspec.structs.replace(piece.region, segments=self.segments([fd])), (fd,)))
+        for name, error in self._troubles.items():
+            told.append(_finding("arena-unused", name, error))
+        return regions, told
+
+    def _places(self) -> Iterator[_Place]:
+        for arena in tuple(self._open.values()):
+            for piece in arena.said.pieces:
+                yield _Place(arena, piece)
+
+    def _place(self, name: str) -> _Place | None:
+        return next((each for each in self._places() if each.piece.name == name), None)
+
+
+_NO_COPY = "who has a descriptor of a device can map all of it, the new place too, and it cannot be taken away"
+
+
+def _name(fd: int) -> str:
+    """The region that a device file is of, by what it is called."""
+    return os.readlink(f"/proc/self/fd/{fd}").removesuffix(" (deleted)").rpartition("/")[2]  # noqa: PTH115
+
+
+def _change(arena: Opened, name: str, piece: Piece | None) -> None:
+    others: tuple[Piece, ...] = tuple(each for each in arena.said.pieces if each.name != name)
+    said: Description = msgspec.structs.replace(arena.said, pieces=(*others, piece) if piece is not None else others)
+    arena.change(said)
+
+
+def _finding(id: str, subject: str, error: MemconsoleError) -> Finding:
+    remedy = error.remedy or "it is left as it is; memconsole arena check says more"
+    return Finding(id, Severity.WARNING, subject, error.what, error.why, remedy)

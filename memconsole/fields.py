@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from memconsole.device_fields import DEVICES
 from memconsole.field import (
     Field,
     Table,
@@ -202,23 +203,6 @@ DOMAINS = Table(
         number_field("extents", "Extents", "runs of IOVA", lambda d: d.extents, width=8),
         number_field("reserved", "Reserved", "reserved IOVA ranges", lambda d: len(d.reserved), width=8),
         Field("why_not", "Note", "why its page tables are not shown", lambda d: d.why_not, width=32),
-    ),
-)
-
-DEVICES = Table(
-    "devices",
-    "PCI devices",
-    lambda snapshot: snapshot.devices,
-    lambda device: str(device.bdf),
-    (
-        Field("bdf", "Device", "PCI address", lambda d: d.bdf, width=12),
-        Field("id", "Id", "vendor:device", lambda d: f"{d.vendor:04x}:{d.device:04x}", width=9),
-        Field("class", "Class", "PCI class", lambda d: f"{d.class_code:06x}", width=6),
-        Field("driver", "Driver", "kernel driver", lambda d: d.driver, width=16),
-        Field("group", "Group", "IOMMU group", lambda d: d.group, width=5, right=True),
-        Field("holders", "Held by", "processes that have it by VFIO (PID)", lambda d: d.holders, width=12),
-        Field("bridge", "Behind", "the bridge it is behind", lambda d: d.bridge, width=12),
-        Field("node", "Node", "NUMA node", lambda d: d.node if d.node >= 0 else None, width=4, right=True),
     ),
 )
 

@@ -23,7 +23,7 @@ from memconsole.actions import Action
 from memconsole.arguments import ArgumentKind
 from memconsole.errors import Gone, MemconsoleError, NotFound, Refused
 from memconsole.field import Field, Table, number_field, or_dash, size_field
-from memconsole.model import Event, Host, Memory, Outcome, Part, Plan, Refusal, Severity, Snapshot
+from memconsole.model import Event, FrameState, Host, Memory, Outcome, Part, Plan, Refusal, Severity, Snapshot
 from memconsole.model.base import Value
 from memconsole.readiness import Verdict
 from memconsole.source import ReadOnly, Source, nothing_at
@@ -349,6 +349,14 @@ class Fleet:
         kind, _, name = key.partition(":")
         host, name = split(name)
         return self.source_of(host).extents(f"{kind}:{name}", at_ns)
+
+    def frame(self, pfn: int) -> FrameState:
+        """Nothing: each host has frames of its own.
+
+        Raises:
+            NotFound: always.
+        """
+        raise NotFound(f"there is no one frame {pfn:#x}", "each host has frames of its own", "open the host first")
 
     def plan(self, action: Action, after: Sequence[Action] = ()) -> Plan:
         """The plan of the action's host."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from msgspec.structs import replace
 
 from memconsole.errors import MemconsoleError, NotFound, UsageError
-from memconsole.model import Domain, Grant, Guest, Range, Region, Snapshot, Unread, Value
+from memconsole.model import Domain, FrameState, Grant, Guest, Range, Region, Snapshot, Unread, Value
 from memconsole.units import PAGE, format_address, parse_address
 
 if TYPE_CHECKING:
@@ -31,6 +31,9 @@ class TableSource(Protocol):
     def extents(self, key: str, at_ns: int | None = None) -> ExtentTable:
         """The table of a key, or of a time in the past, which the caller closes."""
 
+    def frame(self, pfn: int) -> FrameState:
+        """What the kernel says of a frame."""
+
 
 class Reacher(Value, frozen=True):
     """One who reaches a frame: ``address`` is its own for it (an HVA, an IOVA), in bytes."""
@@ -43,7 +46,10 @@ class Reacher(Value, frozen=True):
 
 
 class Frame(Value, frozen=True):
-    """A frame: what it is (``where``, outermost first), whose, and everybody who reaches it; addresses in bytes."""
+    """A frame: what it is (``where``, outermost first), whose, and everybody who reaches it; addresses in bytes.
+
+    ``state`` is what the kernel says of it.
+    """
 
     pfn: int
     where: tuple[str, ...] = ()
@@ -52,6 +58,7 @@ class Frame(Value, frozen=True):
     guests: tuple[tuple[str, int], ...] = ()
     reached: tuple[Reacher, ...] = ()
     unseen: tuple[Unread, ...] = ()
+    state: FrameState | None = None
 
 
 class Span(Value, frozen=True):
@@ -166,10 +173,22 @@ def frame_reachers(snapshot: Snapshot, tables: TableSource, pfn: int) -> Frame:
         if region is None:
             guests = _in_guests(snapshot, opened, pfn, reached)
         reached += _devices(snapshot, opened, pfn)
-        if region is None and not guests and any(each.is_ram for each in ranges):
+        ram = any(each.is_ram for each in ranges)
+        if region is None and not guests and ram:
             why = "the frame belongs to no region and no VM: other processes that map it are not searched"
             opened.gaps.append(Unread("processes", why, "page-types -a counts its mappings"))
-        return Frame(pfn, where, region, offset, tuple(guests), tuple(reached), tuple(opened.gaps))
+        state = _state(tables, pfn, opened.gaps) if ram else None
+        return Frame(pfn, where, region, offset, tuple(guests), tuple(reached), tuple(opened.gaps), state)
+
+
+def _state(tables: TableSource, pfn: int, gaps: list[Unread]) -> FrameState | None:
+    """What the kernel says of a frame; of the past it is not recorded."""
+    try:
+        return tables.frame(pfn)
+    except MemconsoleError as error:
+        if error.code != "NotRecorded":
+            gaps.append(Unread("/proc/kpageflags", error.why or error.what, error.remedy))
+        return None
 
 
 def frame_lines(frame: Frame) -> list[str]:
@@ -180,6 +199,8 @@ def frame_lines(frame: Frame) -> list[str]:
     if frame.region is not None:
         lines.append(f"region {frame.region}, offset {format_address(frame.offset or 0)}")
     lines += [f"guest {name}, at {format_address(address)}" for name, address in frame.guests]
+    if frame.state is not None:
+        lines.append(f"flags {' '.join(frame.state.flags) or 'none'}; mapped {frame.state.mapped} times")
     return lines
 
 

@@ -108,6 +108,8 @@ MEANINGS: tuple[Meaning, ...] = (
     Meaning("event-before", "left_parenthesis", "into the past, to the event before"),
     Meaning("event-after", "right_parenthesis", "in the past, to the event behind; from the last to the present"),
     Meaning("present", "right_curly_bracket", "back to the present"),
+    Meaning("bookmark", "b", "bookmark this place, or no longer"),
+    Meaning("bookmarks", "apostrophe", "go to a bookmark"),
     Meaning("record", "Q", "record a macro, or end it"),
     Meaning("command", "colon", "type a command"),
     Meaning("palette", "ctrl+p", "everything by name"),

@@ -30,6 +30,7 @@ from memconsole.model import (
     SNAPSHOT_FORMAT,
     SNAPSHOT_VERSION,
     Event,
+    FrameState,
     Outcome,
     Part,
     Plan,
@@ -37,7 +38,7 @@ from memconsole.model import (
     Snapshot,
     TableRef,
 )
-from memconsole.source import no_map_at, nothing_at
+from memconsole.source import no_frame_at, no_map_at, nothing_at
 from memconsole.upgrading import upgraded
 
 if TYPE_CHECKING:
@@ -325,6 +326,14 @@ class Recording:
             copy = type(table).from_bytes(table.to_bytes())
             copy.scanned_ns = self._snapshot.taken_ns
             return copy
+
+    def frame(self, pfn: int) -> FrameState:
+        """Nothing: what the kernel says of frames is not recorded.
+
+        Raises:
+            NotFound: always.
+        """
+        raise no_frame_at(pfn)
 
     def plan(self, action: actions.Action, after: Sequence[actions.Action] = ()) -> Plan:  # noqa: ARG002
         """A plan that refuses, whatever it were to follow."""

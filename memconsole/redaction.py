@@ -22,7 +22,7 @@ from memconsole.actions import REGISTRY, refused_plan
 from memconsole.actions import fields as action_fields
 from memconsole.arguments import ArgumentKind
 from memconsole.errors import Refused
-from memconsole.model import Refusal, Snapshot
+from memconsole.model import FrameState, Refusal, Snapshot
 
 if TYPE_CHECKING:
     from memconsole.actions import Action
@@ -246,6 +246,10 @@ class RedactedSource:
     def extents(self, key: str, at_ns: int | None = None) -> ExtentTable:
         """The other source's table of what a pseudonym stands for."""
         return self._source.extents(self.redactor.name_of(key), at_ns)
+
+    def frame(self, pfn: int) -> FrameState:
+        """What the other source says of a frame."""
+        return self._source.frame(pfn)
 
     def plan(self, action: Action, after: Sequence[Action] = ()) -> Plan:  # noqa: ARG002 - refused all the same
         """A plan that refuses."""

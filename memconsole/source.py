@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from memconsole.actions import Action
     from memconsole.errors import NotFound
     from memconsole.extents import ExtentTable
-    from memconsole.model import Event, Outcome, Part, Plan, Snapshot
+    from memconsole.model import Event, FrameState, Outcome, Part, Plan, Snapshot
 
 
 class Source(Protocol):
@@ -41,6 +41,14 @@ class Source(Protocol):
             NotFound: there is no such region or guest, the file holds no table for it, or none was recorded.
             Denied: the kernel does not show PFNs to this user.
             Gone: the process ended.
+        """
+
+    def frame(self, pfn: int) -> FrameState:
+        """What the kernel says of a page frame at present.
+
+        Raises:
+            NotFound: there is no such frame, or this is the past, which has none.
+            Denied: the kernel does not show it to this user.
         """
 
     def plan(self, action: Action, after: Sequence[Action] = ()) -> Plan:
@@ -89,6 +97,14 @@ def no_map_at(key: str, at_ns: int, first_ns: int | None = None) -> NotFound:
     )
 
 
+def no_frame_at(pfn: int) -> NotFound:
+    """The error for what the kernel said of a frame in the past."""
+    from memconsole.errors import NotFound
+
+    why = "what the kernel says of frames is not recorded"
+    return NotFound(f"the flags of frame {pfn:#x} are not known", why, "ask in the present", code="NotRecorded")
+
+
 def nothing_at(times: Sequence[int]) -> NotFound:
     """The error for a time before the first of those at which something was recorded."""
     from memconsole.errors import NotFound
@@ -123,6 +139,10 @@ class ReadOnly:
     def extents(self, key: str, at_ns: int | None = None) -> ExtentTable:
         """The other source's table."""
         return self._source.extents(key, at_ns)
+
+    def frame(self, pfn: int) -> FrameState:
+        """What the other source says of a frame."""
+        return self._source.frame(pfn)
 
     def plan(self, action: Action, after: Sequence[Action] = ()) -> Plan:
         """The other source's plan, refused as read-only."""
@@ -211,6 +231,14 @@ class PastSource:
                 code="NotRecorded",
             )
         return table
+
+    def frame(self, pfn: int) -> FrameState:
+        """Nothing: what the kernel says of frames is not recorded.
+
+        Raises:
+            NotFound: always.
+        """
+        raise no_frame_at(pfn)
 
     def plan(self, action: Action, after: Sequence[Action] = ()) -> Plan:  # noqa: ARG002 - refused all the same
         """A plan that refuses."""

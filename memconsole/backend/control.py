@@ -41,6 +41,7 @@ from memconsole.model import (
     Danger,
     Event,
     Finding,
+    FrameState,
     GrantState,
     GuestKind,
     Outcome,
@@ -195,6 +196,12 @@ class Control:
         with self._making:
             self._tables = self._tables or PfnTables(self._desk)
         return self._tables.get(key)
+
+    def frame(self, pfn: int) -> FrameState:
+        """What the kernel says of a page frame; NotFound, Denied, KernelRefused."""
+        from memconsole.backend.kernel import kpage
+
+        return kpage.frame(self._root, pfn)
 
     def events(self, after: int) -> Sequence[Event]:
         """The last events (1000 at most) above ``after``, oldest first."""

@@ -45,6 +45,7 @@ from memconsole.model.host import (
 from memconsole.model.managed import Disk, Label, Managed, ManagedRam, ManagedVcpu, MemoryModule, NumaCell
 from memconsole.model.memory import (
     Faults,
+    FrameState,
     Grant,
     GrantMapping,
     Guest,
@@ -116,6 +117,7 @@ __all__ = [
     "Event",
     "Faults",
     "Finding",
+    "FrameState",
     "Grant",
     "GrantMapping",
     "GrantState",

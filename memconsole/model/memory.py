@@ -12,6 +12,14 @@ from memconsole.model.usage import Usage
 from memconsole.model.words import Access, GrantState, GuestKind, GuestState, RegionState
 
 
+class FrameState(Value, frozen=True):
+    """A page frame as the kernel shows it: its flags (/proc/kpageflags), and how often it is mapped (kpagecount)."""
+
+    pfn: int
+    flags: tuple[str, ...]
+    mapped: int
+
+
 class Segment(Value, frozen=True):
     """One memfd of a region, by the inode its mappings show in /proc/PID/maps.
 

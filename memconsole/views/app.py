@@ -31,6 +31,7 @@ from memconsole.macros import Macro
 from memconsole.model import Event
 from memconsole.source import Source
 from memconsole.views import terminal, themes
+from memconsole.views.bookmarking import Bookmarking
 from memconsole.views.bound import bound
 from memconsole.views.commands import Commands
 from memconsole.views.completing import complete
@@ -40,7 +41,6 @@ from memconsole.views.helping import helped
 from memconsole.views.painting import Views
 from memconsole.views.places import Place, place_of
 from memconsole.views.private import unbind, use_mouse
-from memconsole.views.prompting import Prompting
 from memconsole.views.remembering import Memory
 from memconsole.views.screens.detail import DETAILS
 from memconsole.views.screens.dialogs import Confirm
@@ -61,7 +61,7 @@ from memconsole.views.widgets.timebar import TimeBar
 BEGIN_S = 0.05
 
 
-class ConsoleApp(Prompting):
+class ConsoleApp(Bookmarking):
     """The operator's console over any Source.
 
     ``known_macros`` are offered and bound to their keys, without them those of the macro directories; ``settings``

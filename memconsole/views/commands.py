@@ -1,15 +1,14 @@
-"""Everything the console can do by name: the palette's entries, and the ``:`` line with its completion.
+"""Everything the console can do by name: the palette's entries, and the ``:`` line.
 
-Grammar of the ``:`` line: ``VIEW [SUBJECT]``, ``export FILE [--redact]``, ``macro NAME [KEY=VALUE ...]``,
-``theme NAME``, ``at TIME``, ``now``, ``help``, ``quit``, or an action as the command line writes it
-(``reserve web 64M``, ``guest pause db1``), or any other of its commands (``handoff check``, ``diff @-1h live``): those
-that are views too, such as ``regions``, with an option.
+Grammar of the ``:`` line: ``VIEW [SUBJECT]``, a word of :mod:`memconsole.views.words` (``export FILE``, ``at TIME``,
+``go BOOKMARK``, ...), an action as the command line writes it (``reserve web 64M``, ``guest pause db1``), or any other
+of its commands (``handoff check``, ``diff @-1h live``): those that are views too, such as ``regions``, with an option.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -20,6 +19,7 @@ from memconsole.errors import UsageError
 from memconsole.views import completing
 from memconsole.views.console import Console
 from memconsole.views.widgets.bars import plain
+from memconsole.views.words import word_of
 
 
 class PaletteEntry(NamedTuple):
@@ -93,8 +93,9 @@ def run_line(app: Console, text: str) -> None:
     first, rest = words[0], words[1:]
     if first == "memconsole" and rest:
         return run_line(app, shlex.join(rest))
-    if first in WORDS and not (first == "macro" and rest[:1] == ["list"]):
-        return WORDS[first](app, rest)
+    word = word_of(first)
+    if word is not None and not (first == "macro" and rest[:1] == ["list"]):
+        return word.run(app, rest)
     form = next((each for each in app.forms if each.words == tuple(words[: len(each.words)])), None)
     if form is not None and form.action:
         return app.propose(command.parse(words))
@@ -123,39 +124,3 @@ def _without_form(app: Console, words: list[str]) -> None:
             f"{shlex.join(words)} is not a whole command", "", f"{words[0]} takes one of: {', '.join(more)}"
         )
     raise completing.unknown(app, words[0])
-
-
-def _export(app: Console, words: list[str]) -> None:
-    paths = [word for word in words if word != "--redact"]
-    if len(paths) != 1:
-        raise UsageError("export wants one file", "", "export FILE.csv [--redact]; .csv, .json, .svg or .txt")
-    app.export_table(paths[0], redact="--redact" in words)
-
-
-def _macro(app: Console, words: list[str]) -> None:
-    if not words:
-        raise UsageError("macro wants a name", "", f"macros: {', '.join(macro.name for macro in app.macros) or 'none'}")
-    words = words[1:] if words[0] == "run" and len(words) > 1 else words
-    given = {}
-    for word in words[1:]:
-        name, equals, value = word.partition("=")
-        if not equals:
-            raise UsageError(f"{word!r} sets nothing", "it has no =", "write KEY=VALUE")
-        given[name] = value
-    app.action_macro(words[0], given)
-
-
-WORDS: Mapping[str, Callable[[Console, list[str]], None]] = {
-    "export": _export,
-    "macro": _macro,
-    "theme": lambda app, rest: app.use_theme(" ".join(rest)),
-    "at": lambda app, rest: app.travel_to(" ".join(rest)),
-    "undo": lambda app, _: app.action_undo(),
-    "now": lambda app, _: app.action_present(),
-    "help": lambda app, _: app.action_keys(),
-    "?": lambda app, _: app.action_keys(),
-    "quit": lambda app, _: app.leave_console(),
-    "q": lambda app, _: app.leave_console(),
-    "exit": lambda app, _: app.leave_console(),
-}
-"""What the line understands that is no view and no command of the command line, with what it does."""

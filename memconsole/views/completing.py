@@ -12,20 +12,10 @@ from memconsole.errors import UsageError
 from memconsole.fields import TABLES
 from memconsole.views.console import Console
 from memconsole.views.screens.acting import names_of
+from memconsole.views.words import WORDS
 
 MOST = 200
 FILES = {"FILE", "DIR", "PATH", "A", "B"}
-WORDS: Mapping[str, tuple[str, str]] = {
-    "export": ("FILE [--redact]", "write the rows that are shown, as the file's name ends: .csv .json .svg .txt"),
-    "macro": ("NAME [KEY=VALUE ...]", "run a macro"),
-    "theme": ("NAME", "use other colours"),
-    "at": ("TIME", "show what was recorded at a time: -5m, 14:03:12"),
-    "now": ("", "return to the present"),
-    "undo": ("", "plan what undoes the last action"),
-    "help": ("", "keys, marks and words"),
-    "quit": ("", "leave the console"),
-}
-"""What the line understands besides views and commands: its arguments, and what it does."""
 
 
 class Completion(NamedTuple):
@@ -79,7 +69,7 @@ def _first(app: Console) -> Iterator[Completion]:
     for form in app.forms:
         alone = len(form.words) == 1
         seen.setdefault(form.words[0], form.help if alone else f"{form.words[0]} commands")
-    seen.update({word: help for word, (_, help) in WORDS.items()})
+    seen.update({name: word.help for name, word in WORDS.items()})
     return (Completion(word, help) for word, help in seen.items())
 
 
@@ -87,9 +77,11 @@ def _own(app: Console, done: list[str], last: str) -> tuple[Iterable[Completion]
     word = done[0]
     if word not in WORDS:
         return (), ""
-    argument = f"{WORDS[word][0]}  {WORDS[word][1]}".strip()
+    argument = f"{WORDS[word].arguments}  {WORDS[word].help}".strip()
     if word == "theme" and len(done) == 1:
         return [Completion(name, "") for name in app.themes], argument
+    if word == "go" and len(done) == 1:
+        return [Completion(name, "bookmark") for name in app.bookmark_names], argument
     if word == "macro" and len(done) == 1:
         return [Completion(macro.name, macro.title) for macro in app.macros], argument
     if word == "macro":

@@ -108,6 +108,20 @@ class Console(Protocol):
     def open_reach(self, target: str) -> None:
         """Open what a target is and who reaches it: a guest, a PFN, or ADDRESS@ a device, a guest or a region."""
 
+    @property
+    def bookmark_names(self) -> Sequence[str]:
+        """The names of the places that are remembered."""
+
+    def add_bookmark(self, name: str) -> None:
+        """Remember where one is, by this name or by one that says what is there."""
+
+    def go_to_bookmark(self, name: str) -> None:
+        """Go to a place that is remembered.
+
+        Raises:
+            NotFound: none has this name.
+        """
+
     def travel_to(self, text: str) -> None:
         """Show what was recorded at a time.
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from memconsole.actions import Action
     from memconsole.extents import ExtentTable
-    from memconsole.model import Event, Outcome, Part, Plan, Snapshot
+    from memconsole.model import Event, FrameState, Outcome, Part, Plan, Snapshot
     from memconsole.source import Source
 
 Format = Literal["svg", "text"]
@@ -55,6 +55,10 @@ class FrozenSource:
     def extents(self, key: str, at_ns: int | None = None) -> ExtentTable:
         """The PFN map from the source behind it."""
         return self._source.extents(key, at_ns)
+
+    def frame(self, pfn: int) -> FrameState:
+        """What the source behind it says of a frame."""
+        return self._source.frame(pfn)
 
     def plan(self, action: Action, after: Sequence[Action] = ()) -> Plan:
         """The plan of the source behind it."""

@@ -1,8 +1,8 @@
-"""What the console remembers from one session to the next: how tables are laid out, and what was typed on its lines.
+"""What the console remembers from one session to the next: layouts of tables, bookmarks, and lines that were typed.
 
 Two files in this user's state directory: ``console.json`` (``{"layouts": {TABLE: {"columns": [ID...], "sort":
-ID, "reverse": BOOL}}}``, replaced as a whole) and ``console.lines`` (a line each, appended, so that two consoles lose
-none of each other's). What cannot be read or written is told once, and the console works without it.
+ID, "reverse": BOOL}}, "bookmarks": [...]}``, replaced as a whole) and ``console.lines`` (a line each, appended, so that
+two consoles lose none of each other's). What cannot be read or written is told once, and the console works without it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from memconsole.model import Request
 LINES = 1000
 """Lines that are remembered; the file has up to twice as many."""
 LONGEST = 4096
+MOST_BOOKMARKS = 200
 
 
 class Layout(Request, frozen=True):
@@ -30,10 +31,19 @@ class Layout(Request, frozen=True):
     reverse: bool = False
 
 
+class Bookmark(Request, frozen=True):
+    """A place that is remembered: its name, the views and subjects on the way there, the page where it is of a map."""
+
+    name: str
+    trail: tuple[tuple[str, str], ...]
+    page: int | None = None
+
+
 class Remembered(Request, frozen=True):
     """What ``console.json`` says."""
 
     layouts: dict[str, Layout] = msgspec.field(default_factory=dict)
+    bookmarks: tuple[Bookmark, ...] = ()
 
 
 class Memory:
@@ -43,6 +53,7 @@ class Memory:
         self._directory = directory
         self.trouble = ""
         self._layouts: dict[str, Layout] = {}
+        self.bookmarks: tuple[Bookmark, ...] = ()
         self.lines: list[str] = []
         if directory is not None:
             self._read(directory)
@@ -53,7 +64,8 @@ class Memory:
         try:
             if path.is_file():
                 raw = decoding.contents(path, limit=decoding.SETTINGS, remedy=remedy)
-                self._layouts = dict(decoding.json(raw, Remembered, what=str(path), remedy=remedy).layouts)
+                found = decoding.json(raw, Remembered, what=str(path), remedy=remedy)
+                self._layouts, self.bookmarks = dict(found.layouts), found.bookmarks[:MOST_BOOKMARKS]
             path = directory / "console.lines"
             if path.is_file():
                 raw = decoding.contents(path, limit=2 * LINES * LONGEST, remedy=remedy)
@@ -73,8 +85,22 @@ class Memory:
         """Remember how a table is laid out."""
         if self._layouts.get(name) != layout:
             self._layouts[name] = layout
-            told = msgspec.json.format(msgspec.json.encode(Remembered(self._layouts)), indent=1)
-            self._replace("console.json", decoding.text(told))
+            self._write()
+
+    def keep_bookmark(self, bookmark: Bookmark) -> None:
+        """Remember a place, in the stead of one that had its name; of too many the oldest goes."""
+        others = [each for each in self.bookmarks if each.name != bookmark.name]
+        self.bookmarks = (*others, bookmark)[-MOST_BOOKMARKS:]
+        self._write()
+
+    def drop_bookmark(self, name: str) -> None:
+        """Forget a place."""
+        self.bookmarks = tuple(each for each in self.bookmarks if each.name != name)
+        self._write()
+
+    def _write(self) -> None:
+        told = msgspec.json.format(msgspec.json.encode(Remembered(self._layouts, self.bookmarks)), indent=1)
+        self._replace("console.json", decoding.text(told))
 
     def add_line(self, line: str) -> None:
         """Remember a line that was typed, as the last one, unless it is what was typed before it."""

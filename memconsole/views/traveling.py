@@ -33,18 +33,16 @@ KEPT = 8
 
 
 class Wish(NamedTuple):
-    """Where in the past one wants to be: so many Snapshots on, at a time, or so many events on.
+    """Where in the past one wants to be: so many Snapshots on, at a time (ns since the epoch), or so many events on."""
 
-    Times in ns since the epoch; those of ``happened`` are when events were.
-    """
+    steps: int = 0
+    aim: int | None = None
+    seek: int = 0
 
-    steps: int
-    aim: int | None
-    seek: int
-    happened: Sequence[int]
-
-    def place(self, times: Sequence[int], taken: int | None) -> int:
+    def place(self, times: Sequence[int], taken: int | None, happened: Sequence[int]) -> int:
         """The place among ``times`` (that of what is shown is ``taken``, None: the present); behind all: the present.
+
+        ``happened`` is when events were.
 
         Raises:
             NotFound: no event was before.
@@ -54,7 +52,7 @@ class Wish(NamedTuple):
         here = bisect.bisect_left(times, taken) if taken is not None else len(times)
         if not self.seek:
             return max(here + self.steps, 0)
-        told = {bisect.bisect_left(times, at) for at in self.happened if at >= times[0]} - {len(times)}
+        told = {bisect.bisect_left(times, at) for at in happened if at >= times[0]} - {len(times)}
         if self.seek > 0:
             behind = sorted(place for place in told if place > here)
             return behind[self.seek - 1] if self.seek <= len(behind) else len(times)
@@ -62,6 +60,10 @@ class Wish(NamedTuple):
         if not before:
             raise NotFound("no event was recorded before", "none that is known was then", "[ goes a snapshot back")
         return before[max(self.seek, -len(before))]
+
+
+NOWHERE = Wish()
+"""No wish: one is where one wants to be."""
 
 
 class Traveled(Message):
@@ -101,10 +103,7 @@ class Traveling(Manifold):
     neighbour: Snapshot | None = None
     _times: Sequence[int] = ()
     _taken: int | None = None
-    _steps = 0
-    _aim: int | None = None
-    _seek = 0
-    """Events to go back, or forth."""
+    _wish = NOWHERE
     _underway = False
     _journey = 0
 
@@ -118,16 +117,14 @@ class Traveling(Manifold):
         if by > 0 and not self.away and not self._underway:
             self.notify("there is no later snapshot", title="This is the present", timeout=2, markup=False)
             return
-        self._steps += by
-        self._depart()
+        self._depart(self._wish._replace(steps=self._wish.steps + by))
 
     def action_travel_events(self, by: int) -> None:
         """Go to the first Snapshot recorded with the event before what is shown, or behind it."""
         if by > 0 and not self.away and not self._underway:
             self.notify("there is no later event", title="This is the present", timeout=2, markup=False)
             return
-        self._seek += by
-        self._depart()
+        self._depart(self._wish._replace(seek=self._wish.seek + by))
 
     @property
     def known_events(self) -> Sequence[Event]:
@@ -147,8 +144,7 @@ class Traveling(Manifold):
 
     def travel_to_moment(self, at_ns: int) -> None:
         """Go to the last Snapshot recorded until a moment, ns since the epoch."""
-        self._aim, self._steps, self._seek = at_ns, 0, 0
-        self._depart()
+        self._depart(Wish(aim=at_ns))
 
     def travel_to(self, text: str) -> None:
         """Go to the last Snapshot recorded until a time (``-5m``, ``@-5m``, ``14:03:12``).
@@ -160,29 +156,35 @@ class Traveling(Manifold):
 
     def action_present(self) -> None:
         """Show what is now."""
-        self._steps, self._aim, self._seek = 0, None, 0
+        self._wish = NOWHERE
         self._journey += 1
         if self.away:
             self._arrive_now()
 
-    def _depart(self) -> None:
+    def _depart(self, wish: Wish) -> None:
+        """Begin to go where one wants to be; once what is under way has arrived, where that is so."""
+        self._wish = wish if self._underway else NOWHERE
         if not self._underway:
             self._underway = True
-            wish = Wish(self._steps, self._aim, self._seek, tuple(event.at_ns for event in self.known_events))
-            self._steps, self._aim, self._seek = 0, None, 0
-            self._travel(self._journey, self._times, self._taken, wish)
+            happened = tuple(event.at_ns for event in self.known_events)
+            self._travel(self._journey, self._times, self._taken, wish, happened)
 
     @work(thread=True, group="travel", exit_on_error=False, description="travel")
-    def _travel(self, journey: int, known: Sequence[int], taken: int | None, wish: Wish) -> None:
-        found = unforeseen.attempt("the past", "console", partial(self._traveled, journey, known, taken, wish))
+    def _travel(
+        self, journey: int, known: Sequence[int], taken: int | None, wish: Wish, happened: Sequence[int]
+    ) -> None:
+        go = partial(self._traveled, journey, known, taken, wish, happened)
+        found = unforeseen.attempt("the past", "console", go)
         self.post_message(Strayed(found) if isinstance(found, MemconsoleError) else found)
 
-    def _traveled(self, journey: int, known: Sequence[int], taken: int | None, wish: Wish) -> Traveled:
+    def _traveled(
+        self, journey: int, known: Sequence[int], taken: int | None, wish: Wish, happened: Sequence[int]
+    ) -> Traveled:
         """Where a journey leads."""
         times = [*known, *self.live.history(known[-1] if known else 0)]
         if not times or (wish.aim is not None and wish.aim < times[0]):
             raise nothing_at(times)
-        at = wish.place(times, taken)
+        at = wish.place(times, taken, happened)
         if at >= len(times):
             return Traveled(journey, times, 0, None, None)
         before = self._recorded(times[at - 1]) if at else None
@@ -203,22 +205,24 @@ class Traveling(Manifold):
         """Show the past, and go on where more steps were asked for meanwhile."""
         self._underway = False
         self._times = event.times
-        if event.journey != self._journey:  # the operator turned back meanwhile
-            return
+        if event.journey == self._journey:  # else the operator turned back meanwhile
+            self._arrive(event)
+        if self._wish != NOWHERE:
+            self._depart(self._wish)
+
+    def _arrive(self, event: Traveled) -> None:
         if event.moment is None:
-            self._steps, self._aim, self._seek = 0, None, 0
+            self._wish = NOWHERE
             self._arrive_now()
             return
         self.source, self._taken, self.neighbour = event.moment, event.taken, event.neighbour
         self.snapshot = event.moment.snapshot()
         self.show_snapshot()
-        if self._steps or self._seek or self._aim is not None:
-            self._depart()
 
     def on_strayed(self, event: Strayed) -> None:
         """Say why the past cannot be shown; what is shown stays."""
         self._underway = False
-        self._times, self._steps, self._aim, self._seek = (), 0, None, 0
+        self._times, self._wish = (), NOWHERE
         self.notify(str(event.error), title="✖ The past", severity="warning", markup=False)
 
     def _arrive_now(self) -> None:

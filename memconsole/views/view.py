@@ -56,6 +56,16 @@ class View(Container):
         """Be about this subject (``region:NAME``, ``guest:NAME``...; empty for none); :meth:`show` follows."""
         self.subject = subject
 
+    @property
+    def page(self) -> int | None:
+        """Where in the subject one is: the page of a map under the cursor."""
+        return None
+
+    @property
+    def spot(self) -> str:
+        """The same, as people write it; empty where there is no such place."""
+        return ""
+
     def aim(self, target: str | int | None) -> None:
         """Go to a place within the subject (of a map: a page, or what a person would type), if there is one."""
 

@@ -24,6 +24,7 @@ from memconsole.model import (
     Event,
     Faults,
     Finding,
+    FrameState,
     Grant,
     GrantMapping,
     GrantState,
@@ -412,6 +413,11 @@ class SyntheticSource:
         if shown is not None:
             return ExtentTable.from_rows(shown)
         return ExtentTable.from_rows(rows_of(self._snapshot, key), first=0, pages=pages_of(self._snapshot, key))
+
+    def frame(self, pfn: int) -> FrameState:
+        """A page of shared memory that one process maps."""
+        self._called("frame")
+        return FrameState(pfn, ("uptodate", "lru", "active", "mmap", "swapbacked"), 1)
 
     def plan(self, action: Action, after: Sequence[Action] = ()) -> Plan:
         """Two effects with their undo, the ``refuse``-d refusals, and the name to type where it destroys."""

@@ -13,9 +13,13 @@ from support.synthetic import NOW_NS, PAGE, SyntheticSource, snapshot
 from textual.pilot import Pilot
 
 from memconsole import hostmap, recording
+from memconsole.errors import Denied, NotFound
 from memconsole.extents import Extent, ExtentTable, Flag
 from memconsole.model import Device, Domain, Node, Range, Reserved, Window
 from memconsole.views.app import ConsoleApp
+from memconsole.views.commands import run_line
+from memconsole.views.completing import complete
+from memconsole.views.remembering import Memory
 from memconsole.views.screens.mapview import MapView
 from memconsole.views.widgets.facts import Lines
 
@@ -144,6 +148,24 @@ async def test_the_maps_of_a_device_and_of_a_window_are_a_key_away() -> None:
         assert pilot.app.trail[-1] == ("pfn", "domain:7")
 
 
+def told(view: MapView) -> str:
+    return view.query_one("#pfn-facts", Lines).render().plain
+
+
+async def test_the_kernel_is_asked_for_the_frame_on_which_the_cursor_rests() -> None:
+    source = made()
+    async with opened(source, "web0-ram0") as (pilot, view):
+        await arrived(pilot)
+        while "uptodate lru active mmap" not in told(view):
+            await pilot.pause(0.01)
+        assert "1 time" in told(view)
+        source.fail["frame"] = Denied("/proc/kpageflags", "the kernel shows it to CAP_SYS_ADMIN only", "run as root")
+        await pilot.press("right")
+        assert "uptodate" not in told(view)
+        while "the kernel shows it to" not in told(view):
+            await pilot.pause(0.01)
+
+
 async def test_a_map_is_held_against_a_recorded_snapshot(tmp_path: Path) -> None:
     source = made()
     path = tmp_path / "then.snap"
@@ -199,3 +221,43 @@ async def test_the_past_of_a_file_is_that_file_with_its_maps(tmp_path: Path) -> 
             await pilot.pause(0.01)
         app.open_view("pfn", MAP)
         assert (await arrived(pilot)).model is not None
+
+
+async def test_a_place_of_a_map_is_bookmarked_and_found_again_in_another_session(tmp_path: Path) -> None:
+    source = made()
+    app = ConsoleApp(source, interval=1e6, clock=lambda: NOW_NS, memory=Memory(tmp_path))
+    async with app.run_test(size=(132, 50)) as pilot:
+        while app.snapshot is None:
+            await pilot.pause(0.01)
+        app.open_view("pfn", MAP)
+        view = await arrived(pilot)
+        view.map.go_to_page(8192)
+        await pilot.press("b")
+        app.open_view("regions")
+        app.add_bookmark("all regions")
+    assert [each.name for each in Memory(tmp_path).bookmarks] == ["pfn web0-ram0 0x2000000", "all regions"]
+    app = ConsoleApp(source, interval=1e6, clock=lambda: NOW_NS, memory=Memory(tmp_path))
+    async with app.run_test(size=(132, 50)) as pilot:
+        while app.snapshot is None:
+            await pilot.pause(0.01)
+        await pilot.press("apostrophe", "enter")
+        view = await arrived(pilot)
+        assert (app.trail[-1], view.map.cursor) == (("pfn", MAP), 8192)
+        await pilot.press("b")
+        assert [each.name for each in Memory(tmp_path).bookmarks] == ["all regions"]
+        assert [each.word for each in complete(app, "go ").words] == ["all regions"]
+        run_line(app, "go all regions")
+        assert app.trail[-1] == ("regions", "")
+        with pytest.raises(NotFound, match="there is no bookmark 'nowhere'"):
+            run_line(app, "go nowhere")
+
+
+async def test_the_panel_is_as_high_as_what_it_says_after_the_terminal_changed_its_size() -> None:
+    async with opened(made(), "web0-ram0") as (pilot, view):
+        await arrived(pilot)
+        for size in ((80, 24), (132, 50), (60, 20), (132, 50)):
+            await pilot.resize_terminal(*size)
+            for name in ("#pfn-facts", "#pfn-legend"):
+                lines = view.query_one(name, Lines)
+                while lines.size.height != len(lines.render().plain.splitlines()) or view.size.width != size[0]:
+                    await pilot.pause(0.01)

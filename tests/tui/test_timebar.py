@@ -61,7 +61,7 @@ def test_an_event_is_gone_to_by_the_first_snapshot_that_was_taken_with_it() -> N
     happened = (5, 12, 13, 30, 45)
 
     def lead(seek: int, taken: int | None) -> int:
-        return Wish(0, None, seek, happened).place(times, taken)
+        return Wish(seek=seek).place(times, taken, happened)
 
     assert [times[lead(-1, taken)] for taken in (None, 40, 30)] == [30, 30, 20], "two events of one snapshot are one"
     assert times[lead(-2, None)] == times[lead(-9, None)] == 20

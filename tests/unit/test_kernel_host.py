@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 
 import pytest
 from support.trees import BOOT_ID, GIB, Tree
 
-from memconsole.backend.kernel import dax, host, iomem, kho, memory, tree
+from memconsole.backend.kernel import dax, host, iomem, kho, kpage, memory, tree
 from memconsole.errors import BadFile, Denied, Gone, NotFound
-from memconsole.model import Dax, HugePool, Node, Range, Survival, Unread
+from memconsole.model import Dax, FrameState, HugePool, Node, Range, Survival, Unread
 
 
 @pytest.fixture
@@ -23,6 +24,15 @@ def test_a_host_is_read_from_its_tree(made: Tree) -> None:
     found = host.host(made.root)
     assert (found.name, found.kernel, found.arch, found.boot_id) == ("hv1", "7.3.4-test", "aarch64", BOOT_ID)
     assert (found.cpus, found.page_size, found.uptime_s) == (7, 65536, 3600.25)
+
+
+def test_a_frame_is_told_by_its_flags_and_how_often_it_is_mapped(made: Tree) -> None:
+    made.write("/proc/kpageflags", struct.pack("<3Q", 0, 1 << 5 | 1 << 11 | 1 << 22 | 1 << 60, 1 << 20))
+    made.write("/proc/kpagecount", struct.pack("<3Q", 0, 3, 0))
+    assert kpage.frame(made.root, 1) == FrameState(1, ("lru", "mmap", "thp", "bit-60"), 3)
+    assert kpage.frame(made.root, 0) == FrameState(0, (), 0)
+    with pytest.raises(NotFound, match="there is no frame 0x3"):
+        kpage.frame(made.root, 3)
 
 
 def test_a_kernels_configuration_is_read_from_boot_where_proc_has_none(made: Tree) -> None:

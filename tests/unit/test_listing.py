@@ -7,11 +7,14 @@ import io
 import json
 
 import pytest
+from msgspec.structs import replace
 from support import synthetic
 
 from memconsole.cli import main
 from memconsole.cli.connect import using
+from memconsole.device_fields import DEVICES, device_rows
 from memconsole.errors import ExitCode
+from memconsole.units import format_size
 
 
 def told(capsys: pytest.CaptureFixture[str], *words: str, code: int = ExitCode.DONE) -> str:
@@ -66,3 +69,21 @@ def test_a_redacted_snapshot_has_no_name(capsys: pytest.CaptureFixture[str]) -> 
     text = told(capsys, "snapshot", "--redact")
     assert json.loads(text)["regions"][0]["name"] == "region-1"
     assert not any(guest.name in text for guest in synthetic.snapshot().guests)
+
+
+def test_a_device_is_listed_with_its_windows_who_maps_them_and_whose_they_are() -> None:
+    shown = synthetic.snapshot(windows=4)
+    device = shown.devices[0]
+    mine = [
+        replace(window, holders=(42, 7), guest="db1") if window.bdf == device.bdf else window
+        for window in shown.windows
+    ]
+    row = device_rows(replace(shown, windows=tuple(mine)))[0]
+    text = {field.id: field.text(row) for field in DEVICES.fields}
+    assert text["bdf"] == device.bdf
+    assert text["class"].endswith(" storage")
+    assert text["bars"] == ",".join(
+        f"{each.bar}:{format_size(each.size)}{' io' if each.io else ''}" for each in row.windows
+    )
+    assert (text["mapped"], text["guest"]) == ("7,42", "db1")
+    assert [window.bdf for window in row.windows] == [device.bdf] * len(row.windows)

@@ -137,6 +137,7 @@ RESERVE = {"do": "reserve", "name": "a", "size": 4096}
         ("Hello", {"protocol": protocol.PROTOCOL}),
         ("GetSnapshot", {}),
         ("GetExtents", {"key": "guest:db1"}),
+        ("GetFrame", {"pfn": 7}),
         ("Plan", {"action": RESERVE}),
         ("Apply", {"action": RESERVE}),
         ("Events", {}),

@@ -22,7 +22,7 @@ from memconsole.backend.wire.dialing import CONNECT_S, Local, Place
 from memconsole.backend.wire.inline import InlinePart, InlineSegment, OpenSegment, Segment
 from memconsole.backend.wire.protocol import INTERFACE, SERVICE, VarlinkReply
 from memconsole.errors import MemconsoleError, NoControl, Refused, UsageError, WireError
-from memconsole.model import Capability, Event, Outcome, Part, Plan, Snapshot
+from memconsole.model import Capability, Event, FrameState, Outcome, Part, Plan, Snapshot
 
 if TYPE_CHECKING:
     from memconsole.extents import ExtentTable
@@ -76,6 +76,10 @@ class _Extents(msgspec.Struct, frozen=True):
     fd: int
     scanned_ns: int = 0
     inline: tuple[InlinePart, ...] = ()
+
+
+class _Frame(msgspec.Struct, frozen=True):
+    frame: FrameState
 
 
 class _Segments(msgspec.Struct, frozen=True):
@@ -275,6 +279,10 @@ class Client:
             finally:
                 for fd in fds:
                     os.close(fd)
+
+    def frame(self, pfn: int) -> FrameState:
+        """See :class:`Source`."""
+        return self._ask("GetFrame", {"pfn": pfn}, _Frame).frame
 
     def open_region(self, region: str) -> list[int]:
         """Read-only fds of a region's segments, in order, which the caller closes; operators only.

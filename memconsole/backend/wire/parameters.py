@@ -44,6 +44,12 @@ class Key(Strict, frozen=True):
     at_ns: int | None = None
 
 
+class Frame(Strict, frozen=True):
+    """A page frame, by its number."""
+
+    pfn: Annotated[int, msgspec.Meta(ge=0, lt=1 << 52)]
+
+
 class Region(Strict, frozen=True):
     """A region, by its name."""
 

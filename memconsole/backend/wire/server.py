@@ -268,6 +268,12 @@ class Service:
 
         self._work(call, self._read, READ_S, work)
 
+    def _get_frame(self, call: Call, p: parameters.Frame) -> None:
+        def work() -> CallResult:
+            return CallResult(msgspec.json.encode({"frame": self.source.frame(p.pfn)}))
+
+        self._work(call, self._read, READ_S, work)
+
     def _open_region(self, call: Call, p: parameters.Region) -> None:
         peer = call.connection.peer.who()
 
@@ -444,6 +450,7 @@ class Service:
         f"{INTERFACE}.Hello": Method(parameters.Hello, Role.VIEWER, _hello),
         f"{INTERFACE}.GetSnapshot": Method(parameters.Wanted, Role.VIEWER, _get_snapshot),
         f"{INTERFACE}.GetExtents": Method(parameters.Key, Role.VIEWER, _get_extents),
+        f"{INTERFACE}.GetFrame": Method(parameters.Frame, Role.VIEWER, _get_frame),
         f"{INTERFACE}.OpenRegion": Method(parameters.Region, Role.OPERATOR, _open_region),
         f"{INTERFACE}.ReadDescriptor": Method(parameters.Place, Role.VIEWER, _read_descriptor),
         f"{INTERFACE}.Plan": Method(parameters.Planned, Role.VIEWER, _plan),

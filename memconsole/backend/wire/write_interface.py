@@ -29,6 +29,7 @@ ROOTS = (
     model.Capability,
     model.Part,
     inline.InlinePart,
+    model.FrameState,
 )
 NAMES = {"Plan": "ActionPlan"}
 """Types of another name than their class: a member of an interface has a name of its own, and Plan is a method."""

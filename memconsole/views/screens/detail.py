@@ -13,6 +13,7 @@ from textual.content import Content
 from textual.widget import Widget
 
 from memconsole.bulk import answered
+from memconsole.device_fields import DEVICES, device_rows
 from memconsole.field import Table
 from memconsole.fields import TABLES
 from memconsole.model import Part, Snapshot
@@ -232,7 +233,7 @@ class WindowDetail(Detail):
     TABLE = TABLES["windows"]
     BINDINGS: ClassVar[list[BindingType]] = [*action_bindings("windows", on_subject=True), PLACE_KEY]
     SECTIONS = (
-        Section(TABLES["devices"], lambda snapshot, window: [d for d in snapshot.devices if d.bdf == window.bdf]),
+        Section(DEVICES, lambda snapshot, window: [d for d in device_rows(snapshot) if d.bdf == window.bdf]),
         FINDINGS,
         EVENTS,
     )
@@ -241,7 +242,7 @@ class WindowDetail(Detail):
 class DeviceDetail(Detail):
     """A PCI function: its windows and its IOMMU group."""
 
-    TABLE = TABLES["devices"]
+    TABLE = DEVICES
     BINDINGS: ClassVar[list[BindingType]] = [IOVA_KEY]
     SECTIONS = (
         Section(TABLES["windows"], lambda snapshot, device: [w for w in snapshot.windows if w.bdf == device.bdf]),
@@ -257,7 +258,7 @@ class DomainDetail(Detail):
     BINDINGS: ClassVar[list[BindingType]] = [IOVA_KEY]
     SECTIONS = (
         Section(TABLES["grants"], lambda snapshot, domain: [g for g in snapshot.grants if g.dma in domain.devices]),
-        Section(TABLES["devices"], lambda snapshot, domain: [d for d in snapshot.devices if d.bdf in domain.devices]),
+        Section(DEVICES, lambda snapshot, domain: [d for d in device_rows(snapshot) if d.bdf in domain.devices]),
         Section(tables.RESERVED, lambda _, domain: [(domain.group, item) for item in domain.reserved]),
     )
 

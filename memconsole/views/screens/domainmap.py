@@ -91,13 +91,18 @@ class DomainModel:
         unseen = [f"▲ not seen: {gap.source}" for gap in self.iovas.unseen]
         return [f"{format_size(spanned)} in {format_size(cell_bytes)}", *found, *unseen]
 
+    def frame_of(self, page: int) -> int | None:
+        """The frame an IOVA leads to."""
+        row = self.iovas.table.lookup(page)
+        return None if row is None else self.iovas.table[row].pfn + page - self.iovas.table[row].offset
+
     def facts(self, page: int) -> Sequence[Fact]:
         """The IOVA: where it leads, where it should, how, and by which grant."""
         held, wanted = self.iovas.table.lookup(page), self.iovas.wanted.lookup(page)
         row = None if held is None else self.iovas.table[held]
         want = None if wanted is None else self.iovas.wanted[wanted]
         grant, verdict = self.iovas.grant_at(page), self.iovas.verdict_at(page)
-        pfn = None if row is None else row.pfn + page - row.offset
+        pfn = self.frame_of(page)
         should = None if want is None else want.pfn + page - want.offset
         return [
             Fact("IOVA", f"{page * PAGE:#x}"),

@@ -127,6 +127,12 @@ class HostModel:
             words.append(f"▲ {len(self.host.unseen)} not seen: {self.host.unseen[0].source}")
         return words
 
+    def frame_of(self, page: int) -> int | None:
+        """The frame itself, where it is RAM."""
+        return (
+            page if any(each.is_ram and each.start <= page * PAGE < each.end for each in self._snapshot.iomem) else None
+        )
+
     def facts(self, page: int) -> Sequence[Fact]:
         """The frame: address, what the kernel calls it, node, whose, and who reaches it."""
         place = self.host.owner_at(page)

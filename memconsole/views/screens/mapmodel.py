@@ -57,6 +57,9 @@ class MapModel(Protocol):
     def words(self, cell_bytes: int) -> Sequence[str]:
         """The map as a whole, for the title; a cell stands for so many bytes."""
 
+    def frame_of(self, page: int) -> int | None:
+        """The frame that a page is in or leads to; None where there is none."""
+
     def facts(self, page: int) -> Sequence[Fact]:
         """What there is to say of a page; of every page the same facts in the same order."""
 

@@ -27,10 +27,11 @@ from memconsole.recording import REASON
 from memconsole.source import PastSource, Source
 from memconsole.units import format_age
 from memconsole.views.bound import bound
+from memconsole.views.screens.frameasking import FrameAsking
 from memconsole.views.screens.mapmodel import MapModel
-from memconsole.views.view import View
 from memconsole.views.widgets.facts import STYLES, Fact, Lines
 from memconsole.views.widgets.fitting import fit
+from memconsole.views.widgets.goto import GoTo
 from memconsole.views.widgets.heatmap import HeatMap
 from memconsole.views.widgets.layers import Layer
 from memconsole.views.widgets.pagegrid import CellLook
@@ -40,23 +41,12 @@ PANEL = 38
 ENOUGH = 64
 """Cells a row must keep beside the panel."""
 LABEL = 10
+SETTLED_S = 0.1
+"""How long after a terminal's size changed the panel is laid out once more."""
 MINIMAP = ("right edge: the whole map,", "the part on the screen inverted")
 
 
-class GoTo(Input):
-    """Asks for a page; Escape thinks better of it."""
-
-    BINDINGS: ClassVar[list[BindingType]] = [bound("pfn.leave-go", "leave", "Back", show=False)]
-
-    class Left(Message):
-        """The operator does not want to go anywhere."""
-
-    def action_leave(self) -> None:
-        """Say so."""
-        self.post_message(self.Left())
-
-
-class MapView(View):
+class MapView(FrameAsking):
     """The base of the maps."""
 
     DEFAULT_CSS = """
@@ -190,6 +180,16 @@ class MapView(View):
         if self.model is not None and not self.scanning:
             self._go_to_aim()
 
+    @property
+    def page(self) -> int | None:
+        """The page under the cursor."""
+        return None if self.model is None else self.map.cursor
+
+    @property
+    def spot(self) -> str:
+        """Its address."""
+        return "" if self.model is None else f"{self.map.cursor * self.model.page_size:#x}"
+
     def _go_to_aim(self) -> None:
         target, self._aim = self._aim, None
         if target is None or self.model is None:
@@ -202,6 +202,7 @@ class MapView(View):
     def _begin(self) -> None:
         """Forget the map, and read it when there is a subject and a Snapshot."""
         self._forget()
+        self.forget_frames()
         if self._shown and self.console.snapshot is not None:
             self._read(self.console.snapshot)
         self._say_all()
@@ -239,6 +240,11 @@ class MapView(View):
         self.map.styles.width = HeatMap.width_for(width - PANEL) if beside else "1fr"
         self._legend_height = 0
         self.call_after_refresh(self._say_all)
+        self.set_timer(SETTLED_S, self._lay_out_panel)  # lines that changed amid a layout keep the height they had
+
+    def _lay_out_panel(self) -> None:
+        for lines in self.query("#pfn-panel > Lines"):
+            lines.refresh(layout=True)
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -350,7 +356,7 @@ class MapView(View):
 
     def _say_all(self) -> None:
         self._say_title()
-        self._say_facts()
+        self.say_facts()
         self._say_legend()
 
     def _say_title(self) -> None:
@@ -374,10 +380,12 @@ class MapView(View):
         """What the map is of."""
         return self._shown
 
-    def _say_facts(self) -> None:
+    def say_facts(self) -> None:
+        """What there is to say of the page under the cursor, and of its cell."""
         facts: Sequence[Fact] = ()
         if self.model is not None:
-            facts = [*self.model.facts(self.map.cursor), *self.model.cell_facts(*self.map.cell)]
+            pfn = self.model.frame_of(self.map.cursor)
+            facts = [*self.model.facts(self.map.cursor), *self.frame_facts(pfn), *self.model.cell_facts(*self.map.cell)]
         widget = self.query_one("#pfn-facts", Lines)
         width = max(20, (widget.size.width or self.size.width))
         columns = 1 if self.has_class("-beside") else 2

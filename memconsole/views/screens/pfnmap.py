@@ -181,6 +181,12 @@ class PfnModel:
             f"{stats.runs:,} runs",
         )
 
+    def frame_of(self, page: int) -> int | None:
+        """The frame a page is in."""
+        row = self.table.lookup(page)
+        extent = None if row is None else self.table[row]
+        return None if extent is None or not extent.flags & Flag.PRESENT else extent.pfn + page - extent.offset
+
     def facts(self, page: int) -> Sequence[Fact]:
         """The page's addresses, its frame, whose it is."""
         return pagefacts.describe(self.space, self.table, self.marks, page)
@@ -199,11 +205,10 @@ class PfnModel:
 
     def goal(self, page: int) -> Goal | str:
         """Its frame on the host map."""
-        row = self.table.lookup(page)
-        extent = None if row is None else self.table[row]
-        if extent is None or not extent.flags & Flag.PRESENT:
+        pfn = self.frame_of(page)
+        if pfn is None:
             return f"no frame is at {page * self.page_size:#x}: the page is not resident"
-        return Goal("host", "host", extent.pfn + page - extent.offset)
+        return Goal("host", "host", pfn)
 
     def take(self, snapshot: Snapshot) -> bool:
         """Whose the pages are by now."""

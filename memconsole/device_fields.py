@@ -12,7 +12,7 @@ _CLASSES = {
     0x00: "old", 0x01: "storage", 0x02: "network", 0x03: "display", 0x04: "multimedia", 0x05: "memory", 0x06: "bridge",
     0x07: "communication", 0x08: "system", 0x09: "input", 0x0A: "docking", 0x0B: "processor", 0x0C: "serial bus",
     0x0D: "wireless", 0x0E: "intelligent", 0x0F: "satellite", 0x10: "encryption", 0x11: "signal", 0x12: "accelerator",
-    0x13: "instrument", 0x40: "coprocessor",
+    0x13: "instrument", 0x40: "coprocessor", 0xFF: "unassigned",
 }  # fmt: skip
 """The base classes of PCI functions (PCI Code and ID Assignment Specification)."""
 

@@ -135,7 +135,12 @@ def _history(commands: Any, json_too: argparse.ArgumentParser) -> None:
     _formats(done)
     done.set_defaults(run=_lazily("past", "history_commands"))
     for parser in (listing, show, done):
-        parser._negative_number_matcher = re.compile(r"-\d")  # noqa: SLF001 - so that -5m is no option
+        _takes_times(parser)
+
+
+def _takes_times(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take -5m for a time and not for an option."""
+    parser._negative_number_matcher = re.compile(r"-\d")  # noqa: SLF001
 
 
 def _headless(commands: Any, json_too: argparse.ArgumentParser) -> None:
@@ -212,6 +217,7 @@ def _reading(commands: Any, json_too: argparse.ArgumentParser) -> None:
     )
     pfn.add_argument("--csv", action="store_true", help="write CSV")
     pfn.set_defaults(run=_lazily("listing", "pfn"))
+    _takes_times(pfn)
 
     host = commands.add_parser(
         "hostmap", help="list whose the host's physical memory is, by owner or by address", parents=[json_too]

@@ -337,6 +337,11 @@ def test_the_command_line_lists_shows_and_compares(
         assert [line for line in changes if line.startswith("+ regions")] == [
             f"+ regions {region.name}" for region in source.recorded[2].regions[2:]
         ]
+        name = source.snapshot().regions[0].name
+        source.recorded_rows[f"region:{name}"] = [(NOW_NS, [Extent(0, 7, 1, int(Flag.PRESENT))])]
+        assert cli.main([*words, "pfn", f"region:{name}", "--json", "--at", "-9d"]) == ExitCode.DONE
+        shown = json.loads(capsys.readouterr().out)
+        assert (shown["scanned_ns"], shown["extents"][0]["pfn"]) == (NOW_NS, 7)
         assert cli.main([*words, "history", "show", "-9d"]) == ExitCode.DONE  # the synthetic clock is in the future
         assert cli.main([*words, "history", "show", "2000-01-01"]) == ExitCode.FAILED
         assert "nothing is recorded" in capsys.readouterr().err

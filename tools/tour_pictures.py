@@ -33,7 +33,14 @@ PICTURES = {
     "docs/tour/events.svg": ("events", ""),
 }
 """Each picture, and the view and subject that it is of."""
-SOURCES = ("memconsole/views", "memconsole/fields.py", "memconsole/field.py", "tools/tour_pictures.py")
+SOURCES = (
+    "memconsole/views",
+    "memconsole/fields.py",
+    "memconsole/device_fields.py",
+    "memconsole/guest_fields.py",
+    "memconsole/field.py",
+    "tools/tour_pictures.py",
+)
 """What determines how the pictures look."""
 
 

@@ -16,7 +16,7 @@ from memconsole.views.screens.hostmap import use_meaning
 from memconsole.views.screens.mapmodel import Goal, Mode
 from memconsole.views.widgets.facts import Fact
 from memconsole.views.widgets.layers import LabelLayer, Layer, Meaning
-from memconsole.views.widgets.pagefacts import number_of
+from memconsole.views.widgets.pagefacts import asked_frame
 from memconsole.views.widgets.pagegrid import ABSENT, APART, BAD, ELSEWHERE, NO, ODD, OUTSIDE, YES, Block
 
 _WORDS = {
@@ -133,9 +133,9 @@ class DomainModel:
         Raises:
             UsageError, NotFound: it is none, or not there.
         """
-        word, _, rest = text.strip().lower().partition(" ")
-        if word == "pfn":
-            page = self.iovas.table.lookup_pfn(number_of(rest))
+        pfn = asked_frame(text)
+        if pfn is not None:
+            page = self.iovas.table.lookup_pfn(pfn)
         else:
             page = parse_address(text) // PAGE
             page = page if any(first <= page < first + pages for first, pages in self._blocks) else None

@@ -16,7 +16,7 @@ from memconsole.views.screens.mapview import MapView
 from memconsole.views.screens.pfnmodes import node_frames, node_meanings
 from memconsole.views.widgets.facts import Fact
 from memconsole.views.widgets.layers import LabelLayer, Layer, Meaning
-from memconsole.views.widgets.pagefacts import number_of
+from memconsole.views.widgets.pagefacts import asked_frame
 from memconsole.views.widgets.pagegrid import (
     ALL_LOOKS,
     FIRST_LETTER,
@@ -169,9 +169,9 @@ class HostModel:
         Raises:
             UsageError, NotFound: it is none, or nothing is there.
         """
-        word, _, rest = text.strip().partition(" ")
-        if word.lower() == "pfn":
-            return self._held(number_of(rest), text)
+        pfn = asked_frame(text)
+        if pfn is not None:
+            return self._held(pfn, text)
         named = self._first_of(text.strip())
         return named if named is not None else self._held(parse_address(text) // PAGE, text)
 

@@ -128,9 +128,8 @@ class MapSpace:
             UsageError: it is none of these.
             NotFound: no page is there.
         """
-        word, _, rest = text.strip().lower().partition(" ")
-        if word == "pfn":
-            pfn = number_of(rest)
+        pfn = asked_frame(text)
+        if pfn is not None:
             page = table.lookup_pfn(pfn)
             if page is None:
                 raise NotFound(
@@ -139,6 +138,7 @@ class MapSpace:
                     "r scans again",
                 )
             return page
+        word, _, rest = text.strip().lower().partition(" ")
         address = self.address_of(parse_address(rest)) if word == "hva" else parse_address(text)
         page = address // table.page_size
         if not any(block.page <= page < block.end for block in self.blocks(table)):
@@ -150,17 +150,20 @@ class MapSpace:
         return page
 
 
-def number_of(text: str) -> int:
-    """A frame number, decimal or hexadecimal.
+def asked_frame(text: str) -> int | None:
+    """The frame that ``pfn NUMBER`` asks for, decimal or hexadecimal; None where something else is asked for.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: the number is neither.
     """
+    word, _, rest = text.strip().partition(" ")
+    if word.lower() != "pfn":
+        return None
     try:
-        return int(text.strip(), 0)
+        return int(rest.strip(), 0)
     except ValueError:
         raise UsageError(
-            f"{text!r} is not a frame number", "it is neither hexadecimal nor decimal", "write pfn 0x1234 or pfn 4660"
+            f"{rest!r} is not a frame number", "it is neither hexadecimal nor decimal", "write pfn 0x1234 or pfn 4660"
         ) from None
 
 

@@ -10,7 +10,7 @@ from memconsole.units import format_size
 
 _CLASSES = {
     0x00: "old", 0x01: "storage", 0x02: "network", 0x03: "display", 0x04: "multimedia", 0x05: "memory", 0x06: "bridge",
-    0x07: "communication", 0x08: "system", 0x09: "input", 0x0A: "docking", 0x0B: "processor", 0x0C: "serial bus",
+    0x07: "comms", 0x08: "system", 0x09: "input", 0x0A: "docking", 0x0B: "processor", 0x0C: "serial bus",
     0x0D: "wireless", 0x0E: "intelligent", 0x0F: "satellite", 0x10: "encryption", 0x11: "signal", 0x12: "accelerator",
     0x13: "instrument", 0x40: "coprocessor", 0xFF: "unassigned",
 }  # fmt: skip
@@ -59,7 +59,7 @@ DEVICES = Table(
     (
         Field("bdf", "Device", "PCI address", lambda d: d.bdf, width=12),
         Field("id", "Id", "vendor:device", lambda d: f"{d.vendor:04x}:{d.device:04x}", width=9),
-        Field("class", "Class", "PCI class, as a number and in a word", _class_words, width=16),
+        Field("class", "Class", "PCI class, as a number and in a word", _class_words, width=18),
         Field("driver", "Driver", "kernel driver", lambda d: d.driver, width=14),
         Field("group", "Group", "IOMMU group", lambda d: d.group, width=5, right=True),
         Field("bars", "BARs", "its windows: number and size of each BAR", _bars, width=20),

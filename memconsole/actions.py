@@ -108,6 +108,23 @@ class Release(Action, frozen=True, tag="release"):
     region: Annotated[str, Arg(ArgumentKind.REGION, "region to free", positional=True)]
 
 
+class Move(Action, frozen=True, tag="move"):
+    """Have a region live in another store."""
+
+    spec = Spec(
+        "move",
+        ("move",),
+        "Move region",
+        "Move a region's contents to another store; its guests have it again afterwards",
+        Danger.CHANGES,
+        "",
+        "regions",
+    )
+    region: Annotated[str, Arg(ArgumentKind.REGION, "region to move", positional=True)]
+    store: Annotated[str, Arg(ArgumentKind.CHOICE, "where its frames are to live", choices=STORES)]
+    within: Annotated[float, Arg(ArgumentKind.SECONDS, "seconds its guests have to give it back, each")] = 5.0
+
+
 class GuestStart(Action, frozen=True, tag="guest-start"):
     """Start a guest whose RAM is a region of ours."""
 
@@ -397,6 +414,7 @@ AnyAction = (
     | Map
     | Revoke
     | Release
+    | Move
     | GuestStart
     | GuestAttach
     | GuestService

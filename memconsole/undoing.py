@@ -29,10 +29,11 @@ def inverse(action: Action, outcome: Outcome, before: Snapshot | None) -> Action
         return actions.GuestStop(action.name)
     if isinstance(action, actions.GuestAdopt):
         return "it adopted several: let each of them go" if action.all else actions.GuestLetGo(outcome.subject)
-    if isinstance(action, actions.GuestPause):
-        return actions.GuestResume(action.name)
-    if isinstance(action, actions.GuestResume):
-        return actions.GuestPause(action.name)
+    if isinstance(action, actions.Move):
+        return _moved_back(action, before)
+    if isinstance(action, actions.GuestPause | actions.GuestResume):
+        other = actions.GuestResume if isinstance(action, actions.GuestPause) else actions.GuestPause
+        return other(action.name)
     if isinstance(action, actions.WindowMap):
         return actions.WindowRevoke(action.window)
     if isinstance(action, actions.Revoke):
@@ -44,6 +45,12 @@ def inverse(action: Action, outcome: Outcome, before: Snapshot | None) -> Action
         guest = next((each.guest for each in windows if each.id == action.window), None)
         return actions.WindowMap(action.window, guest) if guest else "it is not known any more whose it was"
     return _NEVER[action.spec.id]
+
+
+def _moved_back(action: actions.Move, before: Snapshot | None) -> Action | str:
+    regions = before.regions if before is not None else ()
+    store = next((each.store for each in regions if each.name == action.region), None)
+    return actions.Move(action.region, store) if store else "it is not known any more where it was"
 
 
 def _granted_again(grant: Grant) -> Action:

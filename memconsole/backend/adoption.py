@@ -11,6 +11,7 @@ unfinished release, revoke,       carried through: what they take away must not 
   stop, let-go, pause, resume
 unfinished reserve, map, start,   taken back: nobody was told that they were done
   attach, adopt
+unfinished move                   ended where its contents are, as the ledger has it (:mod:`.revoke.move`)
 """
 
 from __future__ import annotations
@@ -382,13 +383,28 @@ def _undo_action(desk: AdoptionDesk, number: int, intent: Intent, again: list[st
         desk.stores[action.store].discard(action.name)
     if isinstance(action, actions.GuestAdopt):
         drop_unfinished(desk, intent.aims.guests)
-    if isinstance(action, actions.Map):
+    found = None
+    if isinstance(action, actions.Move):
+        found = _moved_all_the_same(desk, number, action, again)
+    elif isinstance(action, actions.Map):
         found = _mapped_all_the_same(desk, number, intent)
-        if found is not None:
-            return found
+    if found is not None:
+        return found
     return FailedRecord(
         number, time.time_ns(), "CutShort", "the control process died; the steps done so far were undone"
     )
+
+
+def _moved_all_the_same(desk: AdoptionDesk, number: int, action: actions.Move, again: list[str]) -> Record | None:
+    """What is to be recorded of a move whose contents have arrived; a QEMU that was saved for it is to be resumed."""
+    grants = desk.state.grants_of(region=action.region)
+    again += [grant.guest for grant in grants if suspend_vm.is_saved(desk, grant.guest)]
+    region = desk.state.regions.get(action.region)
+    if region is None or region.store != action.store:
+        desk.stores[action.store].drop_fresh(action.region, 0)  # custody did not have it yet
+        return None
+    text = f"region {region.name} is in the {region.store} store (carried through after a restart)"
+    return DoneRecord(number, time.time_ns(), text, StateChange())
 
 
 def _mapped_all_the_same(desk: AdoptionDesk, number: int, intent: Intent) -> Record | None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 from msgspec.structs import replace
 
-from memconsole.actions import Action, GuestAttach, GuestHelper, GuestResume, GuestStop, HandoffAction, Revoke
+from memconsole.actions import Action, GuestAttach, GuestHelper, GuestResume, GuestStop, HandoffAction, Move, Revoke
 from memconsole.backend import verbs
 from memconsole.backend.holdings import custody_name
 from memconsole.backend.ledger.state import EventRecord, State, StateChange
@@ -220,11 +220,12 @@ def _after(desk: verbs.VerbDesk, action: Action, work: PreparedAction) -> Forese
     before = desk.foreseen if isinstance(desk, ForeseenDesk) else Foreseen(desk.state)
     change = _change(desk, action, work)
     ended = {name: desk.state.grants[name] for name in change.without_grants if name in desk.state.grants}
-    sizes = sum(region.size for region in change.regions)
+    made = [region for region in change.regions if region.name not in desk.state.regions]
+    sizes = sum(region.size for region in made)
     without = frozenset(change.without_regions)
     return Foreseen(
         _folded(desk.state, change),
-        made=(before.made | {region.name for region in change.regions}) - without,
+        made=(before.made | {region.name for region in made}) - without,
         gone=(before.gone | without) - {region.name for region in change.regions},
         guests=(before.guests | _new_guests(desk, change)) - set(change.without_guests),
         promised=before.promised + sizes,
@@ -244,6 +245,8 @@ def _change(desk: verbs.VerbDesk, action: Action, work: PreparedAction) -> State
             ends = guest is not None and guest.kind is GuestKind.QEMU
             waits = (replace(guest, pid=None, start_ticks=None, state=GuestState.GONE),) if guest and ends else ()
             return StateChange(guests=waits, without_grants=(grant.id,))
+        case Move():
+            return StateChange(regions=(replace(desk.state.regions[action.region], store=action.store),))
         case GuestAttach():
             known = desk.state.guests.get(action.name)
             if known is not None:

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import mmap
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.arenas import at, empty, images
+from support.arenas import files as files_at
 from support.mounts import add_guest, trees
 
 from memconsole.backend.stores import arena as arenas
-from memconsole.backend.stores import dax, ext4, files
-from memconsole.backend.stores.arena import FRESH, Arena, ArenaRecord, RegionRecord
+from memconsole.backend.stores import dax, ext4, files, memfd
+from memconsole.backend.stores.arena import FRESH, Arena, RegionRecord
 from memconsole.backend.stores.dax import DaxStore
 from memconsole.errors import BadFile, KernelRefused, Refused
 from memconsole.model import Access, Grant, GrantState, Region, RegionState
@@ -29,20 +30,8 @@ SIZE = 8 * M
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An arena's file system, mounted."""
-    place = tmp_path_factory.mktemp("arena")
-    file, path = place / "image", place / "mnt"
-    with file.open("wb") as new:
-        new.truncate(96 * M)
-    path.mkdir()
-    ext4.make(str(file), "mc:host", 96 * M)
-    mounted = subprocess.run(["mount", "-o", "loop", file, path], capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"no loop device can be mounted here: {mounted.stderr.strip()}")
-    fd = os.open(path, os.O_RDONLY)
-    arenas.write_record(fd, ArenaRecord(name="host", host=arenas.machine_id()))
-    os.close(fd)
-    yield path
-    subprocess.run(["umount", path], check=True)
+    with images(tmp_path_factory.mktemp("arena"), "host") as path:
+        yield path
 
 
 @pytest.fixture
@@ -50,13 +39,10 @@ def arena(image: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Arena]:
     """The arena as the kernel's list of mounts has it, taken as if it were dax."""
     (found,) = (each for each in arenas.mounted() if each.path == image)
     assert found.trouble == "it is mounted without dax"
-    usable = found._replace(trouble="")
-    monkeypatch.setattr(arenas, "mounted", lambda *_: (usable,))
+    monkeypatch.setattr(arenas, "mounted", lambda *_: (at(image),))
     monkeypatch.setattr(arenas, "mount_all", lambda *_: [])
-    yield usable
-    for path in image.iterdir():
-        if path.is_file():
-            dax._discard(path)
+    yield at(image)
+    empty(image)
 
 
 @pytest.fixture
@@ -128,6 +114,24 @@ def test_a_move_counts_from_the_moment_when_the_names_change(store: DaxStore, ar
     assert not (arena.path / (FRESH + "web")).exists()
     os.close(old)
     os.close(fresh)
+
+
+def test_a_region_of_another_store_takes_its_name_and_gives_it_up(store: DaxStore, arena: Arena) -> None:
+    (elsewhere,) = memfd.reserve_segments("web", SIZE)
+    fresh = store.fresh_segment("web", 0, SIZE, 4096, None)
+    store.describe([fresh], region())
+    for _ in range(2):  # the second time as by a control process that carries it through
+        store.settle("web", 0, fresh, elsewhere)
+        assert files_at(arena.path) == ["web"]
+    for _ in range(2):
+        store.settle("web", 0, elsewhere, fresh)
+        assert files_at(arena.path) == [FRESH + "web"]
+    taken = reserved(store)
+    with pytest.raises(KernelRefused, match="cannot become web"):
+        store.settle("web", 0, fresh, elsewhere)
+    assert os.fstat(taken).st_ino == (arena.path / "web").stat().st_ino, "a name that somebody has is left to him"
+    for fd in (elsewhere, fresh, taken):
+        os.close(fd)
 
 
 def test_a_file_that_was_cut_never_grows_again(store: DaxStore) -> None:

@@ -58,6 +58,8 @@ class World(NamedTuple):
 
     runtime: Path
     keeper: Path
+    prelude: str = ""
+    """What those that die run first."""
 
     @contextlib.contextmanager
     def control(self) -> Iterator[Control]:
@@ -67,7 +69,15 @@ class World(NamedTuple):
     def dies(self, action: do.Action, at: str, *connected: str) -> None:
         """Apply an action in a process of its own, once these guests' agents are back, that dies at a fault point."""
         places = str(self.runtime), str(self.keeper)
-        words = [sys.executable, "-c", CHILD, *places, json.dumps(action_input.encode(action)), at, *connected]
+        words = [
+            sys.executable,
+            "-c",
+            self.prelude + CHILD,
+            *places,
+            json.dumps(action_input.encode(action)),
+            at,
+            *connected,
+        ]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         assert done.returncode == -signal.SIGKILL, (at, done.stdout, done.stderr)
 
@@ -115,9 +125,9 @@ def _words(pid: int) -> str:
 
 
 @contextlib.contextmanager
-def worlds() -> Iterator[World]:
+def worlds(prelude: str = "") -> Iterator[World]:
     with runtime_dir() as directory, keepers.running(native.program("memconsole-keeper")) as keeper:
-        world = World(directory / "run", keeper.path)
+        world = World(directory / "run", keeper.path, prelude)
         try:
             yield world
         finally:

@@ -168,6 +168,19 @@ def test_a_way_to_lose_memory_refuses_by_its_name_alone(id: str) -> None:
     assert refusal == Refusal(check.refusal_code(id), bad[0].observed, bad[0].risk, bad[0].remedy)
 
 
+@pytest.mark.parametrize(
+    ("id", "command"),
+    [
+        ("hugetlb", "memconsole move web --store dax"),
+        ("arena-guests", "memconsole move ram --store memfd"),
+        ("live-update", "memconsole move REGION --store dax"),
+    ],
+)
+def test_what_the_other_store_would_carry_is_moved_there_by_a_command(id: str, command: str) -> None:
+    (bad,) = [each for each in check.check_conditions(replace(CLEAN, **ERRORS[id])) if not each.ok]
+    assert command in bad.remedy
+
+
 def test_a_guest_of_libvirt_that_is_to_go_along_is_refused_where_libvirt_would_not_give_it_its_ram() -> None:
     met = guest("vm", GuestKind.QEMU)
     managed = msgspec.structs.replace(met.guest, managed=Managed("libvirt", "vm", "uuid"))

@@ -28,6 +28,11 @@ def done(action: Action, subject: str = "") -> Outcome:
         (actions.GuestAttach("a", 7), "a", actions.GuestStop("a")),
         (actions.GuestPause("a"), "a", actions.GuestResume("a")),
         (actions.GuestResume("a"), "a", actions.GuestPause("a")),
+        (
+            actions.Move(BEFORE.regions[0].name, "dax"),
+            "",
+            actions.Move(BEFORE.regions[0].name, BEFORE.regions[0].store),
+        ),
         (actions.WindowMap("0000:00:04.0:0", "a"), "", actions.WindowRevoke("0000:00:04.0:0")),
         (
             actions.Revoke(GRANT.id),

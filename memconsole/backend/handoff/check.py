@@ -63,7 +63,7 @@ def _this_kernel(facts: HandoffFacts) -> Iterator[Condition]:
         risk="without live update no memory is carried into the next kernel",
         observed="/dev/liveupdate is there" if here.luo else f"there is no /dev/liveupdate; {here.detail}".rstrip("; "),
         remedy="boot a kernel that has CONFIG_LIVEUPDATE with kho=on liveupdate=on; memconsole handoff rehearse works"
-        " on any kernel",
+        " on any kernel. What is in an arena survives every kexec: memconsole move REGION --store dax",
     )
     yield Condition(
         "kexec-disabled",
@@ -251,6 +251,7 @@ def _command_line(facts: HandoffFacts) -> Iterator[Condition]:
 
 def _memory(facts: HandoffFacts) -> Iterator[Condition]:
     huge = [held.region.name for held in facts.regions if held.region.page_size != PAGE]
+    moves = "; ".join(f"memconsole move {name} --store dax" for name in huge)
     yield Condition(
         "hugetlb",
         ERROR,
@@ -258,7 +259,8 @@ def _memory(facts: HandoffFacts) -> Iterator[Condition]:
         requirement="no region has hugetlb pages",
         risk="live update cannot preserve hugetlb pages: the region is lost",
         observed=f"regions of hugetlb pages: {', '.join(huge)}" if huge else "",
-        remedy="reserve them again without --page-size; base pages come in 2 MiB folios where shmem_enabled allows it",
+        remedy=f"move each to an arena, which survives by itself: {moves}; or reserve them again"
+        " without --page-size (base pages come in 2 MiB folios where shmem_enabled allows it)",
     )
     vast = [held.region.name for held in facts.regions if any(s.size >= LARGEST_SEGMENT for s in held.region.segments)]
     yield Condition(

@@ -9,6 +9,9 @@
 Up to *committed* a process that dies leaves the region as it was, and :func:`finish_moves` throws the copy away; from
 then on it carries the rest through. At no moment are the contents in no file that custody holds.
 
+A move to another store is the same, and one moment longer: before *committed* the copy says in the store it comes to
+what it is (*named*), so that a kernel that ends then leaves the region in one store at least, whole.
+
 The old frames are quarantined from *committed* on; those that :mod:`.pins` finds to be free are let go at the end.
 """
 
@@ -31,7 +34,7 @@ from memconsole.backend.revoke import pins
 from memconsole.backend.revoke.points import pass_by
 from memconsole.backend.stores import base, files
 from memconsole.backend.stores.base import Store
-from memconsole.errors import Denied, KernelRefused, MemconsoleError, NotFound
+from memconsole.errors import BadFile, Denied, GuestError, KernelRefused, MemconsoleError, NotFound
 from memconsole.model import Grant, Quarantine, Region, RevokeOutcome
 from memconsole.units import PAGE, format_size
 
@@ -64,6 +67,13 @@ class MoveResult(NamedTuple):
     note: str = ""
 
 
+class Moved(NamedTuple):
+    """How a move ended, and the digest that its contents had before and after, of one between stores."""
+
+    end: MoveResult
+    digest: str = ""
+
+
 def _fresh_name(region: str, segment: int) -> str:
     return f"fresh:{region}:{segment}"
 
@@ -82,20 +92,40 @@ def why_not(desk: needs.RegionFds, region: Region, segment: int) -> str:
     return store.why_no_copy(held, region, segment, promised=desk.promised_bytes(), root=desk.root)
 
 
+class _Course(NamedTuple):
+    """Where the contents go: the region as it is and will be, both stores, and what quarantined frames are called."""
+
+    region: Region
+    moved: Region
+    source: Store
+    target: Store
+    id: str
+    guest: str = ""
+
+    @property
+    def crosses(self) -> bool:
+        """Whether it is another store that they go to."""
+        return self.moved.store != self.region.store
+
+
 class _Copy(NamedTuple):
     """A move under way: the segment's old file and the fresh one, the region as it will be, and the old frames.
 
     ``frames`` is None where the kernel does not show them: then nothing is quarantined.
     """
 
-    region: Region
+    course: _Course
     segment: int
     old: int
     fresh: int
     moved: Region
     kept: Quarantine
     frames: ExtentTable | None
-    store: Store
+
+    @property
+    def region(self) -> Region:
+        """The region as it was."""
+        return self.course.region
 
 
 def move_segment(desk: SegmentMoving, grant: Grant, segment: int) -> Recorded[MoveResult]:
@@ -105,44 +135,81 @@ def move_segment(desk: SegmentMoving, grant: Grant, segment: int) -> Recorded[Mo
         KernelRefused, Gone, Refused: no memory or no custody for the copy; nothing has changed.
     """
     region = desk.state.regions[grant.region]
+    store = desk.store_of(region.name)
+    return (yield from _move(desk, _Course(region, region, store, store, grant.id, grant.guest), segment)).end
+
+
+def move_region(desk: SegmentMoving, region: Region, target: Store, page_size: int) -> Recorded[Moved]:
+    """Move a region of one segment to another store; nobody reaches it. Its contents are digested before and after.
+
+    Raises:
+        KernelRefused, Gone, Refused: no memory or no custody for the copy, or somebody wrote to it meanwhile; nothing
+            has changed.
+    """
+    moved = msgspec.structs.replace(region, store=target.NAME, page_size=page_size, node=None)
+    id = f"move-{region.name.replace('.', '-')}"
+    return (yield from _move(desk, _Course(region, moved, desk.store_of(region.name), target, id), 0))
+
+
+def _move(desk: SegmentMoving, course: _Course, segment: int) -> Recorded[Moved]:
+    region, moved = course.region, course.moved
     old = desk.fds(region.name)[segment]
     size = region.segments[segment].size
-    store = desk.store_of(region.name)
-    fresh = store.fresh_segment(region.name, segment, size, region.page_size, region.node)
+    fresh = course.target.fresh_segment(region.name, segment, size, moved.page_size, moved.node)
     try:
         with contextlib.ExitStack() as stack:
-            frames = _copy_and_scan(desk, region, segment, fresh, store)
+            digest = _digest(old) if course.crosses else ""
+            frames = _copy_and_scan(desk, region, segment, fresh, course.source)
             if frames is not None:
                 stack.enter_context(frames)
+            if course.crosses:
+                _compare(region, digest, fresh)
             pass_by("move", "copied")
-            planned = _planned(desk, grant, region, segment, old, fresh)
-            copy = _Copy(region, segment, old, fresh, *planned, frames, store)
+            copy = _Copy(course, segment, old, fresh, *_planned(desk, course, segment, old, fresh), frames)
             _hold(desk, copy)
             pass_by("move", "held")
+            if course.crosses:
+                course.target.describe([fresh], copy.moved, desk.state.grants_of(region=region.name))
+                course.target.settle(region.name, segment, fresh, old)
+                pass_by("move", "named")
             yield from _commit(copy)
             pass_by("move", "emptied")
             _replace(desk, copy)
             pass_by("move", "replaced")
-            return (yield from _ended(desk, copy))
+            return Moved((yield from _ended(desk, copy)), digest)
     except BaseException:
         with steplog.suppressed("the copy is forgotten", MemconsoleError):
             if desk.state.regions[region.name].segments == region.segments:
+                if course.crosses:
+                    course.target.settle(region.name, segment, old, fresh)
                 _forget_copy(desk, region.name, segment)
-                store.drop_fresh(region.name, segment)
+                course.target.drop_fresh(region.name, segment)
         raise
     finally:
         os.close(fresh)
 
 
-def _planned(  # noqa: PLR0917 - what a move is made of
-    desk: needs.LedgerState, grant: Grant, region: Region, segment: int, old: int, fresh: int
-) -> tuple[Region, Quarantine]:
+def _digest(fd: int) -> str:
+    from memconsole.extents import digest_fd
+
+    return digest_fd(fd)
+
+
+def _compare(region: Region, digest: str, fresh: int) -> None:
+    """Refuse a copy that is not what was to be copied."""
+    if _digest(fresh) != digest:
+        what = f"the contents of region {region.name} changed while they were copied"
+        remedy = "memconsole audit names the processes that have it without a grant: have them stop, and try again"
+        raise GuestError(what, "a process writes to it that is not seen", remedy, code="ContentsChanged")
+
+
+def _planned(desk: needs.LedgerState, course: _Course, segment: int, old: int, fresh: int) -> tuple[Region, Quarantine]:
     """The region with the fresh file, and the quarantine of the old frames."""
-    segments = list(region.segments)
+    segments = list(course.region.segments)
     segments[segment] = files.segments([fresh])[0]
-    moved = msgspec.structs.replace(region, segments=tuple(segments))
-    id, size = _quarantine_id(desk, grant.id), files.resident_bytes([old])
-    return moved, Quarantine(id, region.name, grant.guest, size, time.time_ns(), "not looked at yet")
+    moved = msgspec.structs.replace(course.moved, segments=tuple(segments))
+    id, size = _quarantine_id(desk, course.id), files.resident_bytes([old])
+    return moved, Quarantine(id, course.region.name, course.guest, size, time.time_ns(), "not looked at yet")
 
 
 def _hold(desk: needs.InCustody, copy: _Copy) -> None:
@@ -155,18 +222,19 @@ def _hold(desk: needs.InCustody, copy: _Copy) -> None:
 
 def _commit(copy: _Copy) -> Recorded[None]:
     """The ledger means the fresh file; the old one is emptied, or the ledger means it again."""
-    text = f"the contents of {copy.region.name} moved to fresh frames"
+    name, segment, source = copy.region.name, copy.segment, copy.course.source
+    where = f"the {copy.moved.store} store" if copy.course.crosses else "fresh frames"
     quarantine = (copy.kept,) if copy.frames is not None else ()
-    yield _happened("moved", copy.region.name, text, StateChange(regions=(copy.moved,), quarantine=quarantine))
+    change = StateChange(regions=(copy.moved,), quarantine=quarantine)
+    yield _happened("moved", name, f"the contents of {name} moved to {where}", change)
     pass_by("move", "committed")
-    name, segment = copy.region.name, copy.segment
     try:
-        copy.store.settle(name, segment, copy.fresh, copy.old)
-        copy.store.empty_segments([copy.old])
+        source.settle(name, segment, copy.fresh, copy.old)
+        source.empty_segments([copy.old])
     except KernelRefused:
-        copy.store.settle(name, segment, copy.old, copy.fresh)
+        source.settle(name, segment, copy.old, copy.fresh)
         back = StateChange(regions=(copy.region,), without_quarantine=(copy.kept.id,))
-        yield _happened("moved", copy.region.name, "... and back", back)
+        yield _happened("moved", name, "... and back", back)
         raise
 
 
@@ -175,13 +243,13 @@ def _replace(desk: needs.OwnRegionFds, copy: _Copy) -> None:
     name, segment = copy.region.name, copy.segment
     desk.replace_segment(name, segment, copy.fresh)
     payloads.put(desk.custody, custody_name(name, segment), copy.fresh, copy.moved)
+    copy.course.source.drop_fresh(name, segment)
     desk.custody.drop(_fresh_name(name, segment))
-    copy.store.drop_fresh(name, segment)
 
 
 def _ended(desk: PinJudging, copy: _Copy) -> Recorded[MoveResult]:
     """How strong the end is, and what the ledger says of the old frames."""
-    if copy.store.EMPTIED_PROVES:
+    if copy.course.source.EMPTIED_PROVES:
         return MoveResult(RevokeOutcome.PROVED)
     if copy.frames is None:
         return MoveResult(RevokeOutcome.CUT, f"pins cannot be ruled out: {_UNKNOWN}")
@@ -251,21 +319,21 @@ def finish_moves(desk: MoveLeftovers) -> None:
         fresh, payload = desk.custody.get(name)
         try:
             if region is None or region.segments[segment : segment + 1] != files.segments([fresh]):
-                desk.custody.drop(name)
                 if region is not None:
                     _throw_away(desk, region, segment, fresh)
+                desk.custody.drop(name)
                 continue
-            store = base.named(desk.stores, region.store)
-            old, _ = desk.custody.get(custody_name(region_name, segment))
+            old, said = desk.custody.get(custody_name(region_name, segment))
             try:
                 if not os.path.sameopenfile(old, fresh):
-                    store.settle(region_name, segment, fresh, old)
-                    store.empty_segments([old])
+                    source = _source(desk, region, said)
+                    source.settle(region_name, segment, fresh, old)
+                    source.empty_segments([old])
             finally:
                 os.close(old)
             desk.custody.put(custody_name(region_name, segment), fresh, payload)
+            _drop_fresh(desk, region_name, segment)
             desk.custody.drop(name)
-            store.drop_fresh(region_name, segment)
         finally:
             os.close(fresh)
     for name in desk.custody.names():
@@ -274,16 +342,29 @@ def finish_moves(desk: MoveLeftovers) -> None:
             desk.custody.drop(name)
 
 
+def _source(desk: needs.Stored, region: Region, said: bytes) -> Store:
+    """The store that a region comes from, by what custody says of the file that it still has under its name."""
+    with contextlib.suppress(BadFile):
+        return base.named(desk.stores, payloads.read(region.name, said, Region).store)
+    return base.named(desk.stores, region.store)
+
+
 def _throw_away(desk: MoveLeftovers, region: Region, segment: int, fresh: int) -> None:
     """A copy that the ledger never meant: the region's name stands for the old file, whatever was done last."""
-    store = base.named(desk.stores, region.store)
     with contextlib.suppress(NotFound):
         old, _ = desk.custody.get(custody_name(region.name, segment))
         try:
-            store.settle(region.name, segment, old, fresh)
+            for store in desk.stores.values():  # the ledger does not know which one it was to go to
+                store.settle(region.name, segment, old, fresh)
         finally:
             os.close(old)
-        store.drop_fresh(region.name, segment)
+        _drop_fresh(desk, region.name, segment)
+
+
+def _drop_fresh(desk: needs.Stored, region: str, segment: int) -> None:
+    """Forget the file that does not count, in whichever store it is."""
+    for store in desk.stores.values():
+        store.drop_fresh(region, segment)
 
 
 # --- inside -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The fault points inside a climb, in the order they are passed."""
+"""The fault points inside a climb and a move, in the order they are passed; *named* is of moves between stores."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ POINTS = (
     "revoke.copy.stopped",
     "revoke.move.copied",
     "revoke.move.held",
+    "revoke.move.named",
     "revoke.move.committed",
     "revoke.move.emptied",
     "revoke.move.replaced",

@@ -75,7 +75,10 @@ class Store(Protocol):
         """Why there is no room for a copy of a segment; empty where there is."""
 
     def settle(self, name: str, index: int, kept: int, gone: int) -> None:
-        """Have a region's name stand for the one of two files, whichever it stood for."""
+        """Have a region's name stand for the one of two files, whichever it stood for.
+
+        One of them may be another store's: then the name stands for the other one, or for none here.
+        """
 
     def drop_fresh(self, name: str, index: int) -> None:
         """Forget the file that a region's name does not stand for, once it was emptied or is not needed."""

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 CUT_S = 5.0
 """Seconds that a file may take to be cut; who pins a page longer is ended by a harder rung of a revoke."""
-_EXCHANGE, _AT_CWD = 2, -100
+_NOREPLACE, _EXCHANGE, _AT_CWD = 1, 2, -100
 _AGAIN = 100
 
 
@@ -224,22 +224,23 @@ class DaxStore:
     def settle(self, name: str, index: int, kept: int, gone: int) -> None:
         """Have the name stand for the file that is kept; the other one keeps :data:`FRESH`, until it is discarded.
 
-        Both names change at once (RENAME_EXCHANGE), and are on the arena when this returns.
+        Both names change at once (RENAME_EXCHANGE), and are on the arena when this returns. Where one of the files is
+        another store's, the other one takes the name, which nobody may have, or gives it up.
 
         Raises:
-            KernelRefused: they cannot be exchanged.
+            KernelRefused: they cannot be exchanged, or somebody else has the name.
         """
         del index
-        stays = os.fstat(kept)
         for place in self._places():
-            with contextlib.suppress(FileNotFoundError):
-                found = (place / (FRESH + name)).stat()
-                if (found.st_dev, found.st_ino) == (stays.st_dev, stays.st_ino):
-                    record = _record(gone)
-                    if record is not None:  # said before it counts: a file without a record was never finished
-                        next_one = msgspec.structs.replace(record, generation=record.generation + 1)
-                        arenas.write_record(kept, next_one)
-                    _exchange(place, name)
+            if _is_file(place / (FRESH + name), kept):
+                record = _record(gone)
+                if record is not None:  # said before it counts: a file without a record was never finished
+                    next_one = msgspec.structs.replace(record, generation=record.generation + 1)
+                    arenas.write_record(kept, next_one)
+                both = _is_file(place / name, gone)
+                _rename(place, FRESH + name, name, _EXCHANGE if both else _NOREPLACE)
+            elif _is_file(place / name, gone):
+                _rename(place, name, FRESH + name, _NOREPLACE)
 
     def drop_fresh(self, name: str, index: int) -> None:
         """Take the file that does not count out of the arena, cut before; raises as :meth:`discard`."""
@@ -395,13 +396,19 @@ def _discard(path: Path) -> None:
         os.close(fd)
 
 
-def _exchange(place: Path, name: str) -> None:
+def _rename(place: Path, one: str, other: str, how: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    one, other = os.fsencode(place / name), os.fsencode(place / (FRESH + name))
-    if libc.renameat2(_AT_CWD, one, _AT_CWD, other, _EXCHANGE):
+    if libc.renameat2(_AT_CWD, os.fsencode(place / one), _AT_CWD, os.fsencode(place / other), how):
         number = ctypes.get_errno()
-        raise KernelRefused("renameat2", number, what=f"the files of region {name} cannot be exchanged")
+        raise KernelRefused("renameat2", number, what=f"{one} cannot become {other} in the arena {place}")
     _sync(place)
+
+
+def _is_file(path: Path, fd: int) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        found, meant = path.stat(), os.fstat(fd)
+        return (found.st_dev, found.st_ino) == (meant.st_dev, meant.st_ino)
+    return False
 
 
 def _sync(directory: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from memconsole import actions
 from memconsole.backend import needs
 from memconsole.backend.handoff.facets import HandoffChecks
-from memconsole.backend.verbs import adopt, arenas, grants, guests, handoff, regions, services, windows
+from memconsole.backend.verbs import adopt, arenas, grants, guests, handoff, moves, regions, services, windows
 from memconsole.backend.work import PreparedAction
 
 
@@ -32,6 +32,7 @@ Verb = Callable[[VerbDesk, Any], PreparedAction]
 VERBS: Mapping[type[actions.Action], Verb] = {
     actions.Reserve: regions.reserve,
     actions.Release: regions.release,
+    actions.Move: moves.move_region,
     actions.Map: grants.map,
     actions.Revoke: grants.revoke,
     actions.GuestStart: guests.start,

@@ -28,6 +28,7 @@ def said(
     *arguments: str,
     memory: str,
     early: str = "",
+    append: str = "",
 ) -> list[dict[str, Any]]:
     """The verdicts of one name of a scenario, in order.
 
@@ -36,6 +37,15 @@ def said(
     """
     need()
     with tempfile.TemporaryDirectory(prefix="mc-bench-") as share:
-        run = lab.run(scenario, Path(share), memory=memory, processors=2, packed=True, early=early, arguments=arguments)
+        run = lab.run(
+            scenario,
+            Path(share),
+            memory=memory,
+            processors=2,
+            packed=True,
+            early=early,
+            append=append,
+            arguments=arguments,
+        )
         run.check()
     return [each for each in run.said if each["name"] == verdict]

@@ -310,7 +310,7 @@ class DaxStore:
         if not self._lasting:
             return [], []
         told = arenas.mount_all(self._runtime, self._root)
-        regions: list[Found] = []
+        regions: dict[str, Found] = {}
         usable = self.arenas()
         for each in arenas.mounted(self._root):
             if each not in usable:
@@ -319,11 +319,11 @@ class DaxStore:
             for region, fd, finding in _read_arena(each, held):
                 if finding is not None:
                     told.append(finding)
-                elif any(other.region.name == region.name for other in regions):
+                elif region.name in regions:
                     os.close(fd)
                 else:
-                    regions.append(Found(region, (fd,)))
-        return regions, told
+                    regions[region.name] = Found(region, (fd,))
+        return list(regions.values()), told
 
 
 def create_file(arena: Arena, entry: str, size: int) -> int:

@@ -17,7 +17,7 @@ from support.mounts import add_guest, trees
 
 from memconsole.backend.stores import arena as arenas
 from memconsole.backend.stores import dax, ext4, files, memfd
-from memconsole.backend.stores.arena import FRESH, Arena, RegionRecord
+from memconsole.backend.stores.arena import FRESH, Arena, ArenaRecord, RegionRecord
 from memconsole.backend.stores.dax import DaxStore
 from memconsole.errors import BadFile, KernelRefused, Refused
 from memconsole.model import Access, Grant, GrantState, Region, RegionState
@@ -183,6 +183,28 @@ def test_a_record_of_a_newer_memconsole_is_left_as_it_is(store: DaxStore, arena:
     assert (found, told.id, told.subject) == ([], "arena-file", "web")
     assert os.fstat(fd).st_size == SIZE
     os.close(fd)
+
+
+def test_an_arena_of_a_newer_memconsole_is_left_alone(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fd = os.open(image, os.O_RDONLY)
+    before = os.getxattr(fd, arenas.XATTR)
+    try:
+        arenas.write_record(fd, ArenaRecord(name="host", format=arenas.FORMAT + 1))
+        (found,) = (each for each in arenas.mounted() if each.path == image)
+        assert "newer memconsole" in found.trouble
+        monkeypatch.setattr(arenas, "mounted", lambda *_: (found,))
+        monkeypatch.setattr(arenas, "mount_all", lambda *_: [])
+        store = DaxStore(tmp_path, lasting=True)
+        regions, (told,) = store.found(())
+        assert (regions, told.id) == ([], "arena-unused")
+        (refusal,) = store.reserve_refusals(SIZE, 4096, None, promised=0, root="/")
+        assert (refusal.code, "newer memconsole" in refusal.why) == ("NoArena", True)
+        assert b'"format":2' in os.getxattr(fd, arenas.XATTR), "and what it says stays"
+    finally:
+        os.setxattr(fd, arenas.XATTR, before)
+        os.close(fd)
 
 
 def test_a_second_memconsole_leaves_an_arena_alone(store: DaxStore, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from memconsole.model import Region, RegionState
 M = 1 << 20
 REGIONS = 1000
 ROUNDS = 3
-WORDS = "kho=off liveupdate=off memmap=1280M!1G"
+WORDS = "kho=off liveupdate=off memmap=1280M!4G"
 
 
 def bench_cut() -> list[Result]:

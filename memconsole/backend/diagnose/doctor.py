@@ -182,7 +182,7 @@ def _dax(root: Root) -> Verdict:
         return (
             "no",
             "there is no devdax device",
-            "nothing need be done unless you want one: boot with memmap=nn!ss, then memconsole arena create NAME --devdax",
+            "nothing need be done unless you want one: boot with memmap=nn!ss; memconsole arena create NAME --devdax",
         )
     return "yes", ", ".join(f"{device.name} {format_size(device.size)}" for device in found), ""
 

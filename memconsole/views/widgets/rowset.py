@@ -117,7 +117,7 @@ class RowSet:
         old, old_at, old_texts = self.items, self._at, self._texts
         self.before = {}
         texts: list[str | None] = [None] * len(items)
-        for index, (key, item) in enumerate(zip(keys, items, strict=True)):
+        for index, (key, item) in enumerate(zip(keys, items, strict=True) if self.loaded else ()):
             was = old_at.get(key)
             if was is None:
                 self.before[key] = None
@@ -125,11 +125,9 @@ class RowSet:
                 self.before[key] = old[was]
             else:
                 texts[index] = old_texts[was]
-        if not self.loaded:
-            self.before = {}
         self.loaded = True
         self.items, self.keys, self._texts = items, keys, texts
-        self._at = {key: index for index, key in enumerate(keys)}
+        self._at = dict(zip(keys, range(len(keys)), strict=True))
         self.marked &= self._at.keys()
         self._sort()
         return True

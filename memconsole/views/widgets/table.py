@@ -32,6 +32,8 @@ from memconsole.views.widgets.fitting import fit
 from memconsole.views.widgets.rowset import RowSet
 
 KEPT_STRIPS = 1024
+WARM_S = 0.3
+"""After so long the rows of a long table that came in are made ready for a filter."""
 CURSORS = (" ", "▹", "▸", "■", "◇", "◆")
 """No cursor, a cursor where keys do not go, and one where they do; the same of a marked row."""
 MARKED = 3
@@ -167,6 +169,8 @@ class VirtualTable(Choosing, can_focus=True):
     def load(self, items: Sequence[Any]) -> None:
         """Show the entities of a new Snapshot; repaints the lines that differ."""
         length = len(self.rows)
+        if not self.rows.loaded and len(items) > KEPT_STRIPS:
+            self.set_timer(WARM_S, self.warm)
         if self.rows.load(items):
             self._follow()
             self._repaint(everything=length != len(self.rows))

@@ -9,6 +9,7 @@ handoff whose record is unread    left unfinished, with a finding: states, manif
 guest whose process lives         taken over with its grants; one whose process ended is a finding
 unfinished release, revoke,       carried through: what they take away must not come back
   stop, let-go, pause, resume
+adopted guest a jump brought     its RAM and image are put where libvirt looks; libvirt is asked nothing before it is up
 unfinished reserve, map, start,   taken back: nobody was told that they were done
   attach, adopt
 unfinished move                   ended where its contents are, as the ledger has it (:mod:`.revoke.move`)
@@ -27,7 +28,7 @@ import msgspec
 from memconsole import actions, newer
 from memconsole.backend import needs, steplog, steps, verbs
 from memconsole.backend.custody import payloads
-from memconsole.backend.handoff import clocks, restart_one, stored
+from memconsole.backend.handoff import carried_back, clocks, report, restart_one, stored
 from memconsole.backend.handoff import landing as handoff
 from memconsole.backend.handoff.facets import QuietSpaces
 from memconsole.backend.handoff.landing import Landing
@@ -131,6 +132,8 @@ def _adopt(desk: AdoptionDesk, powers: Powers) -> Recorded[list[Finding]]:
     if landing is not None:
         handoff.reconcile(desk, landing)
         found += landing.findings
+    spoiled = report.spoiled_guests(desk.handoff, desk.state.grants.values()) if desk.handoff is not None else set()
+    carried_back.offer_all(desk, spoiled)
     for name in [*again, *(() if is_unread else handoff.start_waiting_guests(desk))]:
         found += yield from _bring_back(desk, name, powers)
     steps.passed("adopt.settled")

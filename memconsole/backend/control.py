@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from memconsole.backend.custody.holder import Custody
     from memconsole.backend.custody.manager import KexecGuard
     from memconsole.backend.exports.mount import GuestMount
+    from memconsole.backend.handoff import carried_back
     from memconsole.backend.history.recorder import HistoryRecorder
     from memconsole.backend.observe.pfn_tables import PfnTables
     from memconsole.backend.observe.survey import ScanResult
@@ -137,6 +138,7 @@ class Control:
             self._ledger.carry,
             self._ready,
             apply=self.apply,
+            carried=self._carried,
             past=past,
             maps_since=self._maps_since,
         )
@@ -314,6 +316,11 @@ class Control:
                     self._desk.runtime_dir.rmdir()
 
     # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _carried(self) -> carried_back.Upkeep:
+        from memconsole.backend.handoff import carried_back
+
+        return carried_back.Upkeep(self._desk, self.apply)
 
     def _take_over(self) -> None:
         """Adopt what is left, if anything is, and have the mount show it."""

@@ -39,11 +39,15 @@ class _Custody(NamedTuple):
     sessions: tuple[str, ...] = ()
 
 
+class ShownMount(own_findings.Mount, needs.MountFiles, Protocol):
+    """The mount, to look at and to write to."""
+
+
 class Looked(HandoffChecks, needs.Borrowed, needs.Backed, Protocol):
     """What a Snapshot is made of."""
 
     @property
-    def mount(self) -> own_findings.Mount | None:
+    def mount(self) -> ShownMount | None:
         """The mount, if there is one."""
 
     @property

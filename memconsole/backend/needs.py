@@ -288,6 +288,9 @@ class MountFiles(Protocol):
     def block_access(self, grant: Grant) -> None:
         """Have a grant's file opened and mapped no more."""
 
+    def ram_path(self, guest: str, region: str) -> Path:
+        """Where the file of a guest's region is, or would be; NotFound where nothing is mounted."""
+
     def why_open(self, grant: Grant) -> str:
         """Why a grant's file may be open without being seen; empty if it is not."""
 

@@ -188,8 +188,8 @@ def _left_by_handoff(desk: WaitingGuests) -> Iterator[Finding]:
         return
     whys = {each.name: each.why for each in desk.handoff.guests} if desk.handoff is not None else {}
     for name in desk.custody.names():
-        guest = name.removeprefix("state:")
-        if guest != name and guest in state.guests and desk.live_guest(guest) is None:
+        kind, _, guest = name.partition(":")
+        if kind in {"state", "carried"} and guest in state.guests and desk.live_guest(guest) is None:
             what = f"guest {guest} did not come back from a handoff: {whys.get(guest) or 'its VMM was not started'}"
             remedy = f"memconsole guest resume {guest} tries again; its state and its regions are in custody until then"
             yield Finding("handoff-guest-held", Severity.ERROR, guest, what, "custody", remedy)

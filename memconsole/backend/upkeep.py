@@ -4,6 +4,7 @@
     readiness    whether a handoff would be refused               when something it depends on has changed
     report       what guests say of the blackout of a handoff     not while an action is under way
     services     starts those that were told to save for a handoff and have ended; finds the process of a unit
+    carried      has libvirt start the adopted guests that a handoff brought; resumes those of one that died
     mount        files and status as the ledger and a Snapshot have them
     history      records a Snapshot where that is due
 
@@ -57,11 +58,18 @@ class Kept(needs.LiveGuests, needs.Stored, needs.HostTree, needs.InCustody, Prot
         """The mount, if there is one."""
 
 
+class Carried(Protocol):
+    """The adopted guests on their way through a handoff."""
+
+    def see_to(self) -> None:
+        """Do what is due."""
+
+
 class Upkeep:
     """The upkeep of one control process.
 
     ``acting`` is its lock of actions, ``take`` takes a Snapshot, ``carry`` writes the records that are handed up, and
-    ``ready`` looks whether a handoff could be made.
+    ``ready`` looks whether a handoff could be made; ``carried`` makes what sees to adopted guests, where there are any.
     """
 
     def __init__(
@@ -73,6 +81,7 @@ class Upkeep:
         ready: ReadinessCheck,
         *,
         apply: Callable[[Action], object],
+        carried: Callable[[], Carried],
         past: HistoryRecorder | None = None,
         maps_since: ScannedSince = lambda _: (),
     ) -> None:
@@ -83,6 +92,8 @@ class Upkeep:
         self._ready = ready
         self._apply = apply
         self._tried: set[str] = set()
+        self._make_carried = carried
+        self._carried: Carried | None = None
         self._past = past
         self._maps_since = maps_since
         self._taking = threading.Lock()
@@ -91,6 +102,7 @@ class Upkeep:
         self._ticks.begin("quarantine", EVERY_S, self.recheck)
         self._ticks.begin("readiness", EVERY_S, self.check_readiness)
         self._ticks.begin("services", EVERY_S, self.start_services)
+        self._ticks.begin("carried", EVERY_S, self.see_to_carried)
         self._ticks.begin("report", EVERY_S, self.amend_report)
         if desk.mount is not None:
             self._ticks.begin("mount", EVERY_S, self.show_on_mount)
@@ -129,6 +141,19 @@ class Upkeep:
             if due is not None:
                 self._tried.add(due.name)
                 self._apply(due)
+
+    def see_to_carried(self) -> None:
+        """Have adopted guests go on: where a handoff that died has left them, or where one brought them.
+
+        Raises:
+            MemconsoleError: one does not; it is tried again later.
+        """
+        if not any(guest.adopted for guest in self._desk.state.guests.values()):
+            return
+        with self._idle() as still:
+            if still:
+                self._carried = self._carried or self._make_carried()
+                self._carried.see_to()
 
     def amend_report(self) -> None:
         """Have the report of the last handoff say what guests say of their blackout."""

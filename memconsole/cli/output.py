@@ -113,6 +113,8 @@ def handoff(report: HandoffReport) -> None:
     for line in timeline.lines(report, shutil.get_terminal_size((120, 24)).columns - 2):
         text(f"  {line}")
     for guest in report.guests:
+        if guest.lane:
+            text(f"  {guest.name}: {guest.lane}")
         if said := timeline.clock(guest):
             text(f"  {guest.name}: its clock: {said}")
     for region in report.regions:

@@ -64,7 +64,10 @@ class GuestClock(Value, frozen=True):
 
 
 class GuestResult(Value, frozen=True):
-    """A guest of a handoff: whether it came back, and how long it stood still (``by`` its own count, or the VMM's)."""
+    """A guest of a handoff: whether it came back, and how long it stood still (``by`` its own count, or the VMM's).
+
+    ``lane``: which way an adopted guest goes, and why that way.
+    """
 
     name: str
     kind: GuestKind
@@ -75,6 +78,7 @@ class GuestResult(Value, frozen=True):
     by: str = ""
     why: str = ""
     clock: GuestClock | None = None
+    lane: str = ""
 
 
 class RegionResult(Value, frozen=True):

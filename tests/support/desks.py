@@ -261,6 +261,9 @@ class Mount:
     def block_access(self, grant: Grant) -> None:
         self.barred.add(grant.id)
 
+    def ram_path(self, guest: str, region: str) -> Path:
+        return Path("/run/mount/guests") / guest / "ram" / region
+
     def why_open(self, grant: Grant) -> str:
         return self.open.get(grant.id, "")
 

@@ -14,9 +14,10 @@ from support.handoffs import IMAGE, into_next_kernel
 from support.waiting import LONG_S
 
 from memconsole.backend.custody.manager import UnitFdStore
-from memconsole.backend.handoff import apart, check, doubts, facts, others
+from memconsole.backend.handoff import apart, check, doubts, facts
 from memconsole.backend.handoff.device_facts import DeviceFacts
 from memconsole.backend.handoff.facts import GuestFacts, HandoffFacts, RegionFacts
+from memconsole.backend.handoff.hindrances import hindrances
 from memconsole.backend.handoff.image import KernelImage
 from memconsole.backend.managers.libvirt_setup import Part
 from memconsole.backend.managers.sealed import Standing
@@ -118,11 +119,15 @@ ERRORS: dict[str, dict[str, Any]] = {
     "device-driver": {**passed(), "missing": ("vfio_pci",)},
     "command-line-iommu": {**passed(), "here": f"{LINE} intel_iommu=on"},
 }
-_DISCARDS = Managed("libvirt", "web shop", "u", ram=ManagedRam("memfd", shared=True, discard=True))
+_HELPED = Managed("libvirt", "web shop", "u", ram=ManagedRam("memfd", shared=True), helped=("TPM (swtpm)",))
 ERRORS["guest-adopted"] = {
-    "guests": (GuestFacts(Guest("web", GuestKind.FOREIGN, GuestState.RUNNING, 9, adopted=True), GuestState.RUNNING),)
+    "guests": (
+        GuestFacts(
+            Guest("web", GuestKind.FOREIGN, GuestState.RUNNING, 9, adopted=True), GuestState.RUNNING, kept=("a job",)
+        ),
+    )
 }
-ERRORS["guest-managed"] = {"strangers": (Guest("web", GuestKind.FOREIGN, GuestState.RUNNING, 9, managed=_DISCARDS),)}
+ERRORS["guest-managed"] = {"strangers": (Guest("web", GuestKind.FOREIGN, GuestState.RUNNING, 9, managed=_HELPED),)}
 ERRORS["region-named"] = {"named": ("web.pc.ram",)}
 ERRORS["region-lost"] = {"lost": ("old",)}
 ERRORS["arena-guests"] = {"stranded": (("vm", "ram"),)}
@@ -207,7 +212,7 @@ def test_a_domain_is_refused_with_all_that_speaks_against_carrying_it() -> None:
         job="migration out",
         block_jobs=("copy of vda",),
     )
-    assert others.hindrances(managed) == [
+    assert hindrances(managed) == [
         "private RAM",
         "host devices 0000:41:00.0",
         "virtiofs share",
@@ -215,11 +220,11 @@ def test_a_domain_is_refused_with_all_that_speaks_against_carrying_it() -> None:
         "migration out under way",
         "copy of vda under way",
     ]
-    assert others.hindrances(replace_ram(managed, huge_pages=True))[0] == "hugetlb RAM"
-    stranger = Guest("web", GuestKind.FOREIGN, GuestState.RUNNING, 9, managed=_DISCARDS)
+    assert hindrances(replace_ram(managed, huge_pages=True))[0] == "hugetlb RAM"
+    stranger = Guest("web", GuestKind.FOREIGN, GuestState.RUNNING, 9, managed=_HELPED)
     (found,) = [each for each in check.check_conditions(replace(CLEAN, strangers=(stranger,))) if not each.ok]
-    assert found.observed == "guests of libvirt run: web (<discard/>: QEMU empties its RAM when it ends in order)"
-    assert found.remedy == "virsh managedsave 'web shop'"
+    assert found.observed == "guests of libvirt are not adopted: web (TPM (swtpm))"
+    assert found.remedy.endswith("virsh managedsave 'web shop'")
 
 
 def replace_ram(managed: Managed, **changes: Any) -> Managed:

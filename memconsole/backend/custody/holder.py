@@ -36,7 +36,7 @@ MAX_NAME = 200
 MAX_PAYLOAD = 4096
 ANSWERS = 10.0
 """Seconds a holder has for a request, the turn for its connection included."""
-MEMORY = ("region:", "fresh:", "state:", "ledger", "manifest")
+MEMORY = ("region:", "fresh:", "state:", "carried:", "ledger", "manifest")
 """How the names of what is memory begin; the rest are descriptors of processes, devices and sessions."""
 
 

@@ -20,6 +20,7 @@ KINDS = frozenset(
         "aside",
         "aside-plan",
         "board",
+        "carried",
         "fresh",
         "group",
         "halted",

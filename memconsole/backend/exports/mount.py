@@ -8,6 +8,7 @@ the runtime directory, if none was.
     guest a handoff left        guests/GUEST/state/handoff, what its VMM saved
     window grant                guests/GUEST/mmio/BDF-barN, a link
     region of one segment       regions/REGION, for root
+    RAM of an adopted guest that a handoff carried: guests/GUEST/ram/REGION as well, however its addresses lie
 
 :meth:`GuestMount.sync` makes the tree what it should be, whatever it is: after each action, once a second, for a
 control process that comes back, and for a server that had to be started anew.
@@ -37,6 +38,7 @@ from memconsole import newer
 from memconsole.backend.custody import payloads
 from memconsole.backend.exports.attach import attach
 from memconsole.backend.exports.fuse import FuseEntry, FuseTree, MapPart
+from memconsole.backend.exports.mount_parts import directory, link, memfd, memfds
 from memconsole.backend.exports.mountpoint import staging
 from memconsole.backend.guests.handle import Handle
 from memconsole.backend.holdings import MOUNT
@@ -49,7 +51,6 @@ from memconsole.model import Access, Finding, Grant, Guest, Region, Severity, Sn
 
 if TYPE_CHECKING:
     from memconsole.backend.holdings import Holdings
-    from memconsole.backend.ledger.state import State
 
 UNREAD = "mount-unread"
 """What a table that this memconsole cannot read is called in custody; nothing here reads it, so it is told of."""
@@ -126,7 +127,7 @@ class GuestMount:
     @property
     def fuse_aliases(self) -> tuple[FuseAlias, ...]:
         """The files through which regions may be mapped, those of servers that ended among them."""
-        now = _memfds(self._holdings.state)
+        now = memfds(self._holdings.state)
         return tuple(
             FuseAlias(shown.region, shown.device, shown.inode, 0, shown.path)
             for shown in tuple(self._shown)
@@ -211,7 +212,7 @@ class GuestMount:
 
     def why_open(self, grant: Grant) -> str:
         """Why somebody may still be able to map a grant's file, whom no process shows; empty if nobody is."""
-        now = _memfds(self._holdings.state).get(grant.region)
+        now = memfds(self._holdings.state).get(grant.region)
         with self._lock:
             listed: dict[int, FuseEntry] = {}
             if self._tree is not None:
@@ -299,35 +300,54 @@ class GuestMount:
         """Every entry but ``status``, ``pfnmap`` and ``state/*``, directories before what is in them."""
         state = self._holdings.state
         saved = {name for name in self._holdings.custody.names() if name.startswith("state:")}
-        yield "guests", _Wanted(0, 0o755, _directory(tree, "guests"))
-        yield "regions", _Wanted(0, 0o700, _directory(tree, "regions"))
+        yield "guests", _Wanted(0, 0o755, directory(tree, "guests"))
+        yield "regions", _Wanted(0, 0o700, directory(tree, "regions"))
         for guest in state.guests.values():
             top = f"guests/{guest.name}"
             uid = self._owner(guest, owners, listed.get(top))
             for path in (top, *(f"{top}/{name}" for name in ("ram", "state", "mmio"))):
-                yield path, _Wanted(uid, 0o550, _directory(tree, path))
+                yield path, _Wanted(uid, 0o550, directory(tree, path))
             if f"state:{guest.name}" in saved:
                 yield f"{top}/state/handoff", _Wanted(uid, 0o440, partial(self._put_state, tree, guest.name))
             for grant in state.grants_of(guest=guest.name):
                 region = state.regions.get(grant.region)
-                if region is not None and self._can_be_shown(region) and is_whole(grant, region):
+                if region is not None and self._can_be_shown(region) and self._is_file(grant, region):
                     mode = 0o600 if grant.access is Access.RW else 0o400
                     put = partial(self._put_grant, tree, grant)
-                    yield path_of(grant), _Wanted(uid, mode, put, _memfd(region), region.name)
+                    yield path_of(grant), _Wanted(uid, mode, put, memfd(region), region.name)
         for window in state.windows.values():
             bdf, _, bar = window.window.rpartition(":")
             yield (
                 f"guests/{window.guest}/mmio/{bdf}-bar{bar}",
-                _Wanted(0, 0o777, _link(tree, window.guest, bdf, int(bar))),
+                _Wanted(0, 0o777, link(tree, window.guest, bdf, int(bar))),
             )
         for region in state.regions.values():
             if self._can_be_shown(region):
                 put = partial(self._put_region, tree, region.name)
-                yield f"regions/{region.name}", _Wanted(0, 0o600, put, _memfd(region), region.name)
+                yield f"regions/{region.name}", _Wanted(0, 0o600, put, memfd(region), region.name)
+
+    def ram_path(self, guest: str, region: str) -> Path:
+        """Where the file of a guest's region is, or would be.
+
+        Raises:
+            NotFound: nothing is mounted.
+        """
+        if self._tree is None:
+            raise NotFound("there is no mount", "the service was started without --mount", "memconsole serve --mount")
+        return Path(self._shown_at or self._tree.mountpoint) / "guests" / guest / "ram" / region
+
+    def _is_file(self, grant: Grant, region: Region) -> bool:
+        return region.store == adopted.NAME or is_whole(grant, region)
+
+    def _is_needed(self, region: Region) -> bool:
+        """Whether adopted RAM is shown: libvirt is to start its guest on it, or has."""
+        was = any(each.region == region.name and each.memfd == memfd(region) for each in self._shown)
+        notes = {f"carried:{grant.guest}" for grant in self._holdings.state.grants_of(region=region.name)}
+        return was or bool(notes & set(self._holdings.custody.names()))
 
     def _can_be_shown(self, region: Region) -> bool:
-        """Whether a region is one whole file (not ``region-truncated``) of memconsole's own, and not adopted RAM."""
-        able = self._passes and region.store != adopted.NAME and len(region.segments) == 1
+        """Whether a region is one whole file (not ``region-truncated``); adopted RAM only where it is needed."""
+        able = self._passes and len(region.segments) == 1 and (region.store != adopted.NAME or self._is_needed(region))
         if not able or not self._holdings.holds_region(region.name):
             return False
         return os.fstat(self._holdings.fds(region.name)[0]).st_size == region.segments[0].size
@@ -430,7 +450,7 @@ class GuestMount:
 
     def _forget(self, wanted: Mapping[str, _Wanted]) -> None:
         """Files of memfds that no region is made of any more: those were emptied. Owners are those of now."""
-        now = _memfds(self._holdings.state)
+        now = memfds(self._holdings.state)
         kept = [shown for shown in self._shown if now.get(shown.region) == shown.memfd]
         owners = {guest: wanted[f"guests/{guest}"].uid for guest in self._holdings.state.guests}
         if kept != self._shown or owners != self._owners:
@@ -471,24 +491,6 @@ def _stored(holdings: Holdings, boot_id: str) -> tuple[MountRecord, Any]:
         return MountRecord(boot_id), None
     finally:
         os.close(fd)
-
-
-def _directory(tree: FuseTree, path: str) -> Callable[[int, int], object]:
-    return lambda uid, mode: tree.directory(path, uid, mode=mode)
-
-
-def _link(tree: FuseTree, guest: str, bdf: str, bar: int) -> Callable[[int, int], object]:
-    target = Path(f"/sys/bus/pci/devices/{bdf}/resource{bar}")
-    return lambda _uid, _mode: tree.link_window(guest, bdf, bar, target)
-
-
-def _memfd(region: Region) -> tuple[int, int]:
-    return region.segments[0].device, region.segments[0].inode
-
-
-def _memfds(state: State) -> dict[str, tuple[int, int]]:
-    """The memfd of every region that has one segment, and so can be a file."""
-    return {region.name: _memfd(region) for region in state.regions.values() if len(region.segments) == 1}
 
 
 def _is_kept(path: str, wanted: Mapping[str, _Wanted]) -> bool:

@@ -25,13 +25,13 @@ class SessionContents:
 
 def cargoes(desk: needs.RegionFds, without: Collection[str] = ()) -> list[SessionContents]:
     """The regions whose memory is held and that do not survive by themselves, by the session that is to carry each;
-    ``without`` those of these stores.
+    ``without`` those that one of these guests has.
     """
     found: dict[str, list[Region]] = {}
     for region in desk.state.regions.values():
         carried = desk.holds_region(region.name) and desk.store_of(region.name).CARRIED
-        if carried and region.store not in without:
-            guests = {grant.guest for grant in desk.state.grants_of(region=region.name)}
+        guests = {grant.guest for grant in desk.state.grants_of(region=region.name)}
+        if carried and not guests & set(without):
             owner = guests.pop() if len(guests) == 1 else f"={region.name}"
             found.setdefault(luo.session_name(owner), []).append(region)
     return [SessionContents(session, tuple(regions)) for session, regions in found.items()]

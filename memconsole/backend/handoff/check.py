@@ -423,7 +423,7 @@ def _guests(facts: HandoffFacts) -> Iterator[Condition]:
         remedy="nothing need be done where the guest runs an NTP client that may step (chrony with makestep); else run"
         " hwclock --hctosys in it afterwards, or add an agent: memconsole guest start NAME --vmm qemu --agent",
     )
-    yield from _of_a_jump(facts) if facts.jump else _of_a_rehearsal(vms)
+    yield from _of_a_jump(facts) if facts.jump else _of_a_rehearsal(facts, vms)
 
 
 def _libvirt(facts: HandoffFacts) -> Iterator[Condition]:
@@ -440,7 +440,8 @@ def _libvirt(facts: HandoffFacts) -> Iterator[Condition]:
     )
 
 
-def _of_a_rehearsal(vms: Iterable[GuestFacts]) -> Iterator[Condition]:
+def _of_a_rehearsal(facts: HandoffFacts, vms: Iterable[GuestFacts]) -> Iterator[Condition]:
+    yield from others.staying(facts)
     staying = [met.guest.name for met in vms if met.stays]
     yield Condition(
         "guest-stays",

@@ -90,7 +90,15 @@ class Handover(DeviceReturn, needs.GuestStarting, needs.FaultServing, HandoffRep
     """All that the steps of a handoff, and what is taken over behind one, need."""
 
 
-class HandoffChecks(DeviceTables, DeviceLookups, needs.RegionReaching, HandoffReporting, Protocol):
+class HandoffChecks(
+    DeviceTables,
+    DeviceLookups,
+    needs.RegionReaching,
+    needs.ForeignMemory,
+    needs.GrantFiles,
+    HandoffReporting,
+    Protocol,
+):
     """What a handoff is checked against."""
 
     @property

@@ -10,11 +10,12 @@ folios           the PFN maps of the regions
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from memconsole.backend import needs, own_findings
 from memconsole.backend.custody import manager
 from memconsole.backend.custody.manager import UnitFdStore
 from memconsole.backend.guests.base import is_qemu
-from memconsole.backend.handoff import apart, bootfiles, device_facts, facets, luo, save_restore
+from memconsole.backend.handoff import adopted_facts, apart, bootfiles, device_facts, facets, luo, save_restore
 from memconsole.backend.handoff import image as images
 from memconsole.backend.handoff.bootplan import INCOMING
 from memconsole.backend.handoff.device_facts import DeviceFacts
@@ -71,8 +72,9 @@ class RegionFacts:
 class GuestFacts:
     """A guest that is to be carried: its state, and what of a VMM's answer speaks against it.
 
-    ``stays``: it is left as it is, for its VMM has devices in its hands and this is a rehearsal. ``agentless``: it is a
-    QEMU without a channel for the guest agent, which would set its clock.
+    ``kept``: what keeps an adopted guest from being carried, each in words. ``stays``: it is left as it is, for its VMM
+    has devices in its hands and this is a rehearsal. ``agentless``: it is a QEMU without a channel for the guest agent,
+    which would set its clock.
     """
 
     guest: Guest
@@ -81,6 +83,17 @@ class GuestFacts:
     incapable: str = ""
     stays: bool = False
     agentless: bool = False
+    kept: tuple[str, ...] = ()
+
+    @property
+    def is_carried(self) -> bool:
+        """Whether it is an adopted guest that comes along."""
+        return self.guest.adopted and self.state is not GuestState.GONE and not self.kept
+
+    @property
+    def is_left(self) -> bool:
+        """Whether it is an adopted guest that a rehearsal leaves as it is: its RAM changes meanwhile."""
+        return self.guest.adopted and self.state is not GuestState.GONE and bool(self.kept)
 
 
 @dataclass(frozen=True)
@@ -196,6 +209,8 @@ def gather_facts(desk: facets.HandoffChecks, action: HandoffAction, powers: Powe
     answers = desk.guest_replies(time.monotonic() + PATIENCE_S)
     strangers = foreign_guests(seen, state)
     found = device_facts.gather_devices(desk, image, str(facts.get("line", "")), powers, jump=jump)
+    kept = adopted_facts.kept(desk, [guest for guest in state.guests.values() if guest.adopted])
+    guests = tuple(_guest_facts(desk, guest, answers.get(guest.name), jump=jump) for guest in state.guests.values())
     return HandoffFacts(
         jump=jump,
         survival=survival,
@@ -207,12 +222,12 @@ def gather_facts(desk: facets.HandoffChecks, action: HandoffAction, powers: Powe
         ),
         stranded=_stranded(desk),
         lost=tuple(name for name in state.regions if not desk.holds_region(name)),
-        guests=tuple(_guest_facts(desk, guest, answers.get(guest.name), jump=jump) for guest in state.guests.values()),
+        guests=tuple(dataclasses.replace(met, kept=kept.get(met.guest.name, ())) for met in guests),
         strangers=strangers,
         libvirt=_libvirt((*strangers, *state.guests.values()), root),
         doubts=(*desk.standing(), *own_findings.custody_findings(desk), *own_findings.waiting_guests(desk)),
         misplaced=_misplaced(state, overs),
-        named=_named(desk),
+        named=_named(desk, kept),
         custody=desk.custody.label,
         survives=desk.custody.survives,
         devices=found,
@@ -390,9 +405,12 @@ def _misplaced(state: State, overs: Sequence[RegionMapping]) -> tuple[tuple[str,
     )
 
 
-def _named(desk: needs.RegionFds) -> tuple[str, ...]:
-    """The regions that are RAM another program made, as a file that still has its name."""
-    mine = [region.name for region in desk.state.regions.values() if region.store == adopted.NAME]
+def _named(desk: needs.RegionFds, kept: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """The regions that are RAM another program made, as a file that still has its name; a guest that comes along loses
+    it on the way.
+    """
+    loses = {grant.region for grant in desk.state.grants.values() if kept.get(grant.guest) == ()}
+    mine = [each.name for each in desk.state.regions.values() if each.store == adopted.NAME and each.name not in loses]
     return tuple(name for name in mine if desk.holds_region(name) and any(map(adopted.has_name, desk.fds(name))))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from memconsole import __version__
 from memconsole.backend.dma import address_spaces
-from memconsole.backend.handoff import bootplan, save_restore, services
+from memconsole.backend.handoff import bootplan, carried, save_restore, services
 from memconsole.backend.handoff.bootplan import MANIFEST_SESSION, ClockReading, Hold, Verify
 from memconsole.backend.handoff.cargo import SessionContents
 from memconsole.backend.handoff.facets import Handover
@@ -49,7 +49,7 @@ class Gathered:
     progress: ReportWriter | None = None
 
     def holds(
-        self, cargo: Iterable[SessionContents], going: Iterable[Guest]
+        self, cargo: Iterable[SessionContents], going: Iterable[Guest], adopted: Iterable[str] = ()
     ) -> tuple[tuple[Hold, ...], dict[int, int]]:
         """What is to be in custody afterwards, and the fds of the manifest's session by token, to be closed."""
         desk = self.desk
@@ -63,8 +63,16 @@ class Gathered:
                     holds.append(Hold(each.session, token, name, payload))
         token = LEDGER_TOKEN
         mounted = [MOUNT] if MOUNT in desk.custody.names() else []
+        images = [carried.held(name) for name in adopted]
         told = [services.TOLD + name for name in services.marked(desk)]
-        for name in (LEDGER, *mounted, *told, *(state_held(guest.name) for guest in going), *self._of_devices()):
+        for name in (
+            LEDGER,
+            *mounted,
+            *told,
+            *images,
+            *(state_held(guest.name) for guest in going),
+            *self._of_devices(),
+        ):
             fds[token], payload = desk.custody.get(name)
             holds.append(Hold(MANIFEST_SESSION, token, name, payload))
             token += 1

@@ -1,6 +1,7 @@
-"""Conditions of a jump for the guests that others run: libvirt's, adopted or not, and any QEMU that was adopted.
+"""Conditions of a handoff for the guests that others run: libvirt's, adopted or not, and any QEMU that was adopted.
 
-A handoff does not carry them yet: it would end them. So it refuses, by name, with what keeps each of them.
+An adopted guest of libvirt comes along unless something keeps it (:mod:`.adopted_facts`); a jump would end what does
+not come along, so it refuses, by name, with what keeps each of them. A rehearsal leaves those as they are.
 """
 
 from __future__ import annotations
@@ -9,36 +10,28 @@ import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from memconsole.model import Condition, Guest, GuestState, Managed, Severity
+from memconsole.backend.handoff.hindrances import hindrances
+from memconsole.model import Condition, Guest, Severity
 
 if TYPE_CHECKING:
     from memconsole.backend.handoff.facts import HandoffFacts
 
-_RISK = "a handoff does not carry such guests yet: they end with this kernel, and what they have not written is lost"
+_RISK = "they end with this kernel, and what they have not written is lost"
 _WITHOUT_MANAGER = "shut it down from inside, or migrate it"
 
 
 def conditions(facts: HandoffFacts) -> Iterator[Condition]:
     """Those of guests that are adopted, of others that libvirt runs, and of what an adopted one left."""
-    adopted = [met.guest for met in facts.guests if met.guest.adopted and met.state is not GuestState.GONE]
-    yield Condition(
-        "guest-adopted",
-        Severity.ERROR,
-        not adopted,
-        requirement="no adopted guest runs",
-        risk=_RISK,
-        observed=f"adopted guests run: {'; '.join(map(_with_hindrances, adopted))}" if adopted else "",
-        remedy=_ended(adopted),
-    )
+    yield _carried(facts, Severity.ERROR, _RISK)
     managed = [guest for guest in facts.strangers if guest.managed is not None]
     yield Condition(
         "guest-managed",
         Severity.ERROR,
         not managed,
-        requirement="no guest of libvirt runs",
+        requirement="every guest of libvirt is adopted",
         risk=_RISK,
-        observed=f"guests of libvirt run: {'; '.join(map(_with_hindrances, managed))}" if managed else "",
-        remedy=_ended(managed),
+        observed=f"guests of libvirt are not adopted: {'; '.join(map(_with_hindrances, managed))}" if managed else "",
+        remedy=f"memconsole guest adopt --all; what cannot be adopted: {_ended(managed)}",
     )
     yield Condition(
         "region-named",
@@ -51,21 +44,23 @@ def conditions(facts: HandoffFacts) -> Iterator[Condition]:
     )
 
 
-def hindrances(managed: Managed) -> list[str]:
-    """What speaks against carrying a domain into another kernel, as libvirt has it written down, each in words."""
-    found = []
-    if managed.ram.huge_pages:
-        found.append("hugetlb RAM")
-    elif not managed.ram.shared:
-        found.append("private RAM")
-    if managed.ram.discard:
-        found.append("<discard/>: QEMU empties its RAM when it ends in order")
-    passed = (*managed.host_devices, *managed.mediated)
-    found += [f"host devices {', '.join(passed)}"] if passed else []
-    found += managed.helped
-    found += [f"{managed.job} under way"] if managed.job else []
-    found += [f"{', '.join(managed.block_jobs)} under way"] if managed.block_jobs else []
-    return found
+def staying(facts: HandoffFacts) -> Iterator[Condition]:
+    """That of a rehearsal: adopted guests that it leaves as they are."""
+    yield _carried(facts, Severity.WARNING, "the guest runs on as it is, and its handoff is not rehearsed")
+
+
+def _carried(facts: HandoffFacts, severity: Severity, risk: str) -> Condition:
+    kept = [met for met in facts.guests if met.guest.adopted and met.kept]
+    named = "; ".join(f"{met.guest.name} ({'; '.join(met.kept)})" for met in kept)
+    return Condition(
+        "guest-adopted",
+        severity,
+        not kept,
+        requirement="every adopted guest can be carried",
+        risk=risk,
+        observed=f"adopted guests cannot be carried: {named}" if kept else "",
+        remedy=f"see what keeps each; or {_ended([met.guest for met in kept])}",
+    )
 
 
 def _with_hindrances(guest: Guest) -> str:

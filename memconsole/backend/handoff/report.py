@@ -22,6 +22,7 @@ BEFORE = (
     ("place", "record where every page is"),
     ("iova", "record where the devices' page tables lead"),
     ("tell", "have services save, and end"),
+    ("stream", "take the state of libvirt's guests while they run; each stands still at its end"),
     ("pause", "stop the guests"),
     ("save", "save vCPU and device state of the guests"),
     ("quiesce", "switch bus mastering off for the devices"),
@@ -29,7 +30,7 @@ BEFORE = (
     ("jump", "boot the next kernel"),
 )
 """The phases on this side, in order."""
-BLACKOUT = frozenset({"pause", "save", "quiesce", "manifest", "jump", "end", "early"})
+BLACKOUT = frozenset({"stream", "pause", "save", "quiesce", "manifest", "jump", "end", "early"})
 
 
 class ReportWriter:
@@ -97,7 +98,7 @@ def guest_results(
     moments = {each.guest: each.at for each in resume.guests}
     stopped = {each.guest.name: each.at for each in manifest.guests}
     for guest in guests:
-        if guest.kind is GuestKind.PROCESS:  # a service, which the control process starts
+        if guest.kind in {GuestKind.PROCESS, GuestKind.FOREIGN}:  # which the control process, or libvirt, starts
             yield guest
             continue
         now = guest_result(guest, resume)

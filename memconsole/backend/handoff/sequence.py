@@ -1,9 +1,11 @@
 """The handoff as steps, each with its undo: until the jump, a failure leaves every guest running where it was.
 
-    run         load ─ preserve-SESSION... ─ place ─ iova-BDF... ─ tell-SERVICE... ─ saved-SERVICE... ─ pause-GUEST...
-                ─ save-GUEST... ─ quiesce-BDF... ─ pause-GUEST... ─ save-GUEST... ─ manifest ─ jump
-    rehearse    iova-BDF... ─ tell-SERVICE... ─ saved-SERVICE... ─ pause-GUEST... ─ save-GUEST... ─ quiesce-BDF...
-                ─ pause-GUEST... ─ save-GUEST... ─ place ─ manifest ─ end ─ early ─ adopt
+    run         load ─ unname-ADOPTED... ─ preserve-SESSION... ─ place ─ iova-BDF... ─ tell-SERVICE...
+                ─ saved-SERVICE... ─ (look ─ set ─ stream)-ADOPTED... ─ pause-GUEST... ─ save-GUEST... ─ quiesce-BDF...
+                ─ pause-GUEST... ─ save-GUEST... ─ manifest ─ jump
+    rehearse    iova-BDF... ─ tell-SERVICE... ─ saved-SERVICE... ─ (look ─ set ─ stream)-ADOPTED... ─ pause-GUEST...
+                ─ save-GUEST... ─ quiesce-BDF... ─ pause-GUEST... ─ save-GUEST... ─ place ─ manifest ─ end-ADOPTED...
+                ─ end ─ early ─ adopt
 
 Every step is a fault point; what a control process that died at one leaves, :mod:`~.adopt` takes back or carries on.
 
@@ -25,10 +27,11 @@ from typing import Literal, Protocol
 
 from msgspec.structs import replace
 
-from memconsole.actions import GuestResume, HandoffAction, HandoffRehearse, HandoffRun
+from memconsole.actions import Action, GuestResume, HandoffAction, HandoffRehearse, HandoffRun
 from memconsole.backend import needs
 from memconsole.backend.handoff import (
     bootplan,
+    carried,
     check,
     clocks,
     devices,
@@ -52,7 +55,6 @@ from memconsole.backend.handoff.report import ReportWriter
 from memconsole.backend.holdings import LANDED
 from memconsole.backend.kernel import host
 from memconsole.backend.steps import Step
-from memconsole.backend.stores import adopted
 from memconsole.backend.work import PreparedAction
 from memconsole.errors import NotFound
 from memconsole.extents import digest_fd
@@ -64,7 +66,11 @@ SAVE_S = 30.0
 _PHASES = dict(report.BEFORE)
 
 
-class HandoffDesk(Handover, Looked, Protocol):
+class Sequenced(Handover, needs.OwnRegionFds, needs.ForeignMemory, Protocol):
+    """What the steps of a handoff change."""
+
+
+class HandoffDesk(Sequenced, Looked, Protocol):
     """What a handoff needs of the desk: what it is checked against, and what its steps change."""
 
 
@@ -78,7 +84,7 @@ def rehearse(desk: HandoffDesk, action: HandoffRehearse, powers: Powers = HOST) 
     return made_of(desk, action, facts.gather_facts(desk, action, powers, jump=False), powers)
 
 
-def made_of(desk: Handover, action: HandoffAction, seen: facts.HandoffFacts, powers: Powers) -> PreparedAction:
+def made_of(desk: Sequenced, action: HandoffAction, seen: facts.HandoffFacts, powers: Powers) -> PreparedAction:
     """What the facts make of a handoff, or of a rehearsal where they are those of one: its steps, or why it is refused.
 
     Raises:
@@ -92,13 +98,14 @@ def made_of(desk: Handover, action: HandoffAction, seen: facts.HandoffFacts, pow
 class _Sequence:
     """One handoff on its way."""
 
-    desk: Handover
+    desk: Sequenced
     action: HandoffAction
     kind: Literal["run", "rehearse"]
     powers: Powers
     got: Gathered
     preserved_ns: dict[str, int] = field(default_factory=dict)
     suspended: set[str] = field(default_factory=set)
+    takings: list[carried.Taking] = field(default_factory=list)
 
     def work(self, seen: facts.HandoffFacts) -> PreparedAction:
         """The steps, or why they are refused."""
@@ -112,16 +119,15 @@ class _Sequence:
         work.refusals = check.refusals(work.conditions)
         if work.refusals:
             return work
-        # RAM of guests that others run is not rehearsed: they go on, and it changes meanwhile.
-        cargo = cargoes(desk, () if jump else (adopted.NAME,))
+        adopted = [met.guest for met in seen.guests if met.is_carried]
+        cargo = cargoes(desk, () if jump else [met.guest.name for met in seen.guests if met.is_left])
         going = [met.guest for met in seen.guests if _can_go(met)]
         told = [met.guest for met in seen.guests if services.runs(met.guest, met.state)]
-        self._begin(work, going, told, seen.image.release if seen.image else "")
+        self._begin(work, going, told, adopted, seen.image.release if seen.image else "")
         if jump:
             self._finish(work, facts.unfinished_sessions(desk))
             self._load(work, seen)
-            for load in cargo:
-                self._preserve(work, load)
+            self._preserve_all(work, adopted, cargo)
             self._place(work, cargo)
         # In a rehearsal, processes go on, and their devices with them.
         names = {guest.name for guest in going}
@@ -129,6 +135,7 @@ class _Sequence:
         for each in passed:
             self._record(work, each)
         self._tell(work, told)
+        self._take(work, adopted)
         busy = {each.guest for each in passed}
         self._still(work, [guest for guest in going if guest.name in busy])
         for each in passed:
@@ -137,11 +144,11 @@ class _Sequence:
         self._still(work, [guest for guest in going if guest.name not in busy])
         if not jump:  # nothing is pinned: pages come to be as long as guests run
             self._place(work, cargo)
-        self._manifest(work, cargo, going, jump=jump)
+        self._manifest(work, cargo, going, adopted, jump=jump)
         if jump:
             self._add(work, "jump", Step("jump", f"boot {seen.kernel}: the keeper jumps", desk.custody.jump))
         else:
-            self._restart(work, going, told)
+            self._restart(work, going, told, adopted)
         return work
 
     # --- steps ------------------------------------------------------------------------------------------------------
@@ -161,9 +168,16 @@ class _Sequence:
 
         work.steps.append(Step(step.id, step.text, passed, step.undo, step.undo_text))
 
-    def _begin(self, work: PreparedAction, going: Sequence[Guest], told: Sequence[Guest], release: str) -> None:
+    def _begin(
+        self,
+        work: PreparedAction,
+        going: Sequence[Guest],
+        told: Sequence[Guest],
+        adopted: Sequence[Guest],
+        release: str,
+    ) -> None:
         verb = "is handed off" if self.kind == "run" else "has rehearsed a handoff"
-        work.text = f"{work.subject} {verb}: {len(going) + len(told)} guests"
+        work.text = f"{work.subject} {verb}: {len(going) + len(told) + len(adopted)} guests"
         here = host.host(self.desk.root)
 
         def do() -> None:
@@ -177,7 +191,7 @@ class _Sequence:
                     time.time_ns(),
                     here.kernel,
                     release or here.kernel,
-                    guests=(*guests, *services.results(self.desk, told)),
+                    guests=(*guests, *services.results(self.desk, told), *carried.results(adopted)),
                 ),
                 partial(setattr, self.desk, "handoff"),
             )
@@ -204,6 +218,13 @@ class _Sequence:
         text = f"load {aim.kernel} with {aim.initrd or 'no initrd'} by kexec_file_load: {aim.line}"
         do = partial(self.powers.load, aim.kernel, aim.initrd or None, aim.line)
         self._add(work, "load", Step("load", text, do, self.powers.unload, "unload it"))
+
+    def _preserve_all(self, work: PreparedAction, adopted: Sequence[Guest], cargo: Sequence[SessionContents]) -> None:
+        for guest in adopted:
+            for step in carried.unnaming(self.desk, self.desk, guest):
+                self._add(work, "preserve", step)
+        for load in cargo:
+            self._preserve(work, load)
 
     def _preserve(self, work: PreparedAction, cargo: SessionContents) -> None:
         owner = cargo.session.removeprefix(luo.PREFIX)
@@ -279,6 +300,15 @@ class _Sequence:
             for step in services.saved(self.desk, guest):
                 self._add(work, "tell", step)
 
+    def _take(self, work: PreparedAction, adopted: Sequence[Guest]) -> None:
+        """The largest first: each stands still from the end of its own on."""
+        for guest in sorted(adopted, key=lambda guest: -guest.memory):
+            again = partial(_once, work.then, GuestResume(guest.name))
+            taking = carried.Taking(self.desk, guest, again)
+            self.takings.append(taking)
+            for step in taking.steps():
+                self._add(work, "stream", step)
+
     def _still(self, work: PreparedAction, guests: Sequence[Guest]) -> None:
         for guest in guests:
             self._pause(work, guest)
@@ -340,12 +370,20 @@ class _Sequence:
     # --- what is handed over -----------------------------------------------------------------------------------------
 
     def _manifest(
-        self, work: PreparedAction, cargo: Sequence[SessionContents], going: Sequence[Guest], *, jump: bool
+        self,
+        work: PreparedAction,
+        cargo: Sequence[SessionContents],
+        going: Sequence[Guest],
+        adopted: Sequence[Guest],
+        *,
+        jump: bool,
     ) -> None:
         def do() -> None:
+            for taking in self.takings:
+                taking.seal(self._placement(taking.said))
             if self.action.contents:
                 self.got.placed = {name: self._digested(placed) for name, placed in self.got.placed.items()}
-            holds, fds = self.got.holds(cargo, going)
+            holds, fds = self.got.holds(cargo, going, [guest.name for guest in adopted])
             starts, says = self.got.starts(going)
             plan = bootplan.BootPlan(holds, self.got.verifies(), starts, says, bootplan.moment())
             fd = manifest.write(plan, self.got.described(plan.written))
@@ -376,14 +414,23 @@ class _Sequence:
                 session.preserve(fd, token)
             self.desk.custody.put(session_held(MANIFEST_SESSION), session.fd)
 
+    def _placement(self, said: carried.Carried) -> str:
+        """Where all of a guest's RAM is."""
+        return carried.frames_digest((each.region, self.got.placed[each.region].digests) for each in said.blocks)
+
     def _digested(self, placed: PreservedRegion) -> PreservedRegion:
         fds = self.desk.fds(placed.region.name)
         return replace(placed, contents=tuple(digest_fd(fd) for fd in fds))
 
     # --- the rehearsal's own -----------------------------------------------------------------------------------------
 
-    def _restart(self, work: PreparedAction, going: Sequence[Guest], told: Sequence[Guest]) -> None:
+    def _restart(
+        self, work: PreparedAction, going: Sequence[Guest], told: Sequence[Guest], adopted: Sequence[Guest]
+    ) -> None:
         desk = self.desk
+        for taking in self.takings:
+            name = taking.guest.name
+            self._add(work, "end", Step(f"end-{name}", f"end the QEMU of {name}; libvirt sees it", taking.end))
         names = ", ".join(guest.name for guest in going) or "no guest"
 
         def back() -> None:
@@ -403,7 +450,7 @@ class _Sequence:
         def land() -> None:
             landed = landing.land(desk, self.got.progress)
             work.change = landed.change
-            work.then += [GuestResume(guest.name) for guest in told]
+            work.then += [GuestResume(guest.name) for guest in (*told, *adopted)]
             landing.adopt_processes(desk, landed.change.guests)
             work.after = partial(settle, landed)
 
@@ -429,6 +476,11 @@ def drop_leftovers(desk: needs.InCustody) -> None:
     before = ("session:", "state:", bootplan.STARTED, devices.IOVA)
     left = [name for name in desk.custody.names() if name.startswith(before)]
     _drop(desk, *left, bootplan.MANIFEST, bootplan.RESUME, LANDED)
+
+
+def _once(then: list[Action], action: GuestResume) -> None:
+    if action not in then:
+        then.append(action)
 
 
 def _drop(desk: needs.InCustody, *names: str) -> None:

@@ -54,9 +54,14 @@ def compare_regions(
 
 def page_digests(desk: needs.RegionFrames, placed: PreservedRegion) -> tuple[str, ...]:
     """The digests of where a region's pages are now, a segment each."""
+    return frame_digests(desk, placed.region.name, len(placed.region.segments))
+
+
+def frame_digests(desk: needs.RegionFrames, region: str, segments: int) -> tuple[str, ...]:
+    """The digests of where the pages of a region of so many segments are now."""
     found = []
-    for index in range(len(placed.region.segments)):
-        with desk.segment_frames(placed.region.name, index) as table:
+    for index in range(segments):
+        with desk.segment_frames(region, index) as table:
             found.append(table.digest())
     return tuple(found)
 

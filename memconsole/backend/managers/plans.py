@@ -36,6 +36,27 @@ def write(uuid: str, blocks: Mapping[str, Path], runtime: Path | None = None) ->
     Raises:
         BadFile: a block or path is none that the hook could read. Refused, KernelRefused: it cannot be written.
     """
+    text = _plan(uuid, blocks)
+    paths.make_directory(directory(runtime), 0o700)
+    for suffix in _ALL[1:]:
+        _unlink(_place(uuid, runtime, suffix))
+    _put(_place(uuid, runtime), text)
+
+
+def grant(uuid: str, blocks: Mapping[str, Path], digest: str, runtime: Path | None = None) -> None:
+    """The same with the right to restore the image with this digest, both at once: a plan without it has spent it.
+
+    Raises:
+        BadFile: a block or path is none that the hook could read. Refused, KernelRefused: it cannot be written.
+    """
+    text = _plan(uuid, blocks)
+    paths.make_directory(directory(runtime), 0o700)
+    remove(uuid, runtime)
+    _put(_place(uuid, runtime, ".verified"), f"{_right(digest)}\n")  # of no use without the plan
+    _put(_place(uuid, runtime), text)
+
+
+def _plan(uuid: str, blocks: Mapping[str, Path]) -> str:
     rows = []
     for name, path in blocks.items():
         if not _FILE.fullmatch(name) or not path.is_absolute() or not str(path).isprintable():
@@ -43,10 +64,7 @@ def write(uuid: str, blocks: Mapping[str, Path], runtime: Path | None = None) ->
         rows.append(f"ram {name} {path}\n")
     if not rows:
         raise BadFile(f"the plan of {uuid} is empty", "it names no RAM block", "name at least one")
-    paths.make_directory(directory(runtime), 0o700)
-    for suffix in _ALL[1:]:
-        _unlink(_place(uuid, runtime, suffix))
-    _put(_place(uuid, runtime), "".join(rows))
+    return "".join(rows)
 
 
 def verified(uuid: str, digest: str, runtime: Path | None = None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -27,6 +28,7 @@ WITHIN_S = 40.0
 
 
 _NO_OPTION = "doesn't support option"
+_LOOK_S = 0.1
 
 
 class _Error(Value, frozen=True):
@@ -54,17 +56,17 @@ class Monitor(Protocol):
         ...
 
 
-def monitor(uuid: str) -> Monitor:
-    """The monitor of a domain's QEMU, through libvirt."""
-    return partial(_execute, uuid)
+def monitor(uuid: str, within: float = WITHIN_S) -> Monitor:
+    """The monitor of a domain's QEMU, through libvirt, which has so many seconds for each answer."""
+    return partial(_execute, uuid, within)
 
 
-def _execute(uuid: str, command: str, arguments: Mapping[str, object], fd: int | None = None) -> Any:
+def _execute(uuid: str, within: float, command: str, arguments: Mapping[str, object], fd: int | None = None) -> Any:
     asked = msgspec.json.encode({"execute": command, "arguments": dict(arguments)}).decode()
     passed = () if fd is None else ("--pass-fds", str(fd))
     what = f"libvirt does not hand {command} on to domain {uuid}"
     words = ("qemu-monitor-command", *passed, "--domain", uuid, asked)
-    said = run(*words, what=what, fds=() if fd is None else (fd,))
+    said = run(*words, what=what, within=within, fds=() if fd is None else (fd,))
     answer = decoding.json(said, _Answer, what=f"the answer to {command}", limit=LARGEST)
     if answer.error is not None:
         raise GuestError(f"QEMU refused {command}", answer.error.desc, "see the domain's log in /var/log/libvirt/qemu")
@@ -98,3 +100,75 @@ def run(*words: str, what: str, within: float = WITHIN_S, fds: Sequence[int] = (
     if _NO_OPTION in why:
         raise GuestError(what, why, "install libvirt 8.2 or newer", code="TooOld")
     raise GuestError(what, why, "systemctl status libvirtd virtqemud: one of them must run")
+
+
+def description(uuid: str) -> bytes:
+    """The XML of a domain that runs, as it would be migrated, with what is secret in it.
+
+    Raises:
+        GuestError: libvirt does not say it.
+    """
+    what = f"libvirt does not describe domain {uuid}"
+    return run("dumpxml", "--migratable", "--security-info", "--domain", uuid, what=what).strip()
+
+
+def state(uuid: str, within: float = WITHIN_S) -> str:
+    """The state of a domain, in libvirt's words ("running", "paused", "shut off").
+
+    Raises:
+        GuestError: libvirt does not say it, or knows no such domain.
+    """
+    said = run("domstate", "--domain", uuid, what=f"libvirt does not say the state of domain {uuid}", within=within)
+    return decoding.text(said[:200]).strip()
+
+
+def is_off(uuid: str, within: float) -> bool:
+    """Whether libvirt says within so many seconds that a domain does not run; one that it does not know does not.
+
+    Raises:
+        GuestError: libvirt does not answer.
+    """
+    deadline = time.monotonic() + within
+    while uuid in running():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_LOOK_S)
+    return True
+
+
+def running() -> frozenset[str]:
+    """The UUIDs of the domains that run, or are paused.
+
+    Raises:
+        GuestError: libvirt does not say it.
+    """
+    said = run("list", "--uuid", what="libvirt does not list its domains")
+    return frozenset(decoding.text(said).split())
+
+
+def is_saved(uuid: str) -> bool:
+    """Whether libvirt has a managed save of a domain, and starts it from there.
+
+    Raises:
+        GuestError: libvirt does not say it.
+    """
+    said = run("list", "--all", "--with-managed-save", "--uuid", what="libvirt does not list its domains")
+    return uuid in decoding.text(said).split()
+
+
+def start(uuid: str, within: float) -> None:
+    """Start a domain, from its managed save where it has one.
+
+    Raises:
+        GuestError: it was not started.
+    """
+    run("start", "--domain", uuid, what=f"libvirt does not start domain {uuid}", within=within)
+
+
+def restore(image: str, within: float) -> None:
+    """Restore a domain from an image.
+
+    Raises:
+        GuestError: it was not restored.
+    """
+    run("restore", image, what=f"libvirt does not restore {image}", within=within)

@@ -276,13 +276,14 @@ def _unadopted(snapshot: Snapshot) -> Iterator[Finding]:
 def _unpreserved(snapshot: Snapshot) -> Iterator[Finding]:
     """VMs on a host that could hand them over, whose RAM nobody would preserve."""
     for guest in snapshot.guests if snapshot.survival.luo else ():
-        if guest.kind is GuestKind.FOREIGN and guest.memory:
+        carried = guest.adopted and guest.managed is not None  # what keeps it from that, a handoff's check says
+        if guest.kind is GuestKind.FOREIGN and guest.memory and not carried:
             yield Finding(
                 "ram-not-preserved",
                 Severity.WARNING,
                 guest.name,
                 f"guest {guest.name} has {format_size(guest.memory)} of RAM that "
-                + ("no handoff carries yet: it is adopted, and not more" if guest.adopted else "belongs to no region"),
+                + ("no handoff carries: no manager would start it again" if guest.adopted else "belongs to no region"),
                 _of_process(guest, "/maps"),
                 _WITH_LIBVIRT.format(shlex.quote(guest.managed.name))
                 if guest.managed is not None

@@ -20,8 +20,6 @@ class VerbDesk(
     needs.GrantOffering,
     needs.FaultServing,
     needs.MmioWindows,
-    needs.GrantFiles,
-    needs.ForeignMemory,
     Protocol,
 ):
     """All that the verbs need of a desk together, a facet each."""

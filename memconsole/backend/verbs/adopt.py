@@ -24,13 +24,15 @@ from msgspec.structs import replace
 from memconsole.actions import GuestAdopt, GuestLetGo
 from memconsole.backend import needs
 from memconsole.backend.custody import payloads
-from memconsole.backend.handoff import others
+from memconsole.backend.handoff.carried_back import Returning
+from memconsole.backend.handoff.hindrances import hindrances
 from memconsole.backend.holdings import custody_name
 from memconsole.backend.ledger.state import StateChange
 from memconsole.backend.managers import virsh
 from memconsole.backend.managers.guest_memory import Block, backends
 from memconsole.backend.stores import adopted, files
 from memconsole.backend.stores.adopted import RamFile
+from memconsole.backend.verbs import handoff
 from memconsole.backend.verbs.regions import custody_names, drop_custody
 from memconsole.backend.work import PreparedAction
 from memconsole.errors import GuestError, MemconsoleError
@@ -51,7 +53,7 @@ class Adopting(needs.OwnRegionFds, needs.GuestStarting, needs.ForeignMemory, Pro
     """What ``guest adopt`` needs."""
 
 
-class LettingGo(needs.OwnRegionFds, needs.LiveGuests, Protocol):
+class LettingGo(Returning, needs.OwnRegionFds, Protocol):
     """What ``guest let-go`` needs."""
 
 
@@ -286,7 +288,7 @@ def _steps(work: PreparedAction, desk: Adopting, one: _Adoption) -> None:
         "take it out of custody",
     )
     if not one.again:
-        said = others.hindrances(one.shown.managed) if one.shown.managed is not None else []
+        said = hindrances(one.shown.managed) if one.shown.managed is not None else []
         left = f"; what speaks against carrying it: {', '.join(said)}" if said else ""
         work.step(
             f"join-{name}",
@@ -428,10 +430,13 @@ def let_go(desk: LettingGo, action: GuestLetGo) -> PreparedAction:
     regions = sorted({grant.region for grant in grants})
     live = desk.live_guest(guest.name)
     runs = live is not None and live.state() is not GuestState.GONE
+    waits = handoff.is_carried(desk, guest.name)
     going = [name for name in regions if runs or not desk.holds_region(name)]
     left = [name for name in regions if name not in going]
     work.subject = guest.name
     work.text = f"guest {guest.name} is let go" + ("; it runs on as it did" if runs else "; it had ended")
+    if waits:
+        work.text += "; the state that a handoff saved of it is dropped"
     if left:
         work.text += f"; its RAM stays in custody as {', '.join(left)}: memconsole release REGION frees it"
 
@@ -445,7 +450,13 @@ def let_go(desk: LettingGo, action: GuestLetGo) -> PreparedAction:
         work.step("drop", f"take {format_size(size)} of RAM out of custody; the guest has it and goes on", drop)
     elif left:
         work.step("keep", f"end its grants; {', '.join(left)} stay in custody with its RAM", lambda: None)
-    work.step("part", f"watch process {guest.pid} no more", lambda: desk.remove_guest(guest.name))
+
+    def part() -> None:
+        if waits:
+            handoff.discard_carried(desk, guest.name)
+        desk.remove_guest(guest.name)
+
+    work.step("part", f"watch process {guest.pid} no more", part)
     work.change = StateChange(
         without_guests=(guest.name,),
         without_grants=tuple(grant.id for grant in grants),

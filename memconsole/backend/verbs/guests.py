@@ -16,6 +16,7 @@ from memconsole.backend import needs
 from memconsole.backend.guests.base import STOP_S
 from memconsole.backend.guests.commandline import BINARY, with_accelerator, with_agent
 from memconsole.backend.guests.handle import Handle, stat
+from memconsole.backend.handoff.carried_back import Returning
 from memconsole.backend.handoff.facets import Handover
 from memconsole.backend.handoff.services import unmark
 from memconsole.backend.kernel import census, tree
@@ -334,7 +335,7 @@ def pause(desk: Handover, action: GuestPause) -> PreparedAction:
     return _switch(desk, action.name, GuestState.PAUSED)
 
 
-class GuestResuming(Handover, services.ServiceStarting, Protocol):
+class GuestResuming(Handover, Returning, services.ServiceStarting, Protocol):
     """What ``guest resume`` needs."""
 
 
@@ -345,6 +346,8 @@ def resume(desk: GuestResuming, action: GuestResume) -> PreparedAction:
         return suspend_vm.restart_saved_guest(desk, guest)
     if guest is not None and handoff.is_saved(desk, guest.name):
         return handoff.restart_saved_guest(desk, guest)
+    if guest is not None and guest.adopted and handoff.is_carried(desk, guest.name):
+        return handoff.restart_carried(desk, guest)
     if guest is not None and services.starts(desk, guest):
         return services.start(desk, guest)
     return _switch(desk, action.name, GuestState.RUNNING)

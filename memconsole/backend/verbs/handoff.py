@@ -18,7 +18,7 @@ from memconsole.errors import NotFound
 from memconsole.model import Guest, GuestState
 
 if TYPE_CHECKING:
-    from memconsole.backend.handoff import sequence
+    from memconsole.backend.handoff import carried_back, sequence
 
 
 def run(desk: sequence.HandoffDesk, action: HandoffRun) -> PreparedAction:
@@ -58,6 +58,30 @@ def restart_saved_guest(desk: Handover, guest: Guest, powers: Powers = HOST) -> 
         "go-on", f"resume {guest.name}, its devices as they were", lambda: restart_one.resume_guest(desk, guest.name)
     )
     return work
+
+
+def is_carried(desk: carried_back.Returning, guest: str) -> bool:
+    """Whether an adopted guest was carried, or ended for a rehearsal, and libvirt has not started it again."""
+    if f"carried:{guest}" not in desk.custody.names():
+        return False
+    from memconsole.backend.handoff import carried
+
+    return carried.is_waiting(desk, guest)
+
+
+def restart_carried(desk: carried_back.Returning, guest: Guest) -> PreparedAction:
+    """``guest resume`` of such a guest."""
+    from memconsole.backend.handoff import carried_back
+
+    return carried_back.restart(desk, guest)
+
+
+def discard_carried(desk: carried_back.Returning, guest: str) -> None:
+    """Let go of what custody has of such a guest besides its RAM, if it has anything."""
+    if f"carried:{guest}" in desk.custody.names():
+        from memconsole.backend.handoff import carried, carried_back
+
+        carried_back.forget(desk, guest, carried.note(desk, guest))
 
 
 def discard_saved_guest(desk: needs.InCustody, guest: str) -> None:

@@ -1,0 +1,34 @@
+"""Entries of the mount's tree, as what makes them, and the memfds that its files show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from memconsole.model import Region
+
+if TYPE_CHECKING:
+    from memconsole.backend.exports.fuse import FuseTree
+    from memconsole.backend.ledger.state import State
+
+
+def directory(tree: FuseTree, path: str) -> Callable[[int, int], object]:
+    """What makes a directory, of a user and with a mode."""
+    return lambda uid, mode: tree.directory(path, uid, mode=mode)
+
+
+def link(tree: FuseTree, guest: str, bdf: str, bar: int) -> Callable[[int, int], object]:
+    """What makes the link to the resource file of a device's BAR."""
+    target = Path(f"/sys/bus/pci/devices/{bdf}/resource{bar}")
+    return lambda _uid, _mode: tree.link_window(guest, bdf, bar, target)
+
+
+def memfd(region: Region) -> tuple[int, int]:
+    """The device and inode of a region's first segment."""
+    return region.segments[0].device, region.segments[0].inode
+
+
+def memfds(state: State) -> dict[str, tuple[int, int]]:
+    """The memfd of every region that has one segment, and so can be a file."""
+    return {region.name: memfd(region) for region in state.regions.values() if len(region.segments) == 1}

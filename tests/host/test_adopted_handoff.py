@@ -1,0 +1,201 @@
+"""Adopted guests of a real libvirtd through rehearsals of a handoff: state without RAM, managed again, never twice.
+
+Their guests check their own memory, round after round; libvirtd, hook and control process run in one namespace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.faultpoints import fault_points
+from support.firmware import STATUS, counting
+from support.libvirts import Libvirt, libvirts
+from support.services import MEMCONSOLE, Service
+from support.waiting import LONG_S, until
+
+from memconsole import actions as do
+from memconsole.backend.managers import plans, saveimage
+from memconsole.backend.steps import FAULT_VARIABLE
+from memconsole.backend.wire.client import Client
+from memconsole.errors import MemconsoleError
+from memconsole.model import Guest, GuestState, HandoffState, Snapshot
+
+M = 1 << 20
+UUIDS = {name: f"5d5b5d26-0c46-4d3f-9a58-6b8c3d9c0a{n:02x}" for n, name in enumerate(("web", "files", "gone"))}
+DOMAIN = """<domain type='qemu'>
+  <name>{name}</name>
+  <uuid>{uuid}</uuid>
+  <memory unit='MiB'>32</memory>
+  <memoryBacking><source type='{source}'/><access mode='shared'/>{more}</memoryBacking>
+  <vcpu>1</vcpu>
+  <os><type arch='x86_64' machine='q35'>hvm</type><loader readonly='yes' type='rom'>{firmware}</loader></os>
+  <features><acpi/></features>
+</domain>
+"""
+OVER = ("/run/memconsole", "/etc/systemd/system", "/etc/apparmor.d/local/abstractions")
+
+
+class World:
+    """A libvirtd with its domains, and the control process beside it."""
+
+    def __init__(self, manager: Libvirt) -> None:
+        self.manager = manager
+        self.service = Service(manager.directory)
+        self.service.runtime = manager.directory / "over/run/memconsole"
+        self.service.path = self.service.runtime / "control"
+        self.client: Client | None = None
+
+    def setup(self) -> None:
+        """libvirt's hook, the domains, and a service with a mount."""
+        (self.manager.directory / "etc/hooks").mkdir()
+        self.manager.run(*MEMCONSOLE, "libvirt", "setup", "--yes")
+        self.manager.end()
+        self.manager.begin()
+        firmware = counting(self.manager.directory)[1]
+        for name, source, more, make in (
+            ("web", "memfd", "", "define"),
+            ("files", "file", "<discard/>", "define"),
+            ("gone", "memfd", "", "create"),
+        ):
+            text = DOMAIN.format(name=name, uuid=UUIDS[name], source=source, more=more, firmware=firmware)
+            (self.manager.directory / "domain.xml").write_text(text)
+            self.manager.virsh(make, self.manager.directory / "domain.xml")
+            if make == "define":
+                self.manager.virsh("start", name)
+        self.begin()
+
+    def begin(self, fault: str = "") -> Client:
+        """A control process."""
+        if self.client is not None:
+            self.client.close()
+        launcher = [str(word) for word in self.manager.inside()]
+        self.service.start("--mount", launcher=launcher, env={FAULT_VARIABLE: fault})
+        self.client = self.service.client()
+        return self.client
+
+    def again(self, fault: str = "") -> Client:
+        """The next control process, once this one has ended."""
+        assert self.service.process is not None
+        self.service.process.communicate(timeout=LONG_S)
+        return self.begin(fault)
+
+    def apply(self, action: do.Action) -> None:
+        assert self.client is not None
+        self.client.apply(action)
+
+    def snapshot(self) -> Snapshot:
+        assert self.client is not None
+        return self.client.snapshot()
+
+    def guest(self, name: str) -> Guest:
+        return next(each for each in self.snapshot().guests if each.name == name)
+
+    def state(self, name: str) -> str:
+        """As libvirt says."""
+        return self.manager.ended("virsh", "-q", "-c", "qemu:///system", "domstate", name).stdout.strip()
+
+    def told(self, name: str) -> tuple[int, int]:
+        """Rounds that a guest has ended, and words that were wrong, from its RAM in custody."""
+        assert self.client is not None
+        (fd,) = self.client.open_region(f"{name}.pc.ram")
+        try:
+            rounds, wrong = struct.unpack("<II", os.pread(fd, 8, STATUS))
+            return rounds, wrong
+        finally:
+            os.close(fd)
+
+    def goes_on(self, *names: str) -> None:
+        """Each ends more rounds, and finds nothing wrong."""
+        before = {name: self.told(name)[0] for name in names}
+        for name in names:
+            until(lambda name=name: self.told(name)[0] > before[name] + 1, f"rounds of {name}")  # type: ignore[misc]
+            assert self.told(name)[1] == 0
+            assert self.state(name) == "running"
+
+    def is_whole(self, name: str) -> bool:
+        """Whether the next image that an operator saves has all of its RAM, and is like any other."""
+        image = self.manager.directory / "whole"
+        self.manager.virsh("save", name, image)
+        with image.open("rb", buffering=0) as file:
+            found = saveimage.examine(file.fileno())
+        self.manager.virsh("restore", image)
+        image.unlink()
+        assert found.stream is not None
+        assert found.image.lock is None
+        return {each.name: each.kept for each in found.stream.blocks}["pc.ram"] >= 32 * M // 4096
+
+    def notes(self) -> list[str]:
+        """What custody has of carried guests, and plans of RAM."""
+        waiting = [each.subject for each in self.snapshot().findings if each.id == "handoff-guest-held"]
+        return [*waiting, *plans.planned(self.service.runtime)]
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with libvirts([path for path in OVER if Path(path).parent.is_dir()]) as manager:
+        made = World(manager)
+        try:
+            made.setup()
+            made.apply(do.GuestAdopt(all=True))
+            yield made
+        finally:
+            for name in UUIDS:
+                manager.ended("virsh", "-q", "-c", "qemu:///system", "destroy", name)
+            if made.client is not None:
+                made.client.close()
+            made.service.clean()
+            manager.ended("umount", "--all-targets", made.service.runtime / "mount/tree")
+
+
+def test_a_rehearsal_ends_every_qemu_and_libvirt_starts_each_as_it_was(world: World) -> None:
+    world.manager.virsh("suspend", "gone")
+    before = {name: world.guest(name).pid for name in UUIDS}
+    assert world.client is not None
+    plan = world.client.plan(do.HandoffRehearse())
+    assert not plan.refusals
+    assert next(each for each in plan.conditions if each.id == "guest-adopted").ok
+    world.apply(do.HandoffRehearse())
+    report = world.snapshot().handoff
+    assert report is not None
+    assert report.state is HandoffState.DONE
+    results = {each.name: each for each in report.guests}
+    assert {name: (each.back, each.why) for name, each in results.items()} == dict.fromkeys(UUIDS, (True, ""))
+    assert all(each.blackout_ns and each.lane for each in results.values())
+    world.goes_on("web", "files")
+    assert world.state("gone") == "paused"
+    world.manager.virsh("resume", "gone")
+    world.goes_on("gone")
+    for name in UUIDS:
+        now = world.guest(name)
+        assert now.pid not in {None, before[name]}
+        until(lambda name=name: world.guest(name).state is GuestState.RUNNING, f"{name} is shown to run")  # type: ignore[misc]
+    assert world.notes() == []
+    assert world.manager.virsh("list", "--all", "--with-managed-save", "--name").split() == []
+    assert set(world.manager.virsh("list", "--persistent", "--name").split()) == {"web", "files"}
+
+
+def test_whatever_fails_they_run_as_before_and_their_next_save_is_whole(world: World) -> None:
+    """Killed at points of the steps that change a guest; with MEMCONSOLE_SOAK=1 at every point."""
+    assert world.client is not None
+    points = [each for each in fault_points(world.client.plan(do.HandoffRehearse())) if each.split(".")[1] != "check"]
+    assert {f"handoff-rehearse.{step}-web.after" for step in ("look", "set", "stream", "end")} <= set(points)
+    if not os.environ.get("MEMCONSOLE_SOAK"):
+        points = ["handoff-rehearse.stream-web.after", "handoff-rehearse.end-web.after"]
+    else:
+        points += [f"guest-resume.{step}.{when}" for step in ("offer", "start") for when in ("before", "after")]
+    for point in points:
+        assert world.service.process is not None
+        world.service.end(signal.SIGTERM)
+        world.begin(point)
+        with contextlib.suppress(MemconsoleError):
+            world.apply(do.HandoffRehearse())
+        world.again()
+        until(lambda: world.notes() == [], f"nothing waits after {point}")
+        world.goes_on(*UUIDS)
+    assert world.is_whole("web")

@@ -60,7 +60,7 @@ class Host:
         self.silent = False
         saves.mkdir()
         monkeypatch.setattr(carried_back, "SAVES", saves)
-        monkeypatch.setattr(virsh, "monitor", lambda _uuid, _within=0.0: self.ask)
+        monkeypatch.setattr(virsh, "monitor", lambda _uuid: self.ask)
         monkeypatch.setattr(virsh, "description", lambda _uuid: XML)
         monkeypatch.setattr(virsh, "state", lambda _uuid: self.says)
         monkeypatch.setattr(virsh, "running", lambda: frozenset(self.runs))

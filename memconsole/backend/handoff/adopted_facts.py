@@ -21,8 +21,6 @@ from memconsole.errors import MemconsoleError
 from memconsole.model import Guest, Managed, Value
 from memconsole.units import format_size
 
-ASK_S = 10.0
-"""Seconds libvirt has to answer: one that waits for a domain's job takes longer, and is silent."""
 _AT_ONCE = 8
 _CARRIED = frozenset({"running", "paused"})
 
@@ -81,7 +79,7 @@ def _not_adopted(desk: AdoptedLooks, guest: Guest) -> str:
 
 def _said(managed: Managed) -> tuple[str, ...]:
     """What its QEMU says against a migration."""
-    monitor = virsh.monitor(managed.uuid, ASK_S)
+    monitor = virsh.monitor(managed.uuid)
     try:
         answer = decoding.convert(monitor("query-migrate", {}), _Blocked, what="QEMU's answer to query-migrate")
     except MemconsoleError as error:

@@ -56,17 +56,17 @@ class Monitor(Protocol):
         ...
 
 
-def monitor(uuid: str, within: float = WITHIN_S) -> Monitor:
-    """The monitor of a domain's QEMU, through libvirt, which has so many seconds for each answer."""
-    return partial(_execute, uuid, within)
+def monitor(uuid: str) -> Monitor:
+    """The monitor of a domain's QEMU, through libvirt."""
+    return partial(_execute, uuid)
 
 
-def _execute(uuid: str, within: float, command: str, arguments: Mapping[str, object], fd: int | None = None) -> Any:
+def _execute(uuid: str, command: str, arguments: Mapping[str, object], fd: int | None = None) -> Any:
     asked = msgspec.json.encode({"execute": command, "arguments": dict(arguments)}).decode()
     passed = () if fd is None else ("--pass-fds", str(fd))
     what = f"libvirt does not hand {command} on to domain {uuid}"
     words = ("qemu-monitor-command", *passed, "--domain", uuid, asked)
-    said = run(*words, what=what, within=within, fds=() if fd is None else (fd,))
+    said = run(*words, what=what, fds=() if fd is None else (fd,))
     answer = decoding.json(said, _Answer, what=f"the answer to {command}", limit=LARGEST)
     if answer.error is not None:
         raise GuestError(f"QEMU refused {command}", answer.error.desc, "see the domain's log in /var/log/libvirt/qemu")

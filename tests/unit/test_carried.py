@@ -21,7 +21,9 @@ from memconsole.backend.custody import payloads
 from memconsole.backend.guests import handle
 from memconsole.backend.handoff import adopted_facts, carried, carried_back
 from memconsole.backend.handoff.carried import Taking
-from memconsole.backend.managers import libvirt, plans, saveimage, virsh
+from memconsole.backend.managers import libvirt, libvirt_setup, plans, saveimage, virsh
+from memconsole.backend.managers.libvirt_setup import Part
+from memconsole.backend.managers.sealed import Standing
 from memconsole.backend.steps import Step, run
 from memconsole.backend.verbs import prepare
 from memconsole.errors import GuestError, MemconsoleError
@@ -68,6 +70,8 @@ class Host:
         monkeypatch.setattr(virsh, "is_off", lambda _uuid, _within: True)
         monkeypatch.setattr(virsh, "start", lambda uuid, _within: self.start(f"start {uuid}"))
         monkeypatch.setattr(virsh, "restore", lambda image, _within: self.start(f"restore {Path(image).suffix}"))
+        monkeypatch.setattr(libvirt_setup, "status", lambda _root: tuple(self.parts))
+        self.parts: list[Part] = []
         self.process = subprocess.Popen(["sleep", "infinity"])
 
     def ask(self, command: str, arguments: Mapping[str, object], fd: int | None = None) -> Any:
@@ -267,6 +271,18 @@ def test_without_a_mount_it_waits(desk: Desk, host: Host) -> None:
     with pytest.raises(GuestError, match="no mount shows its RAM"):
         resumed(desk)
     assert carried.noted(desk) == ["web"]
+
+
+def test_without_the_hook_no_image_is_unlocked(desk: Desk, host: Host) -> None:
+    ended(desk, host, jumped=True)
+    host.parts = [Part("hook", "libvirt's hook", "/etc/libvirt", Standing.MISSING, "it is not there", "set it up")]
+    carried_back.offer_all(desk)
+    assert list(carried_back.SAVES.iterdir()) == []
+    with pytest.raises(GuestError, match="other RAM"):
+        resumed(desk)
+    host.parts = []
+    resumed(desk)
+    assert host.started == ["restore .image"]
 
 
 def test_what_keeps_an_adopted_guest_is_said_in_words(desk: Desk, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

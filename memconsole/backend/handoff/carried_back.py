@@ -27,7 +27,7 @@ from memconsole.backend.handoff.report import Clock
 from memconsole.backend.kernel import census
 from memconsole.backend.ledger import boots
 from memconsole.backend.ledger.state import StateChange
-from memconsole.backend.managers import plans, saveimage, virsh
+from memconsole.backend.managers import libvirt_setup, plans, saveimage, virsh
 from memconsole.backend.observe.mappings import region_mappings
 from memconsole.backend.stores import files
 from memconsole.backend.work import PreparedAction
@@ -105,8 +105,21 @@ def _offer(desk: Returning, guest: str, said: Carried) -> None:
     if desk.mount is None:
         remedy = f"memconsole serve --mount; then memconsole guest resume {guest}"
         raise GuestError(f"guest {guest} is not restored", "no mount shows its RAM to QEMU", remedy, code="NoMount")
+    missing = _without_hook(desk)
+    if missing:
+        what = f"guest {guest} is not restored: libvirt would give it other RAM"
+        raise GuestError(what, "; ".join(part.why or part.title for part in missing), missing[0].remedy, code="NoHook")
     paths = {block.file: desk.mount.ram_path(guest, block.region) for block in said.blocks}
     plans.grant(said.uuid, paths, said.digest, runtime)
+
+
+def _without_hook(desk: Returning) -> list[libvirt_setup.Part]:
+    """What libvirt lacks to call the hook: without it, an image that was unlocked starts on any RAM."""
+    try:
+        parts = libvirt_setup.lacking(libvirt_setup.status(desk.root))
+    except MemconsoleError as error:
+        return [libvirt_setup.unknown(error)]
+    return [part for part in parts if part.id == "hook" or part.id.startswith("daemon-")]
 
 
 def _put_managed_save(desk: Returning, guest: str, said: Carried) -> None:

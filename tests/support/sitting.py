@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 
+from memconsole.model import GuestKind
 from support.services import Service
 
 
@@ -20,6 +21,7 @@ def guests_of(service: Service) -> None:
 
 
 def note_guests(service: Service) -> None:
-    """Have the guests that there are now ended with the service."""
+    """Have the guests that there are now ended with the service; those of others on this host are theirs."""
     with contextlib.closing(service.client()) as client:
-        service.guests |= {guest.pid for guest in client.snapshot().guests if guest.pid is not None}
+        ours = [guest for guest in client.snapshot().guests if guest.kind is not GuestKind.FOREIGN]
+        service.guests |= {guest.pid for guest in ours if guest.pid is not None}

@@ -9,6 +9,7 @@ another by now (exit code 1), and makes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import subprocess
@@ -20,6 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from support.services import Service, services
 from support.sitting import guests_of, note_guests
+
+from memconsole.backend.wire.client import Client
+from memconsole.backend.wire.remote import Remote
+from memconsole.fleet import Fleet, Member
+from memconsole.views import headless
 
 ROOT = Path(__file__).resolve().parent.parent
 MADE_OF = ROOT / "docs" / "tour" / "made-of.json"
@@ -33,6 +39,9 @@ PICTURES = {
     "docs/tour/events.svg": ("events", ""),
 }
 """Each picture, and the view and subject that it is of."""
+HOSTS = "docs/hosts.svg"
+"""The picture of many hosts: three services, and one that no name resolves to."""
+HOSTS_SIZE = (172, 14)
 SOURCES = (
     "memconsole/views",
     "memconsole/fields.py",
@@ -72,6 +81,24 @@ def _run(service: Service, *words: str) -> None:
         raise RuntimeError(f"{words}: {ended.stdout}{ended.stderr}")
 
 
+def _draw_hosts(first: Service) -> None:
+    with contextlib.ExitStack() as stack:
+        others = [stack.enter_context(services()) for _ in range(2)]
+        for other in others:
+            other.start()
+        _run(others[0], "guest", "start", "cache", "--memory", "64M")
+        _run(others[1], "reserve", "spare", "256M")
+        members = [Member(f"hv{number}", each.client) for number, each in enumerate((first, *others), 1)]
+        members.append(Member("hv4", lambda: Client(Remote("hv4.invalid"))))
+        fleet = stack.enter_context(contextlib.closing(Fleet(members)))
+        fleet.start()
+        fleet.wait(60.0)
+        (ROOT / HOSTS).write_text(headless.render(fleet, "hosts", "svg", HOSTS_SIZE), encoding="utf-8")
+        print(HOSTS)
+        for other in others:
+            note_guests(other)
+
+
 def make() -> int:
     """Bring the host about and draw it."""
     MADE_OF.parent.mkdir(exist_ok=True)
@@ -82,6 +109,7 @@ def make() -> int:
         _run(service, "reserve", "spare", "128M")
         _run(service, "handoff", "rehearse", "--yes")
         note_guests(service)
+        _draw_hosts(service)
         for file, (view, subject) in PICTURES.items():
             words = ["snapshot", "--format", "svg", "--view", view, "--size", SIZE, "-o", str(ROOT / file)]
             _run(service, *words, *(["--subject", subject] if subject else []))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from memconsole.errors import MemconsoleError, NotFound
+from memconsole.fleet import Fleet
 from memconsole.source import PastSource
 from memconsole.views.app import ConsoleApp
+from memconsole.views.fleetapp import FleetApp
 from memconsole.views.helping import screen_text
 from memconsole.views.screens.detail import DETAILS, Detail
 from memconsole.views.screens.mapview import MapView
@@ -90,14 +92,16 @@ def render(
     """One view of a Source as it stands in a terminal of ``size`` (columns, rows).
 
     ``view`` is a view's name (``regions``, ``pfn``), ``subject`` what it is about (``region:web``). The same Snapshot
-    gives the same picture: no clock is shown but the Snapshot's own.
+    gives the same picture: no clock is shown but the Snapshot's own. Of a Fleet it is the console of many hosts, of
+    which each is shown as it answered last.
 
     Raises:
         UsageError: there is no such view.
         NotFound: the subject is not there.
         MemconsoleError: the source has no Snapshot, or no PFN map of the subject.
     """
-    still = source if isinstance(source, PastSource) else FrozenSource(source, _parts(view, subject or ""))
+    stands = isinstance(source, (PastSource, Fleet))
+    still = source if stands else FrozenSource(source, _parts(view, subject or ""))
     return asyncio.run(_render(still, view, format, size, subject or ""))
 
 
@@ -109,11 +113,12 @@ def _parts(view: str, subject: str) -> frozenset[Part]:
     return frozenset(part for cls in found for part in cls.PARTS)
 
 
-async def _render(
-    source: FrozenSource | PastSource, view: str, format: Format, size: tuple[int, int], subject: str
-) -> str:
+async def _render(source: Source, view: str, format: Format, size: tuple[int, int], subject: str) -> str:
     taken = source.snapshot().taken_ns
-    app = ConsoleApp(source, interval=NEVER, clock=lambda: taken, settings=ConsoleSettings(theme=DARK.name))
+    given: dict[str, Any] = {
+        "interval": NEVER, "clock": lambda: taken, "settings": ConsoleSettings(theme=DARK.name),
+    }  # fmt: skip
+    app = FleetApp(source, **given) if isinstance(source, Fleet) else ConsoleApp(source, **given)
     app.animation_level = "none"
     async with app.run_test(size=size) as pilot:
         while app.snapshot is None:

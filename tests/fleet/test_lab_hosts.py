@@ -36,7 +36,13 @@ TRIES = 2
 
 def engine(directory: Path, fleet: LabFleet, **shared: object) -> Engine:
     """An engine over lab hosts; each look costs an emulated processor ten seconds."""
-    told = {"memconsole_interval": 45, "memconsole_least_timeout": 900, "ansible_remote_tmp": "/tmp/ansible", **shared}
+    told = {
+        "ansible_remote_tmp": "/tmp/ansible",
+        "ansible_timeout": 120,  # an emulated sshd of a busy machine takes long until it greets
+        "memconsole_interval": 45,
+        "memconsole_least_timeout": 1200,
+        **shared,
+    }
     return Engine(directory, fleet.variables(), told)
 
 

@@ -8,6 +8,9 @@ if [ ! -e /var/lib/begun ]; then
 	rm -rf /lib/systemd/system-generators/* /etc/systemd/system/* /lib/systemd/system/*.wants/*
 	# The project may lie below it.
 	ln -sf /dev/null /etc/systemd/system/tmp.mount
+	printf '[Service]\nType=oneshot\nExecStart=/bin/touch /run/lab/serves\n' >/etc/systemd/system/lab.service
+	mkdir -p /etc/systemd/system/multi-user.target.wants
+	ln -s ../lab.service /etc/systemd/system/multi-user.target.wants/lab.service
 	: >/var/lib/begun
 fi
 $b hostname "$LAB_NAME"
@@ -17,5 +20,4 @@ $b mount -o bind /run/lab/boot /boot
 rm -f /run/lab/serves; uname -r >>/run/lab/boots
 mkdir -p /run/sshd
 /usr/sbin/sshd -f /run/lab/sshd_config -E /run/lab/sshd.log
-: >/run/lab/serves
 exec /lib/systemd/systemd --unit=multi-user.target --log-target=console --log-level=notice --show-status=false

@@ -236,7 +236,7 @@ Host {host.name}
   IdentitiesOnly yes
   UserKnownHostsFile {directory}/known_hosts
   GlobalKnownHostsFile none
-  ConnectTimeout 60
+  ConnectTimeout 120
   ServerAliveInterval 10
   ServerAliveCountMax 6
 """

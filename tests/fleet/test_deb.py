@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import build_deb
 import pytest
+from support.playbooks import environment
 
 import memconsole
 
@@ -21,6 +24,7 @@ mkdir "$1/new" "$1/work" "$1/root"
 mount -t overlay overlay -o "lowerdir=/,upperdir=$1/new,workdir=$1/work" "$1/root"
 mount -t proc proc "$1/root/proc"
 mount --rbind /sys "$1/root/sys"
+mount --rbind /dev "$1/root/dev"
 mount -t tmpfs tmpfs "$1/root/run"
 cp "$2" "$1/root/run/it.deb"
 exec chroot "$1/root" /bin/sh -ec "$3"
@@ -42,6 +46,17 @@ memconsole snapshot
 memconsole release web --yes >&2
 dpkg --remove memconsole >&2
 test ! -e /usr/lib/memconsole/bin
+"""
+BY_THE_ROLE = """
+mkdir -p /run/home
+touch /run/home/none.cfg
+cd /tmp
+for _ in 1 2; do
+    {play} -i hv1, -c local --tags package -e memconsole_hosts=all -e memconsole_package=/run/it.deb \\
+        -e ansible_python_interpreter=/usr/bin/python3 memconsole.fleet.install
+done
+dpkg --verify memconsole >&2
+/usr/bin/memconsole --version >&2
 """
 
 
@@ -70,13 +85,27 @@ def test_lintian_says_nothing_of_it(package: Path) -> None:
     assert (said.returncode, said.stdout) == (0, "")
 
 
+def behind(directory: Path, package: Path, script: str) -> str:
+    """What a script writes that runs in a root of its own."""
+    words = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "/bin/sh", "-c", BEHIND, "sh"]
+    env = environment(Path("/run/home"))
+    said = subprocess.run(
+        [*words, str(directory), str(package), script], capture_output=True, text=True, check=False, cwd="/", env=env
+    )
+    assert said.returncode == 0, (said.stdout, said.stderr)
+    return said.stdout
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a root of its own: root")
 def test_it_is_installed_used_and_removed(package: Path, tmp_path: Path) -> None:
-    words = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "/bin/sh", "-c", BEHIND, "sh"]
-    said = subprocess.run(
-        [*words, str(tmp_path), str(package), USED], capture_output=True, text=True, check=False, cwd="/"
-    )
-    assert said.returncode == 0, said.stderr
-    shown = json.loads(said.stdout)
+    shown = json.loads(behind(tmp_path, package, USED))
     assert [(each["name"], each["size"]) for each in shown["regions"]] == [("web", 8 << 20)]
     assert not Path("/usr/lib/memconsole").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a root of its own: root")
+def test_the_role_installs_it_once(package: Path, tmp_path: Path) -> None:
+    play = Path(sys.executable).parent / "ansible-playbook"
+    said = behind(tmp_path, package, BY_THE_ROLE.format(play=play))
+    counted = [int(count) for count in re.findall(r"^hv1 .* changed=(\d+) .* failed=0 ", said, flags=re.MULTILINE)]
+    assert (counted[0] > 0, counted[1:]) == (True, [0]), said

@@ -130,7 +130,9 @@ class LabFleet:
 
     def variables(self) -> dict[str, dict[str, object]]:
         """What Ansible's inventory says of each host."""
-        return {name: {"ansible_ssh_common_args": f"-F {self.ssh_config}"} for name in self.hosts}
+        # An emulated host of a busy machine is silent for longer than one that is gone.
+        patience = "-o ServerAliveInterval=20 -o ServerAliveCountMax=15"
+        return {name: {"ansible_ssh_common_args": f"-F {self.ssh_config} {patience}"} for name in self.hosts}
 
 
 @contextlib.contextmanager
@@ -237,6 +239,4 @@ Host {host.name}
   UserKnownHostsFile {directory}/known_hosts
   GlobalKnownHostsFile none
   ConnectTimeout 120
-  ServerAliveInterval 10
-  ServerAliveCountMax 6
 """

@@ -238,6 +238,10 @@ class GuestAdopt(Action, frozen=True, tag="guest-adopt"):
     name: Annotated[str, Arg(ArgumentKind.GUEST, "guest to adopt, as memconsole guests shows it", positional=True)] = ""
     all: Annotated[bool, Arg(ArgumentKind.FLAG, "adopt every guest of libvirt that can be adopted")] = False
     qmp: Annotated[str, Arg(ArgumentKind.PATH, "QMP socket of a QEMU that libvirt does not run")] = ""
+    copy: Annotated[
+        bool,
+        Arg(ArgumentKind.FLAG, "move private or hugetlb RAM live, and have libvirt start it again on it"),
+    ] = False
 
 
 class GuestLetGo(Action, frozen=True, tag="guest-let-go"):

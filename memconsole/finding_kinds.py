@@ -121,6 +121,9 @@ KINDS: Mapping[str, FindingKind] = {
     "guest-base-pages": FindingKind(
         "a guest's memory is mapped by huge pages", "the guest runs slower: it misses the TLB more often"
     ),
+    "guest-between": FindingKind(
+        "a guest whose RAM was moved runs, where it was or on what was copied", "it stands still until it is started"
+    ),
     "guest-corrupt": FindingKind(
         "a guest finds in its memory what it wrote there", "the guest works on wrong data, or crashes"
     ),

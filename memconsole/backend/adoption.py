@@ -6,6 +6,7 @@ region in custody only            taken over by its payload, else as it is, with
 region partly in custody          stays where it is, with a finding: nothing of it is thrown away
 ledger of another boot            regions are known by name and size, guests have ended (:mod:`.boots`)
 handoff whose record is unread    left unfinished, with a finding: states, manifest and record stay in custody
+guest between two QEMUs           brought to where it should run (:mod:`.verbs.relocate`)
 guest whose process lives         taken over with its grants; one whose process ended is a finding
 unfinished release, revoke,       carried through: what they take away must not come back
   stop, let-go, pause, resume
@@ -39,6 +40,7 @@ from memconsole.backend.ledger.state import DoneRecord, EventRecord, FailedRecor
 from memconsole.backend.peers.patience import Patience
 from memconsole.backend.revoke import move, stop_processes, suspend_vm
 from memconsole.backend.stores import files
+from memconsole.backend.verbs import relocate
 from memconsole.backend.verbs.adopt import drop_unfinished
 from memconsole.backend.verbs.arenas import held_regions
 from memconsole.backend.verbs.grants import OFFER_S
@@ -122,6 +124,8 @@ def _adopt(desk: AdoptionDesk, powers: Powers) -> Recorded[list[Finding]]:
     found += desk.userfaults.adopt()
     found += desk.address_spaces.adopt()
     _guests(desk, landing.waiting if landing is not None else frozenset())
+    yield from relocate.settle(desk)
+    steps.passed("adopt.moves")
     for number, intent in list(desk.state.unfinished.items()):
         if not (
             is_unread and isinstance(intent.action, actions.HandoffAction)
@@ -293,9 +297,10 @@ def _unknown_regions(desk: AdoptionDesk, by_itself: Collection[str] = ()) -> Rec
         kind, _, rest = held.partition(":")
         if kind == "region":
             found.setdefault(rest.rpartition(":")[0], set()).add(held)
+    moving = relocate.regions_on_their_way(desk)
     told = []
     for name, held_as in found.items():
-        if name not in desk.state.regions:
+        if name not in desk.state.regions and name not in moving:
             where = "its arena" if name in by_itself else "custody"
             told.append((yield from _adopt_found(desk, name, held_as, where)))
     return told
@@ -385,7 +390,7 @@ def _undo_action(desk: AdoptionDesk, number: int, intent: Intent, again: list[st
         drop_custody(desk, action.name)
         desk.stores[action.store].discard(action.name)
     if isinstance(action, actions.GuestAdopt):
-        drop_unfinished(desk, intent.aims.guests)
+        drop_unfinished(desk, intent.aims.guests, relocate.regions_on_their_way(desk))
     found = None
     if isinstance(action, actions.Move):
         found = _moved_all_the_same(desk, number, action, again)

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from memconsole.actions import HandoffAction
+from memconsole.actions import GuestAdopt, HandoffAction
 from memconsole.backend import needs
 from memconsole.backend.custody.holder import MEMORY
 from memconsole.backend.custody.systemd import ENTRY
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from memconsole.backend.ledger.state import State
 
 
-class WaitingGuests(needs.LiveGuests, needs.InCustody, needs.LastHandoff, Protocol):
+class WaitingGuests(needs.LiveGuests, needs.RuntimeFiles, needs.InCustody, needs.LastHandoff, Protocol):
     """What guests that wait are known by."""
 
 
@@ -172,13 +172,23 @@ def device_findings(desk: Checking) -> tuple[Finding, ...] | None:
 
 def waiting_guests(desk: WaitingGuests) -> tuple[Finding, ...]:
     """The guests that gave their RAM back by ending, and those that a handoff left in custody."""
+    between = _between(desk)
     if not desk.state.guests:
-        return ()
+        return between
     from memconsole.backend.revoke import suspend_vm
 
     with contextlib.suppress(Gone):  # that nobody has custody any more is a finding of its own
-        return (*suspend_vm.findings(desk), *_left_by_handoff(desk))
-    return ()
+        return (*between, *suspend_vm.findings(desk), *_left_by_handoff(desk))
+    return between
+
+
+def _between(desk: WaitingGuests) -> tuple[Finding, ...]:
+    """The guests whose RAM was on its way into files when somebody was killed."""
+    if any(isinstance(intent.action, GuestAdopt) for intent in desk.state.unfinished.values()):
+        return ()
+    from memconsole.backend.guests import moves
+
+    return tuple(moves.findings(desk.runtime_dir)) if moves.is_any() else ()
 
 
 def _left_by_handoff(desk: WaitingGuests) -> Iterator[Finding]:

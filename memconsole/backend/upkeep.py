@@ -3,6 +3,7 @@
     quarantine   lets frames go whose pins have dropped           not while an action is under way
     readiness    whether a handoff would be refused               when something it depends on has changed
     report       what guests say of the blackout of a handoff     not while an action is under way
+    moves        ends what became of guests whose RAM was on its way when somebody was killed     not while ...
     services     starts those that were told to save for a handoff and have ended; finds the process of a unit
     carried      has libvirt start the adopted guests that a handoff brought; resumes those of one that died
     mount        files and status as the ledger and a Snapshot have them
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from memconsole.backend.readiness import ReadinessCheck
 
 EVERY_S = 1.0
+MOVES_S = 5.0
 RECENT_S = 30.0
 """How old a Snapshot may be that says whether something changed: where nobody looks, one is taken as often."""
 
@@ -48,7 +50,7 @@ class Mount(Protocol):
         """Have it show what a Snapshot says of its guests."""
 
 
-class Kept(needs.LiveGuests, needs.Stored, needs.HostTree, needs.InCustody, Protocol):
+class Kept(needs.OwnRegionFds, needs.GuestStarting, Protocol):
     """What is kept up."""
 
     handoff: HandoffReport | None
@@ -103,6 +105,7 @@ class Upkeep:
         self._ticks.begin("readiness", EVERY_S, self.check_readiness)
         self._ticks.begin("services", EVERY_S, self.start_services)
         self._ticks.begin("carried", EVERY_S, self.see_to_carried)
+        self._ticks.begin("moves", MOVES_S, self.settle_moves)
         self._ticks.begin("report", EVERY_S, self.amend_report)
         if desk.mount is not None:
             self._ticks.begin("mount", EVERY_S, self.show_on_mount)
@@ -154,6 +157,17 @@ class Upkeep:
             if still:
                 self._carried = self._carried or self._make_carried()
                 self._carried.see_to()
+
+    def settle_moves(self) -> None:
+        """End the moves of guests' RAM that were cut short, as far as libvirt answers."""
+        from memconsole.backend.guests import moves
+
+        if moves.is_any():
+            from memconsole.backend.verbs import relocate
+
+            with self._idle() as still:
+                if still:
+                    self._carry(relocate.settle(self._desk))
 
     def amend_report(self) -> None:
         """Have the report of the last handoff say what guests say of their blackout."""

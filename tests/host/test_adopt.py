@@ -5,25 +5,21 @@ Control processes run where libvirt's own files are, with a keeper that outlives
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from support import keepers
 from support.controls import runtime_dir
-from support.libvirts import Libvirt, libvirts
+from support.libvirt_worlds import World
+from support.libvirts import libvirts
 from support.waiting import until
 
-from memconsole import action_input, native
 from memconsole import actions as do
-from memconsole.backend.custody.holder import KeeperCustody
-from memconsole.backend.steps import FAULT_VARIABLE
+from memconsole import native
 
 M = 1 << 20
 DOMAIN = """<domain type='qemu'>
@@ -41,58 +37,6 @@ BACKINGS = {
     "files": "<source type='file'/><access mode='shared'/>",
     "plain": "",
 }
-CONTROL = f"""
-import json, os, sys
-from pathlib import Path
-import msgspec
-from memconsole import action_input
-from memconsole.backend.control import Control
-from memconsole.backend.custody.holder import KeeperCustody
-from memconsole.errors import MemconsoleError
-control = Control(Path(sys.argv[1]), KeeperCustody(Path(sys.argv[2])))
-os.environ["{FAULT_VARIABLE}"] = sys.argv[3]
-codes = []
-for each in json.loads(sys.argv[4]):
-    action = action_input.decode(each)
-    codes += [refusal.code for refusal in control.plan(action).refusals]
-    try:
-        control.apply(action)
-    except MemconsoleError as error:
-        print(error, file=sys.stderr)
-print(json.dumps({{"codes": codes, "snapshot": msgspec.to_builtins(control.snapshot())}}))
-control.close()
-"""
-
-
-class World(NamedTuple):
-    """A libvirtd with domains, a keeper, and a runtime directory; control processes come and go."""
-
-    manager: Libvirt
-    runtime: Path
-    keeper: Path
-
-    def command(self, actions: tuple[do.Action, ...], fault: str = "") -> list[str]:
-        places = (str(self.runtime), str(self.keeper))
-        told = json.dumps([action_input.encode(each) for each in actions])
-        return [sys.executable, "-c", CONTROL, *places, fault, told]
-
-    def control(self, *actions: do.Action) -> tuple[list[str], dict[str, Any]]:
-        """What a control process refused of these actions, and its Snapshot after those it did."""
-        said = json.loads(self.manager.run(*self.command(actions)).splitlines()[-1])
-        return said["codes"], said["snapshot"]
-
-    def dies(self, action: do.Action, fault: str) -> None:
-        """A control process that kills itself at a fault point of an action."""
-        done = subprocess.run(self.manager.inside(*self.command((action,), fault)), check=False, capture_output=True)
-        assert done.returncode == -signal.SIGKILL, (fault, done.stderr)
-
-    def in_custody(self) -> list[str]:
-        """What custody holds of regions."""
-        custody = KeeperCustody(self.keeper)
-        try:
-            return sorted(name for name in custody.names() if name.startswith("region:"))
-        finally:
-            custody.close()
 
 
 @pytest.fixture(scope="module")

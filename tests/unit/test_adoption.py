@@ -77,7 +77,7 @@ def test_what_is_in_ledger_and_custody_is_taken_over_without_a_word(
     said = [record.getMessage().partition(" seconds=") for record in caplog.records]
     assert [line for line, _, _ in said] == [
         f"step action=adopt step={step} state=passed"
-        for step in ("begun", "stores", "landed", "regions", "guest.web", "guest.vm", "settled", "done")
+        for step in ("begun", "stores", "landed", "regions", "guest.web", "guest.vm", "moves", "settled", "done")
     ]
     assert all(float(seconds) >= 0 for _, _, seconds in said)
 

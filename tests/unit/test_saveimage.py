@@ -173,6 +173,16 @@ def test_the_ram_of_a_domain_is_made_of_files_and_nothing_else_changes() -> None
     assert domainxml.on_files(made) == made
 
 
+def test_ram_of_huge_pages_that_is_moved_becomes_ordinary_files() -> None:
+    pages = b"<hugepages><page size='2' unit='M'/></hugepages>"
+    for backing in (pages, b"<hugepages/>"):
+        xml = b"<domain><memoryBacking>" + backing + b"<nosharepages/></memoryBacking></domain>"
+        with pytest.raises(Refused, match="huge pages"):
+            domainxml.on_files(xml)
+        made = domainxml.on_files(xml, moved=True)
+        assert [each.tag for each in parsed(made).iterfind("memoryBacking/*")] == ["nosharepages", "access", "source"]
+
+
 @pytest.mark.parametrize(
     "backing",
     [

@@ -17,12 +17,15 @@ from memconsole import actions as do
 from memconsole.backend import steps
 from memconsole.backend.custody import payloads
 from memconsole.backend.ledger.state import StateChange
+from memconsole.backend.managers import libvirt_setup
 from memconsole.backend.managers.guest_memory import Block, BlockPart
+from memconsole.backend.managers.libvirt_setup import Part
+from memconsole.backend.managers.sealed import Standing
 from memconsole.backend.stores.adopted import RamFile
 from memconsole.backend.verbs import adopt, prepare
 from memconsole.backend.work import PreparedAction
 from memconsole.errors import GuestError, KernelRefused, MemconsoleError
-from memconsole.model import Guest, GuestKind, GuestState, Managed, ManagedRam, Outcome, Region
+from memconsole.model import Guest, GuestKind, GuestState, Managed, ManagedRam, MemoryModule, Outcome, Region
 from memconsole.undoing import inverse
 
 HVA = 0x7F0000000000
@@ -172,6 +175,52 @@ def test_ram_of_huge_pages_or_on_a_disk_is_refused_with_what_to_change(desk: Des
         (refusal,) = prepare(desk, do.GuestAdopt("files")).refusals
         assert refusal.code == code
         assert word in refusal.remedy
+
+
+def moved(desk: Desk, monkeypatch: pytest.MonkeyPatch, lacking: str = "", **changes: Any) -> PreparedAction:
+    """The plan of a copy of the domain whose RAM is private, on a host with libvirt's hook."""
+    part = Part("hook", "libvirt's hook", "/x", Standing.MISSING if lacking else Standing.THERE, lacking, "setup")
+    monkeypatch.setattr(libvirt_setup, "status", lambda _root: (part,))
+    monkeypatch.setattr(type(desk.custody), "survives", True)
+    plain = next(each for each in desk.facts.strangers if each.name == "plain")
+    managed = replace(plain.managed or DOMAIN, **{"state": "running", **changes})
+    desk.facts = dataclasses.replace(desk.facts, strangers=(replace(plain, managed=managed),))
+    return prepare(desk, do.GuestAdopt("plain", copy=True))
+
+
+def test_private_ram_is_moved_where_that_is_asked_for_and_its_plan_says_how_long(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "--copy" in prepare(desk, do.GuestAdopt("plain")).refusals[0].remedy
+    work = moved(desk, monkeypatch)
+    assert work.refusals == []
+    names = [step.id.removesuffix("-plain") for step in work.steps]
+    assert names == ["ask", "make", "hold", "look", "set", "copy", "end", "start", "join"]
+    assert "stands still, about 2.3 s" in work.steps[-2].text
+    assert "next cold start is on RAM of its own again" in work.note
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "word"),
+    [
+        ({"lacking": "it is not there"}, "HookMissing", "it is not there"),
+        ({"state": "pmsuspended"}, "NotRunning", "pmsuspended"),
+        ({"host_devices": ("0000:01:00.0",)}, "Hindered", "0000:01:00.0"),
+        ({"helped": ("virtiofs share",)}, "Hindered", "virtiofs share"),
+        ({"block_jobs": ("backup of vda",)}, "Hindered", "backup of vda"),
+        ({"modules": (MemoryModule("virtio-mem", M),)}, "Hindered", "virtio-mem"),
+    ],
+)
+def test_what_libvirt_could_not_start_again_is_not_moved(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], code: str, word: str
+) -> None:
+    (refusal,) = moved(desk, monkeypatch, **changes).refusals
+    assert refusal.code == code
+    assert word in refusal.why
+
+
+def test_a_memconsole_that_ends_with_its_terminal_moves_nothing(desk: Desk) -> None:
+    assert codes(desk, do.GuestAdopt("plain", copy=True)) == ["NoService"]
 
 
 def test_a_domain_that_libvirt_migrates_or_that_cannot_be_asked_waits(

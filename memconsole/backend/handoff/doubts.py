@@ -18,6 +18,10 @@ DOUBTS = {
     "region-truncated": ("every region has the size it was made with", "what was cut off is lost for good"),
     "region-torn": ("custody holds every segment of a region", "what is left of the region is lost at the jump"),
     "ledger-corrupt": ("the ledger is whole", "what the lost records meant is not carried"),
+    "guest-between": (
+        "no guest is on its way between two QEMUs",
+        "its RAM and state end with this kernel",
+    ),
     "handoff-guest-held": ("no guest waits since the last handoff", "the next one drops the guest's saved state"),
 }
 """What is required where a finding says the opposite, and what a jump does to it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from memconsole.backend import needs
@@ -100,6 +101,10 @@ class HandoffChecks(
     Protocol,
 ):
     """What a handoff is checked against."""
+
+    @property
+    def runtime_dir(self) -> Path:
+        """Where the control process has its own files."""
 
     @property
     def blocked_mappings(self) -> tuple[BlockedMapping, ...]:

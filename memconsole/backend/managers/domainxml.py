@@ -46,6 +46,10 @@ class _Element(NamedTuple):
     opened: int
     within: int | None
 
+    def end(self, raw: bytes) -> int:
+        """Behind its end."""
+        return self.opened if self.within is None else _tag_end(raw, self.within)
+
 
 class _Places:
     """The elements by their path, the first of each; namespaces are said as ``URI NAME``."""
@@ -111,15 +115,18 @@ def _places(xml: bytes) -> _Places:
         return _Places(xml)
 
 
-def on_files(xml: bytes) -> bytes:
+def on_files(xml: bytes, *, moved: bool = False) -> bytes:
     """The same domain with its RAM in shared files, where libvirt and its hook put them.
+
+    ``moved``: into other files than it is in now, so that it need not stay of huge pages.
 
     Raises:
         Undecodable: it is no domain. Refused: its RAM is of huge pages, or a cell of it is not shared.
     """
     places = _places(xml)
     what = "the RAM of the domain cannot come from files"
-    if (*_BACKING, "hugepages") in places.found:
+    pages = places.found.get((*_BACKING, "hugepages"))
+    if pages is not None and not moved:
         raise Refused(what, "it is of huge pages", "adopt it with --copy", code="HugePages")
     if any(cell.get("memAccess", "shared") != "shared" for cell in places.cells):
         raise Refused(
@@ -130,7 +137,7 @@ def on_files(xml: bytes) -> bytes:
         return _spliced(xml, [(places.end, places.end, f"<memoryBacking>{_FILE}{_SHARED}</memoryBacking>")])
     if backing.within is None:
         return _spliced(xml, [(backing.start, backing.opened, f"<memoryBacking>{_FILE}{_SHARED}</memoryBacking>")])
-    changes = []
+    changes = [(pages.start, pages.end(xml), "")] if pages is not None else []
     for name, tag in (("source", _FILE), ("access", _SHARED)):
         before = places.found.get((*_BACKING, name))
         changes.append((backing.within, backing.within, tag) if before is None else _instead(before, name, tag))

@@ -31,9 +31,10 @@ SETUP = "memconsole libvirt setup"
 _ABSTRACTION = "/etc/apparmor.d/abstractions/libvirt-qemu"
 _LOCAL = "/etc/apparmor.d/local/abstractions/libvirt-qemu"
 _BOOLEAN = "/sys/fs/selinux/booleans/virt_use_fusefs"
-_RULES = """  # QEMU opens the RAM that memconsole's mount shows.
+_RULES = """  # QEMU opens the RAM that memconsole's mount shows, or that it was moved into.
   /run/memconsole/guests/ r,
   /run/memconsole/guests/*/ram/* rw,
+  /run/memconsole/ram/*/* rw,
 """
 _ORDER = """[Unit]
 # RAM and images that the kernel before handed over are in place before domains are started from them.

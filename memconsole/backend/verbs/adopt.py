@@ -4,17 +4,17 @@
     hold   each block is the file that QEMU has open for it, by device and inode: custody gets a descriptor of it
     join   its process is watched
 
-The guest is not paused and its memory is not touched: no seal, no page, no size. What is planned is what can be seen
-without asking: the files that its process maps, and the memory backends in its command line.
+RAM that is private, or of huge pages, is moved first, if that is asked for (``--copy``, :mod:`.relocate`). Of any other
+guest nothing is paused and no memory is touched: no seal, no page, no size. What is planned is what can be seen without
+asking: the files that its process maps, and the memory backends in its command line.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
-import time
-from collections.abc import Sequence
+import shlex
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -24,24 +24,26 @@ from msgspec.structs import replace
 from memconsole.actions import GuestAdopt, GuestLetGo
 from memconsole.backend import needs
 from memconsole.backend.custody import payloads
+from memconsole.backend.guests.relocation import region_name
 from memconsole.backend.handoff.carried_back import Returning
 from memconsole.backend.handoff.hindrances import hindrances
 from memconsole.backend.holdings import custody_name
 from memconsole.backend.ledger.state import StateChange
 from memconsole.backend.managers import virsh
 from memconsole.backend.managers.guest_memory import Block, backends
-from memconsole.backend.stores import adopted, files
+from memconsole.backend.stores import adopted
 from memconsole.backend.stores.adopted import RamFile
-from memconsole.backend.verbs import handoff
-from memconsole.backend.verbs.regions import custody_names, drop_custody
+from memconsole.backend.verbs import adoptees, handoff, relocate
+from memconsole.backend.verbs.regions import drop_custody
+from memconsole.backend.verbs.relocate import Removal
 from memconsole.backend.work import PreparedAction
 from memconsole.errors import GuestError, MemconsoleError
-from memconsole.model import Access, Grant, GrantState, Guest, GuestState, Refusal, Region, RegionState
-from memconsole.units import PAGE, format_size
+from memconsole.model import Guest, GuestState, Refusal, Region
+from memconsole.units import format_size
 
-_MOST = 40
-"""Characters of a guest's name, so that those of its regions fit into one."""
-_COPY = "moving such RAM into a region while the guest runs is not built yet"
+_MOVED = "memconsole guest adopt {} --copy moves it, for which the guest stands still for a second or two"
+_COPIED = frozenset({"PrivateRam", "HugePages", "NotInMemory"})
+"""The refusals of RAM that can be moved."""
 _SHARED = (
     "put <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking> into its XML (virsh edit NAME),"
     " and start it anew"
@@ -89,9 +91,9 @@ def adopt(desk: Adopting, action: GuestAdopt) -> PreparedAction:
         else:
             _adopted(work, desk, [one])
         return work
-    found = [_judged(desk, each, "") for each in desk.foreign_guests() if each.managed is not None]
+    found = [_judged(desk, each, "", action.copy) for each in desk.foreign_guests() if each.managed is not None]
     kept = [each for each in found if isinstance(each, Refusal)]
-    going = [each for each in found if isinstance(each, _Adoption)]
+    going = [each for each in found if not isinstance(each, Refusal)]
     if not going:
         what = "no guest of libvirt runs that is not adopted"
         work.refusals += kept or [Refusal("NoSuchGuest", what, "", "memconsole guests lists the guests")]
@@ -99,17 +101,18 @@ def adopt(desk: Adopting, action: GuestAdopt) -> PreparedAction:
     _adopted(work, desk, going)
     work.subject = "all guests of libvirt"
     if kept:
-        work.note = "not adopted: " + "; ".join(f"{each.what} ({each.why})" for each in kept)
+        work.note += "; " if work.note else ""
+        work.note += "not adopted: " + "; ".join(f"{each.what} ({each.why})" for each in kept)
     return work
 
 
-def _one(desk: Adopting, action: GuestAdopt) -> _Adoption | Refusal:
+def _one(desk: Adopting, action: GuestAdopt) -> _Adoption | Removal | Refusal:
     known = _ledgers(desk, action.name)
     if known is not None:
         return _known(desk, known, action.qmp)
     for shown in desk.foreign_guests():
         if shown.name == action.name:
-            return _judged(desk, shown, action.qmp)
+            return _judged(desk, shown, action.qmp, action.copy)
     if action.qmp:
         return _by_socket(desk, action)
     known_names = ", ".join(each.name for each in desk.foreign_guests()) or "none"
@@ -117,7 +120,7 @@ def _one(desk: Adopting, action: GuestAdopt) -> _Adoption | Refusal:
     return Refusal("NoSuchGuest", what, f"such VMs: {known_names}", "memconsole guests lists the guests")
 
 
-def _by_socket(desk: Adopting, action: GuestAdopt) -> _Adoption | Refusal:
+def _by_socket(desk: Adopting, action: GuestAdopt) -> _Adoption | Removal | Refusal:
     """A QEMU by its QMP socket, called as the operator wants it to be called."""
     try:
         pid = desk.monitor_process(action.qmp)
@@ -129,7 +132,7 @@ def _by_socket(desk: Adopting, action: GuestAdopt) -> _Adoption | Refusal:
         return Refusal(
             "NoSuchGuest", what, "it is a guest already, or it is no QEMU", "memconsole guests lists the guests"
         )
-    return _judged(desk, replace(shown, name=action.name), action.qmp)
+    return _judged(desk, replace(shown, name=action.name), action.qmp, action.copy)
 
 
 def _known(desk: Adopting, guest: Guest, qmp: str) -> _Adoption | Refusal:
@@ -154,9 +157,21 @@ def _known(desk: Adopting, guest: Guest, qmp: str) -> _Adoption | Refusal:
     return refusal or _Adoption(guest, guest, more, qmp, again=True)
 
 
-def _judged(desk: Adopting, shown: Guest, qmp: str) -> _Adoption | Refusal:
+def _judged(desk: Adopting, shown: Guest, qmp: str, copy: bool) -> _Adoption | Removal | Refusal:
     """A VM that runs here without memconsole, as far as can be seen without asking it."""
-    refusal = _unreachable(shown, qmp) or _busy(shown) or _private(shown)
+    name = adoptees.name_of(desk, shown)
+    refusal = _unreachable(shown, qmp) or _busy(shown) or adoptees.left_over(desk, shown, name)
+    if refusal is not None:
+        return refusal
+    files = _holdable(desk, shown)
+    if isinstance(files, Refusal):
+        return relocate.judged(desk, shown, name) if copy and files.code in _COPIED else files
+    return _Adoption(shown, adoptees.guest_of(shown, name), files, qmp)
+
+
+def _holdable(desk: Adopting, shown: Guest) -> tuple[RamFile, ...] | Refusal:
+    """The files of its RAM that custody can hold as they are; or why none."""
+    refusal = _private(shown)
     if refusal is not None:
         return refusal
     try:
@@ -164,15 +179,7 @@ def _judged(desk: Adopting, shown: Guest, qmp: str) -> _Adoption | Refusal:
     except MemconsoleError as error:
         return Refusal(error.code, error.what, error.why, error.remedy)
     good = tuple(file for file in files if file.can_be_held)
-    if not good:
-        return _refused(shown, [file for file in files if not file.can_be_held])
-    name = _name(desk, shown)
-    left = [each for each in desk.state.regions if each.startswith(f"{name}.")]
-    if left:
-        what = f"guest {shown.name} was adopted before, and its RAM of then is still in custody"
-        remedy = f"memconsole copy {left[0]} FILE keeps its contents, then memconsole release {left[0]}"
-        return Refusal("NameTaken", what, f"regions: {', '.join(left)}", remedy)
-    return _Adoption(shown, _as_guest(shown, name), good, qmp)
+    return good or _refused(shown, [file for file in files if not file.can_be_held])
 
 
 def _refused(shown: Guest, files: Sequence[RamFile]) -> Refusal:
@@ -181,31 +188,9 @@ def _refused(shown: Guest, files: Sequence[RamFile]) -> Refusal:
     error = adopted.why_not(largest) if largest is not None else None
     if error is None:
         return _of_private(shown, "its process maps no memory that could be shared")
-    return Refusal(error.code, f"guest {shown.name} cannot be adopted: {error.what}", error.why, error.remedy)
-
-
-def _as_guest(shown: Guest, name: str) -> Guest:
-    return Guest(
-        name,
-        shown.kind,
-        GuestState.RUNNING,
-        shown.pid,
-        shown.start_ticks,
-        memory=shown.memory,
-        command=shown.command,
-        created_ns=time.time_ns(),
-        managed=shown.managed,
-        adopted=True,
+    return Refusal(
+        error.code, f"guest {shown.name} cannot be adopted: {error.what}", error.why, _or_moved(shown, error.remedy)
     )
-
-
-def _name(desk: needs.LedgerState, shown: Guest) -> str:
-    """What a guest is called in the ledger: as its manager calls it, as far as names of files go."""
-    word = re.sub(r"[^A-Za-z0-9._-]+", "-", shown.name).lstrip("._-")[:_MOST] or "vm"
-    if word not in desk.state.guests:
-        return word
-    own = shown.managed.uuid[:8] if shown.managed is not None else str(shown.pid)
-    return f"{word[: _MOST - 9]}-{own}"
 
 
 # --- what adopting refuses --------------------------------------------------------------------------------------
@@ -253,22 +238,32 @@ def _private(shown: Guest) -> Refusal | None:
 
 
 def _of_private(shown: Guest, why: str) -> Refusal:
-    remedy = _SHARED if shown.managed is not None else _BY_HAND
-    what = f"guest {shown.name} cannot be adopted: its RAM is private"
-    return Refusal("PrivateRam", what, f"{why}; {_COPY}", remedy)
+    remedy = _or_moved(shown, _SHARED if shown.managed is not None else _BY_HAND)
+    return Refusal("PrivateRam", f"guest {shown.name} cannot be adopted: its RAM is private", why, remedy)
+
+
+def _or_moved(shown: Guest, remedy: str) -> str:
+    """A remedy, where it could also be moved."""
+    return f"{_MOVED.format(shlex.quote(shown.name))}; or {remedy}" if shown.managed is not None else remedy
 
 
 # --- what adopting does -----------------------------------------------------------------------------------------
 
 
-def _adopted(work: PreparedAction, desk: Adopting, going: Sequence[_Adoption]) -> None:
-    work.aims = replace(work.aims, guests=tuple(each.guest for each in going if not each.again))
+def _adopted(work: PreparedAction, desk: Adopting, going: Sequence[_Adoption | Removal]) -> None:
+    fresh = (each for each in going if isinstance(each, Removal) or not each.again)
+    work.aims = replace(work.aims, guests=tuple(each.guest for each in fresh))
     work.subject = going[0].guest.name
     total = format_size(sum(each.size for each in going))
     names = ", ".join(each.guest.name for each in going)
     work.text = f"{names} adopted: {total} of RAM in custody"
+    moved = [each for each in going if isinstance(each, Removal)]
+    work.note = relocate.note_of(moved) if moved else ""
     for each in going:
-        _steps(work, desk, each)
+        if isinstance(each, Removal):
+            relocate.steps_of(work, desk, each)
+        else:
+            _steps(work, desk, each)
 
 
 def _steps(work: PreparedAction, desk: Adopting, one: _Adoption) -> None:
@@ -318,7 +313,8 @@ def _matched(one: _Adoption, blocks: Sequence[Block], files: Sequence[RamFile]) 
             continue  # an nvdimm is a file that stays where it is
         what = f"guest {one.shown.name} cannot be adopted: block {block.name} of its RAM"
         if file is None or not block.shared:
-            raise GuestError(f"{what} is private", _COPY, _SHARED if one.shown.managed else _BY_HAND, code="PrivateRam")
+            remedy = _SHARED if one.shown.managed else _BY_HAND
+            raise GuestError(f"{what} is private", "other RAM of it is shared", remedy, code="PrivateRam")
         error = adopted.why_not(file)
         if error is not None:
             raise GuestError(f"{what}: {error.what}", error.why, error.remedy, code=error.code)
@@ -345,11 +341,7 @@ def _hold(work: PreparedAction, desk: Adopting, one: _Adoption) -> None:
 
 
 def _hold_block(work: PreparedAction, desk: Adopting, one: _Adoption, block: Block, file: RamFile) -> None:
-    name = f"{one.guest.name}.{re.sub(r'[^A-Za-z0-9._-]+', '-', block.name)[:14]}"
-    if name in desk.state.regions or custody_names(desk, name):
-        what = f"block {block.name} of guest {one.guest.name} cannot become region {name}"
-        remedy = f"memconsole copy {name} FILE keeps its contents, then memconsole release {name}"
-        raise GuestError(what, "there is one already", remedy, code="NameTaken")
+    name = region_name(one.guest.name, block.name)
     fd = desk.open_ram(one.shown, file)
     with contextlib.ExitStack() as undo:
         undo.callback(os.close, fd)
@@ -357,30 +349,15 @@ def _hold_block(work: PreparedAction, desk: Adopting, one: _Adoption, block: Blo
         if size != block.size:
             why = f"the file has {size} bytes, the block {block.size}"
             raise GuestError(f"block {block.name} of guest {one.guest.name} is not one file", why, code="PartOfFile")
-        region = Region(
-            name,
-            adopted.NAME,
-            block.size,
-            PAGE,
-            RegionState.RESERVED,
-            created_ns=time.time_ns(),
-            segments=files.segments([fd]),
-        )
+        region = adoptees.region_of(desk, name, fd, block.size)
         payloads.put(desk.custody, custody_name(name, 0), fd, region)
         one.held.append(name)
         desk.hold_region(name, (fd,))
         undo.pop_all()
     number = desk.state.next_grant + len(work.change.grants)
-    grants = tuple(_grant(f"g{number + at}", region, one.guest.name, part) for at, part in enumerate(block.parts))
+    grants = tuple(adoptees.grants_of(number, region, one.guest.name, block.parts))
     change = work.change
     work.change = replace(change, regions=(*change.regions, region), grants=(*change.grants, *grants))
-
-
-def _grant(id: str, region: Region, guest: str, part: tuple[int, int, int]) -> Grant:
-    gpa, offset, size = part
-    length = min(size, region.size - offset)
-    now = time.time_ns()
-    return Grant(id, region.name, guest, offset, length, Access.RW, GrantState.MAPPED, gpa=gpa, created_ns=now)
 
 
 def _drop(desk: Adopting, one: _Adoption) -> None:
@@ -390,13 +367,14 @@ def _drop(desk: Adopting, one: _Adoption) -> None:
     one.held.clear()
 
 
-def drop_unfinished(desk: needs.OwnRegionFds, guests: Sequence[Guest]) -> None:
+def drop_unfinished(desk: needs.OwnRegionFds, guests: Sequence[Guest], but: Collection[str] = ()) -> None:
     """Take out of custody what an adoption that was cut short has put there; the guests have it, and go on."""
     for guest in guests:
         for held in desk.custody.names():
             kind, _, rest = held.partition(":")
             name = rest.rpartition(":")[0]
-            if kind == "region" and name.startswith(f"{guest.name}.") and name not in desk.state.regions:
+            own = name.startswith(f"{guest.name}.") and name not in but
+            if kind == "region" and own and name not in desk.state.regions:
                 fd, payload = desk.custody.get(held)
                 os.close(fd)
                 with contextlib.suppress(MemconsoleError):  # it is not what an adoption puts there

@@ -130,7 +130,6 @@ class Control:
             undo.pop_all()
 
     def _see_to(self, past: HistoryRecorder | None) -> Upkeep:
-        """What this process sees to of itself, from now on."""
         return Upkeep(
             self._desk,
             self._acting,

@@ -38,7 +38,7 @@ from memconsole import newer
 from memconsole.backend.custody import payloads
 from memconsole.backend.exports.attach import attach
 from memconsole.backend.exports.fuse import FuseEntry, FuseTree, MapPart
-from memconsole.backend.exports.mount_parts import directory, link, memfd, memfds
+from memconsole.backend.exports.mount_parts import directory, link, memfd, memfds, stale_finding
 from memconsole.backend.exports.mountpoint import staging
 from memconsole.backend.guests.handle import Handle
 from memconsole.backend.holdings import MOUNT
@@ -157,7 +157,7 @@ class GuestMount:
                     self._open()
                     self._sync(owners or {})
             except MemconsoleError as error:
-                self._trouble = (_stale_finding("mount", error),)
+                self._trouble = (stale_finding("mount", error),)
 
     @contextlib.contextmanager
     def _isolated(self, path: str) -> Iterator[None]:
@@ -171,7 +171,7 @@ class GuestMount:
         except (Gone, Silent):
             raise
         except MemconsoleError as error:
-            self._wrong.append(_stale_finding(path, error))
+            self._wrong.append(stale_finding(path, error))
 
     def ping(self) -> None:
         """Ask the server whether it is there; where there is none, there is nothing to ask.
@@ -466,15 +466,6 @@ class GuestMount:
             self._holdings.custody.put(MOUNT, fd)
         finally:
             os.close(fd)
-
-
-def _stale_finding(subject: str, error: MemconsoleError) -> Finding:
-    what = f"the mount is out of date: {error.what}"
-    remedy = (
-        error.remedy
-        or "nothing need be done at once: what is mapped stays mapped, and the fd export works; see the log"
-    )
-    return Finding("mount-behind", Severity.ERROR, subject, what, error.why, remedy)
 
 
 def _stored(holdings: Holdings, boot_id: str) -> tuple[MountRecord, Any]:

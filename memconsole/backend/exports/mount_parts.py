@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memconsole.model import Region
+from memconsole.errors import MemconsoleError
+from memconsole.model import Finding, Region, Severity
 
 if TYPE_CHECKING:
     from memconsole.backend.exports.fuse import FuseTree
@@ -32,3 +33,13 @@ def memfd(region: Region) -> tuple[int, int]:
 def memfds(state: State) -> dict[str, tuple[int, int]]:
     """The memfd of every region that has one segment, and so can be a file."""
     return {region.name: memfd(region) for region in state.regions.values() if len(region.segments) == 1}
+
+
+def stale_finding(subject: str, error: MemconsoleError) -> Finding:
+    """That an entry, or all of the mount, does not show what the ledger means."""
+    what = f"the mount is out of date: {error.what}"
+    remedy = (
+        error.remedy
+        or "nothing need be done at once: what is mapped stays mapped, and the fd export works; see the log"
+    )
+    return Finding("mount-behind", Severity.ERROR, subject, what, error.why, remedy)

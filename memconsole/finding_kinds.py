@@ -136,6 +136,10 @@ KINDS: Mapping[str, FindingKind] = {
     ),
     "guest-silent": _ANSWERS,
     "guest-stopped": FindingKind("a guest's vCPUs run", "the guest does nothing until it is started again"),
+    "handoff-arena-unmarked": FindingKind(
+        "an arena notes that guests were started from it",
+        "after a crash of this kernel they would be started once more from the state they had before it",
+    ),
     "handoff-contents": FindingKind(
         "regions have the contents after a handoff that they had before", "a guest that goes on works on wrong data"
     ),

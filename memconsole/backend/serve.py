@@ -35,6 +35,7 @@ from memconsole.backend.custody.systemd import ENTRY, SystemdCustody, inherited
 from memconsole.backend.exports import mountpoint
 from memconsole.backend.handoff import luo
 from memconsole.backend.history.recorder import HistoryRecorder
+from memconsole.backend.kernel import pmem
 from memconsole.backend.peers import notify
 from memconsole.backend.wire import metrics, sockets
 from memconsole.backend.wire.families import PARTS
@@ -161,7 +162,9 @@ def _resume(runtime: Path) -> None:
     Raises:
         MemconsoleError: it was killed again; what it has not retrieved waits for the next start.
     """
-    if runtime.absolute() != paths.HOST or os.geteuid() or not Path(luo.DEVICE).exists():
+    if runtime.absolute() != paths.HOST or os.geteuid():
+        return
+    if not Path(luo.DEVICE).exists() and not pmem.devices(gaps=[]):  # an arena may have what was handed over
         return
     words = [program("memconsole-resume"), "--runtime", str(runtime.absolute())]
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)

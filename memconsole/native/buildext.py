@@ -30,7 +30,16 @@ PROGRAMS = {
         "fuse_tree.c",
     ],
     "memconsole-keeper": ["keeper.c"],
-    "memconsole-resume": ["resume.c", "resume_custody.c", "extents.c", "pagescan.c", "runs.c", "query.c"],
+    "memconsole-resume": [
+        "resume.c",
+        "resume_arena.c",
+        "resume_cargo.c",
+        "resume_custody.c",
+        "extents.c",
+        "pagescan.c",
+        "runs.c",
+        "query.c",
+    ],
 }
 WITH_CORE = {"memconsole-fuse"}
 """Programs that the extension's own C sources are linked into: they know nothing of Python."""

@@ -6,7 +6,8 @@
  *                                                 the same with what the keeper holds, on the kernel that runs; the
  *                                                 plan is "manifest", or what custody calls so
  *
- * It retrieves every fd of the boot plan (bootplan.h) into the custody of the keeper, which it starts if none runs;
+ * It retrieves every fd of the boot plan (bootplan.h) into the custody of the keeper, which it starts if none runs: from
+ * live update's sessions, and from arenas, which it mounts; where nothing was handed over, an arena may have the plan;
  * compares where pages are with where they were; starts the VMMs whose memory is whole; finishes the sessions; and
  * leaves a record of it, JSON in a memfd called "resume", in custody. Who came with the plan may rely on this: a fd that
  * was handed over is closed nowhere before another process holds it, and a session with a fd that is still inside is
@@ -18,6 +19,7 @@
  *	session		the keeper retrieves it, and has it before anybody else does (LAND)
  *	fd		the kernel gives it again until its session is finished, which is when custody holds all of them
  *	VMM		it leaves a mark in custody as it starts (marks.h); one that has a mark is not started again
+ *	what lies in an arena stays there until the record is in custody, and means nothing in another boot (resume_arena.c)
  *	the manifest's session is finished last, when the record is in custody: it says that there is something to do
  * Without a keeper none of this holds.
  *
@@ -38,6 +40,7 @@
 #include "keeper_client.h"
 #include "liveupdate.h"
 #include "resume.h"
+#include "resume_arena.h"
 #include "resume_json.h"
 #include "starter.h"
 
@@ -103,7 +106,7 @@ static struct held *held_as(const char *name)
 }
 
 /* Whether the pages of a file are where the plan says; -1, and why, if that cannot be told. */
-static int in_place(const struct plan_verify *v, int fd, int pagemap, const char **why)
+static int in_place(const struct plan_verify *v, int fd, bool arena, int pagemap, const char **why)
 {
 	struct mc_fail fail = { 0 };
 	struct mc_table *table = NULL;
@@ -111,7 +114,7 @@ static int in_place(const struct plan_verify *v, int fd, int pagemap, const char
 	int code = mc_table_new(&table, (uint32_t)sysconf(_SC_PAGESIZE), &fail);
 
 	if (!code)
-		code = mc_scan_fd(table, pagemap, fd, v->size, &fail);
+		code = arena ? arena_scan(table, fd, v->size, &fail) : mc_scan_fd(table, pagemap, fd, v->size, &fail);
 	if (!code)
 		mc_placement(table, digest);
 	mc_table_free(table);
@@ -147,7 +150,7 @@ static void verify(void)
 
 		if (!held || held->fd < 0 || given_before(v->name))
 			continue;	/* who needs what is missing is told so */
-		same = in_place(v, held->fd, pagemap, &why);
+		same = in_place(v, held->fd, in_arena(&r.plan.holds[held - r.held]), pagemap, &why);
 		if (same == 1)
 			continue;
 		finding("pages-moved", v->name, "%s", why ? why : "its pages are not in the frames they were in");
@@ -191,6 +194,8 @@ static void start(struct guest *g)
 
 static void start_guests(void)
 {
+	if (r.plan.nr_starts)
+		arena_begun();
 	for (size_t i = 0; i < r.plan.nr_starts; i++) {
 		struct guest *g = &r.guests[i];
 
@@ -281,7 +286,9 @@ static void tidy(void)
 	for (size_t i = 0; i < r.plan.nr_starts; i++)
 		mark_drop(r.keeper, r.plan.starts[i].guest);
 	point("marks", "", "dropped");
-	if (r.nr_sessions)
+	if (r.of_arena)
+		arena_forget(!r.plan.fault);
+	else if (r.nr_sessions)
 		finish_session(&r.sessions[0]);
 }
 
@@ -317,7 +324,7 @@ static bool record(void)
 
 	if (!out)
 		return false;
-	fprintf(out, "{\"version\":%d,\"mode\":\"%s\",\"phases\":[", RECORD_VERSION, r.rehearsal ? "rehearse" : "luo");
+	fprintf(out, "{\"version\":%d,\"mode\":\"%s\",\"phases\":[", RECORD_VERSION, r.rehearsal ? "rehearse" : r.of_arena ? "arena" : "luo");
 	for (int i = 0; i < r.nr_phases; i++) {
 		fprintf(out, "%s{\"name\":\"%s\",\"at\":", i ? "," : "", r.phases[i].name);
 		put_moment(out, &r.phases[i].at);
@@ -352,6 +359,7 @@ static void stay(void)
 	if (child)
 		return;
 	close_device();
+	arenas_close();
 	close(r.lock);
 	setsid();
 	null = open("/dev/null", O_RDWR | O_CLOEXEC);
@@ -436,6 +444,7 @@ int main(int argc, char **argv)
 		files.rlim_cur = files.rlim_max;
 		setrlimit(RLIMIT_NOFILE, &files);
 	}
+	r.runtime = runtime;
 	signal(SIGPIPE, SIG_IGN);
 	r.findings = open_memstream(&r.findings_text, &r.findings_size);
 	r.sessions = calloc(1, sizeof(*r.sessions));

@@ -42,6 +42,8 @@ struct session {
 struct resume {
 	bool rehearsal;
 	const char *manifest;	/* what custody calls it */
+	const char *runtime;	/* the runtime directory */
+	bool of_arena;		/* the manifest was not handed over: an arena has it (resume_arena.c) */
 	bool recorded;		/* an earlier start of this program did all but finish the last session */
 	bool started_keeper;
 	int lock;		/* one at a time, and no VMM on its way to be one */
@@ -83,5 +85,11 @@ int get_manifest(void);
 void get(const struct plan_hold *h, struct held *held);
 
 void close_device(void);
+
+/* An fd out of custody, or -1. */
+int kept(const char *name);
+
+/* Put a fd into custody; one that cannot be is held by this process to the end. Returns whether it is there. */
+bool keep(const char *name, int fd, const void *payload, size_t length);
 
 #endif

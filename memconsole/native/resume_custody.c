@@ -16,6 +16,7 @@
 #include "keeper_client.h"
 #include "liveupdate.h"
 #include "resume.h"
+#include "resume_arena.h"
 
 int take_lock(const char *runtime)
 {
@@ -62,8 +63,7 @@ static int start_keeper(void)
 	return r.keeper < 0 ? r.keeper : 0;
 }
 
-/* An fd out of custody, or -1. */
-static int kept(const char *name)
+int kept(const char *name)
 {
 	int fd = -1;
 
@@ -86,8 +86,7 @@ static bool same_file(int a, int b)
 	return fstat(a, &one) == 0 && fstat(b, &other) == 0 && one.st_dev == other.st_dev && one.st_ino == other.st_ino;
 }
 
-/* Put a fd into custody; one that cannot be is held by this process to the end. Returns whether it is there. */
-static bool keep(const char *name, int fd, const void *payload, size_t length)
+bool keep(const char *name, int fd, const void *payload, size_t length)
 {
 	int there = kept(name), given = fd, code = -ENOTCONN;
 	char other[KEEPER_NAME_LEN_MAX + 1];
@@ -266,6 +265,10 @@ void get(const struct plan_hold *h, struct held *held)
 			finding("not-in-custody", h->name, "the keeper does not hold it (code %d)", code);
 		return;
 	}
+	if (in_arena(h)) {
+		get_from_arena(h, held);
+		return;
+	}
 	s = session_of(h->session);
 	if (s->fd < 0) {
 		held->fd = left_in_custody(h);
@@ -297,24 +300,50 @@ void get(const struct plan_hold *h, struct held *held)
 	point("hold", h->name, "kept");
 }
 
-int get_manifest(void)
+/* The plan that the keeper holds; see get_manifest(). */
+static int manifest_in_custody(void)
+{
+	int fd = -1, err;
+
+	r.keeper = keeper_connect(r.keeper_path);
+	err = r.keeper < 0 ? r.keeper : keeper_request(r.keeper, OP_GET, r.manifest, NULL, 0, &fd);
+	if (err == NOT_FOUND)
+		return -1000 - NOTHING;
+	if (err) {
+		fprintf(stderr, "memconsole-resume: cannot ask the keeper at %s for the plan: %s\n", r.keeper_path,
+			err < 0 ? strerror(-err) : "it refused");
+		return -1000 - FAILED;
+	}
+	r.recorded = is_kept(RECORD);
+	return fd;
+}
+
+/* A keeper that was started for nothing ends; it does not if it holds something. */
+static int nothing(void)
+{
+	int none = -1;
+
+	if (r.started_keeper)
+		keeper_request(r.keeper, OP_QUIT, "", NULL, 0, &none);
+	return -1000 - NOTHING;
+}
+
+/* What both roads say once there is a manifest: whether there is a keeper, and whether all was done before. */
+static void keeper_met(int no_keeper)
+{
+	if (no_keeper)
+		finding("no-keeper", r.keeper_path, "%s",
+			no_keeper == -ECANCELED ? "the keeper does not start" : strerror(-no_keeper));
+	phase("keeper");
+	r.recorded = is_kept(RECORD);
+}
+
+/* The manifest that live update carried; see get_manifest(). */
+static int manifest_of_session(void)
 {
 	struct session *s;
-	int fd = -1, err, no_keeper;
+	int fd, err, no_keeper;
 
-	if (r.rehearsal) {
-		r.keeper = keeper_connect(r.keeper_path);
-		err = r.keeper < 0 ? r.keeper : keeper_request(r.keeper, OP_GET, r.manifest, NULL, 0, &fd);
-		if (err == NOT_FOUND)
-			return -1000 - NOTHING;
-		if (err) {
-			fprintf(stderr, "memconsole-resume: cannot ask the keeper at %s for the plan: %s\n", r.keeper_path,
-				err < 0 ? strerror(-err) : "it refused");
-			return -1000 - FAILED;
-		}
-		r.recorded = is_kept(RECORD);
-		return fd;
-	}
 	if (access(LUO_DEVICE, F_OK) < 0)
 		return -1000 - NOTHING;
 	no_keeper = start_keeper();
@@ -322,10 +351,11 @@ int get_manifest(void)
 	*s = (struct session){ .name = MANIFEST_SESSION };
 	s->fd = retrieve(MANIFEST_SESSION, &s->whole);
 	if (s->fd < 0) {
-		if (r.started_keeper)
-			keeper_request(r.keeper, OP_QUIT, "", NULL, 0, &fd);	/* not if it holds something */
-		if (s->fd == -ENOENT || s->fd == -ENXIO || s->fd == -ENODEV)
-			return -1000 - NOTHING;
+		if (s->fd == -ENOENT || s->fd == -ENXIO || s->fd == -ENODEV) {
+			r.nr_sessions = 0;
+			return nothing();
+		}
+		nothing();
 		fprintf(stderr, "memconsole-resume: cannot retrieve session %s: %s\n", MANIFEST_SESSION,
 			s->fd == -EINVAL ? "another process retrieved it before" : strerror(-s->fd));
 		return -1000 - (s->fd == -EBUSY ? DEVICE_BUSY : FAILED);
@@ -334,11 +364,7 @@ int get_manifest(void)
 		phase("device");
 	if (is_kept(LANDED))
 		return -1000 - NOTHING;
-	if (no_keeper)
-		finding("no-keeper", r.keeper_path, "%s",
-			no_keeper == -ECANCELED ? "the keeper does not start" : strerror(-no_keeper));
-	phase("keeper");
-	r.recorded = is_kept(RECORD);
+	keeper_met(no_keeper);
 	fd = luo_file(s->fd, MANIFEST_TOKEN);
 	point("hold", MANIFEST, "retrieved");
 	if (fd == -ENOENT) {
@@ -354,4 +380,35 @@ int get_manifest(void)
 	s->whole &= keep(MANIFEST, fd, NULL, 0);
 	point("hold", MANIFEST, "kept");
 	return fd;
+}
+
+/* The manifest that an arena has, where nothing was handed over; see get_manifest(). */
+static int manifest_of_arena(void)
+{
+	int fd, no_keeper;
+
+	if (arena_manifest())
+		return -1000 - NOTHING;
+	no_keeper = start_keeper();
+	if (is_kept(LANDED)) {
+		arena_forget(true);
+		return -1000 - NOTHING;
+	}
+	keeper_met(no_keeper);
+	r.of_arena = true;
+	r.sessions[r.nr_sessions++] = (struct session){ .name = MANIFEST_SESSION, .fd = -1, .whole = true };
+	fd = arena_plan();
+	if (fd < 0)
+		finding("lost", MANIFEST, "its arena does not give it: %s", strerror(-fd));
+	return fd;
+}
+
+int get_manifest(void)
+{
+	int fd;
+
+	if (r.rehearsal)
+		return manifest_in_custody();
+	fd = manifest_of_session();
+	return fd == -1000 - NOTHING ? manifest_of_arena() : fd;
 }

@@ -40,7 +40,8 @@ from memconsole.model import (
 )
 
 M, G = 1 << 20, 1 << 30
-LINE = "console=ttyS0 kho=on liveupdate=on memmap=512M!4G"
+MEMMAP = "memmap=512M!4G"
+LINE = f"console=ttyS0 kho=on liveupdate=on {MEMMAP}"
 SCRATCH = (Range(0, 16 * M, "s"), Range(64 * M, 320 * M, "s"))
 
 
@@ -130,7 +131,10 @@ ERRORS["guest-adopted"] = {
 ERRORS["guest-managed"] = {"strangers": (Guest("web", GuestKind.FOREIGN, GuestState.RUNNING, 9, managed=_HELPED),)}
 ERRORS["region-named"] = {"named": ("web.pc.ram",)}
 ERRORS["region-lost"] = {"lost": ("old",)}
-ERRORS["arena-guests"] = {"stranded": (("vm", "ram"),)}
+ERRORS["guest-stranded"] = {"stranded": (("vm", "ram"),)}
+BY_ARENA: dict[str, Any] = {"road": "arena:lab", "room": (10 * M, 64 * M), "arenas": (("lab", 4 * G),)}
+ERRORS["memfd-regions"] = BY_ARENA
+ERRORS["arena-room"] = {**BY_ARENA, "regions": (), "room": (10 * M, 8 * M)}
 ERRORS |= {
     id: {"doubts": (Finding(id, Severity.ERROR, "old", "something is in doubt", "custody", "look into it"),)}
     for id in doubts.DOUBTS
@@ -260,7 +264,8 @@ def test_fd_stores_that_systemctl_does_not_tell_of_are_unknown_and_not_fine() ->
 
 
 def test_every_condition_is_provoked() -> None:
-    known = {each.id for each in check.check_conditions(CLEAN)} | {"image-abi-unknown"}
+    known = {each.id for seen in (CLEAN, replace(CLEAN, **BY_ARENA)) for each in check.check_conditions(seen)}
+    known |= {"image-abi-unknown"}
     assert known == {*ERRORS, *WARNINGS}
 
 
@@ -371,3 +376,30 @@ def test_an_image_is_unpacked_once_however_many_ask_meanwhile(tmp_path: Path, mo
         go_on.set()
         assert [each.result() for each in found] == [msgspec.structs.replace(IMAGE, path=str(kernel))] * 4
     assert asked == [str(kernel)]
+
+
+def test_an_arena_carries_guests_where_there_is_no_live_update_and_says_what_it_cannot() -> None:
+    bare = replace(CLEAN, survival=Survival(), line=f"quiet {MEMMAP}", here=f"quiet {MEMMAP}", opener=9, **BY_ARENA)
+    assert check.refusals(check.check_conditions(replace(bare, regions=()))) == []
+    (refusal,) = check.refusals(check.check_conditions(bare))
+    assert (refusal.code, refusal.remedy.partition(";")[0]) == ("MemfdRegions", "memconsole move web --store dax")
+    assert refusal.what == "this kernel has no live update; on memfds: web"
+    (refusal,) = check.refusals(check.check_conditions(replace(bare, survival=CLEAN.survival)))
+    assert refusal.what == "the next command line leaves live update off; on memfds: web"
+
+
+@pytest.mark.parametrize(
+    ("line", "lacks"),
+    [
+        ("memmap=512M!4G", ""),
+        ("memmap=0x20000000!4096M", ""),
+        ("memmap=1M$8G,524288K!0x100000000", ""),
+        ("memmap=512M!5G", "the command line lacks memmap=512M!4G (arena lab)"),
+        ("memmap=256M!4G", "the command line lacks memmap=512M!4G (arena lab)"),
+        ("memmap=512M$4G", "the command line lacks memmap=512M!4G (arena lab)"),
+        ("-- memmap=512M!4G", "the command line lacks memmap=512M!4G (arena lab)"),
+    ],
+)
+def test_the_words_of_an_arena_count_by_what_the_kernel_makes_of_them(line: str, lacks: str) -> None:
+    seen = replace(CLEAN, regions=(), line=line, here=f"quiet {MEMMAP}", **BY_ARENA)
+    assert [each.what for each in check.refusals(check.check_conditions(seen))] == ([lacks] if lacks else [])

@@ -90,3 +90,22 @@ def test_every_line_has_words(line: bytes | str) -> None:
     for word in cmdline.parse(line):
         assert word != ("--", None)
         switched_on([word], word.name)
+
+
+@pytest.mark.parametrize(
+    ("line", "ranges"),
+    [
+        ("memmap=256M!1G", [(256 << 20, "!", 1 << 30)]),
+        ("memmap=0x10000000!0x40000000", [(256 << 20, "!", 1 << 30)]),
+        ("memmap=262144k!1024M", [(256 << 20, "!", 1 << 30)]),
+        ("memmap=010M!1g", [(8 << 20, "!", 1 << 30)]),
+        ("memmap=0x1e!0xE", [(0x1E, "!", 0xE)]),
+        ("memmap=1M$2M,4M#5M memmap=exactmap memmap=many!1G,6M@7M", [(1, "$", 2), (4, "#", 5), (6, "@", 7)]),
+        ("quiet -- memmap=1G!2G", []),
+        ("memmap", []),
+    ],
+)
+def test_ranges_of_memmap_are_read_as_the_kernel_does(line: str, ranges: list[tuple[int, str, int]]) -> None:
+    scale = 1 << 20 if "many" in line else 1
+    found = [each.meaning for each in cmdline.memmaps(cmdline.parse(line))]
+    assert found == [(size * scale, mark, start * scale) for size, mark, start in ranges]

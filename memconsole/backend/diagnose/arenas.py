@@ -16,7 +16,7 @@ from memconsole.backend.stores.described import free
 from memconsole.backend.stores.ranges import Range
 from memconsole.errors import MemconsoleError, UsageError
 from memconsole.model import Finding, Severity, Value
-from memconsole.units import format_address, format_size, parse_size
+from memconsole.units import format_address, format_size
 
 _DAMAGED = "a description of memconsole"
 """How :func:`.ranges.contents` begins to say that a range says something that cannot be used."""
@@ -139,20 +139,10 @@ def _inside(arena: Arena) -> Iterator[InArena]:
 
 def words_of(device: Pmem | Range, root: Root = "/") -> str:
     """The word of this kernel's command line (``memmap=nn!ss``) that sets a range aside; empty where none does."""
-    for value in cmdline.values(cmdline.read(root), "memmap"):
-        for part in value.split(","):
-            size, mark, start = part.partition("!")
-            if mark and device.start is not None and _holds(size, start, device.start):
-                return f"memmap={part}"
+    for each in cmdline.memmaps(cmdline.read(root)):
+        if each.mark == "!" and device.start is not None and each.start <= device.start < each.start + each.size:
+            return f"memmap={each.said}"
     return ""
-
-
-def _holds(size: str, start: str, address: int) -> bool:
-    try:
-        first = parse_size(start) if not start.startswith("0x") else int(start, 16)
-        return first <= address < first + (parse_size(size) if not size.startswith("0x") else int(size, 16))
-    except (UsageError, ValueError):
-        return False
 
 
 def check(name: str = "", root: Root = "/") -> tuple[Finding, ...]:

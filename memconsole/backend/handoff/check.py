@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from memconsole.backend.handoff import device_conditions, doubts, image, others, service_conditions
+from memconsole.backend.handoff import device_conditions, doubts, image, others, road_conditions, service_conditions
 from memconsole.backend.handoff.facts import GuestFacts, HandoffFacts
-from memconsole.backend.kernel import cmdline, kho
-from memconsole.backend.kernel.handover import abi
+from memconsole.backend.kernel import kho
 from memconsole.model import Condition, GuestKind, GuestState, Refusal, Severity
 from memconsole.units import PAGE, format_duration, format_size
 
@@ -54,17 +53,6 @@ def boot_estimate(runs: int) -> int:
 
 
 def _this_kernel(facts: HandoffFacts) -> Iterator[Condition]:
-    here = facts.survival
-    yield Condition(
-        "live-update",
-        ERROR,
-        here.luo,
-        requirement="this kernel has live update",
-        risk="without live update no memory is carried into the next kernel",
-        observed="/dev/liveupdate is there" if here.luo else f"there is no /dev/liveupdate; {here.detail}".rstrip("; "),
-        remedy="boot a kernel that has CONFIG_LIVEUPDATE with kho=on liveupdate=on; memconsole handoff rehearse works"
-        " on any kernel. What is in an arena survives every kexec: memconsole move REGION --store dax",
-    )
     yield Condition(
         "kexec-disabled",
         ERROR,
@@ -82,15 +70,6 @@ def _this_kernel(facts: HandoffFacts) -> Iterator[Condition]:
         risk="an image loaded by kexec_load hands nothing over; the handoff replaces it",
         observed="another kernel image is loaded (/sys/kernel/kexec_loaded is 1)" if facts.loaded else "",
         remedy="see that the program that loaded it does not jump; kexec -u unloads the image",
-    )
-    yield Condition(
-        "device-taken",
-        ERROR,
-        facts.opener is None,
-        requirement="no other process has /dev/liveupdate open",
-        risk="the kernel allows one opener at a time: memconsole cannot open it and preserves nothing",
-        observed=f"process {facts.opener} has /dev/liveupdate open" if facts.opener is not None else "",
-        remedy=f"have process {facts.opener} close it; its sessions end with it, so see what they preserve first",
     )
     others = [(pid, name) for pid, name in facts.sessions if not name.startswith(kho.SYSTEMDS)]
     named = ", ".join(f"process {pid} holds session {name}" for pid, name in others)
@@ -153,18 +132,6 @@ def _next_kernel(facts: HandoffFacts) -> Iterator[Condition]:
         observed="" if facts.initrd or facts.bare else f"no initrd was named, and none was found for {facts.kernel}",
         remedy="pass --initrd FILE, or --initrd none for a kernel that needs none",
     )
-    if kernel.abis is None:
-        yield Condition(
-            "image-abi-unknown",
-            WARNING,
-            False,
-            requirement="the ABI words of the next kernel can be read from its image",
-            risk="a kernel of another ABI version loses the memory or panics",
-            observed=f"the ABI words of {facts.kernel} cannot be read: {kernel.why}",
-            remedy="install the program that unpacks it (zstd, lz4), or make sure that both kernels have one ABI",
-        )
-    else:
-        yield from _abis(facts, kernel.abis)
     scratch = facts.survival.scratch
     short = image.shortage(kernel, facts.initrd_size, scratch) if scratch else ""
     unseen = f"the scratch regions are not shown ({_why(facts)}); the kernel checks the size when it loads"
@@ -183,73 +150,12 @@ def _why(facts: HandoffFacts) -> str:
     return facts.survival.detail or "mount debugfs"
 
 
-_LOSES = {
-    "kho": "a kernel of another KHO version finds nothing: the memory is lost without a message",
-    "luo": "a kernel of another LUO version panics",
-    "memfd": "a kernel of another memfd version cannot restore the guests' memory",
-}
-
-
-def _abis(facts: HandoffFacts, found: tuple[str, ...]) -> Iterator[Condition]:
-    unknown = []
-    for family in abi.FAMILIES:
-        ours = ", ".join(word for word in facts.abis if abi.family(word) == family)
-        theirs = ", ".join(word for word in found if family in word)
-        verdict = abi.compare(family, facts.abis, found)
-        if verdict is abi.Verdict.UNKNOWN:
-            unknown.append(f"this kernel has {ours or 'none that is known'}, {facts.kernel} has {theirs}")
-            continue
-        yield Condition(
-            f"image-{family}-abi",
-            ERROR,
-            verdict is abi.Verdict.SAME,
-            requirement=f"the next kernel has the ABI {ours}, as this one",
-            risk=_LOSES[family],
-            observed=f"{facts.kernel} has {theirs}" if theirs else f"{facts.kernel} has no ABI word of {family}",
-            remedy=f"choose a kernel that has KEXEC_HANDOVER, LIVEUPDATE and {ours}",
-        )
-    if unknown:
-        yield Condition(
-            "image-abi-unknown",
-            WARNING,
-            False,
-            requirement="the ABI words of both kernels have a form that memconsole knows",
-            risk="the next kernel may not read what this one writes: the memory is lost, or the kernel panics",
-            observed=f"ABI words of an unknown form: {'; '.join(unknown)}",
-            remedy="install a memconsole that knows them, or try the two kernels where no guest can be lost",
-        )
-
-
-def _command_line(facts: HandoffFacts) -> Iterator[Condition]:
-    words, here = cmdline.parse(facts.line), cmdline.parse(facts.here)
-    for name in ("kho", "liveupdate"):
-        on = bool(cmdline.switched_on(words, name))
-        yield Condition(
-            f"command-line-{name}",
-            ERROR,
-            on,
-            requirement=f"the next kernel's command line has {name}=on",
-            risk="the memory is set aside in the next kernel and cannot be reached",
-            observed="" if on else f"the command line lacks {name}=on: {facts.line}",
-            remedy=f'add {name}=on: --append "... {name}=on"',
-        )
-    missing = [word for word in here if word.name == "memmap" and word not in words]
-    named = " ".join(map(str, missing))
-    yield Condition(
-        "command-line-memmap",
-        ERROR,
-        not missing,
-        requirement="the next kernel's command line repeats every memmap= of this one",
-        risk="memory that memmap= reserves becomes ordinary memory, and is overwritten",
-        observed=f"the command line lacks {named}" if missing else "",
-        remedy=f'add it: --append "... {named}"',
-    )
-
-
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
 def _memory(facts: HandoffFacts) -> Iterator[Condition]:
+    if facts.road:  # nothing is preserved: what is on memfds is refused by name
+        return
     huge = [held.region.name for held in facts.regions if held.region.page_size != PAGE]
     moves = "; ".join(f"memconsole move {name} --store dax" for name in huge)
     yield Condition(
@@ -472,7 +378,7 @@ def _of_a_jump(facts: HandoffFacts) -> Iterator[Condition]:
 _ALWAYS: tuple[Judge, ...] = (
     _custody,
     doubts.memory_doubts,
-    doubts.arena_doubts,
+    road_conditions.stranded,
     _guests,
     service_conditions.services,
     _libvirt,
@@ -481,11 +387,14 @@ _ALWAYS: tuple[Judge, ...] = (
     device_conditions.devices,
 )
 _OF_A_JUMP: tuple[Judge, ...] = (
+    road_conditions.live_update,
     _this_kernel,
     _left,
     doubts.store_doubts,
     _next_kernel,
-    _command_line,
+    road_conditions.next_kernel,
+    road_conditions.memory_words,
+    road_conditions.by_arena,
     _memory,
     device_conditions.device_conditions,
 )

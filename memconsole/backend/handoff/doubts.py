@@ -54,22 +54,6 @@ def memory_doubts(facts: HandoffFacts) -> Iterator[Condition]:
         yield Condition(id, worst, not found, requirement, risk, observed, remedies or "memconsole audit says more")
 
 
-def arena_doubts(facts: HandoffFacts) -> Iterator[Condition]:
-    """Guests whose RAM is not in custody when they are to be started again: it is in an arena."""
-    named = ", ".join(f"{guest} ({region})" for guest, region in facts.stranded)
-    moves = "; ".join(f"memconsole move {region} --store memfd" for _, region in facts.stranded)
-    yield Condition(
-        "arena-guests",
-        Severity.ERROR,
-        not facts.stranded,
-        requirement="no VM has its RAM on a region of an arena",
-        risk="memconsole-resume mounts no arena: the guest ends, and its region keeps the contents",
-        observed=f"guests on regions of an arena: {named}" if named else "",
-        remedy=f"have live update carry it: {moves}; or shut the"
-        " guest down in its own way: its region stays, and the next kernel finds it (docs/stores.md)",
-    )
-
-
 def store_doubts(facts: HandoffFacts) -> Iterator[Condition]:
     """What the service manager holds for others: the jump passes it by."""
     units = ", ".join(f"{store.unit} ({store.held})" for store in facts.stores)

@@ -26,7 +26,7 @@ from memconsole.backend import needs, own_findings
 from memconsole.backend.custody import manager
 from memconsole.backend.custody.manager import UnitFdStore
 from memconsole.backend.guests.base import is_qemu
-from memconsole.backend.handoff import adopted_facts, apart, bootfiles, device_facts, facets, luo, save_restore
+from memconsole.backend.handoff import adopted_facts, apart, bootfiles, device_facts, facets, luo, roads, save_restore
 from memconsole.backend.handoff import image as images
 from memconsole.backend.handoff.bootplan import INCOMING
 from memconsole.backend.handoff.device_facts import DeviceFacts
@@ -98,7 +98,12 @@ class GuestFacts:
 
 @dataclass(frozen=True)
 class HandoffFacts:
-    """All of it; ``jump``: whether a kernel is to be booted, or the handoff only rehearsed."""
+    """All of it; ``jump``: whether a kernel is to be booted, or the handoff only rehearsed.
+
+    ``road``: where the manifest and the guests' state are left for the next kernel; empty where live update carries
+    them. ``room``: how many of its bytes that takes, and how many are free. ``arenas``: their names, and where they
+    begin.
+    """
 
     jump: bool
     survival: Survival
@@ -121,6 +126,9 @@ class HandoffFacts:
     regions: tuple[RegionFacts, ...] = ()
     lost: tuple[str, ...] = ()
     stranded: tuple[tuple[str, str], ...] = ()
+    road: str = ""
+    arenas: tuple[tuple[str, int], ...] = ()
+    room: tuple[int, int] = (0, 0)
     guests: tuple[GuestFacts, ...] = ()
     strangers: tuple[Guest, ...] = ()
     sessions: tuple[tuple[int, str], ...] = ()
@@ -206,6 +214,8 @@ def gather_facts(desk: facets.HandoffChecks, action: HandoffAction, powers: Powe
         facts["opener"] = next((each.pid for each in seen.processes.values() if each.holds(luo.DEVICE)), None)
     target_image = facts.get("image")
     image = target_image if isinstance(target_image, KernelImage) else None
+    if jump:
+        facts |= roads.facts_of(desk, survival, str(facts.get("line", "")))
     answers = desk.guest_replies(time.monotonic() + PATIENCE_S)
     strangers = foreign_guests(seen, state)
     found = device_facts.gather_devices(desk, image, str(facts.get("line", "")), powers, jump=jump)
@@ -220,7 +230,7 @@ def gather_facts(desk: facets.HandoffChecks, action: HandoffAction, powers: Powe
             for region in state.regions.values()
             if desk.holds_region(region.name) and desk.store_of(region.name).CARRIED
         ),
-        stranded=_stranded(desk),
+        stranded=roads.stranded(desk),
         lost=tuple(name for name in state.regions if not desk.holds_region(name)),
         guests=tuple(dataclasses.replace(met, kept=kept.get(met.guest.name, ())) for met in guests),
         strangers=strangers,
@@ -439,15 +449,3 @@ def _guest_facts(desk: facets.HandoffChecks, guest: Guest, answer: GuestReply | 
     except MemconsoleError as error:
         return GuestFacts(guest, GuestState.SILENT, why_not=str(error))
     return GuestFacts(guest, answer.state, incapable=incapable, stays=stays, agentless=agentless)
-
-
-def _stranded(desk: facets.HandoffChecks) -> tuple[tuple[str, str], ...]:
-    """VMs of ours, each with a region that it runs on and that memconsole-resume does not find in custody."""
-    state = desk.state
-    return tuple(
-        (guest.name, grant.region)
-        for guest in state.guests.values()
-        if guest.kind in {GuestKind.CANARY, GuestKind.QEMU}
-        for grant in state.grants_of(guest=guest.name)
-        if desk.holds_region(grant.region) and not desk.store_of(grant.region).CARRIED
-    )

@@ -49,9 +49,16 @@ class Gathered:
     progress: ReportWriter | None = None
 
     def holds(
-        self, cargo: Iterable[SessionContents], going: Iterable[Guest], adopted: Iterable[str] = ()
+        self,
+        cargo: Iterable[SessionContents],
+        going: Iterable[Guest],
+        adopted: Iterable[str] = (),
+        place: str = MANIFEST_SESSION,
     ) -> tuple[tuple[Hold, ...], dict[int, int]]:
-        """What is to be in custody afterwards, and the fds of the manifest's session by token, to be closed."""
+        """What is to be in custody afterwards, and the fds by token that go with the manifest, to be closed.
+
+        ``place``: where the manifest goes: a session of live update, or what a store can leave something in.
+        """
         desk = self.desk
         holds, fds = [], {}
         for each in cargo:
@@ -74,7 +81,7 @@ class Gathered:
             *self._of_devices(),
         ):
             fds[token], payload = desk.custody.get(name)
-            holds.append(Hold(MANIFEST_SESSION, token, name, payload))
+            holds.append(Hold(place, token, name, payload))
             token += 1
         return tuple(holds), fds
 

@@ -22,6 +22,7 @@ from memconsole.backend import needs, steplog
 from memconsole.backend.guests.base import is_qemu
 from memconsole.backend.handoff import bootplan, devices, report, stored, verify
 from memconsole.backend.handoff.bootplan import MANIFEST, RESUME, STARTED, ClockReading, Resume, Resumed
+from memconsole.backend.handoff.cargo import take_back
 from memconsole.backend.handoff.facets import Handover
 from memconsole.backend.handoff.manifest import Manifest
 from memconsole.backend.handoff.powers import Powers
@@ -181,6 +182,8 @@ def _tidy(desk: Handover, made: HandoffReport) -> None:
 
 def undo_handoff(desk: Handover, intent: Intent, powers: Powers) -> list[str]:
     """Undo what a control process that died did of a handoff, before the jump; the guests that are to be resumed."""
+    with steplog.suppressed("what the handoff left in arenas is taken back", MemconsoleError):
+        take_back(desk)  # before anybody goes on: it means the guests as they stand still
     for bdf in desk.address_spaces.quiesced:
         with steplog.suppressed(f"the bus is given back to device {bdf}", MemconsoleError):
             desk.address_spaces.restart(bdf)

@@ -2,7 +2,7 @@
 
     run         load ─ unname-ADOPTED... ─ preserve-SESSION... ─ place ─ iova-BDF... ─ tell-SERVICE...
                 ─ saved-SERVICE... ─ (look ─ set ─ stream)-ADOPTED... ─ pause-GUEST... ─ save-GUEST... ─ quiesce-BDF...
-                ─ pause-GUEST... ─ save-GUEST... ─ manifest ─ jump
+                ─ pause-GUEST... ─ save-GUEST... ─ manifest ─ still ─ jump
     rehearse    iova-BDF... ─ tell-SERVICE... ─ saved-SERVICE... ─ (look ─ set ─ stream)-ADOPTED... ─ pause-GUEST...
                 ─ save-GUEST... ─ quiesce-BDF... ─ pause-GUEST... ─ save-GUEST... ─ place ─ manifest ─ end-ADOPTED...
                 ─ end ─ early ─ adopt
@@ -13,6 +13,8 @@ Every step is a fault point; what a control process that died at one leaves, :mo
   nowhere else: the control process may die.
 * Preserving moves frames out of KHO's scratch, so it is done while guests run, and only then their places are read.
 * What is in the blackout is small: the guests' state, the ledger, the manifest.
+* Regions of an arena are preserved by nobody: they are where they are, and the plan says where. Without live update the
+  manifest, and what it names, are left in an arena, too; it is held still then, until the jump.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from memconsole.backend.handoff import (
     services,
 )
 from memconsole.backend.handoff.bootplan import MANIFEST_SESSION
-from memconsole.backend.handoff.cargo import SessionContents, cargoes
+from memconsole.backend.handoff.cargo import SessionContents, cargoes, hold_still, leave, take_back
 from memconsole.backend.handoff.device_facts import DeviceFacts
 from memconsole.backend.handoff.facets import HandoffChecks as Looked
 from memconsole.backend.handoff.facets import Handover
@@ -144,8 +146,9 @@ class _Sequence:
         self._still(work, [guest for guest in going if guest.name not in busy])
         if not jump:  # nothing is pinned: pages come to be as long as guests run
             self._place(work, cargo)
-        self._manifest(work, cargo, going, adopted, jump=jump)
+        self._manifest(work, cargo, going, adopted, seen.road, jump=jump)
         if jump:
+            self._hold_still(work, cargo, seen.road)
             self._add(work, "jump", Step("jump", f"boot {seen.kernel}: the keeper jumps", desk.custody.jump))
         else:
             self._restart(work, going, told, adopted)
@@ -227,6 +230,8 @@ class _Sequence:
             self._preserve(work, load)
 
     def _preserve(self, work: PreparedAction, cargo: SessionContents) -> None:
+        if cargo.by_itself:
+            return
         owner = cargo.session.removeprefix(luo.PREFIX)
         held = session_held(cargo.session)
 
@@ -257,6 +262,10 @@ class _Sequence:
                 for region in each.regions:
                     tokens = tuple(range(token + 1, token + 1 + len(region.segments)))
                     token += len(tokens)
+                    if each.by_itself:
+                        fds = self.desk.fds(region.name)
+                        self.desk.store_of(region.name).fill_segments(fds)
+                        tokens = tuple(os.fstat(fd).st_ino for fd in fds)
                     self.got.placed[region.name] = self._placed(region, each.session, tokens)
 
         self._add(work, "place", Step("place", "record where every page is, to compare afterwards", do))
@@ -375,6 +384,7 @@ class _Sequence:
         cargo: Sequence[SessionContents],
         going: Sequence[Guest],
         adopted: Sequence[Guest],
+        road: str,
         *,
         jump: bool,
     ) -> None:
@@ -383,30 +393,51 @@ class _Sequence:
                 taking.seal(self._placement(taking.said))
             if self.action.contents:
                 self.got.placed = {name: self._digested(placed) for name, placed in self.got.placed.items()}
-            holds, fds = self.got.holds(cargo, going, [guest.name for guest in adopted])
+            names = [guest.name for guest in adopted]
+            holds, fds = self.got.holds(cargo, going, names, road or MANIFEST_SESSION)
             starts, says = self.got.starts(going)
             plan = bootplan.BootPlan(holds, self.got.verifies(), starts, says, bootplan.moment())
             fd = manifest.write(plan, self.got.described(plan.written))
             try:
-                if jump:
+                if jump and road:
+                    leave(self.desk, road, {bootplan.MANIFEST_TOKEN: fd, **fds})
+                elif jump:
                     self._preserve_manifest({bootplan.MANIFEST_TOKEN: fd, **fds})
                 self.desk.custody.put(bootplan.MANIFEST, fd)
             except BaseException:
-                _drop(self.desk, session_held(MANIFEST_SESSION))
+                self._take_back_manifest(road)
                 raise
             finally:
                 os.close(fd)
                 for each in fds.values():
                     os.close(each)
 
-        what = "preserve" if jump else "write"
+        what = f"leave in {road}:" if jump and road else "preserve" if jump else "write"
 
         def undo() -> None:
-            _drop(self.desk, session_held(MANIFEST_SESSION))
+            self._take_back_manifest(road)
             if all(self.desk.live_guest(guest.name) is not None for guest in going):
                 _drop(self.desk, bootplan.MANIFEST)  # else it says how those that ended are started
 
         self._add(work, "manifest", Step("manifest", f"{what} state, ledger and manifest", do, undo, "drop them"))
+
+    def _take_back_manifest(self, road: str) -> None:
+        if road:
+            take_back(self.desk)
+        _drop(self.desk, session_held(MANIFEST_SESSION))
+
+    def _hold_still(self, work: PreparedAction, cargo: Sequence[SessionContents], road: str) -> None:
+        """The last thing before the jump: nothing of ours is written from here on."""
+        if not road and not any(each.by_itself for each in cargo):
+            return
+        step = Step(
+            "still",
+            "write down all that arenas say, and hold them still",
+            partial(hold_still, self.desk, on=True),
+            partial(hold_still, self.desk, on=False),
+            "let them go on",
+        )
+        self._add(work, "manifest", step)
 
     def _preserve_manifest(self, fds: dict[int, int]) -> None:
         with self.powers.create(MANIFEST_SESSION) as session:
@@ -471,8 +502,9 @@ def _can_go(met: facts.GuestFacts) -> bool:
     return met.guest.kind in {GuestKind.CANARY, GuestKind.QEMU} and met.state in able and not met.stays
 
 
-def drop_leftovers(desk: needs.InCustody) -> None:
-    """Let go of what an earlier handoff left in custody: sessions, states, its manifest and its resume."""
+def drop_leftovers(desk: needs.RegionFds) -> None:
+    """Let go of what an earlier handoff left, in arenas and in custody: sessions, states, its manifest and resume."""
+    take_back(desk)
     before = ("session:", "state:", bootplan.STARTED, devices.IOVA)
     left = [name for name in desk.custody.names() if name.startswith(before)]
     _drop(desk, *left, bootplan.MANIFEST, bootplan.RESUME, LANDED)

@@ -12,6 +12,7 @@ Sources: lib/cmdline.c:next_arg, kernel/params.c:parse_args, lib/kstrtox.c:kstrt
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -20,6 +21,20 @@ from memconsole.backend.kernel.tree import Root
 
 _BLANKS = b"\t\n\v\f\r \xa0"
 _SWITCH = {"y": True, "t": True, "1": True, "on": True, "n": False, "f": False, "0": False, "of": False}
+
+
+class MemmapRange(NamedTuple):
+    """What a part of ``memmap=``, ``said``, names: bytes, and a ``mark``: ``!`` (persistent), ``$``, ``#`` or ``@``."""
+
+    size: int
+    mark: str
+    start: int
+    said: str
+
+    @property
+    def meaning(self) -> tuple[int, str, int]:
+        """What the kernel makes of it, however it was written."""
+        return self.size, self.mark, self.start
 
 
 class BootParameter(NamedTuple):
@@ -70,6 +85,35 @@ def switched_on(words: Iterable[BootParameter], name: str) -> bool | None:
 def values(words: Iterable[BootParameter], name: str) -> tuple[str, ...]:
     """Every value a name was given, in order; a word without one gives an empty string."""
     return tuple(word.value or "" for word in words if word.name == name)
+
+
+def memmaps(words: Iterable[BootParameter]) -> tuple[MemmapRange, ...]:
+    """The ranges that every ``memmap=`` names, in order; the kernel passes over a part that it does not understand.
+
+    Numbers are decimal, octal (0) or hex (0x), with K, M, G, T, P or E behind them (lib/cmdline.c:memparse).
+    Source: arch/x86/kernel/e820.c:parse_memmap_opt.
+    """
+    found = []
+    for value in values(words, "memmap"):
+        for part in value.split(","):
+            at = _RANGE.match(part)
+            if at is not None:
+                found.append(MemmapRange(_memparse(at["size"]), at["mark"], _memparse(at["start"]), part))
+    return tuple(found)
+
+
+_NUMBER = r"(?:0[xX][0-9a-fA-F]+|[0-9]+)[kKmMgGtTpPeE]?"
+_RANGE = re.compile(rf"(?P<size>{_NUMBER})(?P<mark>[!$#@])(?P<start>{_NUMBER})")
+
+
+def _memparse(text: str) -> int:
+    shift = "kmgtpe".find(text[-1].lower()) if not text.lower().startswith("0x") or text[-1].lower() != "e" else -1
+    digits = text[:-1] if shift >= 0 else text
+    lower = digits.lower()
+    base = 16 if lower.startswith("0x") else 8 if lower.startswith("0") and lower != "0" else 10
+    read = re.match(r"[0-7]*" if base == 8 else r"(0x[0-9a-f]+|[0-9]+)", lower)
+    number = int(read[0] or "0", base) if read is not None else 0
+    return number << 10 * (shift + 1)
 
 
 def _end(rest: bytes) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from memconsole.backend.kernel.tree import Root
 from memconsole.backend.stores import adopted
-from memconsole.errors import Refused
+from memconsole.errors import NotFound, Refused
 from memconsole.model import Access, Finding, Grant, Refusal, Region, Segment
 
 if TYPE_CHECKING:
@@ -23,6 +23,44 @@ class Found(NamedTuple):
 
     region: Region
     fds: tuple[int, ...]
+
+
+class Carrier(NamedTuple):
+    """Where a store can leave what a handoff carries besides regions: ``free`` bytes of it, in units of ``unit``.
+
+    ``name``: what its owner calls it; ``start``: its physical address, None where that is not shown.
+    """
+
+    place: str
+    name: str
+    free: int
+    unit: int
+    start: int | None
+
+
+class Unfound:
+    """What a store says of handoffs whose regions memconsole-resume does not find: it takes no part in them."""
+
+    def place(self, fd: int) -> str:
+        """Nowhere."""
+        del fd
+        return ""
+
+    def carriers(self) -> tuple[Carrier, ...]:
+        """None."""
+        return ()
+
+    def leave(self, place: str, files: Mapping[int, int]) -> None:
+        """Raises NotFound: it has no such place."""
+        del files
+        raise NotFound(f"{place} is no place to leave anything at", "this store has none", "memconsole arena check")
+
+    def take_back(self) -> None:
+        """Nothing: nothing was left."""
+
+    def hold_still(self, *, on: bool) -> None:
+        """Nothing: what it says of itself is in the memory."""
+        del on
 
 
 class Store(Protocol):
@@ -46,7 +84,7 @@ class Store(Protocol):
 
     @property
     def CARRIED(self) -> bool:  # noqa: N802
-        """Whether live update carries its regions; the others survive by themselves."""
+        """Whether live update carries its regions; of the others :meth:`place` says whether a handoff finds them."""
 
     @property
     def CUTS(self) -> bool:  # noqa: N802
@@ -123,6 +161,29 @@ class Store(Protocol):
 
     def found(self, held: Collection[str]) -> tuple[list[Found], list[Finding]]:
         """The regions that this store knows by itself and that are not ``held`` by name; and what is wrong with it."""
+
+    def place(self, fd: int) -> str:
+        """Where memconsole-resume finds a segment by itself, as a boot plan calls it; empty where it does not."""
+
+    def carriers(self) -> tuple[Carrier, ...]:
+        """Where it could leave what a handoff carries besides regions."""
+
+    def leave(self, place: str, files: Mapping[int, int]) -> None:
+        """Leave files, by their tokens, for memconsole-resume of the next kernel.
+
+        Raises:
+            KernelRefused: there is no room. NotFound: there is no such place.
+        """
+
+    def take_back(self) -> None:
+        """Have what was left mean nothing any more; raises KernelRefused, where that cannot be."""
+
+    def hold_still(self, *, on: bool) -> None:
+        """Have all that regions say of themselves be in the memory, and nothing be written there until it is off.
+
+        Raises:
+            KernelRefused: it cannot be.
+        """
 
     def close(self) -> None:
         """Let go of what this process holds of it; regions are another matter."""

@@ -26,6 +26,7 @@ from memconsole.backend.kernel.tree import Root
 from memconsole.backend.stores import arena as arenas
 from memconsole.backend.stores import ext4, files
 from memconsole.backend.stores.arena import FRESH, Arena, RegionRecord
+from memconsole.backend.stores.arena_cargo import CARGO, Carrying, let_go_on
 from memconsole.backend.stores.base import Found
 from memconsole.errors import BadFile, KernelRefused, MemconsoleError, NotFound, Refused
 from memconsole.model import Access, Finding, Grant, Refusal, Region, RegionState, Segment, Severity
@@ -40,7 +41,7 @@ _NOREPLACE, _EXCHANGE, _AT_CWD = 1, 2, -100
 _AGAIN = 100
 
 
-class DaxStore:
+class DaxStore(Carrying):
     """The arenas of one control process; it has the lock of each arena that it uses, so that nobody else does.
 
     ``lasting``: whether what is reserved outlives this process, which a region of an arena does.
@@ -316,6 +317,7 @@ class DaxStore:
             if each not in usable:
                 told.append(_unusable(each))
         for each in usable:
+            let_go_on(each.path)  # a control process that held it still for a jump may have died then
             for region, fd, finding in _read_arena(each, held):
                 if finding is not None:
                     told.append(finding)
@@ -437,7 +439,7 @@ def read_arena(arena: Arena) -> Iterator[tuple[str, RegionRecord | None, str]]:
     """
     for path in sorted(arena.path.iterdir()):
         name, found = path.name, path.lstat()
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(found.st_mode) or name.startswith(CARGO):
             continue
         try:
             record = arenas.read_record(path, RegionRecord)

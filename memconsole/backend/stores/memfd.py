@@ -11,14 +11,14 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from memconsole.backend.kernel.memory import memory as read_memory
 from memconsole.backend.kernel.tree import Root
 from memconsole.backend.stores import files
-from memconsole.backend.stores.base import Found
-from memconsole.errors import KernelRefused, Refused
+from memconsole.backend.stores.base import Carrier, Found
+from memconsole.errors import KernelRefused, NotFound, Refused
 from memconsole.model import Access, Finding, Grant, HugePool, Memory, Refusal, Region, Segment
 from memconsole.units import MAX_SIZE, PAGE, format_size
 
@@ -260,6 +260,32 @@ def found(held: Collection[str]) -> tuple[list[Found], list[Finding]]:
     """Nothing: a memfd is known by its descriptor alone."""
     del held
     return [], []
+
+
+def place(fd: int) -> str:
+    """Nowhere: live update carries it."""
+    del fd
+    return ""
+
+
+def carriers() -> tuple[Carrier, ...]:
+    """Nowhere."""
+    return ()
+
+
+def leave(place: str, files: Mapping[int, int]) -> None:
+    """Raises NotFound: there is no such place."""
+    del files
+    raise NotFound(f"{place} is no place to leave anything at", "a memfd has no other name than its descriptor")
+
+
+def take_back() -> None:
+    """Nothing: nothing was left."""
+
+
+def hold_still(*, on: bool) -> None:
+    """Nothing."""
+    del on
 
 
 def close() -> None:

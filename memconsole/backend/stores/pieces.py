@@ -21,7 +21,7 @@ import msgspec
 
 from memconsole.backend.kernel.tree import Root
 from memconsole.backend.stores import memfd, ranges
-from memconsole.backend.stores.base import Found
+from memconsole.backend.stores.base import Found, Unfound
 from memconsole.backend.stores.described import UNIT, Description, Piece, place_for
 from memconsole.backend.stores.ranges import Devices, Opened, Range
 from memconsole.errors import KernelRefused, MemconsoleError, NotFound, Refused
@@ -37,7 +37,7 @@ class _Place(NamedTuple):
     piece: Piece
 
 
-class PieceStore:
+class PieceStore(Unfound):
     """The ranges of one kind that one control process uses; it has the lock of each, so that nobody else does.
 
     ``lasting``: whether what is reserved outlives this process, which a region of a range does. ``nodes``: where device

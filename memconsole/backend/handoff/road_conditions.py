@@ -149,8 +149,8 @@ def by_arena(facts: HandoffFacts) -> Iterator[Condition]:
         requirement="every region lies in an arena where no live update carries memory",
         risk="a region on a memfd ends with this kernel, and its guest with it",
         observed=f"{why}; on memfds: {', '.join(left)}" if left else "",
-        remedy="; ".join(f"memconsole move {name} --store dax" for name in left)
-        + "; or have kho=on liveupdate=on on both command lines; memconsole release NAME gives one up",
+        remedy="; ".join(f"memconsole copy {name} FILE keeps its contents, for a region of --store dax" for name in left)
+        + "; or boot both kernels with kho=on liveupdate=on",
     )
     needed, free = facts.room
     yield Condition(
@@ -160,7 +160,7 @@ def by_arena(facts: HandoffFacts) -> Iterator[Condition]:
         requirement="an arena has room for the state of its guests",
         risk="a guest's state cannot be written down: the handoff is taken back",
         observed=f"{facts.road} has {format_size(free)} free, {format_size(needed)} are needed",
-        remedy="release a region of it that is not needed, or make another arena",
+        remedy="make another arena of a range of its own: memconsole arena create NAME",
     )
 
 

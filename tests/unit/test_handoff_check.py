@@ -181,7 +181,7 @@ def test_a_way_to_lose_memory_refuses_by_its_name_alone(id: str) -> None:
     ("id", "command"),
     [
         ("hugetlb", "memconsole move web --store dax"),
-        ("arena-guests", "memconsole move ram --store memfd"),
+        ("guest-stranded", "memconsole move ram --store memfd"),
         ("live-update", "memconsole move REGION --store dax"),
     ],
 )
@@ -382,7 +382,7 @@ def test_an_arena_carries_guests_where_there_is_no_live_update_and_says_what_it_
     bare = replace(CLEAN, survival=Survival(), line=f"quiet {MEMMAP}", here=f"quiet {MEMMAP}", opener=9, **BY_ARENA)
     assert check.refusals(check.check_conditions(replace(bare, regions=()))) == []
     (refusal,) = check.refusals(check.check_conditions(bare))
-    assert (refusal.code, "memconsole copy web FILE" in refusal.remedy) == ("MemfdRegions", True)
+    assert (refusal.code, "memconsole move web --store dax" in refusal.remedy) == ("MemfdRegions", True)
     assert refusal.what == "this kernel has no live update; on memfds: web"
     (refusal,) = check.refusals(check.check_conditions(replace(bare, survival=CLEAN.survival)))
     assert refusal.what == "the next command line leaves live update off; on memfds: web"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from memconsole.backend import needs
 from memconsole.backend.handoff import luo
+from memconsole.backend.steps import Step
 from memconsole.errors import MemconsoleError, NotFound
 from memconsole.model import Region
 
@@ -96,3 +97,15 @@ def hold_still(desk: needs.Stored, *, on: bool) -> None:
         if on:
             hold_still(desk, on=False)
         raise
+
+
+def still(desk: needs.Stored, cargo: Iterable[SessionContents], road: str) -> Iterator[Step]:
+    """The last step before a jump where something lies in an arena: nothing of ours is written from there on."""
+    if road or any(each.by_itself for each in cargo):
+        yield Step(
+            "still",
+            "write down all that arenas say, and hold them still",
+            lambda: hold_still(desk, on=True),
+            lambda: hold_still(desk, on=False),
+            "let them go on",
+        )

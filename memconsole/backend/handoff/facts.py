@@ -199,11 +199,8 @@ def gather_facts(desk: facets.HandoffChecks, action: HandoffAction, powers: Powe
     overs = region_mappings(seen, state.regions.values(), desk.fuse_aliases, desk.blocked_mappings)
     facts: dict[str, object] = {}
     if jump:
-        facts = _of_the_jump(action, root)
-        try:
-            facts["limit"] = _limit(root)
-        except tree.UNREADABLE as error:
-            facts["limit_why"] = f"{error.what}: {error.why}" if error.why else error.what
+        facts = _of_the_jump(action, root) | _limits(root)
+        facts |= roads.facts_of(desk, survival, str(facts["line"]))
         facts["sessions"] = tuple(
             (pid, session.name) for session in outgoing.sessions(seen, root) for pid in session.holders
         )
@@ -214,8 +211,6 @@ def gather_facts(desk: facets.HandoffChecks, action: HandoffAction, powers: Powe
         facts["opener"] = next((each.pid for each in seen.processes.values() if each.holds(luo.DEVICE)), None)
     target_image = facts.get("image")
     image = target_image if isinstance(target_image, KernelImage) else None
-    if jump:
-        facts |= roads.facts_of(desk, survival, str(facts.get("line", "")))
     answers = desk.guest_replies(time.monotonic() + PATIENCE_S)
     strangers = foreign_guests(seen, state)
     found = device_facts.gather_devices(desk, image, str(facts.get("line", "")), powers, jump=jump)
@@ -247,6 +242,13 @@ def gather_facts(desk: facets.HandoffChecks, action: HandoffAction, powers: Powe
         ),
         **facts,  # type: ignore[arg-type]  # the fields of Facts that _of_the_jump names
     )
+
+
+def _limits(root: tree.Root) -> dict[str, object]:
+    try:
+        return {"limit": _limit(root)}
+    except tree.UNREADABLE as error:
+        return {"limit_why": f"{error.what}: {error.why}" if error.why else error.what}
 
 
 def _libvirt(guests: Iterable[Guest], root: tree.Root) -> tuple[libvirt_setup.Part, ...]:

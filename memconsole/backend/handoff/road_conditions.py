@@ -31,7 +31,7 @@ def live_update(facts: HandoffFacts) -> Iterator[Condition]:
         risk="without live update no memory is carried into the next kernel",
         observed="/dev/liveupdate is there" if here.luo else f"there is no /dev/liveupdate; {here.detail}".rstrip("; "),
         remedy="boot a kernel that has CONFIG_LIVEUPDATE with kho=on liveupdate=on; memconsole handoff rehearse works"
-        " on any kernel",
+        " on any kernel. What is in an arena survives every kexec: memconsole move REGION --store dax",
     )
     yield Condition(
         "device-taken",
@@ -149,7 +149,7 @@ def by_arena(facts: HandoffFacts) -> Iterator[Condition]:
         requirement="every region lies in an arena where no live update carries memory",
         risk="a region on a memfd ends with this kernel, and its guest with it",
         observed=f"{why}; on memfds: {', '.join(left)}" if left else "",
-        remedy="; ".join(f"memconsole copy {name} FILE keeps its contents, for a region of --store dax" for name in left)
+        remedy="; ".join(f"memconsole move {name} --store dax" for name in left)
         + "; or boot both kernels with kho=on liveupdate=on",
     )
     needed, free = facts.room
@@ -167,6 +167,7 @@ def by_arena(facts: HandoffFacts) -> Iterator[Condition]:
 def stranded(facts: HandoffFacts) -> Iterator[Condition]:
     """Guests whose RAM neither comes along nor is found."""
     named = ", ".join(f"{guest} ({region})" for guest, region in facts.stranded)
+    moves = "; ".join(f"memconsole move {region} --store memfd" for _, region in facts.stranded)
     yield Condition(
         "guest-stranded",
         ERROR,
@@ -174,6 +175,6 @@ def stranded(facts: HandoffFacts) -> Iterator[Condition]:
         requirement="every VM has its RAM on a store from which memconsole-resume gets it",
         risk="the VM cannot be started again: it ends, and its region keeps the contents",
         observed=f"VMs on regions that memconsole-resume does not find: {named}" if named else "",
-        remedy="memconsole arena check says what keeps an arena from being used; of another store: shut the guest down"
-        " in its own way (docs/stores.md)",
+        remedy=f"have live update carry it: {moves}; or shut the guest down in its own way (docs/stores.md);"
+        " memconsole arena check says what keeps an arena from being used",
     )

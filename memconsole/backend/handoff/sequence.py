@@ -46,15 +46,15 @@ from memconsole.backend.handoff import (
     services,
 )
 from memconsole.backend.handoff.bootplan import MANIFEST_SESSION
-from memconsole.backend.handoff.cargo import SessionContents, cargoes, hold_still, leave, take_back
+from memconsole.backend.handoff.cargo import SessionContents, cargoes, leave, still, take_back
 from memconsole.backend.handoff.device_facts import DeviceFacts
 from memconsole.backend.handoff.facets import HandoffChecks as Looked
 from memconsole.backend.handoff.facets import Handover
 from memconsole.backend.handoff.gathered import Gathered, session_held, state_held
+from memconsole.backend.handoff.leftovers import drop, drop_leftovers
 from memconsole.backend.handoff.manifest import PreservedRegion, SavedGuest
 from memconsole.backend.handoff.powers import HOST, Powers
 from memconsole.backend.handoff.report import ReportWriter
-from memconsole.backend.holdings import LANDED
 from memconsole.backend.kernel import host
 from memconsole.backend.steps import Step
 from memconsole.backend.work import PreparedAction
@@ -148,7 +148,8 @@ class _Sequence:
             self._place(work, cargo)
         self._manifest(work, cargo, going, adopted, seen.road, jump=jump)
         if jump:
-            self._hold_still(work, cargo, seen.road)
+            for step in still(self.desk, cargo, seen.road):
+                self._add(work, "manifest", step)
             self._add(work, "jump", Step("jump", f"boot {seen.kernel}: the keeper jumps", desk.custody.jump))
         else:
             self._restart(work, going, told, adopted)
@@ -285,7 +286,7 @@ class _Sequence:
             self.got.recorded[bdf] = devices.preserved_device(self.desk, bdf, device.guest, device.unpreserved)
 
         text = f"record where the page tables of device {bdf} lead, to compare afterwards"
-        undo = partial(_drop, self.desk, devices.IOVA + bdf)
+        undo = partial(drop, self.desk, devices.IOVA + bdf)
         self._add(work, "iova", Step(f"iova-{bdf}", text, do, undo, "forget it"))
 
     def _quiesce(self, work: PreparedAction, device: DeviceFacts) -> None:
@@ -417,27 +418,14 @@ class _Sequence:
         def undo() -> None:
             self._take_back_manifest(road)
             if all(self.desk.live_guest(guest.name) is not None for guest in going):
-                _drop(self.desk, bootplan.MANIFEST)  # else it says how those that ended are started
+                drop(self.desk, bootplan.MANIFEST)  # else it says how those that ended are started
 
         self._add(work, "manifest", Step("manifest", f"{what} state, ledger and manifest", do, undo, "drop them"))
 
     def _take_back_manifest(self, road: str) -> None:
         if road:
             take_back(self.desk)
-        _drop(self.desk, session_held(MANIFEST_SESSION))
-
-    def _hold_still(self, work: PreparedAction, cargo: Sequence[SessionContents], road: str) -> None:
-        """The last thing before the jump: nothing of ours is written from here on."""
-        if not road and not any(each.by_itself for each in cargo):
-            return
-        step = Step(
-            "still",
-            "write down all that arenas say, and hold them still",
-            partial(hold_still, self.desk, on=True),
-            partial(hold_still, self.desk, on=False),
-            "let them go on",
-        )
-        self._add(work, "manifest", step)
+        drop(self.desk, session_held(MANIFEST_SESSION))
 
     def _preserve_manifest(self, fds: dict[int, int]) -> None:
         with self.powers.create(MANIFEST_SESSION) as session:
@@ -502,20 +490,6 @@ def _can_go(met: facts.GuestFacts) -> bool:
     return met.guest.kind in {GuestKind.CANARY, GuestKind.QEMU} and met.state in able and not met.stays
 
 
-def drop_leftovers(desk: needs.RegionFds) -> None:
-    """Let go of what an earlier handoff left, in arenas and in custody: sessions, states, its manifest and resume."""
-    take_back(desk)
-    before = ("session:", "state:", bootplan.STARTED, devices.IOVA)
-    left = [name for name in desk.custody.names() if name.startswith(before)]
-    _drop(desk, *left, bootplan.MANIFEST, bootplan.RESUME, LANDED)
-
-
 def _once(then: list[Action], action: GuestResume) -> None:
     if action not in then:
         then.append(action)
-
-
-def _drop(desk: needs.InCustody, *names: str) -> None:
-    for name in names:
-        with contextlib.suppress(NotFound):
-            desk.custody.drop(name)

@@ -29,12 +29,12 @@ import msgspec
 from memconsole import actions, newer
 from memconsole.backend import needs, steplog, steps, verbs
 from memconsole.backend.custody import payloads
+from memconsole.backend.custody.names import custody_name
 from memconsole.backend.handoff import carried_back, clocks, report, restart_one, stored
 from memconsole.backend.handoff import landing as handoff
 from memconsole.backend.handoff.facets import QuietSpaces
 from memconsole.backend.handoff.landing import Landing
 from memconsole.backend.handoff.powers import HOST, Powers
-from memconsole.backend.holdings import custody_name
 from memconsole.backend.ledger import boots
 from memconsole.backend.ledger.state import DoneRecord, EventRecord, FailedRecord, Intent, Record, Recorded, StateChange
 from memconsole.backend.peers.patience import Patience

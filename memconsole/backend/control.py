@@ -27,9 +27,9 @@ from msgspec.structs import replace
 from memconsole import actions, paths, unforeseen
 from memconsole.actions import Action, AnyAction
 from memconsole.backend.additions import Additions
+from memconsole.backend.custody.names import MOUNT
 from memconsole.backend.desk import Desk
 from memconsole.backend.guests.base import STOP_S
-from memconsole.backend.holdings import MOUNT
 from memconsole.backend.ledger.state import DoneRecord, EventRecord, FailedRecord, Intent, State, StateChange
 from memconsole.backend.ledger.writer import LEDGER, Writer
 from memconsole.backend.looking import SnapshotTaker

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from memconsole.backend.exports.mapped import BlockedMapping, FuseAlias
 from memconsole.backend.holdings import Holdings
 from memconsole.backend.kernel import census, pci, tree
 from memconsole.backend.observe import survey
-from memconsole.backend.observe.mappings import BlockedMapping, FuseAlias
 from memconsole.backend.observe.survey import GuestReply, Readers
 from memconsole.backend.peers.asked import Polled, Poller
 from memconsole.backend.peers.patience import MOST, Patience
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
     from memconsole.backend.exports.agents import Uffd
     from memconsole.backend.exports.fd import Hub, OnChange
     from memconsole.backend.exports.mount import GuestMount
+    from memconsole.backend.exports.offer import Offer
     from memconsole.backend.exports.userfault import UserfaultBroker
     from memconsole.backend.guests.base import GuestDriver as LiveGuest
-    from memconsole.backend.guests.base import Offer
     from memconsole.backend.ledger.state import State, WindowGrant
     from memconsole.backend.managers.guest_memory import Block
     from memconsole.backend.observe.reach import RegionReach
@@ -399,7 +399,7 @@ class Desk(Holdings):
         Raises:
             NotFound: the region's memory is lost.
         """
-        from memconsole.backend.guests.base import Offer
+        from memconsole.backend.exports.offer import Offer
         from memconsole.backend.stores import files
 
         fds, store = self.fds(grant.region), self.store_of(grant.region)
@@ -420,7 +420,7 @@ class Desk(Holdings):
         Raises:
             NotFound, Denied, KernelRefused: the device is gone, or its file cannot be opened.
         """
-        from memconsole.backend.guests.base import Offer
+        from memconsole.backend.exports.offer import Offer
 
         bdf, _, bar = grant.window.rpartition(":")
         with self.address_spaces.window_region(grant.guest, bdf, int(bar)) as found:

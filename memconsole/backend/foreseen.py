@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from memconsole.actions import Action, GuestAttach, GuestHelper, GuestResume, GuestStop, HandoffAction, Move, Revoke
 from memconsole.backend import verbs
-from memconsole.backend.holdings import custody_name
+from memconsole.backend.custody.names import custody_name
 from memconsole.backend.ledger.state import EventRecord, State, StateChange
 from memconsole.backend.observe.reach import RegionReach
 from memconsole.backend.revoke import suspend_vm

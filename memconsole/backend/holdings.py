@@ -24,16 +24,6 @@ if TYPE_CHECKING:
     from memconsole.backend.stores.base import Store, Stores
     from memconsole.extents import ExtentTable
 
-MOUNT = "mount"
-"""What the table of files on the mount is called in custody."""
-LANDED = "landed"
-"""What the record of a resume is called once a control process has used it: memconsole-resume then starts nothing."""
-
-
-def custody_name(region: str, segment: int) -> str:
-    """What a region's segment is called in custody."""
-    return f"region:{region}:{segment}"
-
 
 class Backing(NamedTuple):
     """One segment of a region as our own fd shows it (fstat, F_GET_SEALS, /proc/self/fd); sizes in bytes."""

@@ -12,17 +12,15 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from memconsole.model import Grant, Guest, GuestState, HandoffReport, Region, Unread, Window
+from memconsole.model import Grant, Guest, GuestState, HandoffReport, Unread, Window
 
 if TYPE_CHECKING:
     from memconsole.backend.custody.holder import Custody
+    from memconsole.backend.exports.offer import Offer
     from memconsole.backend.guests.base import GuestDriver as LiveGuest
-    from memconsole.backend.guests.base import Offer
     from memconsole.backend.holdings import Backing
     from memconsole.backend.ledger.state import State, WindowGrant
     from memconsole.backend.managers.guest_memory import Block
-    from memconsole.backend.observe.mappings import FuseAlias
-    from memconsole.backend.observe.reach import RegionReach
     from memconsole.backend.stores.adopted import RamFile
     from memconsole.backend.stores.base import Store, Stores
     from memconsole.extents import ExtentTable
@@ -119,30 +117,6 @@ class Backed(LedgerState, Protocol):
 
     def backings(self) -> dict[str, tuple[Backing, ...]]:
         """Those of every region that is held."""
-
-
-class Faces(Protocol):
-    """Regions may be mapped through files of a mount."""
-
-    @property
-    def fuse_aliases(self) -> tuple[FuseAlias, ...]:
-        """The files on the mount through which regions may be mapped."""
-
-
-class RegionReaching(Faces, Protocol):
-    """Who reaches a region, by kernel truth."""
-
-    @property
-    def exempt_processes(self) -> frozenset[int]:
-        """The PIDs of memconsole itself, which hold regions and are no finding."""
-
-    def region_reach(
-        self, region: Region, segment: int | None = None, among: Collection[int] | None = None
-    ) -> RegionReach:
-        """Who reaches a region, or one segment of it; ``among``: only these PIDs are looked at."""
-
-    def keepers(self, among: Collection[int] | None = None) -> tuple[int, ...]:
-        """The PIDs that may keep a region's descriptor out of sight; ``among``: only these are looked at."""
 
 
 class LiveGuests(LedgerState, Protocol):

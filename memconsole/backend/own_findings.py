@@ -14,8 +14,8 @@ from memconsole.backend import needs
 from memconsole.backend.custody.holder import MEMORY
 from memconsole.backend.custody.systemd import ENTRY
 from memconsole.backend.kernel import tree
-from memconsole.errors import Gone
-from memconsole.model import Access, Finding, Severity
+from memconsole.errors import BadFile, Gone
+from memconsole.model import Access, Finding, GuestState, Severity
 from memconsole.units import format_size
 
 if TYPE_CHECKING:
@@ -175,10 +175,8 @@ def waiting_guests(desk: WaitingGuests) -> tuple[Finding, ...]:
     between = _between(desk)
     if not desk.state.guests:
         return between
-    from memconsole.backend.revoke import suspend_vm
-
     with contextlib.suppress(Gone):  # that nobody has custody any more is a finding of its own
-        return (*between, *suspend_vm.findings(desk), *_left_by_handoff(desk))
+        return (*between, *_suspended(desk), *_left_by_handoff(desk))
     return between
 
 
@@ -189,6 +187,25 @@ def _between(desk: WaitingGuests) -> tuple[Finding, ...]:
     from memconsole.backend.guests import moves
 
     return tuple(moves.findings(desk.runtime_dir)) if moves.is_any() else ()
+
+
+def _suspended(desk: WaitingGuests) -> Iterator[Finding]:
+    """The guests that gave their RAM back, and wait for it."""
+    from memconsole.backend.custody import payloads, suspended
+
+    waiting = [guest for guest in desk.state.guests.values() if guest.state is GuestState.GONE and guest.pid is None]
+    for guest in waiting:
+        try:
+            kept = suspended.read(desk.custody, guest.name)
+        except BadFile as error:
+            yield payloads.unknown(f"{suspended.STATE}:{guest.name}", error)
+            continue
+        if kept is not None:
+            what = (
+                f"{guest.name} was saved and stopped to free region {kept.region}; its device state is held in custody"
+            )
+            remedy = f"memconsole map {kept.region} {guest.name}, then memconsole guest resume {guest.name}"
+            yield Finding("guest-aside", Severity.INFO, guest.name, what, f"{suspended.STATE}:{guest.name}", remedy)
 
 
 def _left_by_handoff(desk: WaitingGuests) -> Iterator[Finding]:

@@ -10,12 +10,25 @@ from memconsole.arguments import ArgumentKind
 from memconsole.command import ArgumentForm, CommandForm
 from memconsole.errors import UsageError
 from memconsole.fields import TABLES
+from memconsole.model import Snapshot
 from memconsole.views.console import Console
-from memconsole.views.screens.acting import names_of
 from memconsole.views.words import WORDS
 
 MOST = 200
 FILES = {"FILE", "DIR", "PATH", "A", "B"}
+
+
+def names_of(kind: ArgumentKind, snapshot: Snapshot | None) -> list[str]:
+    """What exists of a kind of argument, to complete from."""
+    if snapshot is None:
+        return []
+    return {
+        ArgumentKind.REGION: [region.name for region in snapshot.regions],
+        ArgumentKind.GUEST: [guest.name for guest in snapshot.guests],
+        ArgumentKind.GRANT: [grant.id for grant in snapshot.grants],
+        ArgumentKind.WINDOW: [window.id for window in snapshot.windows],
+        ArgumentKind.BDF: [device.bdf for device in snapshot.devices],
+    }.get(kind, [])
 
 
 class Completion(NamedTuple):

@@ -20,8 +20,8 @@ from pathlib import Path
 from harness import Result, Skip, span
 
 from memconsole.backend.guests import commandline
-from memconsole.backend.guests.handle import spawn
 from memconsole.backend.kernel import procmaps
+from memconsole.backend.peers.handle import spawn
 from memconsole.backend.stores import memfd
 from memconsole.model import Access
 

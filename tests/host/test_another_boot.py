@@ -20,9 +20,9 @@ from support.worlds import World, worlds
 from memconsole import actions as do
 from memconsole.backend.control import Control
 from memconsole.backend.custody.holder import KeeperCustody
+from memconsole.backend.custody.names import LANDED
 from memconsole.backend.handoff import doubts, facts
 from memconsole.backend.handoff.powers import HOST
-from memconsole.backend.holdings import LANDED
 from memconsole.backend.ledger import boots
 from memconsole.errors import NotFound, Refused
 from memconsole.model import GuestState, RegionState, Severity

@@ -20,9 +20,9 @@ from memconsole.backend.exports.fd import Hub
 from memconsole.backend.guests import commandline
 from memconsole.backend.guests.base import Restart
 from memconsole.backend.guests.canary import CanaryGuest
-from memconsole.backend.guests.handle import Handle
 from memconsole.backend.guests.qemu import QemuGuest
 from memconsole.backend.guests.qmp import Qmp
+from memconsole.backend.peers.handle import Handle
 from memconsole.errors import GuestError
 from memconsole.model import GuestState
 from memconsole.native import program

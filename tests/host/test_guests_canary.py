@@ -16,8 +16,8 @@ from support.waiting import until
 
 from memconsole.backend.exports.fd import Hub
 from memconsole.backend.guests.canary import CanaryGuest
-from memconsole.backend.guests.handle import Handle
 from memconsole.backend.kernel import procmaps
+from memconsole.backend.peers.handle import Handle
 from memconsole.backend.stores import memfd
 from memconsole.errors import Gone, GuestError, Refused
 from memconsole.model import Access, GuestState

@@ -33,10 +33,10 @@ from support.waiting import LONG_S, until
 
 from memconsole import agent as wire
 from memconsole.backend.exports.fd import Hub
-from memconsole.backend.guests.base import Offer
-from memconsole.backend.guests.handle import stat
+from memconsole.backend.exports.offer import Offer
 from memconsole.backend.guests.process import ProcessGuest
 from memconsole.backend.kernel import procmaps
+from memconsole.backend.peers.handle import stat
 from memconsole.backend.stores import memfd
 from memconsole.errors import Gone, GuestError, NotFound, Refused
 from memconsole.model import Access, GuestState

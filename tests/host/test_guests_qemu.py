@@ -12,11 +12,11 @@ import pytest
 from support.guests import HUGE, collapse, frames, given, mapping_of, open_fds, own_frames, read, region, segment_of
 from support.waiting import until
 
+from memconsole.backend.exports.offer import Offer
 from memconsole.backend.guests import commandline, qemu
-from memconsole.backend.guests.base import Offer
-from memconsole.backend.guests.handle import Handle
 from memconsole.backend.guests.qemu import QemuGuest
 from memconsole.backend.kernel import procmaps
+from memconsole.backend.peers.handle import Handle
 from memconsole.errors import Gone, GuestError
 from memconsole.model import Access, GuestState
 

@@ -21,7 +21,7 @@ from support.waiting import LONG_S, until
 
 from memconsole import actions as do
 from memconsole.backend.exports.fuse import EntryKind, FuseTree
-from memconsole.backend.guests.handle import stat
+from memconsole.backend.peers.handle import stat
 from memconsole.cli import main
 from memconsole.errors import ExitCode, GuestError, MemconsoleError, Refused
 from memconsole.model import Access, GrantState, GuestState, Progress, RevokeOutcome, Rung

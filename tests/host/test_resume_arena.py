@@ -22,9 +22,9 @@ from support.resume_program import FLAGS, SOURCES
 from support.waiting import LONG_S
 
 from memconsole.backend.custody.holder import KeeperCustody
-from memconsole.backend.guests.handle import Handle
 from memconsole.backend.handoff import bootplan
 from memconsole.backend.handoff.bootplan import BootPlan, Hold, Resume, Start, Verify
+from memconsole.backend.peers.handle import Handle
 from memconsole.backend.steps import FAULT_VARIABLE
 from memconsole.backend.stores import arena as arenas
 from memconsole.backend.stores import arena_cargo, dax, ext4

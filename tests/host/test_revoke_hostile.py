@@ -17,9 +17,9 @@ from support.waiting import until
 
 from memconsole import actions as do
 from memconsole.backend.control import Control
-from memconsole.backend.guests.handle import stat
 from memconsole.backend.kernel import census
 from memconsole.backend.observe import reach
+from memconsole.backend.peers.handle import stat
 from memconsole.errors import GuestError
 from memconsole.extents import digest_fd
 from memconsole.model import RevokeOutcome, RevokeReport, Rung

@@ -17,7 +17,7 @@ from support.worlds import World, worlds
 
 from memconsole import actions as do
 from memconsole.backend.control import Control
-from memconsole.backend.guests.handle import stat
+from memconsole.backend.peers.handle import stat
 from memconsole.backend.revoke import POINTS
 from memconsole.extents import digest_fd
 

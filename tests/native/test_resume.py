@@ -24,9 +24,9 @@ from support.waiting import LONG_S, until
 
 from memconsole.backend.custody.holder import KeeperCustody
 from memconsole.backend.guests.canary import CanaryGuest
-from memconsole.backend.guests.handle import Handle
 from memconsole.backend.handoff import bootplan
 from memconsole.backend.handoff.bootplan import BootPlan, Hold, MonitorLines, Resume, Resumed, Start, Verify
+from memconsole.backend.peers.handle import Handle
 from memconsole.backend.steps import FAULT_VARIABLE
 from memconsole.errors import NotFound
 from memconsole.extents import ExtentTable

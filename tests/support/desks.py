@@ -18,13 +18,16 @@ from typing import Concatenate, ParamSpec, TypeVar
 import msgspec
 
 from memconsole.backend.custody.holder import OwnCustody
-from memconsole.backend.guests.base import GuestDriver, Offer
-from memconsole.backend.holdings import Holdings, custody_name
+from memconsole.backend.custody.names import custody_name
+from memconsole.backend.exports.mapped import BlockedMapping, FuseAlias
+from memconsole.backend.exports.offer import Offer
+from memconsole.backend.guests.base import GuestDriver
+from memconsole.backend.holdings import Holdings
 from memconsole.backend.kernel.procmaps import Vma
 from memconsole.backend.ledger.state import EventRecord, Record, Recorded, State, StateChange, WindowGrant
 from memconsole.backend.ledger.writer import carry
 from memconsole.backend.managers.guest_memory import Block
-from memconsole.backend.observe.mappings import BlockedMapping, FuseAlias, RegionMapping
+from memconsole.backend.observe.mappings import RegionMapping
 from memconsole.backend.observe.reach import RegionReach
 from memconsole.backend.observe.survey import GuestReply
 from memconsole.backend.stores import files, memfd

@@ -17,7 +17,7 @@ from typing import Self
 
 from memconsole import agent as wire
 from memconsole.backend.exports.fd import Hub
-from memconsole.backend.guests.base import Offer
+from memconsole.backend.exports.offer import Offer
 from memconsole.backend.guests.canary import CanaryGuest
 from memconsole.backend.kernel.census import links
 from memconsole.backend.stores import files, memfd

@@ -19,8 +19,8 @@ from memconsole import agent as wire
 from memconsole.agent import Type
 from memconsole.backend.exports.agents import Uffd
 from memconsole.backend.exports.fd import Hub
-from memconsole.backend.guests.base import Offer
-from memconsole.backend.guests.handle import stat
+from memconsole.backend.exports.offer import Offer
+from memconsole.backend.peers.handle import stat
 from memconsole.errors import GuestError
 from memconsole.model import Access
 

@@ -18,12 +18,12 @@ from support.waiting import until
 
 from memconsole import actions as do
 from memconsole.backend.custody import payloads
-from memconsole.backend.guests import handle
 from memconsole.backend.handoff import adopted_facts, carried, carried_back
 from memconsole.backend.handoff.carried import Taking
 from memconsole.backend.managers import libvirt, libvirt_setup, plans, saveimage, virsh
 from memconsole.backend.managers.libvirt_setup import Part
 from memconsole.backend.managers.sealed import Standing
+from memconsole.backend.peers import handle
 from memconsole.backend.steps import Step, run
 from memconsole.backend.verbs import prepare
 from memconsole.errors import GuestError, MemconsoleError

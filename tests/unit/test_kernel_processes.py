@@ -9,9 +9,10 @@ import pytest
 from support.machines import machines
 from support.trees import FakeProcess, Tree, maps_line
 
+from memconsole.backend.exports.mapped import FuseAlias
 from memconsole.backend.kernel import census, memfds, procmaps
 from memconsole.backend.kernel.procmaps import MappedBytes
-from memconsole.backend.observe.mappings import FuseAlias, region_mappings
+from memconsole.backend.observe.mappings import region_mappings
 from memconsole.errors import BadFile
 from memconsole.model import Region, RegionState, Segment, Vcpu
 

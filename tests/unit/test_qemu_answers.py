@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from memconsole.backend.guests.handle import stat
 from memconsole.backend.guests.qemu import QemuGuest
+from memconsole.backend.peers.handle import stat
 from memconsole.errors import GuestError
 
 GREETING = {"QMP": {"version": {"qemu": {"micro": 0, "minor": 0, "major": 9}, "package": ""}, "capabilities": []}}

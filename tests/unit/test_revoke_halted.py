@@ -12,7 +12,7 @@ from support.children import killable
 from support.desks import Desk, desks
 from support.waiting import LONG_S, until
 
-from memconsole.backend.guests.handle import Handle
+from memconsole.backend.peers.handle import Handle
 from memconsole.backend.revoke import stop_processes
 from memconsole.backend.revoke.stop_processes import processes_stopped
 from memconsole.errors import GuestError

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from support.handoffs import Desk, Played, Vmm, refused, two_guests
 
 from memconsole import actions as do
-from memconsole.backend import steps
+from memconsole.backend import own_findings, steps
 from memconsole.backend.ledger.state import StateChange
 from memconsole.backend.revoke import suspend_vm
 from memconsole.backend.revoke.ladder import Ladder
@@ -56,7 +56,7 @@ def test_a_qemu_is_saved_and_ends_and_its_guest_waits(desk: Desk) -> None:
     desk.change(ladder.change())
     assert (desk.state.guests["vm"].state, desk.state.guests["vm"].pid) == (GuestState.GONE, None)
     assert "g2" not in desk.state.grants
-    (finding,) = suspend_vm.findings(desk)
+    (finding,) = own_findings.waiting_guests(desk)
     assert (finding.id, finding.subject) == ("guest-aside", "vm")
 
 
@@ -190,7 +190,7 @@ def test_what_was_saved_of_a_guest_that_waits_is_kept(desk: Desk) -> None:
 def test_a_state_that_cannot_be_read_is_a_finding(desk: Desk) -> None:
     given_back(desk)
     desk.keep("aside:vm", b"", b"not JSON")
-    (finding,) = suspend_vm.findings(desk)
+    (finding,) = own_findings.waiting_guests(desk)
     assert (finding.id, finding.subject) == ("custody-unknown", "aside:vm")
 
 
@@ -198,6 +198,6 @@ def test_a_guest_that_only_ended_does_not_wait(desk: Desk) -> None:
     with contextlib.suppress(GuestError):
         desk.remove_guest("vm")
     desk.change(StateChange(guests=(replace(desk.state.guests["vm"], state=GuestState.GONE, pid=None),)))
-    assert suspend_vm.findings(desk) == ()
+    assert own_findings.waiting_guests(desk) == ()
     assert not suspend_vm.is_saved(desk, "vm")
     assert desk.state.guests["vm"].kind is GuestKind.QEMU

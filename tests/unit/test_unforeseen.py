@@ -23,10 +23,10 @@ from support.waiting import until
 from memconsole import cli, unforeseen
 from memconsole.agent import HELLO, Agent, Type, pack
 from memconsole.backend.exports.fd import Hub
-from memconsole.backend.guests.handle import stat
 from memconsole.backend.ledger import trail
 from memconsole.backend.ledger.log import Record
 from memconsole.backend.observe.survey import Readers
+from memconsole.backend.peers.handle import stat
 from memconsole.backend.wire import metrics
 from memconsole.backend.wire.serving import RunningService, serve_in_thread
 from memconsole.errors import ExitCode, GuestError, MemconsoleError, Refused

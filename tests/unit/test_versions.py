@@ -106,7 +106,7 @@ def test_what_is_stored_and_sent_is_found() -> None:
         "backend.dma.address_spaces.AttachedDevice",
         "backend.exports.userfault.KeptUffd",
         "backend.exports.mount.MountRecord", "backend.handoff.manifest.Manifest", "backend.handoff.bootplan.Resume",
-        "backend.revoke.suspend_vm.SuspendedGuest", "backend.wire.protocol.Fault", "backend.wire.client.Greeting",
+        "backend.custody.suspended.SuspendedGuest", "backend.wire.protocol.Fault", "backend.wire.client.Greeting",
         "backend.wire.delta.Watched", "backend.wire.parameters.Hello",
     ):  # fmt: skip
         assert name in STORED

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from memconsole.backend import needs
 from memconsole.backend.kernel import census, pagemap, patient, procmaps
+from memconsole.backend.observe.reach import Faces
 from memconsole.errors import MemconsoleError, Silent
 from memconsole.model import Finding, Grant, Severity
 from memconsole.units import PAGE, format_address, format_size
@@ -51,7 +52,7 @@ def compare(
         )
 
 
-class Owning(needs.LiveGuests, needs.Faces, Protocol):
+class Owning(needs.LiveGuests, Faces, Protocol):
     """What says which frames are a VMM's own."""
 
 

@@ -36,7 +36,7 @@ from typing import NamedTuple
 from memconsole import agent as wire
 from memconsole.agent import BadMessage, Type
 from memconsole.backend.exports.answers import AgentReply
-from memconsole.backend.guests.base import Offer
+from memconsole.backend.exports.offer import Offer
 from memconsole.errors import KernelRefused
 from memconsole.model import Access, ProcessId
 

@@ -40,9 +40,9 @@ from memconsole.backend.exports.agents import (
     writable,
 )
 from memconsole.backend.exports.answers import AgentReply
+from memconsole.backend.exports.offer import Offer
 from memconsole.backend.exports.uffds import OnUffd, UffdIntake
-from memconsole.backend.guests.base import Offer
-from memconsole.backend.guests.handle import stat
+from memconsole.backend.peers.handle import stat
 from memconsole.backend.peers.patience import MOST, Patience
 from memconsole.backend.peers.peer import EXHAUSTED, Peer
 from memconsole.errors import Gone, GuestError, MemconsoleError, NotFound, Refused

@@ -36,15 +36,15 @@ from msgspec.structs import replace
 
 from memconsole import newer
 from memconsole.backend.custody import payloads
+from memconsole.backend.custody.names import MOUNT
 from memconsole.backend.exports.attach import attach
 from memconsole.backend.exports.fuse import FuseEntry, FuseTree, MapPart
+from memconsole.backend.exports.mapped import FuseAlias, is_whole, path_of
 from memconsole.backend.exports.mount_parts import directory, link, memfd, memfds, stale_finding
 from memconsole.backend.exports.mountpoint import staging
-from memconsole.backend.guests.handle import Handle
-from memconsole.backend.holdings import MOUNT
 from memconsole.backend.kernel import census
 from memconsole.backend.kernel.tree import line
-from memconsole.backend.observe.mappings import FuseAlias, is_whole, path_of
+from memconsole.backend.peers.handle import Handle
 from memconsole.backend.stores import adopted, files
 from memconsole.errors import BadFile, Gone, MemconsoleError, NotFound, Silent
 from memconsole.model import Access, Finding, Grant, Guest, Region, Severity, Snapshot, Value

@@ -23,8 +23,8 @@ from msgspec.structs import replace
 
 from memconsole.backend import steps
 from memconsole.backend.custody import payloads
+from memconsole.backend.exports.mapped import BlockedMapping
 from memconsole.backend.kernel.memory import shmem_thp
-from memconsole.backend.observe.mappings import BlockedMapping
 from memconsole.backend.stores import files
 from memconsole.errors import BadFile, KernelRefused, MemconsoleError, NotFound
 from memconsole.model import Faults, Finding, Grant, ProcessId, Value
@@ -291,7 +291,7 @@ def _protect(uffd: int, handed: KeptUffd) -> None:
 
 
 def _ended(handed: KeptUffd) -> bool:
-    from memconsole.backend.guests.handle import stat
+    from memconsole.backend.peers.handle import stat
 
     try:
         return stat(handed.pid)[1] != handed.start_ticks

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Self
 
-from memconsole.backend.guests.base import Offer
-from memconsole.backend.guests.handle import Handle
+from memconsole.backend.exports.offer import Offer
+from memconsole.backend.peers.handle import Handle
 from memconsole.errors import GuestError
 from memconsole.model import GuestKind, GuestState, Progress, Vcpu
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Self
 
 from memconsole.backend.exports.fd import Hub
-from memconsole.backend.guests.base import Offer
-from memconsole.backend.guests.handle import Handle
+from memconsole.backend.exports.offer import Offer
+from memconsole.backend.peers.handle import Handle
 from memconsole.model import Vcpu
 
 

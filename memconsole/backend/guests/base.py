@@ -11,28 +11,11 @@ from memconsole.model import GuestKind
 if TYPE_CHECKING:
     from signal import Signals
 
-    from memconsole.model import Access, GuestState, Progress, Vcpu
+    from memconsole.backend.exports.offer import Offer
+    from memconsole.model import GuestState, Progress, Vcpu
 
 STOP_S = 5.0
 """Seconds a guest has to end in order."""
-
-
-@dataclass(frozen=True)
-class Offer:
-    """A grant as a guest receives it: ``fd`` of the region's segment, byte ``offset`` and ``length`` in it, ``gpa``.
-
-    ``wants``: what its userfaultfd is wanted for (``native/agent.h``); 0 for nothing. ``window``: it is no RAM, but the
-    registers of a device.
-    """
-
-    grant: str
-    fd: int
-    offset: int
-    length: int
-    access: Access
-    gpa: int | None
-    wants: int = 0
-    window: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from memconsole.backend.exports.answers import AgentReply
 from memconsole.backend.exports.fd import Hub
 from memconsole.backend.guests.agented import AgentedGuest
 from memconsole.backend.guests.base import Restart
-from memconsole.backend.guests.handle import GIVEN_FD, last_words, spawn
+from memconsole.backend.peers.handle import GIVEN_FD, last_words, spawn
 from memconsole.backend.peers.patience import Patience
 from memconsole.errors import GuestError
 from memconsole.model import GuestKind, GuestState, Progress

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from memconsole import decoding
-from memconsole.backend.guests.handle import GIVEN_FD
+from memconsole.backend.peers.handle import GIVEN_FD
 from memconsole.native import program
 
 BINARY = "qemu-system-x86_64"

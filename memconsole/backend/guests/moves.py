@@ -21,12 +21,13 @@ import msgspec
 from msgspec.structs import replace
 
 from memconsole import decoding
-from memconsole.backend.guests import handle, statestream
+from memconsole.backend.guests import statestream
 from memconsole.backend.guests.statestream import Before
 from memconsole.backend.kernel import census, tree
 from memconsole.backend.kernel.tree import Root
 from memconsole.backend.managers import libvirt, plans, saveimage, virsh
 from memconsole.backend.managers.migration import Elsewhere
+from memconsole.backend.peers import handle
 from memconsole.backend.stores import adopted, ramfiles
 from memconsole.errors import Gone, GuestError, KernelRefused, MemconsoleError, NotFound
 from memconsole.model import Finding, Guest, Managed, Severity

@@ -6,7 +6,7 @@ import signal
 
 from memconsole.backend.exports.fd import Hub
 from memconsole.backend.guests.agented import AgentedGuest
-from memconsole.backend.guests.handle import Handle
+from memconsole.backend.peers.handle import Handle
 from memconsole.model import GuestKind, GuestState, Progress
 
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import msgspec
 
 from memconsole import decoding
+from memconsole.backend.exports.offer import Offer
 from memconsole.backend.guests import commandline
-from memconsole.backend.guests.base import Offer, Restart
+from memconsole.backend.guests.base import Restart
 from memconsole.backend.guests.guestagent import shown
-from memconsole.backend.guests.handle import GIVEN_FD, Handle, last_words, spawn
+from memconsole.backend.peers.handle import GIVEN_FD, Handle, last_words, spawn
 from memconsole.backend.peers.patience import Patience
 from memconsole.errors import Gone, GuestError
 from memconsole.model import Access, GuestKind, GuestState, Progress, Vcpu

@@ -19,7 +19,7 @@ from typing import Self
 from memconsole import unforeseen
 from memconsole.backend.guests import units
 from memconsole.backend.guests.base import Process
-from memconsole.backend.guests.handle import last_words
+from memconsole.backend.peers.handle import last_words
 from memconsole.errors import GuestError
 from memconsole.model import Service
 

@@ -27,7 +27,6 @@ from memconsole import decoding
 from memconsole.backend import needs
 from memconsole.backend.custody import payloads
 from memconsole.backend.guests import statestream
-from memconsole.backend.guests.handle import Handle
 from memconsole.backend.guests.statestream import Before, StateStream
 from memconsole.backend.handoff import bootplan, manifest
 from memconsole.backend.handoff.bootplan import ClockReading
@@ -37,6 +36,7 @@ from memconsole.backend.managers import domainxml, plans, saveimage, virsh
 from memconsole.backend.managers.migration import Elsewhere
 from memconsole.backend.managers.saveimage import Image
 from memconsole.backend.managers.virsh import Monitor
+from memconsole.backend.peers.handle import Handle
 from memconsole.backend.steps import Step
 from memconsole.errors import Gone, GuestError, NotFound
 from memconsole.model import Guest, GuestResult, Value

@@ -29,6 +29,7 @@ from memconsole.backend.ledger import boots
 from memconsole.backend.ledger.state import StateChange
 from memconsole.backend.managers import libvirt_setup, plans, saveimage, virsh
 from memconsole.backend.observe.mappings import region_mappings
+from memconsole.backend.observe.reach import RegionReaching
 from memconsole.backend.stores import files
 from memconsole.backend.work import PreparedAction
 from memconsole.errors import BadFile, GuestError, KernelRefused, MemconsoleError, NotFound, Refused
@@ -42,7 +43,7 @@ _WAITS_S = (2.0, 5.0, 15.0, 60.0, 300.0)
 """How long nothing is tried again after each try that failed; the last holds for all that follow."""
 
 
-class Returning(Carrying, needs.GuestStarting, needs.RegionReaching, needs.GrantFiles, HandoffReporting, Protocol):
+class Returning(Carrying, needs.GuestStarting, RegionReaching, needs.GrantFiles, HandoffReporting, Protocol):
     """What bringing carried guests back needs."""
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from memconsole.backend import needs
+from memconsole.backend.observe.reach import RegionReaching
 from memconsole.model import Finding, HandoffReport
 
 if TYPE_CHECKING:
-    from memconsole.backend.observe.mappings import BlockedMapping
+    from memconsole.backend.exports.mapped import BlockedMapping
     from memconsole.backend.observe.survey import GuestReply
 
 
@@ -94,7 +95,7 @@ class Handover(DeviceReturn, needs.GuestStarting, needs.FaultServing, HandoffRep
 class HandoffChecks(
     DeviceTables,
     DeviceLookups,
-    needs.RegionReaching,
+    RegionReaching,
     needs.ForeignMemory,
     needs.GrantFiles,
     HandoffReporting,

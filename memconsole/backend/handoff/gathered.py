@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from memconsole import __version__
+from memconsole.backend.custody.names import MOUNT, custody_name
 from memconsole.backend.dma import address_spaces
 from memconsole.backend.handoff import bootplan, carried, save_restore, services
 from memconsole.backend.handoff.bootplan import MANIFEST_SESSION, ClockReading, Hold, Verify
@@ -17,7 +18,6 @@ from memconsole.backend.handoff.cargo import SessionContents
 from memconsole.backend.handoff.facets import Handover
 from memconsole.backend.handoff.manifest import Manifest, PreservedDevice, PreservedRegion, SavedGuest
 from memconsole.backend.handoff.report import ReportWriter
-from memconsole.backend.holdings import MOUNT, custody_name
 from memconsole.backend.kernel import host, tree
 from memconsole.errors import NotFound
 from memconsole.model import Guest, GuestState

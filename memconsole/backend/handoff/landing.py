@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from memconsole.actions import HandoffAction, HandoffRehearse
 from memconsole.backend import needs, steplog
+from memconsole.backend.custody.names import LANDED
 from memconsole.backend.guests.base import is_qemu
 from memconsole.backend.handoff import bootplan, devices, report, stored, verify
 from memconsole.backend.handoff.bootplan import MANIFEST, RESUME, STARTED, ClockReading, Resume, Resumed
@@ -27,7 +28,6 @@ from memconsole.backend.handoff.facets import Handover
 from memconsole.backend.handoff.manifest import Manifest
 from memconsole.backend.handoff.powers import Powers
 from memconsole.backend.handoff.report import Clock, ReportWriter
-from memconsole.backend.holdings import LANDED
 from memconsole.backend.ledger import boots
 from memconsole.backend.ledger.state import Intent, StateChange
 from memconsole.backend.steps import passed

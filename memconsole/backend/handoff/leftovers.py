@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 
 from memconsole.backend import needs
+from memconsole.backend.custody.names import LANDED
 from memconsole.backend.handoff import bootplan, devices
 from memconsole.backend.handoff.cargo import take_back
-from memconsole.backend.holdings import LANDED
 from memconsole.errors import NotFound
 
 

@@ -7,8 +7,8 @@ else, and there is an arena                                   they are left in t
 
 from __future__ import annotations
 
+from memconsole.backend.custody.names import MOUNT
 from memconsole.backend.handoff import cargo, facets, gathered, services
-from memconsole.backend.holdings import MOUNT
 from memconsole.backend.kernel import cmdline
 from memconsole.backend.stores.base import Carrier
 from memconsole.model import GuestKind, Survival

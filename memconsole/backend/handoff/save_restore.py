@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 from memconsole.backend import needs
+from memconsole.backend.custody.names import custody_name
 from memconsole.backend.dma import address_spaces
 from memconsole.backend.guests.base import GuestDriver as LiveGuest
 from memconsole.backend.guests.base import Restart, is_canary, is_qemu
@@ -13,7 +14,6 @@ from memconsole.backend.guests.canary import CanaryGuest
 from memconsole.backend.guests.qemu import QemuGuest
 from memconsole.backend.handoff.bootplan import MonitorLines, Start
 from memconsole.backend.handoff.facets import VmmRestarting
-from memconsole.backend.holdings import custody_name
 from memconsole.backend.stores import files
 from memconsole.errors import GuestError
 from memconsole.model import Grant, Guest, GuestKind, GuestState

@@ -10,8 +10,8 @@ import time
 from collections.abc import Collection
 
 from memconsole.backend import needs
+from memconsole.backend.custody.names import custody_name
 from memconsole.backend.handoff.manifest import Manifest, PreservedRegion
-from memconsole.backend.holdings import custody_name
 from memconsole.extents import digest_fd
 from memconsole.model import Finding, RegionResult, Severity
 

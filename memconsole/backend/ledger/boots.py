@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from msgspec.structs import replace
 
-from memconsole.backend.holdings import custody_name
+from memconsole.backend.custody.names import custody_name
 from memconsole.backend.kernel import host, tree
 from memconsole.backend.ledger.state import EventRecord, Recorded, StateChange
 from memconsole.backend.stores import files

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memconsole.backend.holdings import LANDED
+from memconsole.backend.custody.names import LANDED
 from memconsole.backend.kernel import kho, tree
 from memconsole.backend.ledger.log import Ledger
 from memconsole.backend.ledger.state import State

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+from memconsole.backend.exports.mapped import BlockedMapping, FuseAlias
 from memconsole.backend.kernel.census import Census
 from memconsole.backend.kernel.procmaps import Vma
 from memconsole.backend.ledger.state import State
@@ -19,30 +20,6 @@ Object = tuple[int, int]
 _SOCKET = re.compile(r"socket:\[(\d{1,20})\]")
 
 
-class FuseAlias(NamedTuple):
-    """Another file through which a region's frames are mapped; ``base`` is where in the region it begins, in bytes.
-
-    Its mappings show this device and inode. ``path`` is what it is called on the mount; who maps it may have it under
-    another name, in another namespace.
-    """
-
-    region: str
-    device: int
-    inode: int
-    base: int
-    path: str
-
-
-def path_of(grant: Grant) -> str:
-    """What the file of a grant is called on the mount, below its top."""
-    return f"guests/{grant.guest}/ram/{grant.region}"
-
-
-def is_whole(grant: Grant, region: Region) -> bool:
-    """Whether it grants all of the region: the mount shows no other grants."""
-    return grant.offset == 0 and grant.length == region.size
-
-
 class _Part(NamedTuple):
     """Bytes ``start`` to ``end`` of a file are those of a region from ``base`` on."""
 
@@ -51,14 +28,6 @@ class _Part(NamedTuple):
     start: int = 0
     end: int = 1 << 63
     through: str = ""
-
-
-class BlockedMapping(NamedTuple):
-    """A mapping that is there and leads nowhere: every access waits for an answer that is never given."""
-
-    process: ProcessId
-    start: int
-    end: int
 
 
 class RegionMapping(NamedTuple):

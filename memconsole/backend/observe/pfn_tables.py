@@ -21,6 +21,7 @@ from memconsole.backend.kernel import census as census_of
 from memconsole.backend.kernel import host, iommu, kvm, pagemap
 from memconsole.backend.kernel.pagemap import Span
 from memconsole.backend.observe.mappings import region_mappings
+from memconsole.backend.observe.reach import RegionReaching
 from memconsole.backend.observe.survey import ScanResult
 from memconsole.errors import Gone, NotFound
 from memconsole.model import Guest, GuestKind, Segment
@@ -39,7 +40,7 @@ class _CachedTable:
     at: float
 
 
-class Scanning(needs.LiveGuests, needs.Borrowed, needs.Backed, needs.RegionReaching, needs.HostTree, Protocol):
+class Scanning(needs.LiveGuests, needs.Borrowed, needs.Backed, RegionReaching, needs.HostTree, Protocol):
     """What PFN maps are made of."""
 
 

@@ -16,11 +16,13 @@ import contextlib
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+from memconsole.backend.exports.mapped import BlockedMapping, FuseAlias
 from memconsole.backend.kernel import census as census_of
 from memconsole.backend.kernel import memfds, tree
 from memconsole.backend.kernel.census import Census, Process
-from memconsole.backend.observe.mappings import OURS, BlockedMapping, FuseAlias, RegionMapping, region_mappings
+from memconsole.backend.observe.mappings import OURS, RegionMapping, region_mappings
 from memconsole.errors import Denied, Gone, MemconsoleError, NotFound
 from memconsole.model import Region, Segment
 
@@ -45,6 +47,30 @@ class RegionReach:
         if self.held:
             words.append("its memfd is held by " + ", ".join(str(pid) for pid in sorted({pid for pid, _ in self.held})))
         return "; ".join([*words, self.unseen] if self.unseen else words) or "no process"
+
+
+class Faces(Protocol):
+    """Regions may be mapped through files of a mount."""
+
+    @property
+    def fuse_aliases(self) -> tuple[FuseAlias, ...]:
+        """The files on the mount through which regions may be mapped."""
+
+
+class RegionReaching(Faces, Protocol):
+    """Who reaches a region, by kernel truth."""
+
+    @property
+    def exempt_processes(self) -> frozenset[int]:
+        """The PIDs of memconsole itself, which hold regions and are no finding."""
+
+    def region_reach(
+        self, region: Region, segment: int | None = None, among: Collection[int] | None = None
+    ) -> RegionReach:
+        """Who reaches a region, or one segment of it; ``among``: only these PIDs are looked at."""
+
+    def keepers(self, among: Collection[int] | None = None) -> tuple[int, ...]:
+        """The PIDs that may keep a region's descriptor out of sight; ``among``: only these are looked at."""
 
 
 def find(

@@ -21,6 +21,7 @@ import msgspec
 from msgspec.structs import replace
 
 from memconsole import unforeseen
+from memconsole.backend.exports.mapped import BlockedMapping, FuseAlias, is_whole, path_of
 from memconsole.backend.holdings import Backing
 from memconsole.backend.kernel import census as census_of
 from memconsole.backend.kernel import dax, host, iomem, iommu, kho, kvm, memory, patient, pci, tree, unixsockets
@@ -29,17 +30,7 @@ from memconsole.backend.kernel.tree import Root
 from memconsole.backend.ledger.state import State
 from memconsole.backend.managers import libvirt
 from memconsole.backend.observe import findings
-from memconsole.backend.observe.mappings import (
-    OURS,
-    BlockedMapping,
-    FuseAlias,
-    RegionMapping,
-    backends,
-    is_whole,
-    path_of,
-    region_mappings,
-    stray_mappings,
-)
+from memconsole.backend.observe.mappings import OURS, RegionMapping, backends, region_mappings, stray_mappings
 from memconsole.errors import Gone, MemconsoleError, NotFound
 from memconsole.model import (
     Faults,

@@ -10,9 +10,9 @@ from typing import NamedTuple, Protocol
 
 from memconsole.backend import needs
 from memconsole.backend.guests.base import GuestDriver, is_qemu
-from memconsole.backend.guests.handle import Handle
 from memconsole.backend.ledger.state import Recorded, StateChange
-from memconsole.backend.observe.reach import RegionReach
+from memconsole.backend.observe.reach import RegionReach, RegionReaching
+from memconsole.backend.peers.handle import Handle
 from memconsole.backend.revoke import move
 from memconsole.backend.revoke.move import MoveResult
 from memconsole.backend.revoke.points import pass_by
@@ -29,7 +29,7 @@ _LOOK_S = 0.02
 class Revoking(
     GuestSuspending,
     move.SegmentMoving,
-    needs.RegionReaching,
+    RegionReaching,
     needs.GrantOffering,
     needs.FaultServing,
     needs.GrantFiles,

@@ -27,7 +27,7 @@ import msgspec
 
 from memconsole.backend import needs, steplog
 from memconsole.backend.custody import payloads
-from memconsole.backend.holdings import custody_name
+from memconsole.backend.custody.names import custody_name
 from memconsole.backend.kernel.memory import memory as read_memory
 from memconsole.backend.ledger.state import EventRecord, Recorded, StateChange
 from memconsole.backend.revoke import pins

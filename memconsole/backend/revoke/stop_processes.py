@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from memconsole.backend import needs
-from memconsole.backend.guests.handle import Handle
+from memconsole.backend.peers.handle import Handle
 from memconsole.errors import Gone
 
 _KIND = "halted"

@@ -18,17 +18,15 @@ import msgspec
 from msgspec.structs import replace
 
 from memconsole.backend import needs, steplog
-from memconsole.backend.custody import payloads
+from memconsole.backend.custody import payloads, suspended
 from memconsole.backend.guests.base import Qemu
 from memconsole.backend.handoff.facets import Handover, VmmRestarting
 from memconsole.backend.handoff.powers import HOST, Powers
 from memconsole.backend.ledger.state import StateChange
 from memconsole.backend.revoke.points import pass_by
 from memconsole.backend.work import PreparedAction
-from memconsole.errors import BadFile, GuestError, MemconsoleError, NotFound
-from memconsole.model import Access, Finding, Grant, GrantState, Guest, GuestState, Region, Severity, Value
-
-_KIND, _PLAN = "aside", "aside-plan"
+from memconsole.errors import GuestError, MemconsoleError
+from memconsole.model import Access, Grant, GrantState, Guest, GuestState, Region
 
 
 class SuspendedGuests(needs.LiveGuests, needs.InCustody, Protocol):
@@ -37,13 +35,6 @@ class SuspendedGuests(needs.LiveGuests, needs.InCustody, Protocol):
 
 class GuestSuspending(VmmRestarting, needs.InCustody, Protocol):
     """What a QEMU is saved with."""
-
-
-class SuspendedGuest(Value, frozen=True):
-    """What a state in custody is of: the region that is the guest's RAM, and whether it was paused before."""
-
-    region: str
-    paused: bool
 
 
 def suspend_guest(desk: GuestSuspending, live: Qemu, grant: Grant, within: float) -> None:
@@ -68,39 +59,41 @@ def suspend_guest(desk: GuestSuspending, live: Qemu, grant: Grant, within: float
     if why := save_restore.why_not_savable(desk, live):
         raise GuestError(f"guest {live.name} cannot be saved", why)
     guest = desk.state.guests[live.name]
-    kept = SuspendedGuest(grant.region, paused=guest.state is GuestState.PAUSED)
+    kept = suspended.SuspendedGuest(grant.region, paused=guest.state is GuestState.PAUSED)
     try:
         # One may be saved whose state custody does not have, because a control process died: it is saved again.
-        if _saved_state(desk, live.name) is None or not live.is_saved():
+        if suspended.read(desk.custody, live.name) is None or not live.is_saved():
             state = manifest.memfd(f"memconsole-state-{live.name}", b"")
             with contextlib.closing(os.fdopen(state, "rb")):
                 save_restore.save(live, state, deadline - time.monotonic())
                 pass_by("aside", "saved")
-                payloads.put(desk.custody, f"{_KIND}:{live.name}", state, kept)
-        start, say = save_restore.restart_of_live(desk, guest, [grant], f"{_KIND}:{live.name}", paused=kept.paused)
+                payloads.put(desk.custody, f"{suspended.STATE}:{live.name}", state, kept)
+        start, say = save_restore.restart_of_live(
+            desk, guest, [grant], f"{suspended.STATE}:{live.name}", paused=kept.paused
+        )
         holds = tuple(bootplan.Hold("aside", token, name) for token, (name, _) in enumerate(start.fds))
         plan = bootplan.BootPlan(holds, (), (start,), () if say is None else (say,), bootplan.moment())
         with contextlib.closing(os.fdopen(manifest.memfd("memconsole-plan", bootplan.encode(plan)), "rb")) as file:
-            desk.custody.put(f"{_PLAN}:{live.name}", file.fileno())
+            desk.custody.put(f"{suspended.PLAN}:{live.name}", file.fileno())
         pass_by("aside", "held")
         live.quit(max(0.1, deadline - time.monotonic()))
     except MemconsoleError:
         with steplog.suppressed(f"{live.name} runs on: it was not saved", MemconsoleError):
             if not kept.paused:
                 live.resume()
-        drop_saved_state(desk, live.name)
+        suspended.drop(desk.custody, live.name)
         raise
 
 
 def entries_of(guest: Guest, grant: Grant) -> dict[str, bytes]:
     """What custody holds of a guest once its RAM was taken back, as payloads by name."""
-    kept = SuspendedGuest(grant.region, paused=guest.state is GuestState.PAUSED)
-    return {f"{_KIND}:{guest.name}": msgspec.json.encode(kept), f"{_PLAN}:{guest.name}": b""}
+    kept = suspended.SuspendedGuest(grant.region, paused=guest.state is GuestState.PAUSED)
+    return {f"{suspended.STATE}:{guest.name}": msgspec.json.encode(kept), f"{suspended.PLAN}:{guest.name}": b""}
 
 
 def is_saved(desk: SuspendedGuests, guest: str) -> bool:
     """Whether a guest gave its RAM back, and can be started again."""
-    if not {f"{_KIND}:{guest}", f"{_PLAN}:{guest}"} <= set(desk.custody.names()):
+    if not {f"{suspended.STATE}:{guest}", f"{suspended.PLAN}:{guest}"} <= set(desk.custody.names()):
         return False
     live = desk.live_guest(guest)
     return live is None or live.state() is GuestState.GONE
@@ -114,7 +107,7 @@ def suspended_entry(desk: needs.LiveGuests, guest: Guest) -> Guest:
 
 def grant_saved_guest(work: PreparedAction, desk: needs.InCustody, grant: Grant, region: Region) -> None:
     """``map`` to a guest that waits: the step that makes the grant, or why it cannot be."""
-    kept = _saved_state(desk, grant.guest)
+    kept = suspended.read(desk.custody, grant.guest)
     whole = grant.offset == 0 and grant.length == region.size
     if kept is None or grant.region != kept.region or not whole or grant.access is not Access.RW or grant.lazy:
         what = f"guest {grant.guest} waits for other memory"
@@ -137,7 +130,7 @@ def restart_saved_guest(desk: Handover, guest: Guest, powers: Powers = HOST) -> 
     from memconsole.backend.handoff import restart_one
 
     work = PreparedAction(guest.name, f"guest {guest.name} runs")
-    kept = _saved_state(desk, guest.name)
+    kept = suspended.read(desk.custody, guest.name)
     grants = [grant for grant in desk.state.grants_of(guest=guest.name) if kept and grant.region == kept.region]
     if kept is None or not grants:
         region = kept.region if kept is not None else "REGION"
@@ -146,10 +139,10 @@ def restart_saved_guest(desk: Handover, guest: Guest, powers: Powers = HOST) -> 
         return work
 
     def do() -> None:
-        plan, _ = desk.custody.get(f"{_PLAN}:{guest.name}")
+        plan, _ = desk.custody.get(f"{suspended.PLAN}:{guest.name}")
         with contextlib.closing(os.fdopen(plan, "rb")):
             back = restart_one.start_alone(desk, guest, plan, powers)
-        drop_saved_state(desk, guest.name)
+        suspended.drop(desk.custody, guest.name)
         if kept.paused:
             back = replace(back, state=GuestState.PAUSED)
         work.change = StateChange(guests=(back,), grants=(replace(grants[0], state=GrantState.MAPPED),))
@@ -158,49 +151,9 @@ def restart_saved_guest(desk: Handover, guest: Guest, powers: Powers = HOST) -> 
     return work
 
 
-def drop_saved_state(desk: needs.InCustody, guest: str) -> None:
-    """Forget what was saved of a guest, if anything was."""
-    for kind in (_KIND, _PLAN):
-        with contextlib.suppress(NotFound):
-            desk.custody.drop(f"{kind}:{guest}")
-
-
 def drop_stale_states(desk: SuspendedGuests) -> None:
     """Forget what was saved of guests that are no more, or that run."""
     for name in desk.custody.names():
         kind, _, guest = name.partition(":")
-        if kind in {_KIND, _PLAN} and not (guest in desk.state.guests and is_saved(desk, guest)):
-            drop_saved_state(desk, guest)
-
-
-def findings(desk: SuspendedGuests) -> tuple[Finding, ...]:
-    """The guests that wait."""
-    waiting = [guest for guest in desk.state.guests.values() if guest.state is GuestState.GONE and guest.pid is None]
-    found = []
-    for guest in waiting:
-        try:
-            kept = _saved_state(desk, guest.name)
-        except BadFile as error:
-            found.append(payloads.unknown(f"{_KIND}:{guest.name}", error))
-            continue
-        if kept is not None:
-            what = (
-                f"{guest.name} was saved and stopped to free region {kept.region}; its device state is held in custody"
-            )
-            remedy = f"memconsole map {kept.region} {guest.name}, then memconsole guest resume {guest.name}"
-            found.append(Finding("guest-aside", Severity.INFO, guest.name, what, f"{_KIND}:{guest.name}", remedy))
-    return tuple(found)
-
-
-def _saved_state(desk: needs.InCustody, guest: str) -> SuspendedGuest | None:
-    """What is kept of a guest that waits, if it does.
-
-    Raises:
-        BadFile: this memconsole cannot read it.
-    """
-    try:
-        fd, payload = desk.custody.get(f"{_KIND}:{guest}")
-    except NotFound:
-        return None
-    os.close(fd)
-    return payloads.read(f"{_KIND}:{guest}", payload, SuspendedGuest)
+        if kind in {suspended.STATE, suspended.PLAN} and not (guest in desk.state.guests and is_saved(desk, guest)):
+            suspended.drop(desk.custody, guest)

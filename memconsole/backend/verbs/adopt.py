@@ -24,10 +24,10 @@ from msgspec.structs import replace
 from memconsole.actions import GuestAdopt, GuestLetGo
 from memconsole.backend import needs
 from memconsole.backend.custody import payloads
+from memconsole.backend.custody.names import custody_name
 from memconsole.backend.guests.relocation import region_name
 from memconsole.backend.handoff.carried_back import Returning
 from memconsole.backend.handoff.hindrances import hindrances
-from memconsole.backend.holdings import custody_name
 from memconsole.backend.ledger.state import StateChange
 from memconsole.backend.managers import virsh
 from memconsole.backend.managers.guest_memory import Block, backends

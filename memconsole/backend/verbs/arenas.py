@@ -13,7 +13,7 @@ import msgspec
 from memconsole.actions import NAME, ArenaCreate, ArenaRemove, ArenaScan
 from memconsole.backend import needs
 from memconsole.backend.custody import payloads
-from memconsole.backend.holdings import custody_name
+from memconsole.backend.custody.names import custody_name
 from memconsole.backend.kernel import pmem
 from memconsole.backend.kernel.pmem import Pmem
 from memconsole.backend.stores import arena as arenas

@@ -13,14 +13,16 @@ from msgspec.structs import replace
 
 from memconsole.actions import GuestAttach, GuestHelper, GuestPause, GuestResume, GuestStart, GuestStop, Reserve
 from memconsole.backend import needs
+from memconsole.backend.custody import suspended
 from memconsole.backend.guests.base import STOP_S
 from memconsole.backend.guests.commandline import BINARY, with_accelerator, with_agent
-from memconsole.backend.guests.handle import Handle, stat
 from memconsole.backend.handoff.carried_back import Returning
 from memconsole.backend.handoff.facets import Handover
 from memconsole.backend.handoff.services import unmark
 from memconsole.backend.kernel import census, tree
 from memconsole.backend.ledger.state import Recorded, StateChange
+from memconsole.backend.observe.reach import RegionReaching
+from memconsole.backend.peers.handle import Handle, stat
 from memconsole.backend.revoke import Ladder, Revoking, suspend_vm
 from memconsole.backend.verbs import dma, handoff, services
 from memconsole.backend.verbs.common import at_its_manager, free_name, is_vm, known_guest, refuse_adopted
@@ -36,7 +38,7 @@ class VmStarting(GrantOffers, needs.OwnRegionFds, needs.GuestStarting, needs.Dev
     """What ``guest start`` needs."""
 
 
-class HelperCounting(needs.LiveGuests, needs.RegionReaching, Protocol):
+class HelperCounting(needs.LiveGuests, RegionReaching, Protocol):
     """What ``guest helper`` needs."""
 
 
@@ -324,7 +326,7 @@ def _cut_grant(work: PreparedAction, desk: Revoking, grant: Grant) -> Recorded[N
 def forget(desk: suspend_vm.SuspendedGuests, name: str) -> None:
     """Let go of a guest, of what it saved at a handoff, and remove what lies in its directory."""
     desk.remove_guest(name)
-    suspend_vm.drop_saved_state(desk, name)
+    suspended.drop(desk.custody, name)
     unmark(desk, name)
     handoff.discard_saved_guest(desk, name)
     shutil.rmtree(desk.directory(name), ignore_errors=True)

@@ -10,8 +10,9 @@ import msgspec
 from memconsole.actions import Release, Reserve
 from memconsole.backend import needs
 from memconsole.backend.custody import payloads
-from memconsole.backend.holdings import custody_name
+from memconsole.backend.custody.names import custody_name
 from memconsole.backend.ledger.state import StateChange
+from memconsole.backend.observe.reach import RegionReaching
 from memconsole.backend.stores import adopted
 from memconsole.backend.verbs import handoff
 from memconsole.backend.verbs.common import free_name, known_region
@@ -20,7 +21,7 @@ from memconsole.model import Region, RegionState
 from memconsole.units import format_duration, format_size
 
 
-class RegionReleasing(needs.OwnRegionFds, needs.RegionReaching, Protocol):
+class RegionReleasing(needs.OwnRegionFds, RegionReaching, Protocol):
     """What ``release`` needs."""
 
 

@@ -28,11 +28,11 @@ from msgspec.structs import replace
 
 from memconsole.backend import needs
 from memconsole.backend.custody import payloads
+from memconsole.backend.custody.names import custody_name
 from memconsole.backend.guests import moves
 from memconsole.backend.guests.moves import Move
 from memconsole.backend.guests.relocation import Relocation
 from memconsole.backend.handoff.hindrances import hindrances
-from memconsole.backend.holdings import custody_name
 from memconsole.backend.kernel import tree
 from memconsole.backend.ledger.state import EventRecord, Recorded, StateChange
 from memconsole.backend.managers import libvirt_setup

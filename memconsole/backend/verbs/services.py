@@ -15,11 +15,11 @@ from memconsole.actions import GuestAttach, GuestService
 from memconsole.backend import needs
 from memconsole.backend.guests import service, units
 from memconsole.backend.guests.base import is_process
-from memconsole.backend.guests.handle import Handle
 from memconsole.backend.handoff import services as saved
 from memconsole.backend.handoff.facets import HandoffReporting
 from memconsole.backend.kernel import census
 from memconsole.backend.ledger.state import EventRecord, Recorded, StateChange
+from memconsole.backend.peers.handle import Handle
 from memconsole.backend.verbs.common import free_name
 from memconsole.backend.work import PreparedAction
 from memconsole.errors import GuestError, MemconsoleError

@@ -19,8 +19,9 @@ from memconsole import action_input, actions, bulk
 from memconsole.actions import Action
 from memconsole.arguments import ActionField, ArgumentKind, read_value, write_value
 from memconsole.errors import MemconsoleError
-from memconsole.model import Danger, Plan, Snapshot
+from memconsole.model import Danger, Plan
 from memconsole.views.bound import bound
+from memconsole.views.completing import names_of
 from memconsole.views.screens.dialogs import Dialog, Result
 from memconsole.views.widgets.bars import line, plain
 from memconsole.views.widgets.facts import Lines
@@ -28,19 +29,6 @@ from memconsole.views.widgets.facts import Lines
 Answer = Literal["apply", "options"]
 WIDTH = 70
 """Cells of a dialog's text."""
-
-
-def names_of(kind: ArgumentKind, snapshot: Snapshot | None) -> list[str]:
-    """What exists of a kind of argument, to complete from."""
-    if snapshot is None:
-        return []
-    return {
-        ArgumentKind.REGION: [region.name for region in snapshot.regions],
-        ArgumentKind.GUEST: [guest.name for guest in snapshot.guests],
-        ArgumentKind.GRANT: [grant.id for grant in snapshot.grants],
-        ArgumentKind.WINDOW: [window.id for window in snapshot.windows],
-        ArgumentKind.BDF: [device.bdf for device in snapshot.devices],
-    }.get(kind, [])
 
 
 class FieldForm(Dialog[Result], Generic[Result]):

@@ -19,7 +19,7 @@ from support import lab_guest as lab
 from memconsole.agent import Type
 from memconsole.backend.custody.holder import KeeperCustody
 from memconsole.backend.exports.fd import Hub
-from memconsole.backend.guests.base import Offer
+from memconsole.backend.exports.offer import Offer
 from memconsole.backend.guests.canary import CanaryGuest
 from memconsole.backend.handoff import bootplan, luo
 from memconsole.backend.handoff.bootplan import BootPlan, ClockReading, Hold, Start, Verify

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from support.waiting import until
 
-from memconsole.backend.guests.handle import Handle, stat
 from memconsole.backend.kernel import census, memfds, procmaps
+from memconsole.backend.peers.handle import Handle, stat
 from memconsole.errors import Gone, Silent
 
 SWAPPED = """
 import fcntl, os, sys
 from pathlib import Path
-from memconsole.backend.guests.handle import GIVEN_FD, Handle, spawn
+from memconsole.backend.peers.handle import GIVEN_FD, Handle, spawn
 
 for number, text in ((GIVEN_FD, b"third "), (GIVEN_FD + 1, b"first "), (GIVEN_FD + 2, b"second ")):
     read, write = os.pipe()

@@ -1,0 +1,40 @@
+"""What is mapped of an export: the files on the mount by their names and inodes, and mappings that lead nowhere."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from memconsole.model import Grant, ProcessId, Region
+
+
+class FuseAlias(NamedTuple):
+    """Another file through which a region's frames are mapped; ``base`` is where in the region it begins, in bytes.
+
+    Its mappings show this device and inode. ``path`` is what it is called on the mount; who maps it may have it under
+    another name, in another namespace.
+    """
+
+    region: str
+    device: int
+    inode: int
+    base: int
+    path: str
+
+
+def path_of(grant: Grant) -> str:
+    """What the file of a grant is called on the mount, below its top."""
+    return f"guests/{grant.guest}/ram/{grant.region}"
+
+
+def is_whole(grant: Grant, region: Region) -> bool:
+    """Whether it grants all of the region: the mount shows no other grants."""
+    return grant.offset == 0 and grant.length == region.size
+
+
+class BlockedMapping(NamedTuple):
+    """A mapping that is there and leads nowhere: every access waits for an answer that is never given."""
+
+    process: ProcessId
+    start: int
+    end: int

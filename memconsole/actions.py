@@ -117,7 +117,7 @@ class Move(Action, frozen=True, tag="move"):
         "Move region",
         "Move a region's contents to another store; its guests have it again afterwards",
         Danger.CHANGES,
-        "",
+        "N",
         "regions",
     )
     region: Annotated[str, Arg(ArgumentKind.REGION, "region to move", positional=True)]

@@ -89,6 +89,7 @@ MEANINGS: tuple[Meaning, ...] = (
     _acts("map", "map it", "map", "window-map"),
     _acts("revoke", "take it back", "revoke", "window-revoke"),
     _acts("release", "release it", "release"),
+    _acts("move", "move it to another store", "move"),
     _acts("attach", "attach a process", "guest-attach"),
     _acts("service", "have a service (a daemon, a database) as a guest", "guest-service"),
     _acts("helper", "name a helper process", "guest-helper"),

@@ -18,6 +18,7 @@
 #include <sys/sysmacros.h>
 #include <unistd.h>
 
+#include "arena_label.h"
 #include "core.h"
 #include "faultpoint.h"
 #include "resume.h"
@@ -29,18 +30,10 @@
 #endif
 #define OPTIONS "dax=always"
 #define SUPER_AT 1024
-#define SUPER_MAGIC 0xEF53
-#define STATE_ERRORS 2
-#define NEEDS_RECOVERY 4
 #define EXTENTS 512
 
 struct arena arenas[ARENAS_MAX];
 size_t nr_arenas;
-
-static uint16_t le16(const uint8_t *at)
-{
-	return (uint16_t)(at[0] | at[1] << 8);
-}
 
 void read_line(const char *path, char *text, size_t size)
 {
@@ -51,22 +44,6 @@ void read_line(const char *path, char *text, size_t size)
 	text[strcspn(text, "\n")] = 0;
 	if (fd >= 0)
 		close(fd);
-}
-
-bool arena_label(const uint8_t *super, char *name, const char **why, bool *replays)
-{
-	size_t length;
-
-	if (le16(super + 0x38) != SUPER_MAGIC || memcmp(super + 0x78, "mc:", 3))
-		return false;
-	memcpy(name, super + 0x7b, 13);
-	name[13] = 0;
-	length = strlen(name);
-	if (!length || name[0] == '.' || strspn(name, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-") != length)
-		return false;
-	*why = le16(super + 0x3a) & STATE_ERRORS ? "its file system has noted errors: e2fsck, then memconsole arena scan" : NULL;
-	*replays = super[0x60] & NEEDS_RECOVERY;
-	return true;
 }
 
 /* Where a device is mounted, from the kernel's list; whether it is. Names with blanks are none of ours. */

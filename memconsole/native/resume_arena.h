@@ -33,14 +33,6 @@ bool arenas_look(const char *runtime);
 /* Whether the command line sets ranges aside, which are then to become devices. */
 bool ranges_wanted(void);
 
-/**
- * arena_label() - whether a superblock of 1024 bytes is that of an arena
- * @name: its name, of at most 13 letters
- * @why: static text: why it may not be mounted, or NULL
- * @replays: whether its journal will be replayed
- */
-bool arena_label(const uint8_t *super, char *name, const char **why, bool *replays);
-
 /* Find the manifest that waits in an arena. Returns 0, or -ENOENT; what is left alone is said on stderr. */
 int arena_manifest(void);
 

@@ -66,8 +66,8 @@ def test_the_arrows_map_leaves_no_letter_to_moving() -> None:
 
 
 def test_own_keys_hold_for_a_binding_or_for_all_of_a_meaning() -> None:
-    held = keys.keymap("", {"reserve": "N", "again": "f5, ctrl+r", "guest-stop": ","}).keys
-    assert (held["reserve"], held["guest-start"]) == ("N", "n")
+    held = keys.keymap("", {"reserve": "K", "again": "f5, ctrl+r", "guest-stop": ","}).keys
+    assert (held["reserve"], held["guest-start"]) == ("K", "n")
     assert held["refresh"] == held["pfn.rescan"] == "f5,ctrl+r"
     assert held["guest-stop"] == "S"  # the comma is the run of frames before
     assert keys.keymap("", {"refresh": "x", "again": "f5"}).keys["refresh"] == "x"

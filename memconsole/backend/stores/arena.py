@@ -250,7 +250,10 @@ def create_refusals(name: str, device: Pmem, root: Root = "/") -> Iterator[tuple
         remedy = f"memconsole arena scan takes it up; memconsole arena remove {held.arena} gives it up"
         yield "HoldsArena", what, f"it holds the arena {held.arena}", remedy
     elif held.other:
-        remedy = f"if it is no longer needed: wipefs -a {device.path}; blkdiscard -z {device.path}"
+        remedy = (
+            f"keep a copy first, it may be an arena with a torn beginning: dd if={device.path} of=FILE bs=2M;"
+            f" if it is no longer needed: wipefs -a {device.path}; blkdiscard -z {device.path}"
+        )
         yield "HoldsUnknown", what, f"it holds {held.other}", remedy
 
 

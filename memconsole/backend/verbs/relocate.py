@@ -47,11 +47,11 @@ from memconsole.units import format_duration, format_size
 log = logging.getLogger(__name__)
 
 RATE = 400 << 20
-"""Bytes a second that are copied at least, of RAM that is not zero (tests/bench); what a plan counts with."""
+"""Bytes a second that a plan counts with: a cautious guess, for it is not known beforehand how fast QEMU sends."""
 _LAST_S = 0.3
 """Seconds that QEMU's last round takes at most (its downtime-limit), unless a guest writes faster than it is copied."""
 _AGAIN_S = 2.0
-"""Seconds that libvirt takes to end a QEMU and to start another; what a plan counts with."""
+"""Seconds for libvirt to end a QEMU and to start another; a guess that a plan counts with."""
 _ENFORCED = "/sys/fs/selinux/enforce"
 _NOT_ON_FILES = frozenset({"nvdimm", "virtio-mem", "virtio-pmem"})
 

@@ -166,8 +166,8 @@ def shortened(titles: Sequence[str], room: int) -> list[str]:
 
 
 def rank(id: str) -> int:
-    """How far to the front a key of this id stands: opening first, then what is done to the row, then the rest."""
-    return 0 if id == "open" else 1 if id in actions.REGISTRY or id == "pfn" else 2
+    """How far to the front a key of this id stands: opening and the map, what is done to the row, then the rest."""
+    return 0 if id in {"open", "pfn"} else 1 if id in actions.REGISTRY else 2
 
 
 class Keys(Bar):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import threading
 import time
 from collections.abc import Sequence
@@ -118,7 +119,7 @@ class QemuGuest:
         Raises:
             GuestError: it cannot start (its last words are in the error) or its monitor does not answer.
         """
-        if ram.access is not Access.RW:
+        if ram.access is not Access.RW or (ram.offset and not stat.S_ISCHR(os.fstat(ram.fd).st_mode)):
             raise GuestError(
                 f"guest {name} cannot start", "QEMU needs a whole region, read-write", f"memconsole map REGION {name}"
             )

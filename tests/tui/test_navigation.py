@@ -243,11 +243,11 @@ async def test_help_ends_with_what_every_word_means() -> None:
 
 
 async def test_keys_can_be_given_to_other_actions() -> None:
-    app = console(settings=ConsoleSettings(keys={"reserve": "N", "view-guests": "ctrl+g"}))
+    app = console(settings=ConsoleSettings(keys={"reserve": "K", "view-guests": "ctrl+g"}))
     async with running(app) as pilot:
         await pilot.press("2")
         active = app.screen.active_bindings
-        assert active["N"].binding.id == "reserve"
+        assert active["K"].binding.id == "reserve"
         assert "n" not in active
         await pilot.press("ctrl+g")
         assert app.trail == [Place("guests")]

@@ -22,12 +22,14 @@ from support.firmware import STATUS, counting
 from support.waiting import until
 
 from memconsole.actions import GuestAdopt
+from memconsole.backend.managers import saveimage
 from memconsole.backend.wire.client import Client
 from memconsole.model import HandoffState
 
+RAM_SIZE = 32 << 20
 DOMAIN = """<domain type='qemu'>
   <name>{name}</name>
-  <memory unit='MiB'>32</memory>
+  <memory unit='b'>{size}</memory>
   <memoryBacking><source type='{source}'/><access mode='shared'/></memoryBacking>
   <vcpu>1</vcpu>
   <os><type arch='x86_64' machine='q35'>hvm</type><loader readonly='yes' type='rom'>{firmware}</loader></os>
@@ -113,7 +115,7 @@ def before() -> None:
     daemon()
     for name, source in SOURCES.items():
         path = Path(f"/run/{name}.xml")
-        path.write_text(DOMAIN.format(name=name, source=source, firmware=GUEST / "firmware.bin"))
+        path.write_text(DOMAIN.format(name=name, size=RAM_SIZE, source=source, firmware=GUEST / "firmware.bin"))
         virsh("define", path)
         virsh("start", name)
     virsh("autostart", "web")
@@ -165,8 +167,11 @@ def after() -> None:
     left = virsh("list", "--all", "--with-managed-save", "--name").split()
     lab.say("libvirt", set(states.values()) == {"running"} and not left, states=states, left=left)
     virsh("save", "web", "/run/web.image")
+    with Path("/run/web.image").open("rb", buffering=0) as file:
+        image = saveimage.examine(file.fileno())
     virsh("restore", "/run/web.image")
-    lab.say("saved-again", Path("/run/web.image").stat().st_size > 32 << 20)
+    kept = {each.name: each.kept for each in image.stream.blocks} if image.stream is not None else {}
+    lab.say("saved-again", image.image.lock is None and kept["pc.ram"] >= RAM_SIZE // 4096, kept=kept)
     lab.say("end", findings=host.findings(client))
 
 

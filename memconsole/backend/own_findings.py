@@ -184,9 +184,13 @@ def _between(desk: WaitingGuests) -> tuple[Finding, ...]:
     """The guests whose RAM was on its way into files when somebody was killed."""
     if any(isinstance(intent.action, GuestAdopt) for intent in desk.state.unfinished.values()):
         return ()
+    from memconsole.backend.stores import ramfiles
+
+    if not ramfiles.domains():
+        return ()
     from memconsole.backend.guests import moves
 
-    return tuple(moves.findings(desk.runtime_dir)) if moves.is_any() else ()
+    return tuple(moves.findings(desk.runtime_dir))
 
 
 def _suspended(desk: WaitingGuests) -> Iterator[Finding]:

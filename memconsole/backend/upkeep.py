@@ -15,6 +15,7 @@ A Snapshot that somebody took is used for both; where nobody looks, one is taken
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -94,8 +95,7 @@ class Upkeep:
         self._ready = ready
         self._apply = apply
         self._tried: set[str] = set()
-        self._make_carried = carried
-        self._carried: Carried | None = None
+        self._carried = functools.cache(carried)
         self._past = past
         self._maps_since = maps_since
         self._taking = threading.Lock()
@@ -155,14 +155,13 @@ class Upkeep:
             return
         with self._idle() as still:
             if still:
-                self._carried = self._carried or self._make_carried()
-                self._carried.see_to()
+                self._carried().see_to()
 
     def settle_moves(self) -> None:
         """End the moves of guests' RAM that were cut short, as far as libvirt answers."""
-        from memconsole.backend.guests import moves
+        from memconsole.backend.stores import ramfiles
 
-        if moves.is_any():
+        if ramfiles.domains():
             from memconsole.backend.verbs import relocate
 
             with self._idle() as still:

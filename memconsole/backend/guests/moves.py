@@ -74,11 +74,6 @@ class Move(Value, frozen=True):
         return ramfiles.directory(self.uuid) / name
 
 
-def is_any() -> bool:
-    """Whether there may be moves that were begun, anybody's."""
-    return bool(_names())
-
-
 def pending(runtime: Path) -> tuple[Move, ...]:
     """The moves that a control process of this runtime directory has begun, and that are at neither of their ends.
 
@@ -86,20 +81,13 @@ def pending(runtime: Path) -> tuple[Move, ...]:
         Undecodable: what was written down of one is not readable. Denied, KernelRefused: it is not shown.
     """
     found = []
-    for name in _names():
+    for name in ramfiles.domains():
         with contextlib.suppress(NotFound):
             path = ramfiles.directory(name) / _NOTE
             raw = tree.read("/", str(path), limit=_LARGEST)
             remedy = "see docs/libvirt.md: the other files there are the guest's RAM and state"
             found.append(decoding.json(raw, Move, what=str(path), remedy=remedy, limit=_LARGEST))
     return tuple(each for each in found if each.runtime == str(runtime.absolute()))
-
-
-def _names() -> list[str]:
-    try:
-        return sorted(os.listdir(ramfiles.place()))  # noqa: PTH208 - asked for each second: nothing more is wanted
-    except (FileNotFoundError, PermissionError):
-        return []
 
 
 def note(move: Move) -> None:
@@ -217,13 +205,12 @@ def restore(move: Move) -> None:
     Raises:
         GuestError: it does not.
     """
-    what = f"domain {move.managed.name} is not started on the RAM that was copied; its state and RAM are kept"
-    words = ("restore", str(move.path("image")), "--running" if move.running else "--paused")
     try:
-        virsh.run(*words, what=what, within=ENDS_S)
+        virsh.restore(str(move.path("image")), ENDS_S, paused=not move.running)
     except GuestError as error:
+        what = f"domain {move.managed.name} is not started on the RAM that was copied; its state and RAM are kept"
         remedy = f"see why in /var/log/libvirt/qemu; it is tried again every few seconds ({error.remedy})"
-        raise GuestError(error.what, error.why, remedy, code="NotStarted") from None
+        raise GuestError(what, error.why, remedy, code="NotStarted") from None
 
 
 def running(root: Root, uuid: str) -> tuple[int, Managed] | None:

@@ -70,6 +70,15 @@ def make_directory(path: Path, mode: int) -> None:
         raise KernelRefused(f"mkdir {path}", error.errno or 0, remedy="give another directory") from None
 
 
+def sync_directory(path: Path) -> None:
+    """Have the names in a directory be on its disk; raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def check_above(path: Path) -> None:
     """Nothing, for a path that nobody but root and this user can make lead elsewhere.
 

@@ -59,6 +59,17 @@ def read(name: str, payload: bytes, kind: type[T]) -> T:
     return decoding.json(payload, kind, what=f"what custody says of {name}", remedy=_REMEDY)
 
 
+def held(custody: Custody, name: str, kind: type[T]) -> T:
+    """What custody says of a file, as a value; the file itself is not wanted.
+
+    Raises:
+        NotFound: custody holds no such file. Undecodable: its payload is none of this kind.
+    """
+    fd, payload = custody.get(name)
+    os.close(fd)
+    return read(name, payload, kind)
+
+
 def put(custody: Custody, name: str, fd: int, value: Value, *, like: str = "") -> None:
     """Hold an fd with a value as its payload, and with what a newer memconsole wrote of it under ``name`` or ``like``.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from typing import TYPE_CHECKING
 
 from memconsole.backend.custody import payloads
@@ -31,11 +30,9 @@ def read(custody: Custody, guest: str) -> SuspendedGuest | None:
         BadFile: this memconsole cannot read it.
     """
     try:
-        fd, payload = custody.get(f"{STATE}:{guest}")
+        return payloads.held(custody, f"{STATE}:{guest}", SuspendedGuest)
     except NotFound:
         return None
-    os.close(fd)
-    return payloads.read(f"{STATE}:{guest}", payload, SuspendedGuest)
 
 
 def drop(custody: Custody, guest: str) -> None:

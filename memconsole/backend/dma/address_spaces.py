@@ -112,13 +112,11 @@ class AddressSpaces:
             self._joined.add(int(number))
         if kind in {None, _GROUP}:
             return
-        fd, payload = self._holdings.custody.get(name)
-        os.close(fd)
         if kind == _SPACE:
-            space = payloads.read(name, payload, AddressSpace)
+            space = payloads.held(self._holdings.custody, name, AddressSpace)
             self._spaces[space.guest] = space
             return
-        attached = payloads.read(name, payload, AttachedDevice)
+        attached = payloads.held(self._holdings.custody, name, AttachedDevice)
         self._devices[attached.bdf] = attached.guest
         if attached.group is not None:
             self._groups[attached.bdf] = attached.group

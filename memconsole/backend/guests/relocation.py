@@ -1,4 +1,4 @@
-"""A domain of libvirt whose RAM nobody else can hold is moved into files that can be, and libvirt starts it on them.
+"""A domain's RAM that only its QEMU can hold is moved into files, and libvirt starts the domain on them.
 
     /run/memconsole/ram/UUID/           until it runs there (:mod:`memconsole.backend.stores.ramfiles`)
         BLOCK                           a block of RAM
@@ -29,7 +29,7 @@ from memconsole.backend.guests.statestream import StateStream
 from memconsole.backend.kernel import tree
 from memconsole.backend.kernel.tree import Root
 from memconsole.backend.managers import domainxml, plans, saveimage, virsh
-from memconsole.backend.managers.guest_memory import Block
+from memconsole.backend.managers.guest_memory import Block, file_name
 from memconsole.backend.managers.migration import Elsewhere
 from memconsole.backend.steps import Step
 from memconsole.backend.stores import ramfiles
@@ -84,7 +84,7 @@ class Relocation:
         Raises:
             GuestError, Refused, Undecodable: it cannot, or libvirt or QEMU does not say.
         """
-        self._xml = self._described()
+        self._xml = virsh.description(self._managed.uuid)
         domainxml.on_files(self._xml, moved=True)
         names = _stream_names(self._monitor)
         self._move = Move(
@@ -95,10 +95,6 @@ class Relocation:
             _owner(self._root, self._guest.pid or 0),
             tuple(_block(self._guest.name, block, names) for block in blocks if not block.nv),
         )
-
-    def _described(self) -> bytes:
-        what = f"libvirt does not say how domain {self._managed.name} is made"
-        return virsh.run("dumpxml", "--migratable", "--security-info", self._managed.uuid, what=what).strip()
 
     def make(self) -> None:
         """Make the files, and write down what is begun.
@@ -163,7 +159,7 @@ class Relocation:
             raise
 
     def _refuse_changed(self) -> None:
-        if _lasting(self._described()) != _lasting(self._xml):
+        if _lasting(virsh.description(self._managed.uuid)) != _lasting(self._xml):
             why = "its XML is another than before its RAM was copied"
             raise GuestError(f"domain {self._managed.name} was changed meanwhile", why, "try again", code="Changed")
 
@@ -255,9 +251,8 @@ def _block(guest: str, block: Block, names: frozenset[str]) -> MovedBlock:
     if stream is None:
         why = "info ramblock does not name it"
         raise GuestError(f"block {block.name} of guest {guest} is not known", why, "report it, with QEMU's version")
-    file = block.name.removeprefix("mem") if block.name.startswith("memdimm") else block.name
     parts = tuple((part.gpa, part.offset, part.size) for part in block.parts)
-    return MovedBlock(block.name, stream, file, block.size, region_name(guest, block.name), parts)
+    return MovedBlock(block.name, stream, file_name(block.name), block.size, region_name(guest, block.name), parts)
 
 
 def region_name(guest: str, block: str) -> str:

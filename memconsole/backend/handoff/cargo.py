@@ -56,7 +56,7 @@ def place_of(desk: needs.RegionFds, region: str) -> str:
     return places.pop() if len(places) == 1 else ""
 
 
-def cargo_files(desk: needs.InCustody, names: Iterable[str]) -> list[int]:
+def held_sizes(desk: needs.InCustody, names: Iterable[str]) -> list[int]:
     """The sizes in bytes of what custody holds under these names."""
     sizes = []
     for name in names:
@@ -100,7 +100,7 @@ def hold_still(desk: needs.Stored, *, on: bool) -> None:
 
 
 def still(desk: needs.Stored, cargo: Iterable[SessionContents], road: str) -> Iterator[Step]:
-    """The last step before a jump where something lies in an arena: nothing of ours is written from there on."""
+    """The last step before a jump where something lies in an arena: memconsole writes nothing there from then on."""
     if road or any(each.by_itself for each in cargo):
         yield Step(
             "still",

@@ -33,6 +33,7 @@ from memconsole.backend.handoff.bootplan import ClockReading
 from memconsole.backend.kernel import tree
 from memconsole.backend.ledger import boots
 from memconsole.backend.managers import domainxml, plans, saveimage, virsh
+from memconsole.backend.managers.guest_memory import file_name
 from memconsole.backend.managers.migration import Elsewhere
 from memconsole.backend.managers.saveimage import Image
 from memconsole.backend.managers.virsh import Monitor
@@ -62,7 +63,7 @@ class CarriedBlock(Value, frozen=True):
     @property
     def file(self) -> str:
         """What libvirt calls the block in the directory it makes for RAM."""
-        return self.name.removeprefix("mem") if self.name.startswith("memdimm") else self.name
+        return file_name(self.name)
 
 
 class Carried(Value, frozen=True):
@@ -118,9 +119,7 @@ def note(desk: needs.InCustody, guest: str) -> Carried:
     Raises:
         NotFound: there is none. BadFile: nobody can read it.
     """
-    fd, payload = desk.custody.get(held(guest))
-    os.close(fd)
-    return payloads.read(held(guest), payload, Carried)
+    return payloads.held(desk.custody, held(guest), Carried)
 
 
 def drop(desk: needs.InCustody, guest: str) -> None:
@@ -203,7 +202,7 @@ class Taking:
         self._stream: StateStream | None = None
 
     def steps(self) -> Iterator[Step]:
-        """Look, set, stream: afterwards it stands still, and nobody lets it run but us."""
+        """Look, set, stream: afterwards the guest stands still, and only memconsole lets it run."""
         name = self.guest.name
         yield Step(f"look-{name}", f"begin a save image of {name} in custody", self._look, self._forget, "drop it")
         yield Step(

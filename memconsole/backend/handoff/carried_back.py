@@ -174,7 +174,7 @@ def restart(desk: Returning, guest: Guest) -> PreparedAction:
 
 
 def _start(desk: Returning, guest: str, said: Carried) -> None:
-    """From the managed save that libvirt knows, else from an image beside the plan."""
+    """Have libvirt start a guest from the managed save that it knows, else from an image beside the plan."""
     if virsh.is_saved(said.uuid) and _is_ours(SAVES / f"{said.name}.save", said):
         virsh.start(said.uuid, RESTORE_S)
         return

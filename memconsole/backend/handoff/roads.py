@@ -33,13 +33,13 @@ def facts_of(desk: facets.HandoffChecks, survival: Survival, line: str) -> dict[
 def _needed(desk: facets.HandoffChecks, carrier: Carrier) -> int:
     held = set(desk.custody.names())
     told = [name for name in held if name.startswith(services.TOLD)]
-    sizes = cargo.cargo_files(desk, [name for name in (gathered.LEDGER, MOUNT, *told) if name in held])
+    sizes = cargo.held_sizes(desk, [name for name in (gathered.LEDGER, MOUNT, *told) if name in held])
     sizes += [_STATES[guest.kind] for guest in desk.state.guests.values() if guest.kind in _STATES]
     return sum(-(-max(size, 1) // carrier.unit) * carrier.unit for size in (*sizes, _MANIFEST))
 
 
 def stranded(desk: facets.HandoffChecks) -> tuple[tuple[str, str], ...]:
-    """VMs of ours, each with a region that it runs on and that memconsole-resume finds nowhere."""
+    """VMs that memconsole started, each with a region that it runs on and that memconsole-resume does not find."""
     state = desk.state
     return tuple(
         (guest.name, grant.region)

@@ -1,4 +1,4 @@
-"""PFN maps of the past, beside the Snapshots in their store: each as somebody had it scanned, where it differed.
+"""PFN maps of the past, beside the Snapshots in their store: each as it was scanned for a viewer, where it differed.
 
 Grammar, a table of the store (:mod:`.store`)::
 

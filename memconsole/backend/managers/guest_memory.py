@@ -69,6 +69,11 @@ class Block(NamedTuple):
     nv: bool = False
 
 
+def file_name(block: str) -> str:
+    """What libvirt calls a block in the directory that it makes for RAM."""
+    return block.removeprefix("mem") if block.startswith("memdimm") else block
+
+
 class MemoryBackend(NamedTuple):
     """A memory backend in QEMU's command line, as far as it is said there."""
 

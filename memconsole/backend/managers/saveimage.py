@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from memconsole import paths
 from memconsole.backend.managers import domainxml
 from memconsole.backend.managers.migration import Elsewhere, Filtered, filtered
 from memconsole.errors import BadFile, KernelRefused, Refused
@@ -186,7 +187,7 @@ def unlock(source: int, target: Path, elsewhere: Sequence[Elsewhere], *, digest:
         finish(fd)
         with _writing():
             draft.replace(target)
-            _sync_directory(target.parent)
+            paths.sync_directory(target.parent)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
@@ -210,14 +211,6 @@ def _refuse_unlocked(found: Filtered) -> None:
     if not found.was_locked:
         why = "its stream says no lock: it was unlocked before, or has its RAM in it"
         raise Refused("the save image is not unlocked", why, "restore it as it is", code="NotLocked")
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 class Description(NamedTuple):

@@ -165,10 +165,11 @@ def start(uuid: str, within: float) -> None:
     run("start", "--domain", uuid, what=f"libvirt does not start domain {uuid}", within=within)
 
 
-def restore(image: str, within: float) -> None:
-    """Restore a domain from an image.
+def restore(image: str, within: float, *, paused: bool | None = None) -> None:
+    """Restore a domain from an image, as it was when it was saved, or paused, or running.
 
     Raises:
         GuestError: it was not restored.
     """
-    run("restore", image, what=f"libvirt does not restore {image}", within=within)
+    state = () if paused is None else ("--paused" if paused else "--running",)
+    run("restore", image, *state, what=f"libvirt does not restore {image}", within=within)

@@ -16,6 +16,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from memconsole import paths
 from memconsole.backend.kernel import tree
 from memconsole.backend.kernel.tree import Root
 from memconsole.backend.stores import arena as arenas
@@ -44,7 +45,7 @@ def leave(place: Path, files: Mapping[int, int], root: Root = "/") -> None:
     try:
         for token, fd in files.items():
             _copy(fd, place / f"{CARGO}{token}")
-        _sync(place)
+        paths.sync_directory(place)
         with open(place / f"{CARGO}{MANIFEST_TOKEN}", "rb") as file:  # noqa: PTH123 - for its descriptor
             os.setxattr(file.fileno(), MARK, said.encode())
             os.fsync(file.fileno())
@@ -67,7 +68,7 @@ def take_back(place: Path) -> None:
         for each in left:
             each.unlink()
         if left:
-            _sync(place)
+            paths.sync_directory(place)
     except OSError as error:
         what = "what a handoff left in an arena cannot be taken away"
         raise KernelRefused("unlink", error.errno or 0, what=what) from None
@@ -118,14 +119,6 @@ def _copy(fd: int, path: Path) -> None:
         os.fsync(to)
     finally:
         os.close(to)
-
-
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 class Carrying:

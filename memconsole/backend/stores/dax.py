@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from memconsole import paths
 from memconsole.backend.kernel import pmem
 from memconsole.backend.kernel.tree import Root
 from memconsole.backend.stores import arena as arenas
@@ -161,9 +162,8 @@ class DaxStore(Carrying):
             KernelRefused: it cannot be written.
         """
         before = _record(fds[0])
-        meant = msgspec.structs.replace(region, state=RegionState.RESERVED, segments=(), grants=(), seen=None)
         record = RegionRecord(
-            region=meant, generation=before.generation if before is not None else 1, grants=tuple(grants)
+            region=files.meant(region), generation=before.generation if before is not None else 1, grants=tuple(grants)
         )
         if record != before:
             arenas.write_record(fds[0], record)
@@ -197,11 +197,7 @@ class DaxStore(Carrying):
         Raises:
             KernelRefused: it cannot be opened.
         """
-        flags = os.O_RDWR if access is Access.RW else os.O_RDONLY
-        try:
-            return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
-        except OSError as error:
-            raise KernelRefused("open", error.errno or 0, what="a file of an arena cannot be opened") from None
+        return files.opened_again(fd, access, "a file of an arena")
 
     def readable_fd(self, fd: int) -> int:
         """The segment itself, read-only; raises as :meth:`segment_fd`."""
@@ -343,7 +339,7 @@ def create_file(arena: Arena, entry: str, size: int) -> int:
         ext4.allocate(fd, size)
         _refuse_pieces(arena, fd, size)
         ext4.fill(fd, size)
-        _sync(arena.path)
+        paths.sync_directory(arena.path)
     except BaseException as error:
         os.ftruncate(fd, 0)  # nobody has it open
         path.unlink()
@@ -391,7 +387,7 @@ def _discard(path: Path) -> None:
         ext4.set_immutable(fd, on=False)  # an immutable file cannot be unlinked
         path.unlink()
         cut(fd)
-        _sync(path.parent)
+        paths.sync_directory(path.parent)
     except OSError as error:
         raise KernelRefused("unlink", error.errno or 0, what=f"{path} cannot be taken away") from None
     finally:
@@ -403,7 +399,7 @@ def _rename(place: Path, one: str, other: str, how: int) -> None:
     if libc.renameat2(_AT_CWD, os.fsencode(place / one), _AT_CWD, os.fsencode(place / other), how):
         number = ctypes.get_errno()
         raise KernelRefused("renameat2", number, what=f"{one} cannot become {other} in the arena {place}")
-    _sync(place)
+    paths.sync_directory(place)
 
 
 def _is_file(path: Path, fd: int) -> bool:
@@ -411,14 +407,6 @@ def _is_file(path: Path, fd: int) -> bool:
         found, meant = path.stat(), os.fstat(fd)
         return (found.st_dev, found.st_ino) == (meant.st_dev, meant.st_ino)
     return False
-
-
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _record(fd: int) -> RegionRecord | None:

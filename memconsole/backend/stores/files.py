@@ -7,8 +7,11 @@ import fcntl
 import os
 from collections.abc import Sequence
 
+from msgspec.structs import replace
+
 from memconsole.backend.kernel.memfds import seal_names
-from memconsole.model import Segment
+from memconsole.errors import KernelRefused
+from memconsole.model import Access, Region, RegionState, Segment
 
 SEGMENT = 512 << 30
 """Bytes of a segment at most: the kernel's array of preserved folios has no room for 1 TiB."""
@@ -18,6 +21,24 @@ def segments(fds: Sequence[int]) -> tuple[Segment, ...]:
     """The segments by the inode and device their mappings show in /proc/PID/maps."""
     found = [os.fstat(fd) for fd in fds]
     return tuple(Segment(stat.st_ino, stat.st_dev, stat.st_size) for stat in found)
+
+
+def opened_again(fd: int, access: Access, what: str) -> int:
+    """A new file description of a segment, read-only for ``ro``, which the caller closes.
+
+    Raises:
+        KernelRefused: it cannot be opened; ``what`` says of what.
+    """
+    flags = os.O_RDWR if access is Access.RW else os.O_RDONLY
+    try:
+        return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
+    except OSError as error:
+        raise KernelRefused("open", error.errno or 0, what=f"{what} cannot be opened") from None
+
+
+def meant(region: Region) -> Region:
+    """A region as its memory says of itself: without what is of one boot, or is said beside it."""
+    return replace(region, state=RegionState.RESERVED, segments=(), grants=(), seen=None)
 
 
 def resident_bytes(fds: Sequence[int]) -> int:

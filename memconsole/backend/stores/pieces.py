@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from memconsole.backend.kernel.tree import Root
-from memconsole.backend.stores import memfd, ranges
+from memconsole.backend.stores import files, memfd, ranges
 from memconsole.backend.stores.base import Found, Unfound
 from memconsole.backend.stores.described import UNIT, Description, Piece, place_for
 from memconsole.backend.stores.ranges import Devices, Opened, Range
 from memconsole.errors import KernelRefused, MemconsoleError, NotFound, Refused
-from memconsole.model import Access, Finding, Grant, Refusal, Region, RegionState, Segment, Severity
+from memconsole.model import Access, Finding, Grant, Refusal, Region, Segment, Severity
 from memconsole.units import PAGE, format_size
 
 if TYPE_CHECKING:
@@ -215,8 +215,7 @@ class PieceStore(Unfound):
         place = self._place(region.name)
         if place is None:
             return
-        meant = msgspec.structs.replace(region, state=RegionState.RESERVED, segments=(), grants=(), seen=None)
-        said = msgspec.structs.replace(place.piece, region=meant, grants=tuple(grants))
+        said = msgspec.structs.replace(place.piece, region=files.meant(region), grants=tuple(grants))
         if said != place.piece:
             _change(place.arena, region.name, said)
 
@@ -254,11 +253,7 @@ class PieceStore(Unfound):
         Raises:
             KernelRefused: it cannot be opened.
         """
-        flags = os.O_RDWR if access is Access.RW else os.O_RDONLY
-        try:
-            return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
-        except OSError as error:
-            raise KernelRefused("open", error.errno or 0, what="a device cannot be opened") from None
+        return files.opened_again(fd, access, "a device")
 
     def readable_fd(self, fd: int) -> int:
         """A copy in ordinary memory: a device is not read from, and its descriptor reaches more than the region.

@@ -123,7 +123,10 @@ def _refuse_raw(work: PreparedAction, desk: ArenaKeeping, name: str, device: Ran
         remedy = f"memconsole arena scan takes it up; memconsole arena remove {held.arena} gives it up"
         work.refuse("HoldsArena", what, f"it holds the arena {held.arena}", remedy)
     elif held.other:
-        remedy = f"if it is no longer needed: daxio --zero --output={device.path} (of pmdk)"
+        remedy = (
+            f"keep a copy first, it may be an arena with a torn beginning: daxio --input={device.path} --output=FILE"
+            f" (of pmdk); if it is no longer needed: daxio --zero --output={device.path}"
+        )
         work.refuse("HoldsUnknown", what, f"it holds {held.other}", remedy)
 
 

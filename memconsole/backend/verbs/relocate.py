@@ -1,4 +1,4 @@
-"""``guest adopt --copy``: RAM that nobody else can hold is moved into files, and libvirt starts its guest on them.
+"""``guest adopt --copy``: RAM that only its QEMU can hold is moved into files, and libvirt starts its guest on them.
 
     ask      its QEMU is asked what RAM it has
     make     a file for each block, on a tmpfs, with a note of what is begun

@@ -29,7 +29,7 @@ import sys
 import tempfile
 import termios
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -66,22 +66,13 @@ MAP_KEYS = (
 def _console(table: str) -> None:
     sys.path.insert(0, str(HERE.parent))
     from msgspec.structs import replace
-    from support.synthetic import NOW_NS, SyntheticSource, big_snapshot
+    from support.synthetic import NOW_NS, AlternatingSource, big_snapshot
 
     from memconsole.extents import ExtentTable
-    from memconsole.model import Part, Snapshot
     from memconsole.views.app import ConsoleApp
 
-    class BigSource(SyntheticSource):
-        """Has the table ready in a file, as a control process would have it in a memfd; of two Snapshots, the other."""
-
-        other: Snapshot
-
-        def snapshot(self, parts: Collection[Part] = ()) -> Snapshot:
-            now = super().snapshot(parts)
-            self.show(self.other)
-            self.other = now
-            return now
+    class BigSource(AlternatingSource):
+        """Has the table ready in a file, as a control process would have it in a memfd."""
 
         def extents(self, key: str, at_ns: int | None = None) -> ExtentTable:
             with Path(table).open("rb") as file:

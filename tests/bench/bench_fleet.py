@@ -14,7 +14,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Collection
 from pathlib import Path
 
 from bench_console import Press, Terminal, _p99, _pressed
@@ -34,26 +33,14 @@ TIMES = 20
 def _console() -> None:
     sys.path.insert(0, str(HERE.parent))
     from msgspec.structs import replace
-    from support.synthetic import NOW_NS, SyntheticSource, snapshot
+    from support.synthetic import NOW_NS, AlternatingSource, snapshot
 
     from memconsole.fleet import Fleet, Member
-    from memconsole.model import Part, Snapshot
     from memconsole.views.fleetapp import FleetApp
-
-    class Changing(SyntheticSource):
-        """Of two Snapshots, the other."""
-
-        other: Snapshot
-
-        def snapshot(self, parts: Collection[Part] = ()) -> Snapshot:
-            now = super().snapshot(parts)
-            self.show(self.other)
-            self.other = now
-            return now
 
     def member(number: int) -> Member:
         now = snapshot(10, GUESTS)
-        source = Changing(now)
+        source = AlternatingSource(now)
         first = replace(now.guests[0], memory=now.guests[0].memory + 4096)
         source.other = replace(now, guests=(first, *now.guests[1:]))
         return Member(f"h{number}", lambda: source)

@@ -10,9 +10,7 @@ import os
 import re
 import signal
 import struct
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -20,7 +18,8 @@ from support import keepers
 from support.controls import runtime_dir
 from support.firmware import STATUS, counting
 from support.libvirt_worlds import World
-from support.libvirts import libvirts
+from support.libvirts import COUNTING, libvirts, places
+from support.services import MEMCONSOLE
 from support.waiting import until
 
 from memconsole import actions as do
@@ -29,17 +28,6 @@ from memconsole.backend.custody.holder import KeeperCustody
 
 M = 1 << 20
 UUID = "5d5b5d26-0c46-4d3f-9a58-6b8c3d9c0a12"
-DOMAIN = """<domain type='qemu'>
-  <name>counting</name>
-  <uuid>{uuid}</uuid>
-  <memory unit='MiB'>32</memory>
-  <vcpu>1</vcpu>
-  <os><type arch='x86_64' machine='q35'>hvm</type><loader readonly='yes' type='rom'>{firmware}</loader></os>
-  <features><acpi/></features>
-</domain>
-"""
-OVER = ("/run/memconsole", "/etc/systemd/system", "/etc/apparmor.d/local/abstractions")
-SETUP = "import sys; from memconsole.cli import main; sys.exit(main(['libvirt', 'setup', '--yes']))"
 COPY = do.GuestAdopt("counting", copy=True)
 REGION = "region:counting.pc.ram:0"
 
@@ -98,12 +86,12 @@ class Host(NamedTuple):
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[Host]:
-    with libvirts([path for path in OVER if Path(path).parent.is_dir()]) as manager, runtime_dir() as runtime:
-        manager.run(sys.executable, "-c", SETUP)
+    with libvirts(places()) as manager, runtime_dir() as runtime:
+        manager.run(*MEMCONSOLE, "libvirt", "setup", "--yes")
         manager.end()
         manager.begin()
         description = manager.directory / "counting.xml"
-        description.write_text(DOMAIN.format(uuid=UUID, firmware=counting(manager.directory)[1]))
+        description.write_text(COUNTING.format(uuid=UUID, firmware=counting(manager.directory)[1]))
         manager.virsh("define", description)
         with keepers.running(native.program("memconsole-keeper")) as keeper:
             yield Host(World(manager, runtime / "run", keeper.path))

@@ -10,12 +10,11 @@ import os
 import signal
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from support.faultpoints import fault_points
 from support.firmware import STATUS, counting
-from support.libvirts import Libvirt, libvirts
+from support.libvirts import Libvirt, libvirts, places
 from support.services import MEMCONSOLE, Service
 from support.waiting import LONG_S, until
 
@@ -38,7 +37,6 @@ DOMAIN = """<domain type='qemu'>
   <features><acpi/></features>
 </domain>
 """
-OVER = ("/run/memconsole", "/etc/systemd/system", "/etc/apparmor.d/local/abstractions")
 
 
 class World:
@@ -138,7 +136,7 @@ class World:
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    with libvirts([path for path in OVER if Path(path).parent.is_dir()]) as manager:
+    with libvirts(places()) as manager:
         made = World(manager)
         try:
             made.setup()

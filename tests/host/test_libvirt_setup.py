@@ -8,14 +8,14 @@ import re
 import shutil
 import struct
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.firmware import STATUS, counting
-from support.libvirts import Libvirt, libvirts
+from support.libvirts import COUNTING, Libvirt, libvirts, places
+from support.services import MEMCONSOLE
 from support.waiting import until
 
 from memconsole.backend import steps
@@ -37,18 +37,7 @@ DOMAIN = """<domain type='qemu'>
   <features><acpi/></features>
 </domain>
 """
-COUNTING = """<domain type='qemu'>
-  <name>counting</name>
-  <uuid>{uuid}</uuid>
-  <memory unit='MiB'>32</memory>
-  <vcpu>1</vcpu>
-  <os><type arch='x86_64' machine='q35'>hvm</type><loader readonly='yes' type='rom'>{firmware}</loader></os>
-  <features><acpi/></features>
-</domain>
-"""
-MEMCONSOLE = (sys.executable, "-c", "import sys; from memconsole.cli import main; sys.exit(main(sys.argv[1:]))")
 OPERATORS = '#!/bin/sh\necho "$1 $2 $3" >>/var/log/libvirt/operator\n'
-OVER = ("/run/memconsole", "/etc/systemd/system", "/etc/apparmor.d/local/abstractions")
 
 
 class Host:
@@ -94,7 +83,7 @@ class Host:
 @pytest.fixture(scope="module")
 def host() -> Iterator[Host]:
     """A libvirtd with an operator's hook and memconsole's, and the domains ``web`` and ``other``, which do not run."""
-    with libvirts([path for path in OVER if Path(path).parent.is_dir()]) as manager:
+    with libvirts(places()) as manager:
         hooks = manager.directory / "etc/hooks"
         hooks.mkdir()
         host = Host(manager)

@@ -204,7 +204,7 @@ def prepare(
 
 
 @contextlib.contextmanager
-def _started(command: list[str], console: Path) -> Iterator[subprocess.Popen[bytes]]:
+def started(command: Sequence[str], console: Path) -> Iterator[subprocess.Popen[bytes]]:
     """QEMU, which does not outlive this."""
     with (
         console.open("wb", buffering=0) as file,
@@ -221,7 +221,7 @@ def _started(command: list[str], console: Path) -> Iterator[subprocess.Popen[byt
 
 def _once(command: list[str], share: Path) -> str:
     """One boot of the lab, until it ends; why this was no end of its own, else nothing."""
-    with _started(command, share / "console") as qemu:
+    with started(command, share / "console") as qemu:
         why = lab_watch.Watch(qemu, share).ends()
         if not why and qemu.returncode < 0:
             return f"QEMU was ended by signal {-qemu.returncode}"

@@ -8,9 +8,7 @@ first kernel is booted again by the machine when a kernel panics.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import signal
 import subprocess
 import threading
 import time
@@ -165,7 +163,7 @@ def lab_fleet(
         for host in hosts.values():
             _fill(directory, host, images)
             command = _command(host, memory, f"export LAB_MORE='{more}'; {begins}", (options or {}).get(host.name, ()))
-            host.process = stack.enter_context(_running(command, host.share / "console"))
+            host.process = stack.enter_context(lab.started(command, host.share / "console"))
         for host in hosts.values():
             until(host.serves, f"{host.name} serves: {host.share}", PATIENCE)
         yield fleet
@@ -208,21 +206,6 @@ def _command(host: LabHost, memory: str, begins: str, options: Sequence[str]) ->
         early=early,
     )
     return [word for word in command if word != "-no-reboot"]  # a kernel that panics is followed by the first one
-
-
-@contextlib.contextmanager
-def _running(command: Sequence[str], console: Path) -> Iterator[subprocess.Popen[bytes]]:
-    with (
-        console.open("wb", buffering=0) as file,
-        subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        ) as qemu,
-    ):
-        try:
-            yield qemu
-        finally:
-            if qemu.poll() is None:
-                os.killpg(qemu.pid, signal.SIGKILL)
 
 
 def _ssh_config(directory: Path, host: LabHost) -> str:

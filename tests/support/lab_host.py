@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import mmap
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -65,12 +67,47 @@ def _started(words: Sequence[str], fault: str, tool: Sequence[str]) -> subproces
 
 def end(client: Client) -> None:
     """Have the control process end in order; guests and memory stay."""
+    _ended(client, signal.SIGTERM)
+
+
+def killed(client: Client) -> Client:
+    """The control process that comes after one that was killed."""
+    _ended(client, signal.SIGKILL)
+    return serve()
+
+
+def _ended(client: Client, number: signal.Signals) -> None:
     client.close()
-    pids = subprocess.run(["pgrep", "-f", "serve --state-dir"], capture_output=True, text=True, check=True)
-    pid = int(pids.stdout.split()[0])
-    os.kill(pid, 15)
+    pid = service_pid()
+    os.kill(pid, number)
     while Path(f"/proc/{pid}").exists():
         time.sleep(0.05)
+
+
+def service_pid() -> int:
+    """The process of the service."""
+    pids = subprocess.run(["pgrep", "-f", "serve --state-dir"], capture_output=True, text=True, check=True)
+    return int(pids.stdout.split()[0])
+
+
+def said(*words: str) -> tuple[int, str]:
+    """Exit code and output of a command."""
+    from memconsole.cli import main  # most scenarios have no command, and each import takes its time here
+
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        code = main(list(words))
+    return code, out.getvalue()
+
+
+def refused(client: Client, action: Action) -> str:
+    """By what name an action is refused."""
+    return ", ".join(each.code for each in client.plan(action).refusals)
+
+
+def frames(client: Client, key: str) -> list[tuple[int, int]]:
+    """The first frame and the length of every run of a map (``region:NAME``, ``guest:NAME``)."""
+    with client.extents(key) as found:
+        return [(row.pfn, row.count) for row in found]
 
 
 def killed_at(client: Client, point: str) -> tuple[Client, str]:

@@ -54,6 +54,24 @@ memory_backing_dir = "/run/libvirt/ram"
 """
 
 
+COUNTING = """<domain type='qemu'>
+  <name>counting</name>
+  <uuid>{uuid}</uuid>
+  <memory unit='MiB'>32</memory>
+  <vcpu>1</vcpu>
+  <os><type arch='x86_64' machine='q35'>hvm</type><loader readonly='yes' type='rom'>{firmware}</loader></os>
+  <features><acpi/></features>
+</domain>
+"""
+"""A domain with private RAM, whose firmware (:mod:`.firmware`) counts and checks its memory."""
+
+
+def places() -> list[str]:
+    """Where memconsole has or puts files of its own, as far as this host has such directories, for :func:`libvirts`."""
+    over = ("/run/memconsole", "/etc/systemd/system", "/etc/apparmor.d/local/abstractions")
+    return [path for path in over if Path(path).parent.is_dir()]
+
+
 class Libvirt:
     """What runs in the namespace: libvirtd, its QEMUs, and the commands of a test."""
 

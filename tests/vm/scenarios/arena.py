@@ -5,25 +5,19 @@ arena N         so many kexecs
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import os
-import signal
 import subprocess
 import sys
-from pathlib import Path
 
 from support import lab_guest as lab
 from support import lab_host as host
-from support.waiting import until
 
 from memconsole import actions as do
 from memconsole import paths
 from memconsole.backend.custody.holder import KeeperCustody
 from memconsole.backend.wire.client import Client
-from memconsole.cli import main
 from memconsole.errors import MemconsoleError
 from memconsole.model import Outcome
 
@@ -32,13 +26,6 @@ SIZE = 32 * M
 NOTE = lab.SHARE / "note"
 """What the next kernel is to find: digests and frames, by region."""
 LAST = int(sys.argv[1]) + 1
-
-
-def said(*words: str) -> tuple[int, str]:
-    """Exit code and output of a command."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        code = main(list(words))
-    return code, out.getvalue()
 
 
 def contents(client: Client, region: str) -> str:
@@ -54,45 +41,20 @@ def contents(client: Client, region: str) -> str:
         keeper.close()
 
 
-def frames(client: Client, region: str) -> list[tuple[int, int]]:
-    """The first frame and the length of every run of a region."""
-    with client.extents(f"region:{region}") as table:
-        return [(row.pfn, row.count) for row in table]
-
-
-def refused(client: Client, action: do.Action) -> str:
-    """By what name an action is refused."""
-    return ", ".join(each.code for each in client.plan(action).refusals)
-
-
-def pid_of_service() -> int:
-    found = subprocess.run(["pgrep", "-f", "serve --state-dir"], capture_output=True, text=True, check=True)
-    return int(found.stdout.split()[0])
-
-
-def kill(client: Client) -> Client:
-    """The control process that comes after one that was killed."""
-    client.close()
-    pid = pid_of_service()
-    os.kill(pid, signal.SIGKILL)
-    until(lambda: not Path(f"/proc/{pid}").exists(), "it is gone")
-    return host.serve()
-
-
 def make(client: Client) -> None:
-    code, text = said("arena", "list", "--json")
+    code, text = host.said("arena", "list", "--json")
     (here,) = json.loads(text)
     lab.say("range", here["holds"] == "nothing" and here["words"] == "memmap=256M!1G" and not code, list=text)
-    lab.say("nothing-yet", refused(client, do.Reserve("r", SIZE, "dax")) == "NoArena")
+    lab.say("nothing-yet", host.refused(client, do.Reserve("r", SIZE, "dax")) == "NoArena")
     outcome = client.apply(do.ArenaCreate("lab"))
     lab.say("created", "arena lab is on /dev/pmem0" in outcome.text, text=outcome.text)
-    lab.say("again", refused(client, do.ArenaCreate("more")) == "InUse")
+    lab.say("again", host.refused(client, do.ArenaCreate("more")) == "InUse")
     client.apply(do.Reserve("still", SIZE, "dax", prefault=True))
     client.apply(do.GuestStart("can", memory=SIZE, store="dax"))
     wanted = {"lazy": do.Map("still", "can", lazy=True), "small": do.Reserve("odd", M, "dax")}
-    names = {name: refused(client, action) for name, action in wanted.items()}
+    names = {name: host.refused(client, action) for name, action in wanted.items()}
     lab.say("refused", names == {"lazy": "NotLazy", "small": "BadSize"}, names=names)
-    runs = {name: frames(client, name) for name in ("still", "can")}
+    runs = {name: host.frames(client, f"region:{name}") for name in ("still", "can")}
     inside = all(len(each) == 1 and 0x40000 <= each[0][0] < 0x50000 and not each[0][0] % 512 for each in runs.values())
     lab.say("frames", inside, runs=runs)
     seen = host.beaten(client, "can")
@@ -127,7 +89,7 @@ def taken_back(client: Client) -> Outcome:
         same and os.fstat(fd).st_size == 0,
         grown=grown,
         report=str(outcome.revoke),
-        runs=frames(client, "still"),
+        runs=host.frames(client, "region:still"),
     )
     os.close(fd)
     holder.kill()
@@ -141,17 +103,17 @@ def first() -> None:
     make(client)
     taken_back(client)
     beats = host.beaten(client, "can").beats
-    client = kill(client)
+    client = host.killed(client)
     seen = host.beaten(client, "can", beats)
     lab.say("killed", seen.wrong == 0 and not host.findings(client), findings=host.findings(client), beats=seen.beats)
-    code, text = said("arena", "check", "--json")
+    code, text = host.said("arena", "check", "--json")
     lab.say("checked", code == 0, text=text)
     client.apply(do.GuestStop("can"))
     note(client)
 
 
 def note(client: Client) -> None:
-    found = {name: (contents(client, name), frames(client, name)) for name in ("still", "can")}
+    found = {name: (contents(client, name), host.frames(client, f"region:{name}")) for name in ("still", "can")}
     NOTE.write_text(json.dumps(found))
     client.close()
     lab.load()
@@ -163,16 +125,17 @@ def later() -> None:
     before = json.loads(NOTE.read_text())
     found = {region.name: str(region.store) for region in client.snapshot().regions}
     lab.say("found", found == {"still": "dax", "can": "dax"}, found=found, findings=host.findings(client))
-    now = {name: [contents(client, name), [list(row) for row in frames(client, name)]] for name in before}
+    runs = {name: [list(row) for row in host.frames(client, f"region:{name}")] for name in before}
+    now = {name: [contents(client, name), runs[name]] for name in before}
     lab.say("same", now == before, wrong=[name for name in before if now.get(name) != before[name]])
     if lab.stage() < LAST:
         note(client)
     for name in before:
         client.apply(do.Release(name))
-    code, text = said("arena", "list", "--json")
+    code, text = host.said("arena", "list", "--json")
     lab.say("released", json.loads(text)[0]["regions"] == [] and not code, text=text)
     lab.say("removed", client.apply(do.ArenaRemove("lab")).text)
-    _, text = said("arena", "list", "--json")
+    _, text = host.said("arena", "list", "--json")
     lab.say("empty", json.loads(text)[0]["holds"] == "nothing", text=text)
     host.end(client)
     lab.say("end")

@@ -5,13 +5,8 @@ devdax N        so many kexecs
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +18,6 @@ from support.waiting import until
 from memconsole import actions as do
 from memconsole.backend.stores import ranges
 from memconsole.backend.wire.client import Client
-from memconsole.cli import main
 from memconsole.errors import MemconsoleError
 from memconsole.model import RevokeOutcome, Rung
 
@@ -34,52 +28,24 @@ NOTE = lab.SHARE / "note"
 LAST = int(sys.argv[1]) + 1
 
 
-def said(*words: str) -> tuple[int, str]:
-    """Exit code and output of a command."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        code = main(list(words))
-    return code, out.getvalue()
-
-
 def contents(region: str) -> str:
     """A digest of all bytes of a region, as ``memconsole copy`` has them."""
     path = Path("/run/copy")
-    code, text = said("copy", region, str(path))
+    code, text = host.said("copy", region, str(path))
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     path.unlink()
     return digest if not code else text
 
 
-def frames(client: Client, table: str) -> list[tuple[int, int]]:
-    """The first frame and the length of every run of a region, or of a guest as the kernel shows its mappings."""
-    with client.extents(table) as found:
-        return [(row.pfn, row.count) for row in found]
-
-
-def refused(client: Client, action: do.Action) -> str:
-    """By what name an action is refused."""
-    return ", ".join(each.code for each in client.plan(action).refusals)
-
-
-def kill(client: Client) -> Client:
-    """The control process that comes after one that was killed."""
-    client.close()
-    found = subprocess.run(["pgrep", "-f", "serve --state-dir"], capture_output=True, text=True, check=True)
-    pid = int(found.stdout.split()[0])
-    os.kill(pid, signal.SIGKILL)
-    until(lambda: not Path(f"/proc/{pid}").exists(), "it is gone")
-    return host.serve()
-
-
 def make(client: Client) -> None:
-    lab.say("nothing-yet", refused(client, do.Reserve("r", SIZE, "devdax")) == "NoArena")
+    lab.say("nothing-yet", host.refused(client, do.Reserve("r", SIZE, "devdax")) == "NoArena")
     outcome = client.apply(do.ArenaCreate("raw", devdax=True))
     (device,) = ranges.devdax()
     lab.say("created", "arena raw is on /dev/dax" in outcome.text, text=outcome.text, device=device)
-    code, text = said("arena", "list", "--json")
+    code, text = host.said("arena", "list", "--json")
     lab.say("listed", not code and json.loads(text)[-1]["holds"] == "arena raw", text=text)
-    lab.say("again", refused(client, do.ArenaCreate("more", devdax=True)) == "HoldsArena")
+    lab.say("again", host.refused(client, do.ArenaCreate("more", devdax=True)) == "HoldsArena")
     try:
         ranges.opened(device)
         second = "opened"
@@ -89,13 +55,13 @@ def make(client: Client) -> None:
     client.apply(do.Reserve("still", SIZE, "devdax"))
     client.apply(do.GuestStart("can", memory=SIZE, store="devdax"))
     wanted = {"lazy": do.Map("still", "can", lazy=True), "odd": do.Reserve("odd", M, "devdax")}
-    names = {name: refused(client, action) for name, action in wanted.items()}
+    names = {name: host.refused(client, action) for name, action in wanted.items()}
     lab.say("refused", names == {"lazy": "NotLazy", "odd": "BadSize"}, names=names)
-    runs = {name: frames(client, f"region:{name}") for name in ("still", "can")}
+    runs = {name: host.frames(client, f"region:{name}") for name in ("still", "can")}
     apart = all(len(each) == 1 and 0x40000 <= each[0][0] < 0x50000 and not each[0][0] % 512 for each in runs.values())
     lab.say("frames", apart and runs["still"] != runs["can"], runs=runs)
     seen = host.beaten(client, "can")
-    mapped = frames(client, "guest:can")
+    mapped = host.frames(client, "guest:can")
     lab.say("mapped", seen.wrong == 0 and mapped[0][0] == runs["can"][0][0], mapped=mapped[:4])
 
 
@@ -103,13 +69,13 @@ def taken_back(client: Client) -> None:
     """A region whose guest does not give it back; a guest that is a stranger does not get it beside a VM."""
     with AgentProcess(Path("/run/memconsole/agents")) as agent:
         client.apply(do.GuestAttach("proc", agent.process.pid))
-        lab.say("stranger", refused(client, do.Map("still", "proc")) == "Shared")
+        lab.say("stranger", host.refused(client, do.Map("still", "proc")) == "Shared")
         client.apply(do.GuestStop("can"))
         grant = client.apply(do.Map("still", "proc")).subject
         agent.do("wait", grant)
         agent.do("write", grant, "kept")
         agent.do("hold", grant)
-        lab.say("beside", refused(client, do.GuestStart("more", memory=SIZE, store="devdax")) == "Shared")
+        lab.say("beside", host.refused(client, do.GuestStart("more", memory=SIZE, store="devdax")) == "Shared")
         before = contents("still")
         least = ""
         try:
@@ -126,7 +92,7 @@ def taken_back(client: Client) -> None:
 
 
 def note(client: Client) -> None:
-    found = {name: (contents(name), frames(client, f"region:{name}")) for name in ("still", "can")}
+    found = {name: (contents(name), host.frames(client, f"region:{name}")) for name in ("still", "can")}
     NOTE.write_text(json.dumps(found))
     client.close()
     lab.load()
@@ -138,10 +104,10 @@ def first() -> None:
     make(client)
     taken_back(client)
     beats = host.beaten(client, "can").beats
-    client = kill(client)
+    client = host.killed(client)
     seen = host.beaten(client, "can", beats)
     lab.say("killed", seen.wrong == 0 and not host.findings(client), findings=host.findings(client), beats=seen.beats)
-    code, text = said("arena", "check", "--json")
+    code, text = host.said("arena", "check", "--json")
     lab.say("checked", code == 0, text=text)
     client.apply(do.GuestStop("can"))
     note(client)
@@ -152,14 +118,14 @@ def later() -> None:
     before = json.loads(NOTE.read_text())
     found = {region.name: str(region.store) for region in client.snapshot().regions}
     lab.say("found", found == {"still": "devdax", "can": "devdax"}, found=found, findings=host.findings(client))
-    now = {name: [contents(name), [list(row) for row in frames(client, f"region:{name}")]] for name in before}
+    now = {name: [contents(name), [list(row) for row in host.frames(client, f"region:{name}")]] for name in before}
     lab.say("same", now == before, wrong=[name for name in before if now.get(name) != before[name]])
     if lab.stage() < LAST:
         note(client)
     for name in before:
         client.apply(do.Release(name))
     lab.say("removed", client.apply(do.ArenaRemove("raw")).text)
-    _, text = said("arena", "list", "--json")
+    _, text = host.said("arena", "list", "--json")
     lab.say("empty", json.loads(text)[-1]["holds"] == "nothing", text=text)
     host.end(client)
     lab.say("end")

@@ -66,7 +66,8 @@ MAP_KEYS = (
 def _console(table: str) -> None:
     sys.path.insert(0, str(HERE.parent))
     from msgspec.structs import replace
-    from support.synthetic import NOW_NS, AlternatingSource, big_snapshot
+    from support.alternating import AlternatingSource
+    from support.synthetic import NOW_NS, big_snapshot
 
     from memconsole.extents import ExtentTable
     from memconsole.views.app import ConsoleApp

@@ -33,7 +33,8 @@ TIMES = 20
 def _console() -> None:
     sys.path.insert(0, str(HERE.parent))
     from msgspec.structs import replace
-    from support.synthetic import NOW_NS, AlternatingSource, snapshot
+    from support.alternating import AlternatingSource
+    from support.synthetic import NOW_NS, snapshot
 
     from memconsole.fleet import Fleet, Member
     from memconsole.views.fleetapp import FleetApp

@@ -13,11 +13,5 @@ if [ ! -e /var/lib/begun ]; then
 	ln -s ../lab.service /etc/systemd/system/multi-user.target.wants/lab.service
 	: >/var/lib/begun
 fi
-$b hostname "$LAB_NAME"
-$b ip addr add 127.0.0.1/8 dev lo; $b ip link set lo up
-$b ip addr add 10.0.2.15/24 dev eth0; $b ip link set eth0 up; $b ip route add default via 10.0.2.2
-$b mount -o bind /run/lab/boot /boot
-rm -f /run/lab/serves; uname -r >>/run/lab/boots
-mkdir -p /run/sshd
-/usr/sbin/sshd -f /run/lab/sshd_config -E /run/lab/sshd.log
+. "$(dirname "$PYTHONPATH")/tests/support/lab_sshd.sh"
 exec /lib/systemd/systemd --unit=multi-user.target --log-target=console --log-level=notice --show-status=false

@@ -8,13 +8,7 @@ ln -sf "$root/memconsole/native/bin/memconsole-resume" /usr/bin/memconsole-resum
 ln -sf "$bin/memconsole" /usr/bin/memconsole
 memconsole-resume >/run/lab/resume.log 2>&1
 
-$b hostname "$LAB_NAME"
-$b ip addr add 127.0.0.1/8 dev lo; $b ip link set lo up
-$b ip addr add 10.0.2.15/24 dev eth0; $b ip link set eth0 up; $b ip route add default via 10.0.2.2
-$b mount -o bind /run/lab/boot /boot
-rm -f /run/lab/serves; uname -r >>/run/lab/boots
-mkdir -p /run/sshd
-/usr/sbin/sshd -f /run/lab/sshd_config -E /run/lab/sshd.log
+. "$root/tests/support/lab_sshd.sh"
 eval "$LAB_MORE"
 [ -S /run/memconsole/control ] || memconsole serve --record 30 >/run/lab/serve.log 2>&1
 : >/run/lab/serves

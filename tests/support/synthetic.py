@@ -482,19 +482,6 @@ class SyntheticSource:
         self.closed = True
 
 
-class AlternatingSource(SyntheticSource):
-    """Of two Snapshots each time the other, as a host has them where something goes on."""
-
-    other: Snapshot
-
-    def snapshot(self, parts: Collection[Part] = ()) -> Snapshot:
-        """That of the two which was not asked for last."""
-        now = super().snapshot(parts)
-        self.show(self.other)
-        self.other = now
-        return now
-
-
 def _subject(action: Action) -> str:
     """The value of an Action's first field: what it works on."""
     return str(getattr(action, fields(type(action))[0].name))

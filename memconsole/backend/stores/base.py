@@ -13,6 +13,7 @@ from memconsole.backend.kernel.tree import Root
 from memconsole.backend.stores import adopted
 from memconsole.errors import NotFound, Refused
 from memconsole.model import Access, Finding, Grant, Refusal, Region, Segment
+from memconsole.units import PAGE, format_size
 
 if TYPE_CHECKING:
     from memconsole.extents import ExtentTable
@@ -36,6 +37,21 @@ class Carrier(NamedTuple):
     free: int
     unit: int
     start: int | None
+
+
+def unit_refusals(
+    store: str, size: int, page_size: int, node: int | None, why: str, *, unit: int, most: int = 0
+) -> list[Refusal]:
+    """What a store cannot give whose memory is ranges; ``why`` says of what units, bytes, and how many, a region is."""
+    found = []
+    if page_size != PAGE or node is not None:
+        fixed = "its ranges are where they are, and are mapped by 2 MiB pages"
+        what = f"the {store} store takes no page size and no NUMA node"
+        found.append(Refusal("BadPageSize", what, fixed, "leave --page-size and --node out"))
+    if size <= 0 or size % unit or (most and size > most):
+        rounded = format_size(max(1, -(-size // unit)) * unit)
+        found.append(Refusal("BadSize", f"cannot reserve {size} bytes", why, f"make it {rounded}"))
+    return found
 
 
 class Unfound:

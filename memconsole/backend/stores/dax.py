@@ -28,7 +28,7 @@ from memconsole.backend.stores import arena as arenas
 from memconsole.backend.stores import ext4, files
 from memconsole.backend.stores.arena import FRESH, Arena, RegionRecord
 from memconsole.backend.stores.arena_cargo import CARGO, Carrying, let_go_on
-from memconsole.backend.stores.base import Found
+from memconsole.backend.stores.base import Found, unit_refusals
 from memconsole.errors import BadFile, KernelRefused, MemconsoleError, NotFound, Refused
 from memconsole.model import Access, Finding, Grant, Refusal, Region, RegionState, Segment, Severity
 from memconsole.units import PAGE, format_size
@@ -97,15 +97,8 @@ class DaxStore(Carrying):
     ) -> tuple[Refusal, ...]:
         """Why a region of this size cannot be reserved, all reasons; nothing is done."""
         del promised, root
-        found = []
-        if page_size != PAGE or node is not None:
-            why = "its ranges are where they are, and are mapped by 2 MiB pages"
-            what = "the dax store takes no page size and no NUMA node"
-            found.append(Refusal("BadPageSize", what, why, "leave --page-size and --node out"))
-        if size <= 0 or size % ext4.CLUSTER or size > files.SEGMENT:
-            rounded = format_size(max(1, -(-size // ext4.CLUSTER)) * ext4.CLUSTER)
-            why = f"a region of an arena is made of clusters of 2M, {format_size(files.SEGMENT)} at most"
-            found.append(Refusal("BadSize", f"cannot reserve {size} bytes", why, f"make it {rounded}"))
+        why = f"a region of an arena is made of clusters of 2M, {format_size(files.SEGMENT)} at most"
+        found = unit_refusals(self.NAME, size, page_size, node, why, unit=ext4.CLUSTER, most=files.SEGMENT)
         usable = self.arenas()
         if not usable:
             found.append(self._no_arena())

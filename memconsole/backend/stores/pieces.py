@@ -21,7 +21,7 @@ import msgspec
 
 from memconsole.backend.kernel.tree import Root
 from memconsole.backend.stores import files, memfd, ranges
-from memconsole.backend.stores.base import Found, Unfound
+from memconsole.backend.stores.base import Found, Unfound, unit_refusals
 from memconsole.backend.stores.described import UNIT, Description, Piece, place_for
 from memconsole.backend.stores.ranges import Devices, Opened, Range
 from memconsole.errors import KernelRefused, MemconsoleError, NotFound, Refused
@@ -123,15 +123,8 @@ class PieceStore(Unfound):
     ) -> tuple[Refusal, ...]:
         """Why a region of this size cannot be reserved, all reasons; nothing is done."""
         del promised, root
-        found = []
-        if page_size != PAGE or node is not None:
-            why = "its ranges are where they are, and are mapped by 2 MiB pages"
-            what = f"the {self.NAME} store takes no page size and no NUMA node"
-            found.append(Refusal("BadPageSize", what, why, "leave --page-size and --node out"))
-        if size <= 0 or size % UNIT:
-            rounded = format_size(max(1, -(-size // UNIT)) * UNIT)
-            why = "a region of a range is made of units of 2M"
-            found.append(Refusal("BadSize", f"cannot reserve {size} bytes", why, f"make it {rounded}"))
+        why = "a region of a range is made of units of 2M"
+        found = unit_refusals(self.NAME, size, page_size, node, why, unit=UNIT)
         usable = self.arenas()
         if not usable:
             found.append(self._no_arena())

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from support.controls import M, controls, goes_on, grant, is_gone, ours
-from support.guests import AgentProcess, fd_links, open_fds
+from support.guests import AgentProcess, fd_links
+from support.open_fds import nothing_stays_open
 from support.waiting import until
 
 from memconsole import actions as do
@@ -281,8 +282,9 @@ def test_actions_leave_no_fds_and_no_threads_behind(control: Control) -> None:
         control.apply(do.Release("web"))
 
     cycle(0)
-    fds, threads = len(open_fds()), threading.active_count()
-    for n in range(1, 20):
-        cycle(n)
-    until(lambda: len(open_fds()) <= fds and threading.active_count() <= threads, "nothing more is open or runs")
+    threads = threading.active_count()
+    with nothing_stays_open():
+        for n in range(1, 20):
+            cycle(n)
+    until(lambda: threading.active_count() <= threads, "nothing more runs")
     goes_on(control, "c1")

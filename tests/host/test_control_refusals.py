@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from support.controls import M, controls, ours
-from support.guests import AgentProcess, open_fds
+from support.guests import AgentProcess
+from support.open_fds import opened
 from support.waiting import until
 
 from memconsole import actions as do
@@ -131,11 +132,11 @@ def test_bad_input_is_refused_by_name_and_changes_nothing(host: Control, code: s
 
 def _opened(host: Control, action: do.Action, times: int) -> int:
     """How many more fds are open behind so many refusals; other threads may open one or two meanwhile."""
-    before = len(open_fds())
+    before = opened()
     for _ in range(times):
         with pytest.raises(Refused):
             host.apply(action)
-    return len(open_fds()) - before
+    return (opened() - before).total()
 
 
 def test_a_region_sealed_against_writing_is_not_granted_for_writing(host: Control) -> None:

@@ -16,6 +16,7 @@ import pytest
 from support import keepers
 from support.custodies import fd_store_works, file_with, get, put
 from support.notify import Manager
+from support.open_fds import nothing_stays_open
 from support.waiting import until
 
 from memconsole import native
@@ -70,10 +71,6 @@ def custody(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Custody]
     make: Callable[[Path], contextlib.AbstractContextManager[Custody]] = request.param
     with make(tmp_path) as made:
         yield made
-
-
-def open_files() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def test_what_is_put_is_got_back(custody: Custody) -> None:
@@ -139,13 +136,14 @@ def test_ten_thousand_puts_and_gets_leak_nothing(keeper: keepers.Running) -> Non
     custody = KeeperCustody(keeper.path)
     fd = file_with(b"contents")
     custody.put("a", fd)
-    before = (open_files(), keeper.open_files(), custody.status())
-    for n in range(10_000):
-        name = f"{n % 7}"
-        custody.put(name, fd, b"payload")
-        os.close(custody.get(name)[0])
-        custody.drop(name)
-    assert (open_files(), keeper.open_files(), custody.status()) == before
+    before = keeper.open_files(), custody.status()
+    with nothing_stays_open():
+        for n in range(10_000):
+            name = f"{n % 7}"
+            custody.put(name, fd, b"payload")
+            os.close(custody.get(name)[0])
+            custody.drop(name)
+    assert (keeper.open_files(), custody.status()) == before
     os.close(fd)
     custody.close()
 

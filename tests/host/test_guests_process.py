@@ -24,11 +24,11 @@ from support.guests import (
     hung_up,
     knock,
     mapping_of,
-    open_fds,
     read,
     region,
     segment_of,
 )
+from support.open_fds import nothing_stays_open
 from support.waiting import LONG_S, until
 
 from memconsole import agent as wire
@@ -307,14 +307,10 @@ def test_a_wrong_answer_ends_the_connection_and_the_wait(hub: Hub, me: str, answ
 
 
 def test_fds_a_guest_sends_are_not_received(hub: Hub, me: str) -> None:
-    connection = knock(hub.path)
-    here = len(open_fds())
-    with Path(os.devnull).open() as null:
+    with nothing_stays_open(), knock(hub.path) as connection, Path(os.devnull).open() as null:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", null.fileno()))]
         connection.sendmsg([HELLO], rights)
         assert hung_up(connection)
-    assert len(open_fds()) < here + 1
-    connection.close()
 
 
 def _hand(connection: socket.socket, id: int, body: bytes) -> None:
@@ -326,8 +322,7 @@ def _hand(connection: socket.socket, id: int, body: bytes) -> None:
 
 @pytest.mark.parametrize("case", ["for nothing", "too short", "nobody asked for", "twice"])
 def test_an_uffd_that_should_not_be_ends_the_connection(hub: Hub, me: str, case: str) -> None:
-    here = len(open_fds())
-    with knock(hub.path) as connection, region(M) as fd, given(fd, "me-1", M) as offer:
+    with nothing_stays_open(), knock(hub.path) as connection, region(M) as fd, given(fd, "me-1", M) as offer:
         greet(connection)
         assert hub.connected(me, 30)
         wants = 0 if case == "nobody asked for" else wire.WANTS_FAULTS
@@ -344,7 +339,6 @@ def test_an_uffd_that_should_not_be_ends_the_connection(hub: Hub, me: str, case:
             assert isinstance(asking.exception(), GuestError)
         assert hung_up(connection)
     assert not hub.connected(me)
-    assert len(open_fds()) == here
 
 
 class Controller:
@@ -475,7 +469,6 @@ def test_nothing_is_left_open(make_hub: Callable[[], Hub]) -> None:
         hub.close()
 
     once()
-    before = open_fds()
-    for _ in range(5):
-        once()
-    assert open_fds() == before
+    with nothing_stays_open():
+        for _ in range(5):
+            once()

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.guests import HUGE, collapse, frames, given, mapping_of, open_fds, own_frames, read, region, segment_of
+from support.guests import HUGE, collapse, frames, given, mapping_of, own_frames, read, region, segment_of
+from support.open_fds import nothing_stays_open
 from support.waiting import until
 
 from memconsole.backend.exports.offer import Offer
@@ -110,10 +111,8 @@ def test_a_held_monitor_is_an_error_with_a_remedy(
 
 
 def test_a_qemu_that_exits_at_once_says_its_last_words(ram: Offer, tmp_path: Path) -> None:
-    before = open_fds()
-    with pytest.raises(GuestError, match="no-such-device"):
+    with nothing_stays_open(), pytest.raises(GuestError, match="no-such-device"):
         QemuGuest.start("vm", ram, tmp_path, args=["-device", "no-such-device"])
-    assert open_fds() == before
 
 
 def test_a_part_of_a_region_or_a_read_only_one_is_no_ram(ram: Offer, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from support.controls import goes_on, grant, guest, raised, runtime_dir
 from support.faultpoints import fault_points
 from support.firmware import STATUS, firmware
+from support.open_fds import nothing_stays_open
 from support.waiting import LONG_S, until
 
 from memconsole.actions import (
@@ -77,10 +78,6 @@ def left(directory: Path) -> list[str]:
 def held(directory: Path) -> int:
     with keeper(directory) as found:
         return found.status().held
-
-
-def files() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 @pytest.fixture
@@ -155,12 +152,13 @@ def test_it_can_be_done_again_and_again_and_leaves_nothing(place: Path) -> None:
         found.apply(HandoffRehearse())
         for name in SIZES:
             goes_on(found, name)
-        before = files(), held(place)
-        for _ in range(3):
-            found.apply(HandoffRehearse())
-        for name in SIZES:
-            goes_on(found, name)
-        assert (files(), held(place)) == before
+        before = held(place)
+        with nothing_stays_open():
+            for _ in range(3):
+                found.apply(HandoffRehearse())
+            for name in SIZES:
+                goes_on(found, name)
+        assert held(place) == before
 
 
 @pytest.mark.skipif(shutil.which(BINARY) is None, reason=f"{BINARY} is not installed")

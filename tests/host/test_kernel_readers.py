@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support.machines import machines
+from support.open_fds import nothing_stays_open
 from support.waiting import LONG_S
 
 from memconsole.backend.diagnose.doctor import doctor
@@ -435,15 +436,9 @@ def test_an_ordinary_user_is_told_what_is_not_shown() -> None:
     assert "root" in verdicts["pfns"]["remedy"]
 
 
-def _fds() -> set[str]:
-    with os.scandir("/proc/self/fd") as entries:
-        return {entry.name for entry in entries}
-
-
 def test_the_doctor_leaves_nothing_behind_and_knows_this_host() -> None:
-    before = _fds()
-    found = {capability.id: capability for capability in doctor()}
-    assert _fds() == before
+    with nothing_stays_open():
+        found = {capability.id: capability for capability in doctor()}
     assert found["root"].level == ("yes" if os.geteuid() == 0 else "no")
     assert (found["iommu"].level != "no") == any(Path("/sys/class/iommu").glob("*"))
     assert (found["qemu"].level == "no") == (shutil.which(f"qemu-system-{os.uname().machine}") is None)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 from support.controls import controls
-from support.guests import open_fds
+from support.open_fds import nothing_stays_open
 from support.waiting import until
 
 from memconsole import actions as do
@@ -114,8 +114,11 @@ def shared_frames(control: Control) -> set[int]:
 @pytest.mark.skipif(os.geteuid() != 0, reason="frames and other users' processes are for root")
 def test_no_page_is_reached_by_two_owners(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every process keeps all it ever had, as far as it can, in itself and its children, and keeps looking."""
-    before = open_fds()
-    with controls() as control, crowd(tmp_path, control.runtime_dir / "agents") as (pids, board):
+    with (
+        nothing_stays_open(),
+        controls() as control,
+        crowd(tmp_path, control.runtime_dir / "agents") as (pids, board),
+    ):
         for number in range(REGIONS):
             control.apply(do.Reserve(f"r{number}", SIZE))
         for number, pid in enumerate(pids):
@@ -143,7 +146,6 @@ def test_no_page_is_reached_by_two_owners(tmp_path: Path, capsys: pytest.Capture
         assert total.grants >= sum(turns.values()) >= REGIONS
         assert min(total.looks, total.faults, total.forks) > 0
         assert {rung for rung, _ in turns} <= {Rung.ASK, Rung.COPY}
-    until(lambda: open_fds() == before, "questions under way have ended, and what they were asked by is closed")
     with capsys.disabled():
         ends = ", ".join(f"{count} {outcome} after {rung}" for (rung, outcome), count in sorted(turns.items()))
         print(f"\nstorm: {took:.0f} s, {CROWD} processes, {total.forks} forks, {ends}; {total.looks} looks, "

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from support.guests import open_fds
+from support.open_fds import nothing_stays_open
 
 from memconsole.backend.stores import files, memfd
 from memconsole.errors import KernelRefused, Refused
@@ -38,13 +38,12 @@ def _codes(*arguments: int, promised: int = 0) -> list[str]:
     ],
 )
 def test_check_names_every_reason_and_changes_nothing(arguments: tuple[int, ...], codes: list[str]) -> None:
-    before = open_fds()
-    assert _codes(*arguments) == codes
-    for refusal in memfd.reserve_refusals(*arguments):
-        assert refusal.what
-        assert refusal.why
-        assert refusal.remedy
-    assert open_fds() == before
+    with nothing_stays_open():
+        assert _codes(*arguments) == codes
+        for refusal in memfd.reserve_refusals(*arguments):
+            assert refusal.what
+            assert refusal.why
+            assert refusal.remedy
 
 
 def test_what_is_promised_to_other_regions_is_not_promised_again() -> None:
@@ -52,12 +51,10 @@ def test_what_is_promised_to_other_regions_is_not_promised_again() -> None:
 
 
 def test_reserve_refuses_as_check_does() -> None:
-    before = open_fds()
-    with pytest.raises(Refused) as caught:
+    with nothing_stays_open(), pytest.raises(Refused) as caught:
         memfd.reserve_segments("web", 4097)
     assert caught.value.code == "BadSize"
     assert "8K" in caught.value.remedy
-    assert open_fds() == before
 
 
 def test_a_region_has_its_size_its_seals_and_no_frames_yet() -> None:

@@ -211,11 +211,6 @@ def fd_links(pid: int) -> dict[Path, str]:
     return {Path(f"/proc/{pid}/fd/{fd}"): said for fd, said in links("/", pid).items()}
 
 
-def open_fds() -> list[str]:
-    """The numbers of this process's open fds."""
-    return sorted(path.name for path in Path("/proc/self/fd").iterdir())
-
-
 HUGE = 2 << 20
 
 

@@ -85,7 +85,7 @@ def test_the_others_are_read_beside_those_that_are_locked_up(monkeypatch: pytest
         for _ in range(5):
             assert isinstance(patient.each([2, 3], locked.read)[2], Silent)
         assert locked.asked == [3] * 5
-        assert threading.active_count() == threads
+        assert threading.active_count() <= threads
     finally:
         locked.free.set()
     until(lambda: not patient._blocked, "their readers came back")

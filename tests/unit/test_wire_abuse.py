@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.open_fds import nothing_stays_open
 from support.served import Raw, ServedSource
 from support.synthetic import snapshot
-from support.waiting import LONG_S
+from support.waiting import LONG_S, until
 
 from memconsole.backend.peers.peer import ConnectionLimits
 from memconsole.backend.wire.client import Client
@@ -122,9 +123,8 @@ def test_who_reads_slowly_gets_everything(serving: RunningService, path: Path) -
 
 
 def test_two_hundred_without_manners_and_one_more(serving: RunningService, path: Path) -> None:
-    with contextlib.ExitStack() as stack:
+    with nothing_stays_open(), contextlib.ExitStack() as stack:
         client = stack.enter_context(contextlib.closing(Client(path)))
-        before = open_fds()
         raws = [stack.enter_context(Raw(path)) for _ in range(200)]
         for number, raw in enumerate(raws):
             with contextlib.suppress(BrokenPipeError):
@@ -137,14 +137,7 @@ def test_two_hundred_without_manners_and_one_more(serving: RunningService, path:
         assert len(client.snapshot().regions) == 2000
         newcomer = stack.enter_context(contextlib.closing(Client(path)))
         assert len(newcomer.snapshot().regions) == 2000
-        end = time.monotonic() + LONG_S
-        while len(serving.loop) > 52 and time.monotonic() < end:
-            time.sleep(0.02)
-        assert len(serving.loop) == 52  # the silent ones may stay
-    end = time.monotonic() + LONG_S
-    while open_fds() > before - 1 and time.monotonic() < end:
-        time.sleep(0.02)
-    assert open_fds() <= before - 1
+        until(lambda: len(serving.loop) == 52, "the silent ones may stay")
 
 
 def test_more_connections_than_may_be_are_told_so(serving: RunningService, path: Path) -> None:
@@ -165,7 +158,3 @@ def test_a_fault_in_a_job_does_not_end_its_thread(caplog: pytest.LogCaptureFixtu
     pool.close(5)
     assert done == [1]
     assert "ZeroDivisionError" in caplog.text
-
-
-def open_fds() -> int:
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())

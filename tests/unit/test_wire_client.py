@@ -14,9 +14,8 @@ from typing import Any
 import msgspec
 import pytest
 from support.controls import runtime_dir
-from support.guests import open_fds
+from support.open_fds import nothing_stays_open
 from support.synthetic import snapshot
-from support.waiting import until
 
 from memconsole import action_input
 from memconsole import actions as do
@@ -182,9 +181,8 @@ def test_descriptors_that_nobody_asked_for_are_closed(client: Client, service: S
     with Path(os.devnull).open("rb") as file:
         service.answer = says({"times": []}, fds=(file.fileno(),))
         client.history()
-        before = open_fds()
-        client.history()
-        until(lambda: open_fds() == before, "no descriptor more is open")
+        with nothing_stays_open():
+            client.history()
 
 
 def test_a_table_that_did_not_come_is_named(client: Client, service: Service) -> None:
@@ -201,11 +199,9 @@ def test_the_descriptors_of_a_region_come_in_order_or_not_at_all(client: Client,
         assert len(found) == 2
         for fd in found:
             os.close(fd)
-        before = open_fds()
         service.answer = says({"fds": [0, 1, 2]}, fds=fds)
-        with pytest.raises(WireError, match="the answer lacks segments"):
+        with nothing_stays_open(), pytest.raises(WireError, match="the answer lacks segments"):
             client.open_region("web")
-        until(lambda: open_fds() == before, "no descriptor more is open")
 
 
 # --- snapshots ----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import varlink
+from support.open_fds import nothing_stays_open
 from support.served import Raw, ServedSource
 from support.synthetic import snapshot
 from support.waiting import LONG_S, until
@@ -54,10 +55,6 @@ def client(serving: RunningService, path: Path) -> Iterator[Client]:
     made = Client(path)
     yield made
     made.close()
-
-
-def open_fds() -> int:
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 # --- a Source over the wire ----------------------------------------------------------------------------------------
@@ -105,13 +102,12 @@ def test_no_descriptor_is_left_on_either_side(client: Client, source: ServedSour
     key = f"region:{source.snapshot().regions[0].name}"
     client.extents(key).close()
     client.events(0)  # answered after the service has closed what it sent
-    before = open_fds()
-    for _ in range(50):
-        client.extents(key).close()
-        with pytest.raises(NotFound):
-            client.extents("region:nowhere")
-    client.events(0)
-    assert open_fds() == before
+    with nothing_stays_open():
+        for _ in range(50):
+            client.extents(key).close()
+            with pytest.raises(NotFound):
+                client.extents("region:nowhere")
+        client.events(0)
 
 
 def test_events_that_cannot_be_had_end_the_stream_by_name(client: Client, source: ServedSource) -> None:

@@ -6,14 +6,15 @@ import ast
 import functools
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from support import sources
 
 import memconsole
 from memconsole import errors
-from memconsole.cli.parser import parse
+from memconsole.cli import parser
 from memconsole.errors import MemconsoleError
 from memconsole.finding_kinds import KINDS
 
@@ -25,17 +26,17 @@ RIDDLES = re.compile(
 """Words that hide the subject: a message names the process, the peer, the guest, custody."""
 
 
-def quoted(tree: ast.AST) -> Iterator[tuple[int, str]]:
+def quoted(nodes: Sequence[ast.AST]) -> Iterator[tuple[int, str]]:
     """Every string of a source that is no docstring, ``{}`` for what is put in."""
     skipped: set[int] = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         body = getattr(node, "body", None)
         for statement in body if isinstance(body, list) else ():
             if isinstance(statement, ast.Expr):
                 skipped.add(id(statement.value))
         if isinstance(node, ast.JoinedStr):
             skipped.update(id(part) for part in node.values)
-    for node in ast.walk(tree):
+    for node in nodes:
         if id(node) not in skipped and (text := literal(node)) is not None:
             yield node.lineno, text  # type: ignore[attr-defined]  # a Constant or a JoinedStr
 
@@ -50,20 +51,18 @@ def literal(node: ast.AST | None) -> str | None:
 
 
 @functools.cache
-def sources() -> tuple[tuple[str, ast.Module], ...]:
-    paths = sorted(ROOT.rglob("*.py"))
-    return tuple((str(path.relative_to(ROOT)), ast.parse(path.read_text(encoding="utf-8"))) for path in paths)
-
-
-SAID = [(f"{name}:{line}", text) for name, tree in sources() for line, text in quoted(tree) if " " in text.strip()]
+def said() -> list[tuple[str, str]]:
+    """Every text of the package with where it stands."""
+    files = ((path.relative_to(ROOT), sources.nodes(path)) for path in sorted(ROOT.rglob("*.py")))
+    return [(f"{name}:{line}", text) for name, nodes in files for line, text in quoted(nodes) if " " in text.strip()]
 
 
 def test_what_is_said_is_found() -> None:
-    assert len(SAID) > 2000
+    assert len(said()) > 2000
 
 
 def test_no_word_hides_who_does_what() -> None:
-    assert [(where, text) for where, text in SAID if RIDDLES.search(text) and not text.startswith("\n")] == []
+    assert [(where, text) for where, text in said() if RIDDLES.search(text) and not text.startswith("\n")] == []
 
 
 PROSE_RIDDLES = re.compile(r"\b(?:nobody|whoever|somebody|anybody|everybody)(?:'s)?\b|\bof ours\b", re.IGNORECASE)
@@ -91,33 +90,29 @@ INTERNAL = {"backend/work.py", "backend/peers/daemon.py", "backend/wire/loop.py"
 
 def calls() -> Iterator[tuple[str, str, list[ast.expr | None]]]:
     """Every refusal that is written out: where, of what class, and its what, why and remedy."""
-    for name, tree in sources():
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.Call) or name in INTERNAL:
-                continue
-            called = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
-            if called not in REFUSE or any(isinstance(each, ast.Starred) for each in node.args):
-                continue
-            first = REFUSE[called]
-            given: list[ast.expr | None] = [*node.args[first : first + 3], *[None] * 3][:3]
-            for each in node.keywords:
-                if each.arg in {"what", "why", "remedy"}:
-                    given[("what", "why", "remedy").index(each.arg)] = each.value
-            if literal(given[0]) is not None:
-                yield f"{name}:{node.lineno}", called, given
-
-
-CALLS = list(calls())
+    for name, node in sources.package():
+        if not isinstance(node, ast.Call) or name in INTERNAL:
+            continue
+        called = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+        if called not in REFUSE or any(isinstance(each, ast.Starred) for each in node.args):
+            continue
+        first = REFUSE[called]
+        given: list[ast.expr | None] = [*node.args[first : first + 3], *[None] * 3][:3]
+        for each in node.keywords:
+            if each.arg in {"what", "why", "remedy"}:
+                given[("what", "why", "remedy").index(each.arg)] = each.value
+        if literal(given[0]) is not None:
+            yield f"{name}:{node.lineno}", called, given
 
 
 def test_refusals_are_found() -> None:
-    assert len(CALLS) > 80
+    assert len(list(calls())) > 80
 
 
 def test_no_refusal_is_without_why_and_what_to_do() -> None:
     lacking = [
         (where, called, literal(what))
-        for where, called, (what, why, remedy) in CALLS
+        for where, called, (what, why, remedy) in calls()
         if why is None or remedy is None or literal(why) == "" or literal(remedy) == ""
     ]
     assert lacking == []
@@ -127,14 +122,13 @@ def sentences() -> Iterator[tuple[str, str]]:
     """What errors, refusals and findings say first, where it is written out."""
     known = {name for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, MemconsoleError)}
     places = dict.fromkeys(known - {"KernelRefused"}, 0) | {"Refusal": 1, "refuse": 1, "Finding": 3}
-    for name, tree in sources():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call):
-                called = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
-                said = [*node.args[places[called] :][:1]] if called in places else []
-                if called in known | {"Finding"}:
-                    said += [each.value for each in node.keywords if each.arg in {"what", "observed"}]
-                yield from ((f"{name}:{node.lineno}", text) for each in said if (text := literal(each)))
+    for name, node in sources.package():
+        if isinstance(node, ast.Call):
+            called = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+            first = [*node.args[places[called] :][:1]] if called in places else []
+            if called in known | {"Finding"}:
+                first += [each.value for each in node.keywords if each.arg in {"what", "observed"}]
+            yield from ((f"{name}:{node.lineno}", text) for each in first if (text := literal(each)))
 
 
 def test_what_is_wrong_is_one_sentence_that_begins_with_its_subject() -> None:
@@ -149,12 +143,11 @@ def test_what_is_wrong_is_one_sentence_that_begins_with_its_subject() -> None:
 
 
 def test_every_finding_says_what_to_do() -> None:
-    for name, tree in sources():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding":
-                given = [*node.args[5:6], *(each.value for each in node.keywords if each.arg == "remedy")]
-                assert given, f"{name}:{node.lineno}"
-                assert literal(given[0]) != "", f"{name}:{node.lineno}"
+    for name, node in sources.package():
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding":
+            given = [*node.args[5:6], *(each.value for each in node.keywords if each.arg == "remedy")]
+            assert given, f"{name}:{node.lineno}"
+            assert literal(given[0]) != "", f"{name}:{node.lineno}"
 
 
 def test_requirement_and_risk_are_sentences_of_their_own() -> None:
@@ -182,7 +175,7 @@ STANDS_FOR = ("copy", "4242", "0000:00:04.0", "64M", "0000:00:04.0:0")
 
 def commands() -> Iterator[tuple[str, list[str]]]:
     """Every command that a text names, as the words up to the end of its clause."""
-    for where, text in SAID:
+    for where, text in said():
         for found in NAMED.finditer(text):
             if found[1] in PROSE - {"reserve"} or (found[1] == "reserve" and text[: found.start()].endswith("what ")):
                 continue
@@ -198,7 +191,7 @@ def parses(words: list[str]) -> bool:
         for at, value in zip(places, itertools.cycle(given or ("copy",)), strict=False):
             filled[at] = re.sub(r"\{\}|^[A-Z][A-Z:-]*$", value, filled[at])
         try:
-            parse(filled)
+            parser.parse(filled)
         except MemconsoleError:
             continue
         except SystemExit as end:
@@ -212,22 +205,25 @@ def longest(words: list[str]) -> int:
     return next((count for count in range(len(words), 0, -1) if parses(words[:count])), 0)
 
 
-COMMANDS = {(where, *words) for where, words in commands()}
+@pytest.fixture
+def one_parser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parser is made once, not for each command."""
+    monkeypatch.setattr(parser, "build", functools.cache(parser.build))
 
 
-def test_commands_are_found() -> None:
-    assert len(COMMANDS) > 60
+@pytest.mark.usefixtures("one_parser")
+def test_every_command_that_is_named_parses() -> None:
+    found = {(where, *words) for where, words in commands()}
+    assert len(found) > 60
+    wrong = []
+    for where, *words in sorted(found):
+        rest = words[(count := longest(words)) :]
+        if not count or [word for word in rest if word.startswith("--") or re.search(r"\{\}|^[A-Z]{3,}$", word)]:
+            wrong.append(f"{where}: memconsole {' '.join(words)}")
+    assert wrong == []
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS), ids=" ".join)
-def test_a_command_that_is_named_parses(command: tuple[str, ...]) -> None:
-    where, *words = command
-    count = longest(words)
-    assert count, f"{where}: memconsole {' '.join(words)}"
-    rest = words[count:]
-    assert not [word for word in rest if word.startswith("--") or re.search(r"\{\}|^[A-Z]{3,}$", word)], command
-
-
+@pytest.mark.usefixtures("one_parser")
 def test_a_command_that_is_none_is_recognised() -> None:
     assert not longest(["reigons"])
     assert longest(["audit", "says", "more"]) == 1

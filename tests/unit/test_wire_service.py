@@ -396,7 +396,7 @@ def test_no_socket_a_stale_one_and_one_that_does_not_answer(tmp_path: Path) -> N
 
 
 def test_an_answer_that_does_not_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memconsole.backend.wire.client.CONNECT_S", 0.05)
+    monkeypatch.setattr("memconsole.backend.wire.dialing.Line.greets_within", 0.05)
     with socket.socket(socket.AF_UNIX) as mute:
         mute.bind(str(tmp_path / "control"))
         mute.listen()

@@ -43,6 +43,13 @@ KINDS: Mapping[str, FindingKind] = {
     "arena-file": FindingKind(
         "every file of an arena is a region in one aligned run", "what is in such a file is not taken up as a region"
     ),
+    "arena-missing": FindingKind(
+        "this kernel sets the range of every arena aside that this host had", "this kernel may write over what is in it"
+    ),
+    "arena-note": FindingKind(
+        "which arenas this host has is written down in the state directory",
+        "a kernel that does not set one aside is not told of",
+    ),
     "arena-unread": FindingKind("every arena can be mounted and read", "regions in it are not taken up"),
     "arena-unused": FindingKind(
         "every arena of this host is one memconsole's, and mounted with dax if it is a file system",

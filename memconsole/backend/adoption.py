@@ -42,7 +42,7 @@ from memconsole.backend.revoke import move, stop_processes, suspend_vm
 from memconsole.backend.stores import files
 from memconsole.backend.verbs import relocate
 from memconsole.backend.verbs.adopt import drop_unfinished
-from memconsole.backend.verbs.arenas import held_regions
+from memconsole.backend.verbs.arenas import held_regions, note
 from memconsole.backend.verbs.grants import OFFER_S
 from memconsole.backend.verbs.guests import adopt_orphans, forget
 from memconsole.backend.verbs.regions import drop_custody
@@ -238,6 +238,7 @@ def _adopt_stores(desk: AdoptionDesk) -> tuple[list[Finding], frozenset[str]]:
                 payloads.put(desk.custody, custody_name(each.region.name, index), fd, each.region)
                 os.close(fd)
             names.add(each.region.name)
+    note(desk)
     return told, frozenset(names)
 
 

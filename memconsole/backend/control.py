@@ -114,7 +114,7 @@ class Control:
         with contextlib.ExitStack() as undo:
             self._ledger = Writer(custody, root, state_dir)
             undo.callback(self._ledger.close)
-            self._desk = Desk(runtime_dir, custody, lambda: self._state, self._guest_changed, root)
+            self._desk = Desk(runtime_dir, custody, lambda: self._state, self._guest_changed, root, state_dir=state_dir)
             undo.callback(self._desk.close)
             self._looking = SnapshotTaker(self._desk, root, self._steady)
             undo.callback(self._looking.close)

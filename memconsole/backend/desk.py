@@ -75,8 +75,10 @@ class Desk(Holdings):
         state: Callable[[], State],
         on_guest: OnChange,
         root: Path = Path("/"),
+        *,
+        state_dir: Path | None = None,
     ) -> None:
-        super().__init__(runtime_dir, custody, state, root)
+        super().__init__(runtime_dir, custody, state, root, state_dir=state_dir)
         self._on_guest = on_guest
         self.mount: GuestMount | None = None
         self.handoff: HandoffReport | None = None

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from memconsole.backend.custody.holder import Custody
     from memconsole.backend.ledger.state import State
     from memconsole.backend.stores.base import Store, Stores
+    from memconsole.backend.stores.noted import ArenaNotes
     from memconsole.extents import ExtentTable
 
 
@@ -39,11 +40,20 @@ class Backing(NamedTuple):
 class Holdings:
     """The memory of one control process and what is known of it; ``root`` is where its host's tree stands."""
 
-    def __init__(self, runtime_dir: Path, custody: Custody, state: Callable[[], State], root: Path = Path("/")) -> None:
+    def __init__(
+        self,
+        runtime_dir: Path,
+        custody: Custody,
+        state: Callable[[], State],
+        root: Path = Path("/"),
+        *,
+        state_dir: Path | None = None,
+    ) -> None:
         self.root = root
         self.runtime_dir = runtime_dir
         self.custody = custody
         self._state = state
+        self._state_dir = state_dir
         self._looking = threading.RLock()
         self._fds: dict[str, tuple[int, ...]] = {}
 
@@ -60,6 +70,13 @@ class Holdings:
             DaxStore.NAME: DaxStore(self.runtime_dir, lasting=lasting, root=self.root),
             ranges.DEVDAX: PieceStore(ranges.DEVDAX, ranges.devdax, lasting=lasting, root=self.root),
         }
+
+    @functools.cached_property
+    def noted(self) -> ArenaNotes | None:
+        """Which arenas this host had; None in a process that keeps no state."""
+        from memconsole.backend.stores.noted import ArenaNotes
+
+        return ArenaNotes(self._state_dir, self.root) if self._state_dir is not None else None
 
     def store_of(self, region: str) -> Store:
         """The store of a region.

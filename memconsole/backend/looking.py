@@ -43,7 +43,7 @@ class ShownMount(own_findings.Mount, needs.MountFiles, Protocol):
     """The mount, to look at and to write to."""
 
 
-class Looked(HandoffChecks, needs.Borrowed, needs.Backed, Protocol):
+class Looked(HandoffChecks, needs.Borrowed, needs.Backed, needs.NotedArenas, Protocol):
     """What a Snapshot is made of."""
 
     @property

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from memconsole.backend.managers.guest_memory import Block
     from memconsole.backend.stores.adopted import RamFile
     from memconsole.backend.stores.base import Store, Stores
+    from memconsole.backend.stores.noted import ArenaNotes
     from memconsole.extents import ExtentTable
 
 
@@ -48,6 +49,14 @@ class RuntimeFiles(Protocol):
     @property
     def runtime_dir(self) -> Path:
         """Sockets, the guests' directories, the arenas' mounts."""
+
+
+class NotedArenas(Protocol):
+    """Which arenas this host had."""
+
+    @property
+    def noted(self) -> ArenaNotes | None:
+        """They; None in a process that keeps no state."""
 
 
 class InCustody(Protocol):

@@ -50,7 +50,7 @@ class Mount(Protocol):
         """Ask its server whether it is there; Gone, Silent."""
 
 
-class Guarded(needs.LedgerState, Protocol):
+class Guarded(needs.LedgerState, needs.NotedArenas, Protocol):
     """What is known without asking."""
 
     @property
@@ -80,6 +80,7 @@ def known_findings(desk: Guarded) -> tuple[Finding, ...]:
         *desk.state.findings(),
         *_unguarded(desk),
         *(desk.mount.findings() if desk.mount is not None else ()),
+        *(desk.noted.findings() if desk.noted is not None else ()),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from memconsole import paths
 from memconsole.cli import output
 from memconsole.errors import ExitCode
 
@@ -12,6 +13,7 @@ def listing(options: argparse.Namespace) -> int:
     """Every range that was set aside, what it holds, and the regions of an arena that is mounted."""
     from memconsole.backend.diagnose import arenas
     from memconsole.backend.stores import arena
+    from memconsole.backend.stores.noted import ArenaNotes
 
     found = arenas.ranges()
     if options.json:
@@ -20,7 +22,10 @@ def listing(options: argparse.Namespace) -> int:
     for each in found:
         for line in arenas.lines(each):
             output.text(line)
-    if not found:
+    missing = ArenaNotes(paths.state_dir()).findings()
+    for finding in missing:
+        output.text(f"{finding.observed}: {finding.remedy}")
+    if not found and not missing:
         output.text(f"no range of memory is set aside on this host: {arena.words()}")
     return ExitCode.DONE
 
@@ -28,8 +33,9 @@ def listing(options: argparse.Namespace) -> int:
 def check(options: argparse.Namespace) -> int:
     """What is wrong with arenas; exit code 4 when anything is."""
     from memconsole.backend.diagnose import arenas
+    from memconsole.backend.stores.noted import ArenaNotes
 
-    found = arenas.check(options.name)
+    found = arenas.check(options.name, noted=ArenaNotes(paths.state_dir()).findings())
     if options.json:
         output.json(found)
     elif found:

@@ -11,13 +11,13 @@ from support.desks import desks
 from support.trees import Tree
 
 from memconsole.actions import ArenaCreate, ArenaRemove, ArenaScan, Reserve
-from memconsole.backend.diagnose import arenas as looked
 from memconsole.backend.kernel import pmem
 from memconsole.backend.kernel.pmem import Pmem
 from memconsole.backend.stores import arena as arenas
 from memconsole.backend.stores import ext4
 from memconsole.backend.stores.arena import Contents
 from memconsole.backend.stores.dax import DaxStore
+from memconsole.backend.stores.noted import word_of
 from memconsole.backend.verbs import arenas as verbs
 from memconsole.backend.verbs import regions
 from memconsole.errors import BadFile
@@ -127,7 +127,7 @@ def test_only_an_empty_range_becomes_an_arena(
 def test_the_word_that_sets_a_range_aside_is_found(tmp_path: Path, line: str, words: str) -> None:
     tree = Tree(tmp_path)
     tree.write("/proc/cmdline", line + "\n")
-    assert looked.words_of(with_pmem(tree), tree.root) == words
+    assert word_of(with_pmem(tree).start, tree.root) == words
 
 
 def test_words_are_proposed_that_fit_the_host(tmp_path: Path) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from memconsole.backend.kernel import cmdline, pmem
+from memconsole.backend.kernel import pmem
 from memconsole.backend.kernel.pmem import Pmem
 from memconsole.backend.kernel.tree import Root
 from memconsole.backend.stores import arena as arenas
@@ -13,6 +13,7 @@ from memconsole.backend.stores import dax, ext4
 from memconsole.backend.stores import ranges as raw
 from memconsole.backend.stores.arena import Arena, Contents
 from memconsole.backend.stores.described import free
+from memconsole.backend.stores.noted import word_of
 from memconsole.backend.stores.ranges import Range
 from memconsole.errors import MemconsoleError, UsageError
 from memconsole.model import Finding, Severity, Value
@@ -97,7 +98,7 @@ def _raw(device: Range, root: Root) -> ArenaRange:
         free=free(said, device.size)[0] if said is not None else None,
         regions=inside,
         trouble=trouble,
-        words=words_of(device, root),
+        words=word_of(device.start, root),
     )
 
 
@@ -119,7 +120,7 @@ def _range(device: Pmem, arena: Arena | None, root: Root) -> ArenaRange:
         free=arena.free if arena is not None else None,
         regions=inside,
         trouble=trouble,
-        words=words_of(device, root),
+        words=word_of(device.start, root),
     )
 
 
@@ -137,23 +138,17 @@ def _inside(arena: Arena) -> Iterator[InArena]:
         yield InArena(name, record.region.size, start, len(runs), record.generation, guests)
 
 
-def words_of(device: Pmem | Range, root: Root = "/") -> str:
-    """The word of this kernel's command line (``memmap=nn!ss``) that sets a range aside; empty where none does."""
-    for each in cmdline.memmaps(cmdline.read(root)):
-        if each.mark == "!" and device.start is not None and each.start <= device.start < each.start + each.size:
-            return f"memmap={each.said}"
-    return ""
-
-
-def check(name: str = "", root: Root = "/") -> tuple[Finding, ...]:
+def check(name: str = "", root: Root = "/", noted: Iterable[Finding] = ()) -> tuple[Finding, ...]:
     """What is wrong with the arenas of this host, or with one; an arena that is not mounted is checked by e2fsck.
+
+    ``noted``: what is known of those that are not there (:mod:`..stores.noted`).
 
     Raises:
         Denied, KernelRefused, BadFile: they cannot be listed. UsageError: there is no arena of this name.
     """
     mounted = {each.device: each for each in arenas.mounted(root)}
-    found: list[Finding] = []
-    known = 0
+    found = [each for each in noted if name in {"", each.subject}]
+    known = len(found)
     for device in pmem.devices(root):
         arena = mounted.get(device.number)
         try:

@@ -22,7 +22,7 @@ from memconsole.backend.kernel.tree import Root
 from memconsole.backend.stores import arena as arenas
 from memconsole.backend.stores import ext4
 from memconsole.backend.stores.arena import Arena
-from memconsole.backend.stores.base import Carrier
+from memconsole.backend.stores.base import Carrier, HeldRange
 from memconsole.errors import KernelRefused, NotFound
 
 PLACE = "arena:"
@@ -132,6 +132,10 @@ class Carrying:
         """``arena:NAME``, of the arena in which a file is; empty where it is in none of them."""
         device = os.fstat(fd).st_dev
         return next((PLACE + each.name for each in self.arenas() if each.device == device), "")
+
+    def held_ranges(self) -> tuple[HeldRange, ...]:
+        """Every arena."""
+        return tuple(HeldRange(each.name, each.start, each.size) for each in self.arenas() if each.start is not None)
 
     def carriers(self) -> tuple[Carrier, ...]:
         """Every arena."""

@@ -54,6 +54,14 @@ def unit_refusals(
     return found
 
 
+class HeldRange(NamedTuple):
+    """The range of an arena that a control process uses: bytes from a physical address."""
+
+    name: str
+    start: int
+    size: int
+
+
 class Unfound:
     """What a store says of handoffs whose regions memconsole-resume does not find: it takes no part in them."""
 
@@ -180,6 +188,9 @@ class Store(Protocol):
 
     def place(self, fd: int) -> str:
         """Where memconsole-resume finds a segment by itself, as a boot plan calls it; empty where it does not."""
+
+    def held_ranges(self) -> tuple[HeldRange, ...]:
+        """The arenas that are this control process's to use, as far as their places are shown."""
 
     def carriers(self) -> tuple[Carrier, ...]:
         """Where it could leave what a handoff carries besides regions."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from memconsole.backend.kernel.memory import memory as read_memory
 from memconsole.backend.kernel.tree import Root
 from memconsole.backend.stores import files
-from memconsole.backend.stores.base import Carrier, Found
+from memconsole.backend.stores.base import Carrier, Found, HeldRange
 from memconsole.errors import KernelRefused, NotFound, Refused
 from memconsole.model import Access, Finding, Grant, HugePool, Memory, Refusal, Region, Segment
 from memconsole.units import MAX_SIZE, PAGE, format_size
@@ -266,6 +266,11 @@ def place(fd: int) -> str:
     """Nowhere: live update carries it."""
     del fd
     return ""
+
+
+def held_ranges() -> tuple[HeldRange, ...]:
+    """None."""
+    return ()
 
 
 def carriers() -> tuple[Carrier, ...]:

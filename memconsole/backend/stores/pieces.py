@@ -21,7 +21,7 @@ import msgspec
 
 from memconsole.backend.kernel.tree import Root
 from memconsole.backend.stores import files, memfd, ranges
-from memconsole.backend.stores.base import Found, Unfound, unit_refusals
+from memconsole.backend.stores.base import Found, HeldRange, Unfound, unit_refusals
 from memconsole.backend.stores.described import UNIT, Description, Piece, place_for
 from memconsole.backend.stores.ranges import Devices, Opened, Range
 from memconsole.errors import KernelRefused, MemconsoleError, NotFound, Refused
@@ -92,6 +92,14 @@ class PieceStore(Unfound):
                 continue
             self._open[device.name] = found
         return tuple(self._open.values())
+
+    def held_ranges(self) -> tuple[HeldRange, ...]:
+        """See :class:`.base.Store`."""
+        return tuple(
+            HeldRange(each.said.name, each.device.start, each.device.size)
+            for each in self.arenas()
+            if each.device.start is not None
+        )
 
     def create(self, name: str, device: Range) -> Opened:
         """Have an empty range be an arena; raises as :func:`ranges.create`."""

@@ -27,8 +27,12 @@ from memconsole.model import RegionState
 from memconsole.units import format_size
 
 
-class ArenaKeeping(needs.OwnRegionFds, needs.RuntimeFiles, Protocol):
+class ArenaKeeping(needs.OwnRegionFds, needs.RuntimeFiles, needs.NotedArenas, Protocol):
     """What the verbs of arenas need."""
+
+
+class Noting(needs.Stored, needs.NotedArenas, Protocol):
+    """What arenas are noted by."""
 
 
 def create(desk: ArenaKeeping, action: ArenaCreate) -> PreparedAction:
@@ -49,6 +53,7 @@ def create(desk: ArenaKeeping, action: ArenaCreate) -> PreparedAction:
 
     def make() -> None:
         made = arenas.create(action.name, device, desk.runtime_dir, desk.root)
+        note(desk)
         work.text = f"arena {action.name} is on {place}: {format_size(made.free)} for regions"
 
     where = arenas.directory(desk.runtime_dir) / action.name
@@ -95,6 +100,7 @@ def _create_raw(work: PreparedAction, desk: ArenaKeeping, action: ArenaCreate) -
 
     def describe() -> None:
         arena = stores[ranges.DEVDAX].create(action.name, made[0])
+        note(desk)
         work.text = f"arena {action.name} is on {made[0].path}: {format_size(arena.free[0])} for regions"
 
     work.step("format", f"have {place} say that it is arena {action.name}, with nothing in it", describe)
@@ -148,6 +154,7 @@ def scan(desk: ArenaKeeping, action: ArenaScan) -> PreparedAction:
             found, told = store.found(held_regions(desk)) if store.may_know() else ([], [])
             work.findings += told
             taken += [take_up(desk, each) for each in found]
+        note(desk)
         work.change = msgspec.structs.replace(work.change, regions=tuple(each.region for each in taken))
         names = ", ".join(f"{each.region.name} ({format_size(each.region.size)})" for each in taken)
         work.text = f"regions taken up from arenas: {names or 'none that was not known'}"
@@ -165,7 +172,13 @@ def remove(desk: ArenaKeeping, action: ArenaRemove) -> PreparedAction:
     known = {each.name: each for each in arenas.mounted(desk.root)}
     raw = {each.said.name: (store, each) for store in _piece_stores(desk).values() for each in store.arenas()}
     if action.name in raw:
-        _remove_raw(work, *raw[action.name])
+        _remove_raw(work, desk, *raw[action.name])
+        return work
+    noted = desk.noted
+    if action.name not in known and noted is not None and any(each.name == action.name for each in noted.missing()):
+        text = f"forget arena {action.name}: its range is not set aside by this kernel, and nothing is written there"
+        work.text = f"arena {action.name} is forgotten; what this kernel's memory holds of it is as it was"
+        work.step("forget", text, lambda: noted.forget(action.name))
         return work
     if action.name not in known:
         names = ", ".join([*known, *raw]) or "none is mounted"
@@ -187,6 +200,7 @@ def remove(desk: ArenaKeeping, action: ArenaRemove) -> PreparedAction:
     def do() -> None:
         desk.stores[DaxStore.NAME].close()  # an arena that this process has open cannot be unmounted
         arenas.remove(arena)
+        forget(desk, arena.name)
 
     work.step(
         "remove",
@@ -196,7 +210,7 @@ def remove(desk: ArenaKeeping, action: ArenaRemove) -> PreparedAction:
     return work
 
 
-def _remove_raw(work: PreparedAction, store: PieceStore, arena: Opened) -> None:
+def _remove_raw(work: PreparedAction, desk: ArenaKeeping, store: PieceStore, arena: Opened) -> None:
     inside = sorted(piece.name for piece in arena.said.pieces)
     if inside:
         work.refuse(
@@ -209,7 +223,24 @@ def _remove_raw(work: PreparedAction, store: PieceStore, arena: Opened) -> None:
         return
     size = format_size(arena.device.size)
     text = f"write zeros over all {size} of {arena.device.path}, arena {arena.said.name}; it stays a devdax device"
-    work.step("remove", text, lambda: store.remove(arena))
+
+    def do() -> None:
+        store.remove(arena)
+        forget(desk, arena.said.name)
+
+    work.step("remove", text, do)
+
+
+def note(desk: Noting) -> None:
+    """Write down which arenas are in use."""
+    if desk.noted is not None:
+        desk.noted.look(desk.stores.values())
+
+
+def forget(desk: needs.NotedArenas, name: str) -> None:
+    """Have an arena that was removed be noted no more."""
+    if desk.noted is not None:
+        desk.noted.forget(name)
 
 
 def held_regions(desk: needs.InCustody) -> frozenset[str]:

@@ -36,8 +36,9 @@ def test_a_roll_ends_where_guests_do_not_come_back_and_goes_on_where_it_was(flee
     assert engine.states() == ["done", "failed", "waiting"]
     assert "7.3.5" in cut.stdout
     page = (engine.reports / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/svg+xml;base64,") == 2
+    assert page.count('src="hosts/hv') == 2
     assert "0.250 s" in page
+    assert (engine.reports / "hosts/hv2.svg").read_text(encoding="utf-8").startswith("<svg")
 
     hosts["hv2"].lands = "whole"
     hosts["hv2"].kernels = (hosts["hv2"].kernels[0], "7.3.5 #2 SMP")  # what was wrong was mended in another build
@@ -59,3 +60,23 @@ def test_a_controller_that_is_killed_in_a_jump_finds_its_host_again(fleet: Fleet
     assert jumps(hosts) == [1, 1, 0]
     assert engine.states() == ["unchanged", "failed", "waiting"]
     assert "the host runs 7.3.4 #1 SMP, not 7.3.5 #1 SMP" in json.dumps(engine.report())
+
+
+GONE = """#!/bin/sh
+grep -q begun {record} && exit 255
+for last; do :; done
+exec /bin/sh -c "$last"
+"""
+"""An ssh that reaches this machine until it is written down that the host is begun."""
+
+
+def test_a_canary_that_is_gone_when_it_is_to_jump_ends_the_roll(tmp_path: Path) -> None:
+    with stub_host(tmp_path / "hv1.control") as gone, stub_host(tmp_path / "hv2.control") as other:
+        engine = local(tmp_path, {name: tmp_path / f"{name}.control" for name in NAMES[:2]})
+        ssh = tmp_path / "ssh"
+        ssh.write_text(GONE.format(record=engine.reports / "hosts/hv1.json"), encoding="utf-8")
+        ssh.chmod(0o755)
+        done = engine.play("roll", "-e", f"ansible_connection=ssh ansible_ssh_executable={ssh}")
+        assert done.returncode != 0
+        assert (gone.jumps, other.jumps, engine.states()) == (0, 0, ["failed", "waiting"])
+        assert "cannot be reached" in engine.report()["hosts"][0]["why"]

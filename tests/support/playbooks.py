@@ -27,6 +27,7 @@ def environment(directory: Path) -> dict[str, str]:
         "ANSIBLE_COLLECTIONS_PATH": str(FLEET),
         "ANSIBLE_CONFIG": str(directory / "none.cfg"),
         "ANSIBLE_HOME": str(directory / "ansible"),
+        "ANSIBLE_SSH_CONTROL_PATH_DIR": str(directory / "cp"),  # hosts of two fleets may be called alike
         "ANSIBLE_LOCAL_TEMP": str(directory / "ansible/tmp"),
         "ANSIBLE_NOCOLOR": "1",
         "ANSIBLE_PIPELINING": "1",
@@ -81,6 +82,12 @@ class Engine:
     def report(self) -> dict[str, Any]:
         """The report over all hosts."""
         found: dict[str, Any] = json.loads((self.reports / "report.json").read_text(encoding="utf-8"))
+        return found
+
+    def details(self, host: str) -> dict[str, Any]:
+        """All that is written down of a host, and its timeline."""
+        row = next(each for each in self.report()["hosts"] if each["host"] == host)
+        found: dict[str, Any] = json.loads((self.reports / row["details"]).read_text(encoding="utf-8"))
         return found
 
     def states(self) -> list[str]:

@@ -9,6 +9,8 @@ from ansible.errors import AnsibleConnectionFailure, AnsibleError
 from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
 
+TRIES = 3
+"""How often a host is asked to begin that cannot be reached."""
 MODULE = "memconsole.fleet.handoff_run"
 LONGER = 4
 """How many times as long as the last handoff the next one may take."""
@@ -23,17 +25,39 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # Ansible's is untyped
         """The result of the task."""
         super().run(tmp, task_vars)
         arguments, variables = dict(self._task.args), task_vars or {}
-        result: dict[str, Any] = self._execute_module(MODULE, arguments, task_vars=variables)
-        job = result.pop("job", None)
-        if not result.get("failed") and job is not None:
-            result |= self._awaited(arguments | {"job": job}, variables, self._deadline(result))
+        begun, waits = arguments.pop("begun", None), boolean(arguments.pop("wait", True))
+        result = self._begun(arguments, variables) if begun is None else {**begun}
+        result.pop("diff", None)
+        job = result.get("job")
+        if job is not None and waits:
+            del result["job"]
+            result |= self._awaited(arguments, variables, job, self._deadline(result))
             if not result.get("failed") and (missed := self._missed(result)):
                 result |= {"failed": True, "msg": missed}
             result["changed"] = True
             for name in ("looked", "answers", "jumped", "over", "ended", "said", "whole", "wrong"):
                 result.pop(name, None)
-        if self._task.diff and result.get("before") and result.get("after"):
+        if self._task.diff and (begun is None or job is not None) and result.get("before") and result.get("after"):
             result["diff"] = {"before": result["before"], "after": result["after"]}
+        return result
+
+    def _begun(self, arguments: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
+        """What the host says of a handoff that was begun, or why there is none; a job has the time of its beginning."""
+        # One that was begun, and whose answer was lost, is found again: it is under way, or its kernel runs.
+        for left in reversed(range(TRIES)):
+            try:
+                result: dict[str, Any] = self._execute_module(MODULE, arguments, task_vars=variables)
+                break
+            except AnsibleConnectionFailure as error:
+                if not left:
+                    return {"failed": True, "msg": f"it cannot be reached: {error}"}
+                self._forget_connection()
+                time.sleep(float(arguments.get("interval", 2)))
+        if result.get("failed"):
+            result.pop("job", None)
+        elif result.get("job") is not None:
+            result["job"] |= {"since_s": time.monotonic()}
+            result["msg"] = "it was begun"
         return result
 
     def _deadline(self, begun: dict[str, Any]) -> float:
@@ -44,12 +68,14 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # Ansible's is untyped
         took_ns = max((phase["end_ns"] or phase["start_ns"] for phase in last["phases"]), default=0)
         return max(float(self._task.args.get("least_timeout", 600)), LONGER * took_ns / 1e9)
 
-    def _awaited(self, arguments: dict[str, Any], variables: dict[str, Any], within: float) -> dict[str, Any]:
+    def _awaited(
+        self, arguments: dict[str, Any], variables: dict[str, Any], job: dict[str, Any], within: float
+    ) -> dict[str, Any]:
         """What the host says when the handoff has ended or is given up, and why it failed, if it did."""
-        began, interval = time.monotonic(), float(arguments.get("interval", 2))
+        interval = float(arguments.get("interval", 2))
         while True:
-            found = self._looked(arguments, variables)
-            waited = time.monotonic() - began
+            found = self._looked(arguments | {"job": job}, variables)
+            waited = time.monotonic() - float(job["since_s"])
             why = self._ended_in(found)
             if not why and not found.get("over") and waited > within:
                 why = f"the host is not back within {within:.0f} s: {found.get('msg') or 'the handoff goes on'}"
@@ -70,11 +96,14 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # Ansible's is untyped
             found = {"msg": str(error)}
         if found.get("looked"):
             return found
-        # The connection, and the directory that was made over it, are of the kernel before.
+        self._forget_connection()
+        return {"msg": found.get("msg", "")}
+
+    def _forget_connection(self) -> None:
+        """Leave the connection, and the directory that was made over it: both may be of the kernel before."""
         self._connection._shell.tmpdir = None  # noqa: SLF001 - as ansible.builtin.reboot does
         if getattr(self._connection, "transport", "") == "ssh":
             self._connection.reset()
-        return {"msg": found.get("msg", "")}
 
     def _ended_in(self, found: dict[str, Any]) -> str:
         """Why a handoff will not be over any more; empty where it may, or is."""

@@ -13,6 +13,8 @@ from ansible.plugins.action import ActionBase
 from ansible_collections.memconsole.fleet.plugins.module_utils import page
 
 STATES = ("waiting", "refused", "begun", "done", "unchanged", "failed")
+LONG = ("title", "blackouts", "guests", "report", "picture")
+"""What stands in a host's own files alone."""
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]  # Ansible's is untyped
@@ -34,30 +36,50 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # Ansible's is untyped
             return self._recorded(directory, host, state)
 
     def _recorded(self, directory: Path, host: str, state: str | None) -> dict[str, Any]:
-        if state is not None:
-            known = {"host": host, "state": state, "at": time.time(), "why": self._task.args.get("why") or ""}
-            write(hosts_file(directory, host), json.dumps(known | (self._task.args.get("facts") or {}), indent=1))
-        rows = [read(directory, str(name)) for name in self._task.args["hosts"]]
-        states = dict(Counter(row["state"] for row in rows))
         title = str(self._task.args.get("title") or "Roll")
-        whole = {"title": title, "at": time.time(), "states": states, "hosts": rows}
-        write(directory / "report.json", json.dumps(whole, indent=1))
-        write(directory / "report.html", page.html(whole))
+        rows = known(directory, title)
+        if state is not None:
+            why, facts = self._task.args.get("why") or "", self._task.args.get("facts") or {}
+            whole = {"host": host, "title": title, "state": state, "at": time.time(), "why": why, **facts}
+            write(directory / "hosts" / f"{file_of(host)}.json", json.dumps(whole, indent=1))
+            if picture := whole.get("picture"):
+                write(directory / "hosts" / f"{file_of(host)}.svg", picture)
+            rows[host] = row(whole)
+        waiting = {"state": "waiting", "why": "its turn had not come"}
+        shown = [rows.get(str(name), {"host": str(name), **waiting}) for name in self._task.args["hosts"]]
+        states = dict(Counter(each["state"] for each in shown))
+        report = {"title": title, "at": time.time(), "states": states, "hosts": shown}
+        write(directory / "report.json", json.dumps(report))
+        write(directory / "report.html", page.html(report))
         return {"changed": False, "states": states, "msg": f"{directory / 'report.html'}"}
 
 
-def hosts_file(directory: Path, host: str) -> Path:
-    """Where a host's state is kept; a name that is a path stays a name."""
-    return directory / "hosts" / f"{host.replace('/', '_')}.json"
-
-
-def read(directory: Path, host: str) -> dict[str, Any]:
-    """What is written down of a host."""
+def known(directory: Path, title: str) -> dict[str, dict[str, Any]]:
+    """The rows of the report that stands, by host, as far as they are of a roll of this title."""
     try:
-        found: dict[str, Any] = json.loads(hosts_file(directory, host).read_text(encoding="utf-8"))
+        report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return {"host": host, "state": "waiting", "why": "its turn had not come"}
-    return found
+        return {}
+    return {each["host"]: each for each in report["hosts"]} if report["title"] == title else {}
+
+
+def row(whole: dict[str, Any]) -> dict[str, Any]:
+    """What the report says of a host: of what is long where it is, so that a thousand hosts are written down at once."""
+    name = f"hosts/{file_of(whole['host'])}"
+    stood = [ns for ns in (whole.get("blackouts") or {}).values() if isinstance(ns, int)]
+    short = {key: value for key, value in whole.items() if key not in LONG}
+    return {
+        **short,
+        "guests": len(whole.get("blackouts") or {}),
+        "blackout_ns": max(stood, default=None),
+        "details": f"{name}.json",
+        "picture": f"{name}.svg" if whole.get("picture") else None,
+    }
+
+
+def file_of(host: str) -> str:
+    """What the files of a host are called; a name that is a path stays a name."""
+    return host.replace("/", "_")
 
 
 def write(path: Path, text: str) -> None:

@@ -1,9 +1,9 @@
-"""The report of a roll as one page that loads nothing: where each host is, and a picture of each host's blackouts."""
+"""The report of a roll as a page: where each host is, and a picture of each host's blackouts, which is a file beside it."""
 
 from __future__ import annotations
 
-import base64
 import html as escaping
+import urllib.parse
 from typing import Any
 
 STYLE = """
@@ -23,7 +23,7 @@ def html(report: dict[str, Any]) -> str:
     What hosts say is shown as text; their pictures are images, in which nothing runs.
     """
     rows = report["hosts"]
-    longest = max((blackout(row) or 0 for row in rows), default=0) or 1
+    longest = max((row.get("blackout_ns") or 0 for row in rows), default=0) or 1
     counted = ", ".join(f"{count} {state}" for state, count in sorted(report["states"].items()))
     body = "".join(_row(row, longest) for row in rows)
     heads = "".join(f"<th>{name}</th>" for name in ("Host", "State", "Kernel", "Guests", "Longest blackout", "Why"))
@@ -36,14 +36,8 @@ def html(report: dict[str, Any]) -> str:
     )
 
 
-def blackout(row: dict[str, Any]) -> int | None:
-    """The longest blackout of a host's guests in ns; None where none is known."""
-    known = [ns for ns in (row.get("blackouts") or {}).values() if isinstance(ns, int)]
-    return max(known, default=None)
-
-
 def _row(row: dict[str, Any], longest: int) -> str:
-    ns = blackout(row)
+    ns = row.get("blackout_ns")
     bar = (
         f'<svg width="{WIDTH}" height="10"><rect width="{max(1, ns * WIDTH // longest)}" height="10"/></svg> '
         if ns
@@ -52,7 +46,7 @@ def _row(row: dict[str, Any], longest: int) -> str:
     said = f"{bar}{ns / 1e9:.3f} s" if ns is not None else "-"
     before, after = row.get("from_kernel", ""), row.get("to_kernel", "")
     kernel = f"{before} to {after}" if after and before != after else before
-    cells = (row["host"], row["state"], kernel or "-", len(row.get("blackouts") or {}))
+    cells = (row["host"], row["state"], kernel or "-", row.get("guests", 0))
     shown = "".join(f"<td>{_text(cell)}</td>" for cell in cells)
     return (
         f'<tr class="{_text(row["state"])}">{shown}<td class="n">{said}</td><td>{_text(row.get("why", ""))}</td></tr>\n'
@@ -60,11 +54,11 @@ def _row(row: dict[str, Any], longest: int) -> str:
 
 
 def _pictures(rows: list[dict[str, Any]]) -> str:
-    drawn = [row for row in rows if row.get("picture")]
     return "".join(
-        f'<h2>{_text(row["host"])}</h2>\n<img alt="timeline of the handoff of {_text(row["host"])}"'
-        f' src="data:image/svg+xml;base64,{base64.b64encode(row["picture"].encode()).decode()}">\n'
-        for row in drawn
+        f'<h2>{_text(row["host"])}</h2>\n<img loading="lazy" alt="timeline of the handoff of {_text(row["host"])}"'
+        f' src="{urllib.parse.quote(row["picture"])}">\n'
+        for row in rows
+        if row.get("picture")
     )
 
 

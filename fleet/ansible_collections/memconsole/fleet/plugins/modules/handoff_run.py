@@ -44,6 +44,15 @@ options:
     description: Seconds between two looks at a host that is not back.
     type: float
     default: 2
+  wait:
+    description: Wait until it is over. If not, it is begun, and a later task waits for it by O(begun).
+    type: bool
+    default: true
+  begun:
+    description:
+      - What a task with O(wait=false) returned. Nothing is begun then, and the handoff of that task is waited for.
+      - A batch of hosts is begun so before the first one is waited for, however few of them Ansible handles at a time.
+    type: dict
   job:
     description: A handoff that was begun, to look how far it is. The module's own part on the controller sets it.
     type: dict
@@ -68,6 +77,15 @@ EXAMPLES = r"""
 - name: The kernel that the host boots by itself
   memconsole.fleet.handoff_run:
   register: handed
+
+- name: Begin it, to do something else meanwhile
+  memconsole.fleet.handoff_run:
+    wait: false
+  register: begun
+
+- name: Wait for it
+  memconsole.fleet.handoff_run:
+    begun: "{{ begun }}"
 
 - name: A named kernel, contents compared
   memconsole.fleet.handoff_run:
@@ -239,6 +257,8 @@ def main() -> None:
         "timeout": {"type": "int"},
         "least_timeout": {"type": "int", "default": 600},
         "interval": {"type": "float", "default": 2},
+        "wait": {"type": "bool", "default": True},
+        "begun": {"type": "dict"},
         "job": {"type": "dict"},
     }
     module = AnsibleModule(argument_spec=spec, supports_check_mode=True)

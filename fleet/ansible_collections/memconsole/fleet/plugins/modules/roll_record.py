@@ -9,7 +9,8 @@ short_description: Write down where a host of a roll is, and the report over all
 description:
   - Keeps a file for each host in a directory of the controller, and makes a report of them, as JSON and as a page.
   - The report is whole at any moment. A host of which nothing was written down yet is V(waiting), also where the roll
-    was cut.
+    was cut. What a roll of another title wrote down is no part of it.
+  - The report has a row for each host. What is long of it (its report, its timeline) is in files of its own in C(hosts).
 options:
   directory:
     description: The directory on the controller; it is made where it is not there.
@@ -23,7 +24,7 @@ options:
   state:
     description: Where this host is now; nothing is written down of it if left out.
     type: str
-    choices: [refused, begun, done, unchanged, failed]
+    choices: [waiting, refused, begun, done, unchanged, failed]
   why:
     description: Why it is there.
     type: str

@@ -41,6 +41,8 @@ _NS = 1_000_000_000
 _NAMED = {ArgumentKind.REGION, ArgumentKind.GUEST, ArgumentKind.GRANT, ArgumentKind.WINDOW, ArgumentKind.BDF}
 
 CLOSERS = 32
+CLOCK_OFF_S = 60
+"""Seconds by which a host's clock may be another than this one's until that is said: an answer may be as old."""
 
 
 class HostState(enum.StrEnum):
@@ -56,7 +58,8 @@ class HostState(enum.StrEnum):
 class HostRow(Value, frozen=True):
     """A host as the Hosts view shows it; ``age_ns`` is that of its last answer, ``why`` what keeps it from another.
 
-    None of what is not known. ``reason`` is the first one of a host that is not ready for a handoff.
+    None of what is not known. ``reason`` is the first one of a host that is not ready for a handoff, and what is said
+    of a clock that is off.
     """
 
     host: str
@@ -90,7 +93,7 @@ HOSTS = Table(
         number_field("errors", "Errors", "findings that are errors", lambda h: h.errors),
         number_field("warnings", "Warnings", "findings that are warnings", lambda h: h.warnings, width=8),
         Field("kernel", "Kernel", "its kernel's release", lambda h: h.kernel, width=18),
-        Field("why", "Why", "why it does not answer, or is not ready", lambda h: h.why or h.reason, width=48),
+        Field("why", "Why", "why it does not answer, or is not ready; a clock that is off", lambda h: h.why or h.reason, width=48),
         number_field("regions", "Regions", "regions on it", lambda h: h.regions, width=7),
     ),
 )
@@ -190,8 +193,17 @@ def joined(host: str, found: Snapshot) -> Snapshot:
 class Member:
     """A host of a fleet: how it is opened, and what it said last."""
 
-    def __init__(self, name: str, opened: Callable[[], Source], *, recorded: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        opened: Callable[[], Source],
+        *,
+        recorded: bool = False,
+        clock: Callable[[], int] = time.time_ns,
+    ) -> None:
         self.name = name
+        self._clock = clock
+        self._ahead_ns = 0
         self.recorded = recorded
         self.source: Source | None = None
         self.snapshot: Snapshot | None = None
@@ -212,6 +224,7 @@ class Member:
         else:
             if join and found is not self.snapshot:
                 self.joined = joined(self.name, found)
+            self._ahead_ns = found.taken_ns - self._clock()
             self.snapshot, self.error, self.answered = found, None, time.monotonic()
         self.settled.set()
 
@@ -243,17 +256,25 @@ class Member:
         age = time.monotonic() - self.answered
         state = HostState.LIVE if age <= silent_s else HostState.SILENT
         if self.recorded:
-            state, age = HostState.RECORDED, max(0.0, (time.time_ns() - snapshot.taken_ns) / _NS)
+            state, age = HostState.RECORDED, max(0.0, (self._clock() - snapshot.taken_ns) / _NS)
         elif error is not None:
             state = HostState.LOST
         verdict = readiness.verdict(snapshot.readiness)
+        held_up = "" if verdict is Verdict.READY else readiness.sentence(snapshot.readiness)
         severities = [finding.severity for finding in snapshot.findings]
         return HostRow(
             self.name, state, snapshot.host.kernel, len(snapshot.guests), len(snapshot.regions),
             snapshot.memory.total, snapshot.memory.available, verdict,
-            "" if verdict is Verdict.READY else readiness.sentence(snapshot.readiness),
+            "; ".join(filter(None, (held_up, self._clock_said()))),
             severities.count(Severity.ERROR), severities.count(Severity.WARNING), int(age * _NS), str(error or ""),
         )  # fmt: skip
+
+    def _clock_said(self) -> str:
+        """What is said of a host's clock that is another than this one's; empty where it is not."""
+        off = abs(self._ahead_ns)
+        if self.recorded or off <= CLOCK_OFF_S * _NS:
+            return ""
+        return f"its clock is {format_age(off)} {'ahead of' if self._ahead_ns > 0 else 'behind'} this host's"
 
 
 class Fleet:

@@ -44,7 +44,7 @@ def _console() -> None:
         source = AlternatingSource(now)
         first = replace(now.guests[0], memory=now.guests[0].memory + 4096)
         source.other = replace(now, guests=(first, *now.guests[1:]))
-        return Member(f"h{number}", lambda: source)
+        return Member(f"h{number}", lambda: source, clock=lambda: NOW_NS)
 
     fleet = Fleet([member(number) for number in range(HOSTS)], interval=1.0)
     fleet.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -80,3 +81,28 @@ def test_a_canary_that_is_gone_when_it_is_to_jump_ends_the_roll(tmp_path: Path) 
         assert done.returncode != 0
         assert (gone.jumps, other.jumps, engine.states()) == (0, 0, ["failed", "waiting"])
         assert "cannot be reached" in engine.report()["hosts"][0]["why"]
+
+
+OLDER = """#!/bin/sh
+case "$*" in
+*--version*) echo memconsole 0.0.9 ;;
+*) echo '{"action": "handoff-run", "cli": "handoff run", "conditions": [], "effects": [], "refusals": []}' ;;
+esac
+"""
+
+
+def test_a_host_whose_memconsole_is_older_holds_up_the_roll_and_is_named(tmp_path: Path) -> None:
+    older = tmp_path / "older"
+    older.write_text(OLDER, encoding="utf-8")
+    older.chmod(0o755)
+    with stub_host(tmp_path / "hv1.control") as host:
+        engine = local(tmp_path, {name: tmp_path / f"{name}.control" for name in NAMES[:2]})
+        inventory = json.loads(engine.inventory.read_text(encoding="utf-8"))
+        inventory["memconsole"]["hosts"]["hv2"]["memconsole_executable"] = str(older)
+        engine.inventory.write_text(json.dumps(inventory), encoding="utf-8")
+        assert engine.play("roll").returncode != 0
+        assert (host.jumps, engine.states()) == (0, ["waiting", "refused"])
+        why = engine.report()["hosts"][1]["why"]
+        assert "memconsole 0.0.9 on this host is older than the collection memconsole.fleet" in why
+        assert "upgrade it" in why
+        assert why in html.unescape((engine.reports / "report.html").read_text(encoding="utf-8"))

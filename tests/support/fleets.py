@@ -9,7 +9,7 @@ from memconsole.errors import NoControl
 from memconsole.fleet import Fleet, Member
 from memconsole.model import Part, Snapshot
 from memconsole.source import Source
-from support.synthetic import SyntheticSource, snapshot
+from support.synthetic import NOW_NS, SyntheticSource, snapshot
 
 
 class Failing(SyntheticSource):
@@ -25,7 +25,7 @@ class Failing(SyntheticSource):
 
 def member(name: str, opened: Callable[[], Source] | Source) -> Member:
     """A host by its name; asked once, unless it is to be opened later."""
-    made = Member(name, opened if callable(opened) else partial(lambda found: found, opened))
+    made = Member(name, opened if callable(opened) else partial(lambda found: found, opened), clock=lambda: NOW_NS)
     if not callable(opened):
         made.ask((), join=True)
     return made

@@ -13,7 +13,7 @@ import pytest
 from support.fleets import fleet_of, member
 from support.remotes import as_ssh, memconsole_in
 from support.served import ServedSource
-from support.synthetic import SyntheticSource, snapshot
+from support.synthetic import NOW_NS, SyntheticSource, snapshot
 from support.waiting import LONG_S, until
 
 from memconsole import actions as do
@@ -114,6 +114,25 @@ def test_what_was_said_last_stands_with_its_age_when_a_host_is_lost() -> None:
 
 
 # --- the command line ---
+
+
+@pytest.mark.parametrize(
+    ("ahead_s", "said"),
+    [
+        (4 * 365 * 86400, "its clock is 1460d00h ahead of this host's"),
+        (-90, "its clock is 1m30s behind this host's"),
+        (-30, ""),
+    ],
+)
+def test_a_host_whose_clock_is_off_is_told_and_its_age_is_by_ones_own(ahead_s: int, said: str) -> None:
+    source = SyntheticSource(snapshot())
+    there = Member("h1", lambda: source, clock=lambda: NOW_NS - ahead_s * 1_000_000_000)
+    there.ask((), join=True)
+    row = there.row(3.0)
+    assert row.state is HostState.LIVE
+    assert row.reason.partition("; ")[2] == said
+    assert row.age_ns is not None
+    assert row.age_ns < LONG_S * 1_000_000_000
 
 
 @pytest.fixture

@@ -93,7 +93,13 @@ HOSTS = Table(
         number_field("errors", "Errors", "findings that are errors", lambda h: h.errors),
         number_field("warnings", "Warnings", "findings that are warnings", lambda h: h.warnings, width=8),
         Field("kernel", "Kernel", "its kernel's release", lambda h: h.kernel, width=18),
-        Field("why", "Why", "why it does not answer, or is not ready; a clock that is off", lambda h: h.why or h.reason, width=48),
+        Field(
+            "why",
+            "Why",
+            "why it does not answer or is not ready; a clock that is off",
+            lambda h: h.why or h.reason,
+            width=48,
+        ),
         number_field("regions", "Regions", "regions on it", lambda h: h.regions, width=7),
     ),
 )

@@ -1,8 +1,10 @@
-"""Many hosts in one console, and one host from afar: what a key costs over 200 hosts, what ssh adds to a Snapshot.
+"""Many hosts in one console, one from afar, and a roll: what a key over 200 hosts costs, what ssh adds to a Snapshot.
 
 The hosts are synthetic Sources in the console's process, each of which a thread asks every second as it asks real ones;
 of two Snapshots each shows the other, which is part of the processor time of a key. A Snapshot from afar comes through
-``ssh`` to this machine and ``memconsole bridge``.
+``ssh`` to this machine and ``memconsole bridge``. A roll is Ansible's, playbook, role and actions and all, over hosts
+in the place of whose Python is a stub that says it is one (stub_python.sh) and takes its seconds for a handoff:
+MEMCONSOLE_BENCH_HOSTS (up to 1,000), a tenth of them a batch, and MEMCONSOLE_BENCH_HANDOFF_S.
 """
 
 from __future__ import annotations
@@ -104,6 +106,34 @@ def bench_snapshot_from_afar() -> list[Result]:
         place = Remote(host.name, str(directory / "control"))
         far = took(stack.enter_context(contextlib.closing(Client(place))))
     return [Result("snapshot of 1,000 guests over ssh, against the control socket", far, "ms", near, goal=2.0)]
+
+
+def bench_roll() -> list[Result]:
+    """A roll of N hosts in batches of k, the canary before them and the gate included, in handoffs, against N / k."""
+    sys.path.insert(0, str(HERE.parent))
+    from support.playbooks import Engine
+
+    hosts, handoff_s = (
+        int(os.environ.get(f"MEMCONSOLE_BENCH_{name}", default)) for name, default in (("HOSTS", 20), ("HANDOFF_S", 20))
+    )
+    batch = max(1, hosts // 10)
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        shared = {
+            "ansible_connection": "local",
+            "ansible_python_interpreter": str(HERE / "stub_python.sh"),
+            "memconsole_interval": 1,
+        }
+        sockets = {f"h{number}": {"memconsole_socket": str(directory / f"h{number}")} for number in range(hosts)}
+        engine = Engine(directory, sockets, shared)
+        os.environ["STUB_HANDOFF_S"] = str(handoff_s)
+        begin = time.perf_counter()
+        done = engine.play("roll", "-e", f"memconsole_serial={batch}")
+        took = time.perf_counter() - begin
+        if done.returncode or set(engine.states()) != {"done"}:
+            raise RuntimeError(f"the roll ended with {done.returncode}: {done.stdout[-2000:]}")
+    what = f"roll of {hosts:,} hosts in batches of {batch}, handoffs of {handoff_s} s"
+    return [Result(what, took / handoff_s, "", hosts / batch, goal=1.2)]
 
 
 if __name__ == "__main__":

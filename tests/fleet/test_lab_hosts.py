@@ -74,7 +74,7 @@ def test_a_host_is_rolled_while_its_network_is_cut_in_the_jump(tmp_path: Path) -
 def test_three_hosts_are_held_up_by_one_rolled_past_a_controller_that_dies_and_rolled_back(tmp_path: Path) -> None:
     options = {"hv3": ("-rtc", "base=2031-01-01T00:00:00")}
     with lab_fleet(tmp_path, THREE, more=CANARY, options=options) as fleet:
-        made, hosts = engine(tmp_path, fleet, memconsole_serial=1), fleet.hosts
+        made, hosts = engine(tmp_path, fleet), fleet.hosts
         fleet.run("hv2", "kill -STOP $(memconsole guests --json | grep -o '\"pid\": *[0-9]*' | grep -o '[0-9]*')")
         held = made.play("roll")
         assert held.returncode != 0

@@ -64,7 +64,7 @@ def known(directory: Path, title: str) -> dict[str, dict[str, Any]]:
 
 
 def row(whole: dict[str, Any]) -> dict[str, Any]:
-    """What the report says of a host: of what is long where it is, so that a thousand hosts are written down at once."""
+    """What the report says of a host: where it is long, in which file; a thousand rows are soon written."""
     name = f"hosts/{file_of(whole['host'])}"
     stood = [ns for ns in (whole.get("blackouts") or {}).values() if isinstance(ns, int)]
     short = {key: value for key, value in whole.items() if key not in LONG}

@@ -1,4 +1,4 @@
-"""The report of a roll as a page: where each host is, and a picture of each host's blackouts, which is a file beside it."""
+"""The report of a roll as a page: where each host is, and a picture of each one's blackouts, a file beside it."""
 
 from __future__ import annotations
 

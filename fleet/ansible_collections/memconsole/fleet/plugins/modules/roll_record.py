@@ -10,7 +10,7 @@ description:
   - Keeps a file for each host in a directory of the controller, and makes a report of them, as JSON and as a page.
   - The report is whole at any moment. A host of which nothing was written down yet is V(waiting), also where the roll
     was cut. What a roll of another title wrote down is no part of it.
-  - The report has a row for each host. What is long of it (its report, its timeline) is in files of its own in C(hosts).
+  - The report has a row for each host. What is long of it (its report, its timeline) is in files in C(hosts).
 options:
   directory:
     description: The directory on the controller; it is made where it is not there.

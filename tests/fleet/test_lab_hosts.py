@@ -6,6 +6,7 @@ They take long: ``make soak`` runs them.
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,19 +72,22 @@ def test_a_host_is_rolled_while_its_network_is_cut_in_the_jump(tmp_path: Path) -
 
 
 @SOAK
-def test_three_hosts_are_held_up_by_one_rolled_past_a_controller_that_dies_and_rolled_back(tmp_path: Path) -> None:
-    options = {"hv3": ("-rtc", "base=2031-01-01T00:00:00")}
-    with lab_fleet(tmp_path, THREE, more=CANARY, options=options) as fleet:
-        made, hosts = engine(tmp_path, fleet), fleet.hosts
+def test_three_hosts_are_held_up_by_one(tmp_path: Path) -> None:
+    with lab_fleet(tmp_path, THREE, more=CANARY) as fleet:
+        made = engine(tmp_path, fleet)
         fleet.run("hv2", "kill -STOP $(memconsole guests --json | grep -o '\"pid\": *[0-9]*' | grep -o '[0-9]*')")
         held = made.play("roll")
         assert held.returncode != 0
         assert made.states() == ["waiting", "refused", "waiting"], held.stdout
         assert "GuestSilent" in rows(made)[1]["why"]
-        assert [host.boots() for host in hosts.values()] == [1, 1, 1]
+        assert [host.boots() for host in fleet.hosts.values()] == [1, 1, 1]
 
-        fleet.run("hv2", "kill -CONT $(memconsole guests --json | grep -o '\"pid\": *[0-9]*' | grep -o '[0-9]*')")
-        made.killed("roll", lambda: hosts["hv3"].boots() == 2, within=3 * PATIENCE)
+
+@SOAK
+def test_a_controller_that_dies_in_batch_two_finds_three_hosts_again(tmp_path: Path) -> None:
+    with lab_fleet(tmp_path, THREE, more=CANARY) as fleet:
+        made, hosts = engine(tmp_path, fleet), fleet.hosts
+        made.killed("roll", lambda: hosts["hv3"].boots() == 2, "-e", "memconsole_serial=1", within=3 * PATIENCE)
         assert made.states() == ["done", "done", "begun"]
         until(hosts["hv3"].serves, "hv3 serves", PATIENCE)
         told = made.play("report")
@@ -94,9 +98,18 @@ def test_three_hosts_are_held_up_by_one_rolled_past_a_controller_that_dies_and_r
         assert (went_on.returncode, made.states()) == (0, ["unchanged"] * 3), went_on.stdout
         assert [host.releases() for host in hosts.values()] == [[fleet.old, fleet.new]] * 3
 
-        back = made.play("rollback", "-e", f"memconsole_rollback_from={fleet.new}", "-e", "memconsole_serial=3")
-        assert (back.returncode, made.states()) == (0, ["done"] * 3), back.stdout
-        assert [host.releases() for host in hosts.values()] == [[fleet.old, fleet.new, fleet.old]] * 3
+
+@SOAK
+def test_a_host_whose_clock_is_off_is_rolled_and_rolled_back(tmp_path: Path) -> None:
+    with lab_fleet(tmp_path, ["hv1"], more=CANARY, options={"hv1": ("-rtc", "base=2031-01-01T00:00:00")}) as fleet:
+        made = engine(tmp_path, fleet)
+        done = made.play("roll")
+        assert (done.returncode, made.states()) == (0, ["done"]), done.stdout
+        assert made.details("hv1")["report"]["began_ns"] > time.time_ns()  # its clock, not the controller's
+        back = made.play("rollback", "-e", f"memconsole_rollback_from={fleet.new}")
+        assert (back.returncode, made.states()) == (0, ["done"]), back.stdout
+        assert made.report()["title"] == "Rollback"
+        assert fleet.hosts["hv1"].releases() == [fleet.old, fleet.new, fleet.old]
 
 
 @SOAK

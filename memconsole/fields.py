@@ -83,6 +83,7 @@ REGIONS = Table(
             default=False,
         ),
         Field("node", "Node", "NUMA node it was taken from", lambda r: r.node, width=4, right=True, default=False),
+        Field("block", "Block", "what its adopted guest's QEMU calls it", lambda r: r.block, width=9, default=False),
         moment_field("created", "Created", "when it was reserved", lambda r: r.created_ns),
     ),
 )

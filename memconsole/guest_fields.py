@@ -136,6 +136,7 @@ def _begins(managed: Managed) -> str:
 
 _MANAGED = (
     _managed("manager", "Manager", "who runs the VM: libvirt", lambda m: m.manager, width=8),
+    _managed("manager_user", "User", "the user (UID) whose session daemon runs it", lambda m: m.user, width=6),
     _managed("uuid", "UUID", "its UUID, by its manager", lambda m: m.uuid, width=36),
     _managed("title", "Title", "its title, by its manager", lambda m: m.title, width=20),
     _managed("manager_state", "Says", "its manager's word on its state", lambda m: m.state, width=10),

@@ -61,6 +61,8 @@ _WHOLE = {
     ("MemoryModule", "source"): "path",
 }
 """Fields whose texts are names from end to end, and what kind of."""
+_OF_DOMAINS = frozenset({"domain-started", "domain-ended"})
+"""Events of guests that nobody did anything to: their manager started or ended them."""
 _KINDS = {ArgumentKind.REGION: "region", ArgumentKind.GUEST: "guest", ArgumentKind.NEW_NAME: ""}
 
 
@@ -210,6 +212,8 @@ def _may_hold(hint: Any) -> bool:
 @functools.cache
 def _subject_kind(event_kind: str) -> str:
     """Of what an event's subject is the name: a region, a guest; empty where it is something else."""
+    if event_kind in _OF_DOMAINS:
+        return "guest"
     cls = REGISTRY.get(event_kind)
     if cls is None:
         return ""

@@ -6,6 +6,7 @@
     moves        ends what became of guests whose RAM was on its way when somebody was killed     not while ...
     services     starts those that were told to save for a handoff and have ended; finds the process of a unit
     carried      has libvirt start the adopted guests that a handoff brought; resumes those of one that died
+    domains      records that libvirt has started a domain, or that one has ended, when it happens (inotify)
     mount        files and status as the ledger and a Snapshot have them
     history      records a Snapshot where that is due
 
@@ -22,6 +23,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from memconsole.backend import needs
+from memconsole.backend.ledger.state import EventRecord
+from memconsole.backend.managers.comings import Comings
 from memconsole.backend.ticks import Ticks
 from memconsole.errors import Gone, Silent
 from memconsole.model import HandoffReport, Snapshot
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
     from memconsole.backend.readiness import ReadinessCheck
 
 EVERY_S = 1.0
+AT_ONCE_S = 0.05
+"""Between two times that a job waits for what it is told of."""
 MOVES_S = 5.0
 RECENT_S = 30.0
 """How old a Snapshot may be that says whether something changed: where nobody looks, one is taken as often."""
@@ -100,6 +105,7 @@ class Upkeep:
         self._maps_since = maps_since
         self._taking = threading.Lock()
         self._latest: Snapshot | None = None
+        self._comings = Comings(desk.root)
         self._ticks = Ticks()
         self._ticks.begin("quarantine", EVERY_S, self.recheck)
         self._ticks.begin("readiness", EVERY_S, self.check_readiness)
@@ -107,6 +113,7 @@ class Upkeep:
         self._ticks.begin("carried", EVERY_S, self.see_to_carried)
         self._ticks.begin("moves", MOVES_S, self.settle_moves)
         self._ticks.begin("report", EVERY_S, self.amend_report)
+        self._ticks.begin("domains", AT_ONCE_S, self.tell_domains)
         if desk.mount is not None:
             self._ticks.begin("mount", EVERY_S, self.show_on_mount)
         if past is not None and past.every_s:
@@ -118,7 +125,9 @@ class Upkeep:
 
     def close(self) -> None:
         """See to nothing more."""
+        self._comings.stop()
         self._ticks.close()
+        self._comings.close()
 
     def recheck(self) -> None:
         """Let quarantined frames go whose pins have dropped."""
@@ -167,6 +176,19 @@ class Upkeep:
             with self._idle() as still:
                 if still:
                     self._carry(relocate.settle(self._desk))
+
+    def tell_domains(self) -> None:
+        """Record the domains that have come and gone, once some have."""
+        if self._comings.wait():
+            self._carry(self._told())
+
+    def _told(self) -> Recorded[None]:
+        for managed, pid, came in self._comings.news():
+            ours = (guest.name for guest in self._desk.state.guests.values() if guest.pid == pid)
+            who = "libvirt" if managed.user is None else f"libvirt of user {managed.user}"
+            text = f"{who} has started {managed.name}" if came else f"{managed.name} of {who} has ended"
+            kind = "domain-started" if came else "domain-ended"
+            yield EventRecord(time.time_ns(), kind, next(ours, managed.name), f"{text} (process {pid})")
 
     def amend_report(self) -> None:
         """Have the report of the last handoff say what guests say of their blackout."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from memconsole.model.base import Value
 
 
@@ -62,7 +64,7 @@ class Managed(Value, frozen=True):
     of mdevs, ``taps`` its network interfaces on the host. ``persistent``: it is defined, and would be there after a
     reboot. ``helped`` are devices that another process of this host works for (virtiofs, vhost-user, TPM), in words.
     ``job``: what the manager does with it now (a migration, a save), ``block_jobs`` what is done with its disks; empty
-    while there is none.
+    while there is none. ``user``: the UID of the user whose session daemon runs it; None: the system's daemon does.
     """
 
     manager: str
@@ -88,3 +90,14 @@ class Managed(Value, frozen=True):
     helped: tuple[str, ...] = ()
     job: str = ""
     block_jobs: tuple[str, ...] = ()
+    user: int | None = None
+
+    def is_systems(self, uuid: str) -> bool:
+        """Whether it is the system's domain that has this UUID; a user may give one of his own the same."""
+        return self.user is None and self.uuid == uuid
+
+    def by_virsh(self, verb: str) -> str:
+        """The command that has its manager do something to it; a session daemon's is its user's to type."""
+        if self.user is None:
+            return f"virsh {verb} {shlex.quote(self.name)}"
+        return f"virsh -c qemu:///session {verb} {self.uuid} (as user {self.user})"

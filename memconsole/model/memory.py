@@ -53,7 +53,7 @@ class RegionSeen(Value, frozen=True):
 
 
 class Region(Value, frozen=True):
-    """Named memory set aside for one owner."""
+    """Named memory set aside for one owner; ``block``: of an adopted guest's RAM, what its QEMU calls it."""
 
     name: str
     store: str
@@ -66,6 +66,7 @@ class Region(Value, frozen=True):
     segments: tuple[Segment, ...] = ()
     grants: tuple[str, ...] = ()
     seen: RegionSeen | None = None
+    block: str = ""
 
 
 class GrantMapping(Value, frozen=True):

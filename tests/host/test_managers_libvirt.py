@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +37,7 @@ MEMCONSOLE = (sys.executable, "-c", "import sys; from memconsole.cli import main
 @pytest.fixture(scope="module")
 def manager() -> Iterator[Libvirt]:
     """A libvirtd with a domain ``web shop`` that runs, of two NUMA cells."""
-    with libvirts() as manager:
+    with libvirts(["/run/user"]) as manager:
         disk = manager.directory / "disk.img"
         disk.write_bytes(bytes(M))
         disk.chmod(0o666)
@@ -88,3 +89,59 @@ def test_a_domain_that_ended_is_no_guest_any_more(manager: Libvirt) -> None:
     until(lambda: not seen(manager), "it is gone")
     manager.virsh("start", NAME)
     assert [guest["name"] for guest in seen(manager)] == [NAME]
+
+
+USER = 65534
+SESSION = """<domain type='qemu'>
+  <name>own</name>
+  <memory unit='MiB'>64</memory>
+  <vcpu>1</vcpu>
+  <os><type arch='x86_64' machine='q35'>hvm</type></os>
+  <features><acpi/></features>
+</domain>
+"""
+
+
+def as_user(home: str, *words: str) -> tuple[str, ...]:
+    """A command as that user, who has a session of his own."""
+    place = f"/run/user/{USER}"
+    own = (f"HOME={home}", f"XDG_RUNTIME_DIR={place}", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C")
+    return ("setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", "env", "-i", *own, *words)
+
+
+@pytest.fixture
+def own(manager: Libvirt) -> Iterator[tuple[str, ...]]:
+    """virsh of a user whose session daemon runs a domain."""
+    manager.run("mount", "-t", "tmpfs", "none", "/run/user")
+    home = f"/run/user/{USER}/home"
+    manager.run("mkdir", "-p", home)
+    manager.run("chown", "-R", f"{USER}:{USER}", f"/run/user/{USER}")
+    description = manager.directory / "own.xml"
+    description.write_text(SESSION)
+    description.chmod(0o644)
+    manager.directory.chmod(0o755)
+    virsh = as_user(home, "virsh", "-q", "-c", "qemu:///session")
+    try:
+        with (manager.directory / "session.log").open("wb") as log:
+            words = manager.inside(*as_user(home, "libvirtd", "-t", "20"))
+            daemon = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            until(lambda: manager.ended(*virsh, "list").returncode == 0, "the session daemon answers")
+            manager.run(*virsh, "create", str(description))
+            yield virsh
+            manager.ended(*virsh, "destroy", "own")
+            daemon.terminate()
+            daemon.wait()
+    finally:
+        manager.run("umount", "-l", "/run/user")
+
+
+def test_a_domain_of_a_users_session_daemon_is_that_users_guest(manager: Libvirt, own: tuple[str, ...]) -> None:
+    found = {guest["name"]: guest for guest in seen(manager)}
+    assert set(found) == {NAME, f"own@{USER}"}
+    guest = found[f"own@{USER}"]
+    assert (guest["managed"]["user"], guest["managed"]["state"], guest["seen"]["uid"]) == (USER, "running", USER)
+    assert guest["managed"]["uuid"] == manager.run(*own, "domuuid", "own").strip()
+    refused = manager.ended(*MEMCONSOLE, "--embedded", "guest", "adopt", f"own@{USER}", "--dry-run")
+    assert "qemu:///system" in refused.stdout + refused.stderr
+    manager.run(*own, "destroy", "own")
+    until(lambda: [guest["name"] for guest in seen(manager)] == [NAME], "it is gone")

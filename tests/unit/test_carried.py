@@ -41,6 +41,14 @@ class Qemu(FakeQemu):
     """One that would empty its RAM when it ends."""
 
     empties = True
+    block = "pc.ram"
+
+    def human_monitor_command(self, command_line: str, **_: object) -> object:
+        assert command_line == "info ramblock"
+        row = (
+            f"{self.block:>30}    4 KiB  0x0000000000000000 0x0000000000400000 0x0000000000400000 0x00007f0000000000 rw"
+        )
+        return f"              Block Name    PSize  Offset  Used  Total  HVA  RO\n{row}\n"
 
     def qom_get(self, **_: object) -> object:
         return self.empties

@@ -22,11 +22,11 @@ from msgspec.structs import replace
 
 from memconsole import decoding
 from memconsole.backend.guests import statestream
+from memconsole.backend.guests.ramblocks import StreamBlock
 from memconsole.backend.guests.statestream import Before
 from memconsole.backend.kernel import census, tree
 from memconsole.backend.kernel.tree import Root
 from memconsole.backend.managers import libvirt, plans, saveimage, virsh
-from memconsole.backend.managers.migration import Elsewhere
 from memconsole.backend.peers import handle
 from memconsole.backend.stores import adopted, ramfiles
 from memconsole.errors import Gone, GuestError, KernelRefused, MemconsoleError, NotFound
@@ -41,15 +41,10 @@ _LARGEST = 4 << 20
 _LOOK_S = 0.05
 
 
-class MovedBlock(Value, frozen=True):
-    """A block on its way: ``stream`` and ``file`` are what the migration stream and libvirt call it; bytes."""
+class MovedBlock(StreamBlock, frozen=True):
+    """A block on its way; ``parts`` are where the guest has it: address, offset, size."""
 
-    name: str
-    stream: str
-    file: str
-    size: int
-    region: str
-    parts: tuple[tuple[int, int, int], ...]
+    parts: tuple[tuple[int, int, int], ...] = ()
 
 
 class Move(Value, frozen=True):
@@ -172,7 +167,7 @@ def unlock(move: Move) -> None:
     try:
         lock = saveimage.read(state).lock
         digest = lock.digest if lock is not None else ""
-        elsewhere = [Elsewhere(block.stream, block.size) for block in move.blocks]
+        elsewhere = [block.elsewhere() for block in move.blocks]
         saveimage.unlock(state, move.path("image"), elsewhere, digest=digest)
     finally:
         os.close(state)

@@ -23,20 +23,18 @@ from typing import Any
 from msgspec.structs import replace
 
 from memconsole import decoding
-from memconsole.backend.guests import moves, statestream
+from memconsole.backend.guests import moves, ramblocks, statestream
 from memconsole.backend.guests.moves import Move, MovedBlock
 from memconsole.backend.guests.statestream import StateStream
 from memconsole.backend.kernel import tree
 from memconsole.backend.kernel.tree import Root
 from memconsole.backend.managers import domainxml, plans, saveimage, virsh
-from memconsole.backend.managers.guest_memory import Block, file_name
-from memconsole.backend.managers.migration import Elsewhere
+from memconsole.backend.managers.guest_memory import Block
 from memconsole.backend.steps import Step
 from memconsole.backend.stores import ramfiles
 from memconsole.errors import GuestError
 from memconsole.model import Guest
 
-_ROW = re.compile(r"\s*(\S+)\s+\d+ \S+\s+0x[0-9a-f]+\s", re.ASCII)
 _NO_CHANGE = re.compile(rb"<currentMemory[^>]*>[^<]*</currentMemory>")
 
 
@@ -86,7 +84,7 @@ class Relocation:
         """
         self._xml = virsh.description(self._managed.uuid)
         domainxml.on_files(self._xml, moved=True)
-        names = _stream_names(self._monitor)
+        names = ramblocks.stream_names(self._monitor)
         self._move = Move(
             str(self._runtime.absolute()),
             self._guest,
@@ -120,9 +118,7 @@ class Relocation:
 
     def look(self) -> None:
         """Begin the image, and see what its QEMU is set to."""
-        elsewhere = [
-            Elsewhere(block.stream, block.size, fd) for block, fd in zip(self.move.blocks, self.fds, strict=True)
-        ]
+        elsewhere = [block.elsewhere(fd) for block, fd in zip(self.move.blocks, self.fds, strict=True)]
         to = domainxml.Lock(self.move.blocks[0].region, secrets.token_hex(32))
         xml = domainxml.locked(domainxml.on_files(self._xml, moved=True), to)
         saveimage.begin(self._files[-1], saveimage.Image(self.move.running, xml))
@@ -239,25 +235,10 @@ class Relocation:
         moves.note(self.move)
 
 
-def _stream_names(monitor: virsh.Monitor) -> frozenset[str]:
-    """What a migration stream calls blocks."""
-    said = monitor("human-monitor-command", {"command-line": "info ramblock"})
-    rows = map(_ROW.match, decoding.convert(said, str, what="QEMU's answer to info ramblock").splitlines())
-    return frozenset(row[1] for row in rows if row is not None)
-
-
 def _block(guest: str, block: Block, names: frozenset[str]) -> MovedBlock:
-    stream = next((name for name in (block.name, f"/objects/{block.name}") if name in names), None)
-    if stream is None:
-        why = "info ramblock does not name it"
-        raise GuestError(f"block {block.name} of guest {guest} is not known", why, "report it, with QEMU's version")
     parts = tuple((part.gpa, part.offset, part.size) for part in block.parts)
-    return MovedBlock(block.name, stream, file_name(block.name), block.size, region_name(guest, block.name), parts)
-
-
-def region_name(guest: str, block: str) -> str:
-    """What the region of a guest's block is called."""
-    return f"{guest}.{re.sub(r'[^A-Za-z0-9._-]+', '-', block)[:14]}"
+    stream = ramblocks.stream_name(guest, block.name, names)
+    return MovedBlock(block.name, ramblocks.region_name(guest, block.name), block.size, stream, parts)
 
 
 def _owner(root: Root, pid: int) -> tuple[int, int]:

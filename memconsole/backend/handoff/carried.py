@@ -17,7 +17,7 @@ import contextlib
 import hashlib
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -26,14 +26,14 @@ from msgspec.structs import replace
 from memconsole import decoding
 from memconsole.backend import needs
 from memconsole.backend.custody import payloads
-from memconsole.backend.guests import statestream
+from memconsole.backend.guests import ramblocks, statestream
+from memconsole.backend.guests.ramblocks import StreamBlock
 from memconsole.backend.guests.statestream import Before, StateStream
 from memconsole.backend.handoff import bootplan, manifest
 from memconsole.backend.handoff.bootplan import ClockReading
 from memconsole.backend.kernel import tree
 from memconsole.backend.ledger import boots
 from memconsole.backend.managers import domainxml, plans, saveimage, virsh
-from memconsole.backend.managers.guest_memory import file_name
 from memconsole.backend.managers.migration import Elsewhere
 from memconsole.backend.managers.saveimage import Image
 from memconsole.backend.managers.virsh import Monitor
@@ -51,19 +51,11 @@ _NO_DIGEST = "0" * 64
 _END_S = 60.0
 
 
-class CarriedBlock(Value, frozen=True):
-    """A block of RAM: what QEMU calls it, its region, bytes, and the file it is in this boot."""
+class CarriedBlock(StreamBlock, frozen=True):
+    """A block of RAM, and the file it is in this boot."""
 
-    name: str
-    region: str
-    size: int
-    device: int
-    inode: int
-
-    @property
-    def file(self) -> str:
-        """What libvirt calls the block in the directory it makes for RAM."""
-        return file_name(self.name)
+    device: int = 0
+    inode: int = 0
 
 
 class Carried(Value, frozen=True):
@@ -92,7 +84,7 @@ class Carried(Value, frozen=True):
     @property
     def elsewhere(self) -> tuple[Elsewhere, ...]:
         """Its RAM, as a stream need not bring it."""
-        return tuple(Elsewhere(block.name, block.size) for block in self.blocks)
+        return tuple(block.elsewhere() for block in self.blocks)
 
     def is_of(self, guest: Guest) -> bool:
         """Whether the process it names is the guest's of now."""
@@ -138,15 +130,21 @@ def results(guests: Iterable[Guest]) -> tuple[GuestResult, ...]:
     return tuple(GuestResult(each.name, each.kind, each.memory, why=WAITS, lane=LANE) for each in guests)
 
 
-def blocks_of(desk: Carrying, guest: Guest) -> tuple[CarriedBlock, ...]:
-    """The blocks of a guest's RAM, by name: its regions are called by them."""
+def blocks_of(desk: Carrying, guest: Guest, streamed: Collection[str] = ()) -> tuple[CarriedBlock, ...]:
+    """The blocks of a guest's RAM, by region, with what the stream calls each, of the names that there are.
+
+    Raises:
+        GuestError: the stream has none of a name.
+    """
     regions = sorted({grant.region for grant in desk.state.grants_of(guest=guest.name)})
     found = []
     for name in regions:
         region = desk.state.regions[name]
-        block = name.removeprefix(f"{guest.name}.")
+        block = region.block or name.removeprefix(f"{guest.name}.")  # one adopted before blocks were noted
         if block != name:
-            found.append(CarriedBlock(block, name, region.size, region.segments[0].device, region.segments[0].inode))
+            stream = ramblocks.stream_name(guest.name, block, streamed) if streamed else ""
+            file = region.segments[0]
+            found.append(CarriedBlock(block, name, region.size, stream, file.device, file.inode))
     return tuple(found)
 
 
@@ -236,8 +234,8 @@ class Taking:
             locked = domainxml.locked(domainxml.on_files(xml), domainxml.Lock(guest.name, _NO_DIGEST))
             self._image = Image(running=True, xml=locked)
             saveimage.begin(self._fd, self._image)
-            blocks = blocks_of(self._desk, guest)
-            elsewhere = tuple(Elsewhere(block.name, block.size) for block in blocks)
+            blocks = blocks_of(self._desk, guest, ramblocks.stream_names(monitor))
+            elsewhere = tuple(block.elsewhere() for block in blocks)
             self._stream = StateStream(guest.name, guest.pid or 0, monitor, self._fd, elsewhere)
             self._steps = {step.id: step for step in self._stream.steps()}
             self._steps["look"].do()

@@ -199,9 +199,7 @@ def _found(desk: Returning, guest: Guest, said: Carried) -> Guest:
     Raises:
         GuestError: it does not run, or not on its RAM.
     """
-    shown = next(
-        (each for each in desk.foreign_guests() if each.managed is not None and each.managed.uuid == said.uuid), None
-    )
+    shown = next((each for each in desk.foreign_guests() if each.managed and each.managed.is_systems(said.uuid)), None)
     if shown is None:
         why = "libvirt runs it, and no process has its UUID"
         raise GuestError(f"guest {guest.name} is not seen", why, f"virsh domstate {said.name}")

@@ -253,7 +253,7 @@ def _limits(root: tree.Root) -> dict[str, object]:
 
 def _libvirt(guests: Iterable[Guest], root: tree.Root) -> tuple[libvirt_setup.Part, ...]:
     """What libvirt lacks for its guests to go along, where it has any."""
-    if not any(guest.managed is not None and guest.managed.manager == "libvirt" for guest in guests):
+    if not any(guest.managed is not None and guest.managed.user is None for guest in guests):
         return ()
     try:
         return tuple(libvirt_setup.lacking(libvirt_setup.status(root)))

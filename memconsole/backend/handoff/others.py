@@ -6,7 +6,6 @@ not come along, so it refuses, by name, with what keeps each of them. A rehearsa
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -70,7 +69,7 @@ def _with_hindrances(guest: Guest) -> str:
 
 def _ended(guests: list[Guest]) -> str:
     """What ends each of some guests without loss."""
-    by_manager = [shlex.quote(guest.managed.name) for guest in guests if guest.managed is not None]
-    words = [f"virsh managedsave {name}" for name in by_manager]
-    words += [_WITHOUT_MANAGER] if len(by_manager) < len(guests) else []
+    managed = [guest.managed for guest in guests if guest.managed is not None]
+    words = [each.by_virsh("managedsave") for each in managed]
+    words += [_WITHOUT_MANAGER] if len(managed) < len(guests) else []
     return "; ".join(words) or "shut it down, save it (virsh managedsave), or migrate it first"

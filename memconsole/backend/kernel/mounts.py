@@ -24,7 +24,7 @@ _ESCAPED = re.compile(r"\\([0-7]{3})")
 class MountInfo(NamedTuple):
     """One mount: ``root`` of filesystem ``device`` (st_dev) shown at ``path``; a later one there hides it.
 
-    ``options`` are those of the filesystem (a hierarchy of cgroups has its controllers there).
+    ``options`` are those of the filesystem (a hierarchy of cgroups has its controllers there), ``id`` is the mount's.
     """
 
     device: int
@@ -33,6 +33,7 @@ class MountInfo(NamedTuple):
     fstype: str
     source: str
     options: str = ""
+    id: int = 0
 
 
 def mounts(root: Root = "/") -> list[MountInfo]:
@@ -59,7 +60,8 @@ def parse(raw: bytes) -> Iterator[MountInfo]:
         if not dash or len(words) < 6 or len(ends) < 2:
             raise tree.malformed(_MOUNTINFO, line)
         device, top, path = _device(line, words[2]), _plain(words[3]), Path(_plain(words[4]))
-        yield MountInfo(device, top, path, ends[0], _plain(ends[1]), " ".join(ends[2:]))
+        number = int(words[0]) if words[0].isdecimal() and words[0].isascii() else 0
+        yield MountInfo(device, top, path, ends[0], _plain(ends[1]), " ".join(ends[2:]), number)
 
 
 def _device(line: str, numbers: str) -> int:

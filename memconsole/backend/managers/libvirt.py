@@ -12,8 +12,10 @@ domain's only if its own command line has the domain's UUID (``-uuid``).
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,6 +35,9 @@ _DEFINED = "/etc/libvirt/qemu"
 _LARGEST = 8 << 20
 _MOST_LABELS = 32
 _LONGEST_LABEL = 256
+_DEEPEST_LABEL = 8
+_MOST = 1 << 63
+"""No number of a domain is as large, nor is one that JSON could not carry."""
 _UNITS = {
     "b": 1,
     "bytes": 1,
@@ -128,9 +133,9 @@ def parse(raw: bytes, path: str = "a status file", since_ns: int = 0) -> Domain:
             manager="libvirt",
             name=_said(domain, "name"),
             uuid=_said(domain, "uuid"),
-            id=int(domain.attrib["id"]) if "id" in domain.attrib else None,
+            id=_number(domain.attrib["id"]) if "id" in domain.attrib else None,
             title=domain.findtext("title", ""),
-            labels=tuple(_labels(domain))[:_MOST_LABELS],
+            labels=tuple(islice(_labels(domain), _MOST_LABELS)),
             state=status.get("state", ""),
             reason=status.get("reason", ""),
             since_ns=since_ns,
@@ -150,7 +155,14 @@ def parse(raw: bytes, path: str = "a status file", since_ns: int = 0) -> Domain:
                 for each in status.iterfind("blockjobs/blockjob")
             ),
         )
-        return Domain(int(status.attrib["pid"]), managed)
+        return Domain(_number(status.attrib["pid"]), managed)
+
+
+def _number(text: str, base: int = 10) -> int:
+    found = int(text, base)
+    if not 0 <= found < _MOST:
+        raise ValueError(f"{text} is no number of a domain")
+    return found
 
 
 def _child(element: Element, name: str) -> Element:
@@ -176,18 +188,21 @@ def _size(text: str, element: Element) -> int:
     unit = element.get("unit", "KiB")
     if unit not in _UNITS:
         raise ValueError(f"{unit!r} is no unit of memory")
-    return int(text) * _UNITS[unit]
+    return _number(str(_number(text) * _UNITS[unit]))
 
 
 def _labels(domain: Element) -> Iterator[Label]:
     """What others keep in the metadata, each text by the names of the elements that lead to it, namespaces left out."""
-    below: list[tuple[tuple[str, ...], Element]] = [((_local(each),), each) for each in domain.iterfind("metadata/*")]
+    below: deque[tuple[tuple[str, ...], Element]] = deque(
+        ((_local(each),), each) for each in domain.iterfind("metadata/*")
+    )
     while below:
-        names, element = below.pop(0)
+        names, element = below.popleft()
         said = (element.text or "").strip() or element.get("name", "")
         if said:
             yield Label(".".join(names), said[:_LONGEST_LABEL])
-        below += [((*names, _local(each)), each) for each in element]
+        if len(names) < _DEEPEST_LABEL:
+            below += [((*names, _local(each)), each) for each in element]
 
 
 def _local(element: Element) -> str:
@@ -207,15 +222,15 @@ def _ram(domain: Element) -> ManagedRam:
 
 
 def _cell(index: int, cell: Element) -> NumaCell:
-    return NumaCell(int(cell.get("id", index)), _size(cell.get("memory", "0"), cell), cell.get("cpus", ""))
+    return NumaCell(_number(cell.get("id", str(index))), _size(cell.get("memory", "0"), cell), cell.get("cpus", ""))
 
 
 def _vcpus(status: Element, domain: Element) -> Iterator[ManagedVcpu]:
     pinned = {each.get("vcpu"): each.get("cpuset", "") for each in domain.iterfind("cputune/vcpupin")}
     everywhere = _child(domain, "vcpu").get("cpuset", "")
     for each in status.iterfind("vcpus/vcpu"):
-        tid = int(each.get("pid", 0))
-        yield ManagedVcpu(int(each.attrib["id"]), tid or None, pinned.get(each.get("id"), everywhere))
+        tid = _number(each.get("pid", "0"))
+        yield ManagedVcpu(_number(each.attrib["id"]), tid or None, pinned.get(each.get("id"), everywhere))
 
 
 def _module(device: Element) -> MemoryModule:
@@ -225,8 +240,8 @@ def _module(device: Element) -> MemoryModule:
     return MemoryModule(
         device.get("model", ""),
         _size(size.text or "0", size),
-        int(node) if node is not None else None,
-        int(base, 0) if base else None,
+        _number(node) if node is not None else None,
+        _number(base, 0) if base else None,
         device.findtext("source/path", ""),
     )
 
@@ -251,7 +266,7 @@ def _job(status: Element) -> str:
 
 
 def _bdf(address: Element) -> str:
-    domain, bus, slot, function = (int(address.get(name, "0"), 0) for name in ("domain", "bus", "slot", "function"))
+    domain, bus, slot, function = (_number(address.get(name, "0"), 0) for name in ("domain", "bus", "slot", "function"))
     return f"{domain:04x}:{bus:02x}:{slot:02x}.{function:x}"
 
 

@@ -9,7 +9,6 @@ What a host as such cannot do is no finding: that is what gaps and ``doctor`` ar
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Collection, Iterable, Iterator
 
 from memconsole.backend.kernel import kho, pci
@@ -247,7 +246,7 @@ def _windows(snapshot: Snapshot) -> Iterator[Finding]:
             )
 
 
-_WITH_LIBVIRT = "virsh managedsave {} before the next kernel writes its RAM to disk; or migrate it to another host"
+_WITH_LIBVIRT = "{} before the next kernel writes its RAM to disk; or migrate it to another host"
 
 
 def _unadopted(snapshot: Snapshot) -> Iterator[Finding]:
@@ -285,7 +284,7 @@ def _unpreserved(snapshot: Snapshot) -> Iterator[Finding]:
                 f"guest {guest.name} has {format_size(guest.memory)} of RAM that "
                 + ("no handoff carries: no manager would start it again" if guest.adopted else "belongs to no region"),
                 _of_process(guest, "/maps"),
-                _WITH_LIBVIRT.format(shlex.quote(guest.managed.name))
+                _WITH_LIBVIRT.format(guest.managed.by_virsh("managedsave"))
                 if guest.managed is not None
                 else "memconsole guest start NAME --vmm qemu gives it a region; or pass one as memory-backend-file",
             )

@@ -28,7 +28,7 @@ from memconsole.backend.kernel import dax, host, iomem, iommu, kho, kvm, memory,
 from memconsole.backend.kernel.census import Census, Process
 from memconsole.backend.kernel.tree import Root
 from memconsole.backend.ledger.state import State
-from memconsole.backend.managers import libvirt
+from memconsole.backend.managers import libvirt, sessions
 from memconsole.backend.observe import findings
 from memconsole.backend.observe.mappings import OURS, RegionMapping, backends, region_mappings, stray_mappings
 from memconsole.errors import Gone, MemconsoleError, NotFound
@@ -409,7 +409,8 @@ def _gpa(grants: Sequence[Grant], region: str, offset: int) -> int | None:
 
 
 def _domains(root: Root, read: Readers) -> Mapping[int, Managed]:
-    return read(libvirt.STATUS, lambda: libvirt.domains(root, read.gaps), {}, absent=True)
+    users = read(sessions.USERS, lambda: sessions.domains(root, read.gaps), {}, absent=True)
+    return {**users, **read(libvirt.STATUS, lambda: libvirt.domains(root, read.gaps), {}, absent=True)}
 
 
 def foreign_guests(

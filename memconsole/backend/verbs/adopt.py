@@ -25,7 +25,7 @@ from memconsole.actions import GuestAdopt, GuestLetGo
 from memconsole.backend import needs
 from memconsole.backend.custody import payloads
 from memconsole.backend.custody.names import custody_name
-from memconsole.backend.guests.relocation import region_name
+from memconsole.backend.guests.ramblocks import region_name
 from memconsole.backend.handoff.carried_back import Returning
 from memconsole.backend.handoff.hindrances import hindrances
 from memconsole.backend.ledger.state import StateChange
@@ -198,6 +198,10 @@ def _refused(shown: Guest, files: Sequence[RamFile]) -> Refusal:
 
 def _unreachable(shown: Guest, qmp: str) -> Refusal | None:
     """There must be a way to ask its QEMU."""
+    if shown.managed is not None and shown.managed.user is not None:
+        what = f"guest {shown.name} cannot be adopted: the session daemon of user {shown.managed.user} runs it"
+        why = "its next start would be that daemon's, which has no hook and no right to RAM of memconsole's"
+        return Refusal("SessionDomain", what, why, "define it for the system's libvirt (qemu:///system)")
     if shown.managed is not None:
         if qmp:
             why = f"{shown.managed.manager} has its monitor, and is asked through it"
@@ -349,7 +353,7 @@ def _hold_block(work: PreparedAction, desk: Adopting, one: _Adoption, block: Blo
         if size != block.size:
             why = f"the file has {size} bytes, the block {block.size}"
             raise GuestError(f"block {block.name} of guest {one.guest.name} is not one file", why, code="PartOfFile")
-        region = adoptees.region_of(desk, name, fd, block.size)
+        region = adoptees.region_of(desk, name, fd, block.size, block.name)
         payloads.put(desk.custody, custody_name(name, 0), fd, region)
         one.held.append(name)
         desk.hold_region(name, (fd,))

@@ -52,8 +52,8 @@ def left_over(desk: needs.LedgerState, shown: Guest, name: str) -> Refusal | Non
     return Refusal("NameTaken", what, f"regions: {', '.join(left)}", remedy)
 
 
-def region_of(desk: needs.OwnRegionFds, name: str, fd: int, size: int) -> Region:
-    """A block as a region.
+def region_of(desk: needs.OwnRegionFds, name: str, fd: int, size: int, block: str) -> Region:
+    """A block, by QEMU's name of it, as a region.
 
     Raises:
         GuestError: there is one of this name.
@@ -69,6 +69,7 @@ def region_of(desk: needs.OwnRegionFds, name: str, fd: int, size: int) -> Region
         RegionState.RESERVED,
         created_ns=time.time_ns(),
         segments=files.segments([fd]),
+        block=block,
     )
 
 

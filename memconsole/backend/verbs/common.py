@@ -45,7 +45,7 @@ def known_guest(work: PreparedAction, desk: needs.LiveGuests, name: str) -> Gues
         return guest
     foreign = next((each for each in desk.foreign_guests() if each.name == name), None)
     if foreign is not None:
-        who = foreign.managed.manager if foreign.managed is not None else "another program"
+        who = _who(foreign)
         socket = "" if foreign.managed is not None else " --qmp PATH"
         work.refuse(
             "Foreign",
@@ -59,11 +59,17 @@ def known_guest(work: PreparedAction, desk: needs.LiveGuests, name: str) -> Gues
     return None
 
 
+def _who(guest: Guest) -> str:
+    if guest.managed is None:
+        return "another program"
+    session = f"the session daemon of user {guest.managed.user} ({guest.managed.manager})"
+    return guest.managed.manager if guest.managed.user is None else session
+
+
 def refuse_adopted(work: PreparedAction, guest: Guest, what: str, remedy: str) -> bool:
     """Refuse what is not done to a guest that somebody else runs; whether it is one."""
     if guest.adopted:
-        who = guest.managed.manager if guest.managed is not None else "another program"
-        why = f"{who} runs it; memconsole has its RAM in custody, and nothing else"
+        why = f"{_who(guest)} runs it; memconsole has its RAM in custody, and nothing else"
         work.refuse("Adopted", f"guest {guest.name} is not {what} by memconsole", why, remedy)
     return guest.adopted
 
@@ -72,7 +78,7 @@ def at_its_manager(guest: Guest, verb: str) -> str:
     """Where a guest that is adopted is paused, resumed or ended."""
     if guest.managed is None:
         return "do it where it was started"
-    return f"virsh {verb} {shlex.quote(guest.managed.name)}"
+    return guest.managed.by_virsh(verb)
 
 
 def is_vm(guest: Guest) -> bool:

@@ -209,7 +209,7 @@ def _with(change: StateChange, more: StateChange) -> StateChange:
 def _hold(desk: Relocating, move: Relocation) -> None:
     try:
         for block, fd in zip(move.move.blocks, move.fds, strict=True):
-            region = adoptees.region_of(desk, block.region, fd, block.size)
+            region = adoptees.region_of(desk, block.region, fd, block.size, block.name)
             payloads.put(desk.custody, custody_name(region.name, 0), fd, region)
             desk.hold_region(region.name, (os.dup(fd),))
     except BaseException:

@@ -22,6 +22,8 @@ from memconsole.model import Part
 from memconsole.source import Source
 
 TICK_S = 0.2
+SOON_S = 0.25
+"""How soon after its last Snapshot a subscriber gets the next where something has happened (an event) since."""
 
 
 @dataclass(eq=False)
@@ -119,11 +121,18 @@ class Streams:
 
     def _due(self) -> list[WatchStream]:
         now = time.monotonic()
+        ready = [stream for connection, stream in self._watchers.items() if not connection.outbox]
+        waits = [stream for stream in ready if now - stream.sent_at < stream.every]
+        happened = self._newest_event(min(map(_last_event, waits))) if waits else 0
         return [
             stream
-            for connection, stream in self._watchers.items()
-            if not connection.outbox and now - stream.sent_at >= stream.every
+            for stream in ready
+            if now - stream.sent_at >= (SOON_S if happened > _last_event(stream) else stream.every)
         ]
+
+    def _newest_event(self, after: int) -> int:
+        found = unforeseen.attempt("Watch", "call", lambda: self._source.events(after))
+        return 0 if isinstance(found, MemconsoleError) or not found else found[-1].seq
 
     def _show(self, taken: SharedSnapshot | MemconsoleError) -> None:
         due = self._due()
@@ -176,3 +185,9 @@ class Streams:
             "the control process is ending", "it was asked to", "connect again once it is back", code="Ending"
         )
         self._fail([*self._listeners.values(), *self._watchers.values()], ending)
+
+
+def _last_event(stream: WatchStream) -> int:
+    """The newest event that a subscriber has."""
+    events = stream.base.snapshot.events if stream.base is not None else ()
+    return events[-1].seq if events else 0

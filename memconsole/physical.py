@@ -27,15 +27,13 @@ class Share(NamedTuple):
         return f"{self.mark} {self.name} {format_size(self.size)}"
 
 
-def by_use(snapshot: Snapshot) -> list[Share]:
-    """What the host's memory is used for; the shares that are not empty, together all of it."""
+def by_use(snapshot: Snapshot, resident: int) -> list[Share]:
+    """What the host's memory is used for; the shares that are not empty, together all of it.
+
+    ``resident``: bytes of regions that are in memory in the host's own pages, and so in no pool.
+    """
     memory = snapshot.memory
     pools = sum(pool.total * pool.page_size for pool in memory.pools)
-    resident = sum(
-        region.seen.resident
-        for region in snapshot.regions
-        if region.seen is not None and region.page_size <= snapshot.host.page_size
-    )
     used = max(memory.total - memory.available, 0)
     pools = min(pools, used)
     regions = min(resident, used - pools)

@@ -78,12 +78,15 @@ class Token(NamedTuple):
 class Where:
     """A filter that was understood, and the ``fields`` it names.
 
-    It is ``plain`` if it only looks for words, so that a longer one finds fewer rows.
+    It is ``plain`` if it only looks for ``words`` (in lower case), all of them, so that a longer one finds fewer rows.
     """
 
-    def __init__(self, text: str, test: Test | None, *, plain: bool, fields: Sequence[Field] = ()) -> None:
+    def __init__(
+        self, text: str, test: Test | None, *, words: Sequence[str] | None = None, fields: Sequence[Field] = ()
+    ) -> None:
         self.text = text
-        self.plain = plain
+        self.plain = words is not None
+        self.words = tuple(words or ())
         self.fields = tuple(fields)
         self._test = test
 
@@ -95,7 +98,7 @@ class Where:
         return self._test is None or self._test(item, shown)
 
 
-EVERYTHING = Where("", None, plain=True)
+EVERYTHING = Where("", None, words=())
 
 
 def parse(text: str, fields: Sequence[Field]) -> Where:
@@ -113,7 +116,8 @@ def parse(text: str, fields: Sequence[Field]) -> Where:
     test = reader.either(0)
     if reader.left:
         raise UsageError("the filter has a ) that closes nothing", _place(reader.left[0]), "remove it, or quote it")
-    return Where(text, test, plain=all(token.kind in {"word", "quoted"} for token in tokens), fields=reader.named)
+    plain = all(token.kind in {"word", "quoted"} for token in tokens)
+    return Where(text, test, words=[token.text.lower() for token in tokens] if plain else None, fields=reader.named)
 
 
 def choose(where: Where, shown: Sequence[Field], rows: Iterable[Any]) -> list[Any]:

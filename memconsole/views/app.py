@@ -36,7 +36,7 @@ from memconsole.views.bound import bound
 from memconsole.views.commands import Commands
 from memconsole.views.completing import complete
 from memconsole.views.doing import LONG
-from memconsole.views.headline import headline, trouble_lines
+from memconsole.views.headline import crumbs, headline, trouble_lines
 from memconsole.views.helping import helped
 from memconsole.views.painting import Views
 from memconsole.views.places import Place, place_of
@@ -52,7 +52,7 @@ from memconsole.views.settings import ConsoleSettings
 from memconsole.views.tabbed import VIEWS, Named
 from memconsole.views.view import View, subject_of
 from memconsole.views.widgets.assist import Assist
-from memconsole.views.widgets.bars import Header, Keys, Part, Tabs, Title
+from memconsole.views.widgets.bars import Header, Keys, Tabs, Title
 from memconsole.views.widgets.facts import Lines
 from memconsole.views.widgets.prompt import Prompt
 from memconsole.views.widgets.table import VirtualTable
@@ -169,10 +169,7 @@ class ConsoleApp(Bookmarking):
         yield TimeBar()
         yield Lines(id="trouble")
         with Views(initial="overview"):
-            for view in self.VIEWS:
-                yield view.cls(id=view.name)
-            for kind, detail in DETAILS.items():
-                yield detail(id=kind)
+            yield self.VIEWS[0].cls(id=self.VIEWS[0].name)
         yield Assist()
         yield Prompt(partial(complete, self), self.memory)
         yield Keys()
@@ -190,11 +187,23 @@ class ConsoleApp(Bookmarking):
         self.follow()
 
     def on_ready(self) -> None:
-        """Every view is there: show what has arrived by now."""
-        self._begun = self.enduring = True
+        """The first view is there: show what has arrived by now, and build the others behind it."""
+        self._begun = True
         self.set_interval(1.0, self.show_state)
         self.set_interval(1.0, self.tidy)
         self._to_front()
+        others = [*((view.name, view.cls) for view in self.VIEWS[1:]), *DETAILS.items()]
+        self.set_timer(BEGIN_S, partial(self._build, others))  # once the first frame is out
+
+    async def _build(self, rest: Sequence[tuple[str, type[View]]]) -> None:
+        """Build one more view; keys are done once there are all."""
+        if rest:
+            (name, cls), *later = rest
+            await self.screen_stack[0].query_one(Views).add(cls(id=name))
+            self.call_later(self._build, later)
+            return
+        self.enduring = True
+        await self.opened()
         if self.begin_at is not None:
             self._begin_there(self.begin_at)
 
@@ -268,22 +277,13 @@ class ConsoleApp(Bookmarking):
         base.query_one(Tabs).show(tabs, names.index(here) if here in names else -1)
         self.want(self.view.parts)
         self.show_history(base.query_one(TimeBar))
-        base.query_one(Title).show_parts(self._crumbs(), [(f"{self.view.status} ", "$text-muted")])
+        base.query_one(Title).show_parts(
+            crumbs(self.trail, {view.name: view.title for view in self.VIEWS}),
+            [(f"{self.view.status} ", "$text-muted")],
+        )
 
     def _count(self, name: str) -> int | None:
         return len(getattr(self.snapshot, name)) if name and self.snapshot is not None else None
-
-    def _crumbs(self) -> list[Part]:
-        parts: list[Part] = [(" ", "")]
-        titles = {view.name: view.title for view in self.VIEWS}
-        for index, place in enumerate(self.trail):
-            last = index == len(self.trail) - 1
-            text = titles.get(place.view, "")
-            if place.subject:
-                text = f"{text} {place.subject.replace(':', ' ', 1)}".lstrip()
-            parts += [(" ▸ ", "$text-muted")] if index else []
-            parts.append((text, "bold $primary" if last else "$text-muted"))
-        return parts
 
     # --- going places ---------------------------------------------------------------------------------------------
 

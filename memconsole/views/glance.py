@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from textual.content import Content
 
 from memconsole import physical, readiness
-from memconsole.model import Guest, HandoffReport, Memory, Snapshot, Survival
+from memconsole.model import Guest, GuestState, HandoffReport, Memory, Region, RegionState, Snapshot, Survival
 from memconsole.physical import Share
 from memconsole.rates import guests_busy, usage_of
 from memconsole.readiness import Verdict
 from memconsole.units import format_duration, format_percent, format_size, spark
 from memconsole.views.looks import bar, value_look
+from memconsole.views.tallying import Tally
 from memconsole.views.widgets.bars import Part, line
 from memconsole.views.widgets.facts import STYLES
 from memconsole.views.widgets.fitting import fit
@@ -80,9 +81,9 @@ class Meter(NamedTuple):
     tone: str = ""
 
 
-def use_lines(snapshot: Snapshot, width: int) -> list[Content]:
-    """The host's physical memory by what it is used for, and what the marks mean."""
-    shares = physical.by_use(snapshot)
+def use_lines(snapshot: Snapshot, width: int, resident: int) -> list[Content]:
+    """The host's physical memory by what it is used for, and what the marks mean; ``resident`` as of :class:`Held`."""
+    shares = physical.by_use(snapshot, resident)
     parts: list[Part] = [(fit("in use", LABEL), "$secondary")]
     for share, count in zip(shares, physical.cells(shares, max(width - LABEL, 10)), strict=True):
         parts.append((share.mark * count, STYLES[share.tone]))
@@ -276,42 +277,66 @@ def trend_span(snapshot: Snapshot) -> str:
 
 
 # --- what is held, and what would survive -----------------------------------------------------------------------------
-def held_lines(snapshot: Snapshot) -> list[Content]:
-    """What is held: regions, guests and grants, counted by state."""
-    size = sum(region.size for region in snapshot.regions)
-    resident = sum(region.seen.resident for region in snapshot.regions if region.seen)
-    memory = sum(guest.memory for guest in snapshot.guests)
-    wrong = sum(guest.progress.wrong for guest in snapshot.guests if guest.progress)
-    gap = max((guest.progress.gap_ns for guest in snapshot.guests if guest.progress), default=0)
-    lines = [
-        _count("regions", len(snapshot.regions), f"{format_size(size)}, {format_size(resident)} resident"),
-        _states(region.state for region in snapshot.regions),
-        _count("guests", len(snapshot.guests), f"{format_size(memory)} of RAM"),
-        _states(guest.state for guest in snapshot.guests),
-        _count("grants", len(snapshot.grants), ""),
-        _states(grant.state for grant in snapshot.grants),
-    ]
-    lazy = [(grant.length, grant.faults) for grant in snapshot.grants if grant.faults]
-    if lazy:
-        size, there = sum(length for length, _ in lazy), sum(faults.present for _, faults in lazy)
-        rate = sum(faults.rate for _, faults in lazy)
-        lines.append(_count("lazy", len(lazy), f"{rate:,} faults/s, {format_size(there)} of {format_size(size)}"))
-    if any(guest.progress for guest in snapshot.guests):
-        verdict = ("✖ ", "$error") if wrong else ("✔ ", "$success")
-        words = f"{wrong:,} wrong, longest gap {format_duration(gap)}"
-        lines.append(line([(fit("canaries", LABEL), "$secondary"), verdict, (words, "")]))
-    return [each for each in lines if each.plain]
+
+
+def _of_region(region: Region) -> Iterable[tuple[Hashable, int]]:
+    resident = region.seen.resident if region.seen is not None else 0
+    return ("size", region.size), ("resident", resident), (region.page_size, resident), (region.state, 1)
+
+
+def _of_guest(guest: Guest) -> Iterable[tuple[Hashable, int]]:
+    return ("memory", guest.memory), (guest.state, 1)
+
+
+class Held:
+    """What is held, counted: of ten thousand regions only those again that changed."""
+
+    def __init__(self) -> None:
+        self._regions = Tally(_of_region)
+        self._guests = Tally(_of_guest)
+
+    def resident(self, snapshot: Snapshot) -> int:
+        """Bytes of regions that are in memory in the host's own pages."""
+        sums = self._regions.follow(snapshot.regions)
+        return sum(sums[size] for size in {*sums} if isinstance(size, int) and size <= snapshot.host.page_size)
+
+    def lines(self, snapshot: Snapshot) -> list[Content]:
+        """What is held: regions, guests and grants, counted by state."""
+        regions, guests = self._regions.follow(snapshot.regions), self._guests.follow(snapshot.guests)
+        size = f"{format_size(regions['size'])}, {format_size(regions['resident'])} resident"
+        lines = [
+            _count("regions", len(snapshot.regions), size),
+            _states({state: regions[state] for state in RegionState}),
+            _count("guests", len(snapshot.guests), f"{format_size(guests['memory'])} of RAM"),
+            _states({state: guests[state] for state in GuestState}),
+            _count("grants", len(snapshot.grants), ""),
+            _states(Counter(grant.state for grant in snapshot.grants)),
+        ]
+        lazy = [(grant.length, grant.faults) for grant in snapshot.grants if grant.faults]
+        if lazy:
+            length, there = sum(length for length, _ in lazy), sum(faults.present for _, faults in lazy)
+            rate = sum(faults.rate for _, faults in lazy)
+            words = f"{rate:,} faults/s, {format_size(there)} of {format_size(length)}"
+            lines.append(_count("lazy", len(lazy), words))
+        progress = [guest.progress for guest in snapshot.guests if guest.progress]
+        if progress:
+            wrong, gap = sum(each.wrong for each in progress), max(each.gap_ns for each in progress)
+            verdict = ("✖ ", "$error") if wrong else ("✔ ", "$success")
+            words = f"{wrong:,} wrong, longest gap {format_duration(gap)}"
+            lines.append(line([(fit("canaries", LABEL), "$secondary"), verdict, (words, "")]))
+        return [each for each in lines if each.plain]
 
 
 def _count(title: str, number: int, words: str) -> Content:
     return line([(fit(title, LABEL), "$secondary"), (f"{number:,}", "bold"), (f"  {words}" if words else "", "")])
 
 
-def _states(states: Iterable[str]) -> Content:
+def _states(numbers: Mapping[str, int]) -> Content:
     parts = []
-    for state, number in Counter(states).most_common():
-        glyph, tone = value_look("state", state)
-        parts += [(f"{glyph} {number:,} {state}  ", STYLES[tone])]
+    for state, number in sorted(numbers.items(), key=lambda pair: -pair[1]):
+        if number:
+            glyph, tone = value_look("state", state)
+            parts += [(f"{glyph} {number:,} {state}  ", STYLES[tone])]
     return line([(" " * LABEL, ""), *parts]) if parts else Content("")
 
 

@@ -121,7 +121,7 @@ async def _render(source: Source, view: str, format: Format, size: tuple[int, in
     app = FleetApp(source, **given) if isinstance(source, Fleet) else ConsoleApp(source, **given)
     app.animation_level = "none"
     async with app.run_test(size=size) as pilot:
-        while app.snapshot is None:
+        while app.snapshot is None or app.opening:
             if app.return_code is not None:
                 raise MemconsoleError(
                     "the view was not rendered", "the console ended before its first refresh", "see the log; try again"

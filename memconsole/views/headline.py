@@ -1,10 +1,11 @@
-"""What the first line says: whose memory this is, whether it is live, paused, lost or past, and what is under way."""
+"""What the bars say: whose memory it is, whether it is live, paused, lost or past, what is under way; where one is."""
 
 from __future__ import annotations
 
 import datetime
 import textwrap
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from textual.content import Content
 
@@ -15,6 +16,7 @@ from memconsole.readiness import Verdict
 from memconsole.source import PastSource
 from memconsole.units import format_age
 from memconsole.views.console import Console
+from memconsole.views.places import Place
 from memconsole.views.widgets.bars import Part, plain
 
 SECOND = 1_000_000_000
@@ -103,3 +105,15 @@ def _moment(app: Console, snapshot: Snapshot) -> str:
     taken = datetime.datetime.fromtimestamp(snapshot.taken_ns // SECOND, datetime.UTC)
     today = datetime.datetime.fromtimestamp(app.clock() // SECOND, datetime.UTC).date()
     return taken.strftime("%H:%M:%S UTC" if taken.date() == today else "%Y-%m-%d %H:%M:%S UTC")
+
+
+def crumbs(trail: Sequence[Place], titles: Mapping[str, str]) -> list[Part]:
+    """Where one is, and the way there; ``titles`` of views by their names."""
+    parts: list[Part] = [(" ", "")]
+    for index, place in enumerate(trail):
+        text = titles.get(place.view, "")
+        if place.subject:
+            text = f"{text} {place.subject.replace(':', ' ', 1)}".lstrip()
+        parts += [(" ▸ ", "$text-muted")] if index else []
+        parts.append((text, "bold $primary" if index == len(trail) - 1 else "$text-muted"))
+    return parts

@@ -3,7 +3,8 @@
 Left alone, Textual hands every key to what has the focus when it comes in; a key that opens a prompt, a dialog or the
 next field is done later, and those behind it in one burst (a slow line, a paste, a script) go astray. Here a key waits
 until the one before it has been done: a message is sent after it that rises through the same widgets up to the app,
-``ROUNDS`` times, since what a key does may be a message itself. A first key waits for nothing.
+``ROUNDS`` times, since what a key does may be a message itself. A first key waits for nothing but that there is all
+it could lead to: while ``opening``, keys and buttons of the mouse wait.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from textual.timer import Timer
 from memconsole.views.enduring import Enduring
 
 ROUNDS = 3
+EARLY = (events.Key, events.Paste, events.MouseDown, events.MouseUp, events.MouseScrollDown, events.MouseScrollUp)
 LONGEST_S = 2.0
 """Seconds after which keys go on although the widget that had the last one never answered: it is gone, or hangs."""
 
@@ -42,6 +44,8 @@ class Ordered(Enduring):
         self._asked: Screen[object] | None = None
         self._patience: Timer | None = None
         self._typed_at = time.monotonic()
+        self.opening = True
+        self._early: list[events.Event] = []
 
     @property
     def untouched_s(self) -> float:
@@ -51,11 +55,20 @@ class Ordered(Enduring):
     @property
     def typing(self) -> bool:
         """Whether keys are still to be done."""
-        return self.is_running and (bool(self._typed) or self._rounds > 0)
+        return self.is_running and (bool(self._typed) or bool(self._early) or self._rounds > 0)
+
+    async def opened(self) -> None:
+        """All that a key could lead to is there: do those that came before."""
+        self.opening = False
+        early, self._early = self._early, []
+        for event in early:
+            await self.on_event(event)
 
     async def on_event(self, event: events.Event) -> None:
         """Do a key, or keep it until those before it are done."""
-        if not isinstance(event, events.Key | events.Paste) or event.is_forwarded:
+        if self.opening and isinstance(event, EARLY) and not event.is_forwarded:
+            self._early.append(event)
+        elif not isinstance(event, events.Key | events.Paste) or event.is_forwarded:
             await super().on_event(event)
         elif self._rounds:
             self._typed.append(event)

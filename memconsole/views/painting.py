@@ -46,6 +46,11 @@ class Views(ContentSwitcher):
 
     current: reactive[str | None] = reactive(None, init=False, repaint=False)
 
+    async def add(self, view: Widget) -> None:
+        """Build a view behind the one in front."""
+        view.display = False
+        await self.mount(view)
+
 
 class Sheet(Scrolled):
     """A ScrollView that is laid out and focused without being painted twice."""

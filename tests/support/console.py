@@ -72,7 +72,7 @@ async def running(app: ConsoleApp, size: tuple[int, int] = WIDE, *, faults: bool
     before = unforeseen.counts()["console"]
     async with app.run_test(size=size, notifications=True):
         pilot = Typist(app)
-        await until(pilot, lambda: app.snapshot is not None or bool(app.trouble))
+        await until(pilot, lambda: not app.opening and (app.snapshot is not None or bool(app.trouble)))
         await pilot.pause()
         yield pilot
         await pilot.pause()

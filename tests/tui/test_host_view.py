@@ -45,7 +45,7 @@ REGION = snapshot(regions=1, guests=1).regions[0].name
 async def console(source: SyntheticSource, size: tuple[int, int] = (132, 50)) -> AsyncIterator[Pilot[None]]:
     app = ConsoleApp(source, interval=1e6, clock=lambda: NOW_NS)
     async with app.run_test(size=size) as pilot:
-        while app.snapshot is None:
+        while app.opening or app.snapshot is None:
             await pilot.pause(0.01)
         yield pilot
 

@@ -61,7 +61,7 @@ def made() -> SyntheticSource:
 async def opened(source: SyntheticSource, subject: str) -> AsyncIterator[tuple[Pilot[None], MapView]]:
     app = ConsoleApp(source, interval=1e6, clock=lambda: NOW_NS)
     async with app.run_test(size=(132, 50)) as pilot:
-        while app.snapshot is None:
+        while app.opening or app.snapshot is None:
             await pilot.pause(0.01)
         app.open_view("pfn", subject)
         yield pilot, await arrived(pilot)
@@ -214,7 +214,7 @@ async def test_the_past_of_a_file_is_that_file_with_its_maps(tmp_path: Path) -> 
         recording.write(path, source.snapshot(), {MAP: table})
     app = ConsoleApp(recording.Recording(path), interval=1e6, clock=lambda: NOW_NS)
     async with app.run_test(size=(132, 50)) as pilot:
-        while app.snapshot is None:
+        while app.opening or app.snapshot is None:
             await pilot.pause(0.01)
         await pilot.press("left_square_bracket")
         while not app.away:
@@ -227,7 +227,7 @@ async def test_a_place_of_a_map_is_bookmarked_and_found_again_in_another_session
     source = made()
     app = ConsoleApp(source, interval=1e6, clock=lambda: NOW_NS, memory=Memory(tmp_path))
     async with app.run_test(size=(132, 50)) as pilot:
-        while app.snapshot is None:
+        while app.opening or app.snapshot is None:
             await pilot.pause(0.01)
         app.open_view("pfn", MAP)
         view = await arrived(pilot)
@@ -238,7 +238,7 @@ async def test_a_place_of_a_map_is_bookmarked_and_found_again_in_another_session
     assert [each.name for each in Memory(tmp_path).bookmarks] == ["pfn web0-ram0 0x2000000", "all regions"]
     app = ConsoleApp(source, interval=1e6, clock=lambda: NOW_NS, memory=Memory(tmp_path))
     async with app.run_test(size=(132, 50)) as pilot:
-        while app.snapshot is None:
+        while app.opening or app.snapshot is None:
             await pilot.pause(0.01)
         await pilot.press("apostrophe", "enter")
         view = await arrived(pilot)

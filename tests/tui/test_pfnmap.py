@@ -186,7 +186,7 @@ async def opened(
 ) -> AsyncIterator[tuple[Pilot[None], PfnMap]]:
     app = ConsoleApp(source, interval=1e6, clock=lambda: NOW_NS)
     async with app.run_test(size=size) as pilot:
-        while app.snapshot is None:
+        while app.opening or app.snapshot is None:
             await pilot.pause(0.01)
         app.open_view("pfn", subject)
         view = app.view

@@ -72,6 +72,19 @@ def terminal(tmp_path: Path) -> Iterator[OnTerminal]:
         made.close()
 
 
+def test_what_is_typed_before_the_first_picture_is_done(tmp_path: Path) -> None:
+    file = tmp_path / "host.snap"
+    recording.write(file, synthetic.snapshot(), {})
+    made = OnTerminal(file)
+    try:
+        until(lambda: made.painted("\x1b[?25l"), "keys are read one by one")  # before, Enter is the end of a line
+        made.send(f"5\r:regions web\r:export {tmp_path}/rows.csv\r:quit\r")
+        assert made.process.wait(LONG_S) == 0
+        assert "web0-ram0" in (tmp_path / "rows.csv").read_text()
+    finally:
+        made.close()
+
+
 def test_commands_typed_ahead_are_done_in_turn(terminal: OnTerminal) -> None:
     terminal.send(":regions web\r")
     until(lambda: terminal.painted("/web"), "the regions, filtered")

@@ -9,12 +9,13 @@ from support.synthetic import GIB, MIB, snapshot
 from memconsole import physical
 from memconsole.model import Range, Survival
 from memconsole.physical import Share
+from memconsole.views.glance import Held
 
 HOST = snapshot()
 
 
 def test_the_shares_of_use_are_all_of_the_memory() -> None:
-    shares = {share.name: share.size for share in physical.by_use(HOST)}
+    shares = {share.name: share.size for share in physical.by_use(HOST, Held().resident(HOST))}
     assert sum(shares.values()) == HOST.memory.total
     small = [region for region in HOST.regions if region.page_size == HOST.host.page_size]
     assert shares["regions"] == sum(region.seen.resident for region in small if region.seen is not None)
@@ -24,7 +25,7 @@ def test_the_shares_of_use_are_all_of_the_memory() -> None:
 
 def test_shares_never_exceed_what_is_used_whatever_the_counters_say() -> None:
     memory = replace(HOST.memory, available=HOST.memory.total - MIB, free=HOST.memory.total)
-    shares = physical.by_use(replace(HOST, memory=memory))
+    shares = physical.by_use(replace(HOST, memory=memory), Held().resident(HOST))
     assert sum(share.size for share in shares) == memory.total
     assert [share.name for share in shares] == ["hugetlb pools", "free"]
 

@@ -100,6 +100,10 @@ class Overview(View):
     _shown: tuple[Snapshot, int, int] | None = None
     """What the parts were last filled with: a Snapshot, a width, and a height."""
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._held = glance.Held()
+
     def compose(self) -> ComposeResult:
         """The parts by priority."""
         with VerticalScroll(can_focus=False):
@@ -160,7 +164,8 @@ class Overview(View):
         of_verdict, of_last, half, third = (wide,) * 4 if stacked else widths
         verdict = glance.verdict_lines(snapshot, of_verdict)
         last = glance.rehearsal_lines(snapshot, of_last)
-        use, place = glance.use_lines(snapshot, half), glance.place_lines(snapshot, half)
+        use = glance.use_lines(snapshot, half, self._held.resident(snapshot))
+        place = glance.place_lines(snapshot, half)
         busy = glance.processor_lines(snapshot, half)
         trends = glance.trend_lines(glance.host_trends(snapshot), half)
         meters = glance.memory_lines(snapshot.memory, third)
@@ -170,7 +175,7 @@ class Overview(View):
         self._panel("memory", use if stacked else [*use, *place, *busy])
         self._panel("trends", trends)
         self._panel("meters", [*place, *busy, *meters] if stacked else meters)
-        self._panel("held", glance.held_lines(snapshot))
+        self._panel("held", self._held.lines(snapshot))
         self._panel("survival", glance.survival_lines(snapshot.survival))
         entitle(self.query_one("#trends"), ", ".join(filter(None, ["Trends", glance.trend_span(snapshot)])))
         thp = f"Memory by kind, shmem huge pages: {snapshot.memory.shmem_thp}" if snapshot.memory.shmem_thp else ""

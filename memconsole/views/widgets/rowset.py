@@ -208,6 +208,13 @@ class RowSet:
     def _filter(self, among: Sequence[int]) -> None:
         if not self._where:
             self.order = self._sorted
+        elif self._where.plain:  # word by word: a call for each of ten thousand rows would be half a frame
+            texts: Any = self._texts
+            for index in [at for at in among if texts[at] is None]:
+                self._text(index)
+            for word in self._where.words:
+                among = [at for at in among if word in texts[at]]
+            self.order = [*among]
         else:
             chosen, items = self._where, self.items
             self.order = [index for index in among if chosen(items[index], partial(self._text, index))]

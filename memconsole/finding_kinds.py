@@ -50,6 +50,10 @@ KINDS: Mapping[str, FindingKind] = {
         "which arenas this host has is written down in the state directory",
         "a kernel that does not set one aside is not told of",
     ),
+    "arena-replayed": FindingKind(
+        "a kernel ends after it has held every arena still",
+        "what was under way when it ended was taken back or is done",
+    ),
     "arena-unread": FindingKind("every arena can be mounted and read", "regions in it are not taken up"),
     "arena-unused": FindingKind(
         "every arena of this host is one memconsole's, and mounted with dax if it is a file system",

@@ -71,6 +71,14 @@ def test_a_region_is_one_aligned_run_of_zeroes_that_says_what_it_is(store: DaxSt
     os.close(fd)
 
 
+def test_an_arena_that_was_not_unmounted_says_that_its_journal_replays(store: DaxStore, arena: Arena) -> None:
+    os.close(reserved(store))
+    with Path(arena.source).open("rb") as device:
+        found = ext4.superblock(device.read(4096))
+    assert found is not None
+    assert (found.label, found.replays, found.errors) == ("mc:host", True, False)
+
+
 def test_what_is_written_down_of_a_grant_is_found_again(store: DaxStore, arena: Arena) -> None:
     fd = reserved(store)
     grant = Grant("g1", "web", "db", 0, SIZE, Access.RW, GrantState.MAPPED)

@@ -21,7 +21,7 @@ from memconsole.backend.stores.noted import word_of
 from memconsole.backend.verbs import arenas as verbs
 from memconsole.backend.verbs import regions
 from memconsole.errors import BadFile
-from memconsole.model import Access, Grant, GrantState
+from memconsole.model import Access, Grant, GrantState, Severity
 
 M, G = 1 << 20, 1 << 30
 
@@ -45,9 +45,10 @@ def device(tmp_path: Path, head: bytes = b"", size: int = 64 * M) -> Pmem:
     return Pmem(f"..{path}", size, G, "namespace0.0", os.makedev(259, 0))
 
 
-def superblock(label: bytes) -> bytes:
+def superblock(label: bytes, state: int = 1, incompatible: int = 0) -> bytes:
     block = bytearray(1024)
-    struct.pack_into("<H", block, 0x38, 0xEF53)
+    struct.pack_into("<HH", block, 0x38, 0xEF53, state)
+    struct.pack_into("<I", block, 0x60, incompatible)
     block[0x78 : 0x78 + len(label)] = label
     return bytes(1024) + block
 
@@ -85,6 +86,37 @@ def test_a_number_that_is_none_is_named(tmp_path: Path) -> None:
 )
 def test_what_a_range_holds_is_told_by_its_marks(tmp_path: Path, head: bytes, holds: Contents) -> None:
     assert arenas.contents(device(tmp_path, head)) == holds
+
+
+@pytest.mark.parametrize(
+    ("state", "incompatible", "said", "mounted"),
+    [
+        (1, 0, [], True),
+        (1, 4, [("arena-replayed", Severity.INFO)], True),
+        (3, 4, [("arena-unread", Severity.ERROR)], False),
+    ],
+)
+def test_an_arena_says_how_the_kernel_before_left_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    state: int,
+    incompatible: int,
+    said: list[tuple[str, Severity]],
+    mounted: bool,
+) -> None:
+    held = device(tmp_path, superblock(b"mc:lab", state, incompatible))
+    seen: list[str] = []
+    monkeypatch.setattr(pmem, "devices", lambda *_: (held,))
+
+    def mount(_device: Pmem, name: str, _runtime: Path) -> Path:
+        seen.append(name)
+        return tmp_path
+
+    monkeypatch.setattr(arenas, "_mount", mount)
+    monkeypatch.setattr(arenas, "read_record", lambda *_: arenas.ArenaRecord(name="lab"))
+    found = arenas.mount_all(tmp_path)
+    assert [(each.id, each.severity) for each in found] == said
+    assert (seen == ["lab"]) is mounted
 
 
 def test_bytes_at_the_end_of_a_range_are_seen(tmp_path: Path) -> None:

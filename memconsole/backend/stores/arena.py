@@ -97,10 +97,15 @@ class Arena(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What is in a range: an arena's name, or in words what else; nothing of both where it is empty."""
+    """What is in a range: an arena's name, or in words what else; nothing of both where it is empty.
+
+    Of an arena's file system: whether it has noted ``errors``, and whether its journal ``replays`` when it is mounted.
+    """
 
     arena: str = ""
     other: str = ""
+    errors: bool = False
+    replays: bool = False
 
 
 def directory(runtime: Path) -> Path:
@@ -215,7 +220,9 @@ def contents(device: Pmem) -> Contents:
     found = ext4.superblock(head)
     if found is not None:
         name = found.label.removeprefix(LABEL)
-        return Contents(name) if found.label != name else Contents(other=f"an ext4 file system {found.label}".strip())
+        if found.label != name:
+            return Contents(name, errors=found.errors, replays=found.replays)
+        return Contents(other=f"an ext4 file system {found.label}".strip())
     for mark, what in _OTHERS.items():
         if head[4096 : 4096 + len(mark)] == mark:
             return Contents(other=what)
@@ -283,25 +290,40 @@ def create(name: str, device: Pmem, runtime: Path, root: Root = "/") -> Arena:
 
 def mount_all(runtime: Path, root: Root = "/") -> list[Finding]:
     """Mount every arena that is not; what cannot be is a finding."""
-    found = []
+    found: list[Finding] = []
     for device in pmem.devices(root, []):
         if any(each.device == device.number for each in mounts.mounts(root)):
             continue
         try:
-            name = contents(device).arena
-            if name and re.fullmatch(NAME, name):
-                path = _mount(device, name, runtime)
-                if read_record(path, ArenaRecord) is None:
-                    ext4.unmount(path)
-                    what = f"the arena {name} on {device.path} was never finished"
-                    remedy = f"if it is no longer needed: wipefs -a {device.path}, then memconsole arena create {name}"
-                    found.append(Finding("arena-unread", Severity.WARNING, device.name, what, "", remedy))
+            held = contents(device)
+            if re.fullmatch(NAME, held.arena):
+                found += _mounted(device, held, runtime)
         except MemconsoleError as error:
             remedy = error.remedy or f"mount -o {OPTIONS} {device.path} says more"
             found.append(
                 Finding("arena-unread", Severity.ERROR, device.name, f"{device.path}: {error.what}", error.why, remedy)
             )
     return found
+
+
+def _mounted(device: Pmem, held: Contents, runtime: Path) -> Iterator[Finding]:
+    """Mount an arena, and say what is to be said of it."""
+    name = held.arena
+    if held.errors:
+        what = f"the arena {name} on {device.path} is not mounted: its file system has noted errors"
+        remedy = f"e2fsck -f {device.path}, then memconsole arena scan; until then nothing in it changes"
+        yield Finding("arena-unread", Severity.ERROR, device.name, what, "its superblock", remedy)
+        return
+    path = _mount(device, name, runtime)
+    if read_record(path, ArenaRecord) is None:
+        ext4.unmount(path)
+        what = f"the arena {name} on {device.path} was never finished"
+        remedy = f"if it is no longer needed: wipefs -a {device.path}, then memconsole arena create {name}"
+        yield Finding("arena-unread", Severity.WARNING, device.name, what, "", remedy)
+    elif held.replays:
+        what = f"the journal of arena {name} was replayed: the kernel before ended without having held it still"
+        remedy = "nothing need be done; memconsole arena check says whether anything in it is wrong"
+        yield Finding("arena-replayed", Severity.INFO, name, what, "its superblock", remedy)
 
 
 def _mount(device: Pmem, name: str, runtime: Path) -> Path:

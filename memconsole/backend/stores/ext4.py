@@ -1,6 +1,7 @@
 """ext4 as an arena uses it: its tools, its superblock, where a file lies, and how a file is cut for good.
 
-superblock (at byte 1024)   +0x38 u16 0xEF53   +0x68 uuid[16]   +0x78 label[16]        little-endian
+superblock (at byte 1024)   +0x38 u16 0xEF53   +0x3a u16 state   +0x60 u32 incompatible features   +0x68 uuid[16]
+                            +0x78 label[16]        little-endian
 fiemap                      u64 start  u64 length  u32 flags  u32 mapped  u32 count  u32 0   extent*
 extent                      u64 logical  u64 physical  u64 length  u64[2]  u32 flags  u32[3]    bytes
 
@@ -24,6 +25,7 @@ BLOCK = 4096
 CLUSTER = 2 << 20
 """What an arena is given out in: so every file's extents are 2 MiB aligned, whatever was freed before (bigalloc)."""
 _SUPER, _SUPER_SIZE, _MAGIC = 1024, 1024, 0xEF53
+_ERRORS, _RECOVER = 0x2, 0x4
 _FIEMAP = 0xC020660B
 _HEAD, _EXTENT = struct.Struct("<QQIIII"), struct.Struct("<QQQQQIIII")
 _MOST = 4096
@@ -43,10 +45,12 @@ class Run(NamedTuple):
 
 
 class Super(NamedTuple):
-    """What an ext4 superblock says of itself."""
+    """What an ext4 superblock says of itself; ``errors``: it has noted some; ``replays``: its journal is not empty."""
 
     label: str
     uuid: str
+    errors: bool = False
+    replays: bool = False
 
 
 def superblock(raw: bytes) -> Super | None:
@@ -55,7 +59,8 @@ def superblock(raw: bytes) -> Super | None:
     if len(block) < 0x88 or struct.unpack_from("<H", block, 0x38)[0] != _MAGIC:
         return None
     label = block[0x78:0x88].split(b"\0")[0].decode("utf-8", "backslashreplace")
-    return Super(label, block[0x68:0x78].hex())
+    state, incompatible = struct.unpack_from("<H", block, 0x3A)[0], struct.unpack_from("<I", block, 0x60)[0]
+    return Super(label, block[0x68:0x78].hex(), bool(state & _ERRORS), bool(incompatible & _RECOVER))
 
 
 def runs(fd: int, size: int) -> tuple[Run, ...]:

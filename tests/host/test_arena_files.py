@@ -76,7 +76,7 @@ def test_an_arena_that_was_not_unmounted_says_that_its_journal_replays(store: Da
     with Path(arena.source).open("rb") as device:
         found = ext4.superblock(device.read(4096))
     assert found is not None
-    assert (found.label, found.replays, found.errors) == ("mc:host", True, False)
+    assert (found.label, found.replays, found.errors, found.size) == ("mc:host", True, False, 96 * M)
 
 
 def test_what_is_written_down_of_a_grant_is_found_again(store: DaxStore, arena: Arena) -> None:

@@ -11,6 +11,7 @@ from support.desks import desks
 from support.trees import Tree
 
 from memconsole.actions import ArenaCreate, ArenaRemove, ArenaScan, Reserve
+from memconsole.backend.diagnose import arenas as looked
 from memconsole.backend.kernel import pmem
 from memconsole.backend.kernel.pmem import Pmem
 from memconsole.backend.stores import arena as arenas
@@ -45,8 +46,11 @@ def device(tmp_path: Path, head: bytes = b"", size: int = 64 * M) -> Pmem:
     return Pmem(f"..{path}", size, G, "namespace0.0", os.makedev(259, 0))
 
 
-def superblock(label: bytes, state: int = 1, incompatible: int = 0) -> bytes:
+def superblock(label: bytes, state: int = 1, incompatible: int = 0, blocks: int = 0) -> bytes:
     block = bytearray(1024)
+    struct.pack_into("<I", block, 0x04, blocks & 0xFFFFFFFF)
+    struct.pack_into("<I", block, 0x18, 2)
+    struct.pack_into("<I", block, 0x150, blocks >> 32)
     struct.pack_into("<HH", block, 0x38, 0xEF53, state)
     struct.pack_into("<I", block, 0x60, incompatible)
     block[0x78 : 0x78 + len(label)] = label
@@ -86,6 +90,21 @@ def test_a_number_that_is_none_is_named(tmp_path: Path) -> None:
 )
 def test_what_a_range_holds_is_told_by_its_marks(tmp_path: Path, head: bytes, holds: Contents) -> None:
     assert arenas.contents(device(tmp_path, head)) == holds
+
+
+@pytest.mark.parametrize("size", [32 * M, 1 << 50])
+def test_an_arena_says_how_large_it_was_made(tmp_path: Path, size: int) -> None:
+    head = superblock(b"mc:lab", incompatible=0x80, blocks=size // 4096)
+    assert arenas.contents(device(tmp_path, head)).size == size
+
+
+def test_a_range_that_became_larger_than_its_arena_is_told(tmp_path: Path) -> None:
+    held = device(tmp_path, superblock(b"mc:lab", blocks=32 * M // 4096))
+    tree = Tree(tmp_path / "tree")
+    tree.write("/proc/cmdline", "quiet\n")
+    found = looked._range(held, None, tree.root)
+    assert found.unused == 32 * M
+    assert any("32M of it are not used" in line for line in looked.lines(found))
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ class InArena(Value, frozen=True):
 class ArenaRange(Value, frozen=True):
     """A range by its device: what it holds in words, and, of an arena that is mounted, where and its regions.
 
-    ``words``: what of the command line sets it aside; empty where that is no word of it (an NVDIMM).
+    ``words``: what of the command line sets it aside; empty where that is no word of it (an NVDIMM). ``unused``: bytes
+    that the arena's file system does not have, as the range was smaller when it was made.
     """
 
     device: str
@@ -50,6 +51,7 @@ class ArenaRange(Value, frozen=True):
     regions: tuple[InArena, ...] = ()
     trouble: str = ""
     words: str = ""
+    unused: int = 0
 
 
 def ranges(root: Root = "/") -> tuple[ArenaRange, ...]:
@@ -121,6 +123,7 @@ def _range(device: Pmem, arena: Arena | None, root: Root) -> ArenaRange:
         regions=inside,
         trouble=trouble,
         words=word_of(device.start, root),
+        unused=max(0, device.size - held.size) if held.size else 0,
     )
 
 
@@ -211,6 +214,9 @@ def lines(found: ArenaRange) -> Iterator[str]:
     yield f"{found.device}  {format_size(found.size)}{at}: {found.holds or 'not known'}{free}{place}"
     if found.words:
         yield f"    set aside by {found.words}: the next kernel needs the same word"
+    if found.unused >= ext4.CLUSTER:
+        why = "the range was smaller when the arena was made, and an arena does not grow"
+        yield f"    {format_size(found.unused)} of it are not used: {why} (docs/stores.md)"
     if found.trouble:
         yield f"    not used: {found.trouble}"
     for region in found.regions:

@@ -99,13 +99,15 @@ class Arena(NamedTuple):
 class Contents(NamedTuple):
     """What is in a range: an arena's name, or in words what else; nothing of both where it is empty.
 
-    Of an arena's file system: whether it has noted ``errors``, and whether its journal ``replays`` when it is mounted.
+    Of an arena's file system: its ``size`` in bytes, whether it has noted ``errors``, and whether its journal
+    ``replays`` when it is mounted.
     """
 
     arena: str = ""
     other: str = ""
     errors: bool = False
     replays: bool = False
+    size: int = 0
 
 
 def directory(runtime: Path) -> Path:
@@ -221,7 +223,7 @@ def contents(device: Pmem) -> Contents:
     if found is not None:
         name = found.label.removeprefix(LABEL)
         if found.label != name:
-            return Contents(name, errors=found.errors, replays=found.replays)
+            return Contents(name, errors=found.errors, replays=found.replays, size=found.size)
         return Contents(other=f"an ext4 file system {found.label}".strip())
     for mark, what in _OTHERS.items():
         if head[4096 : 4096 + len(mark)] == mark:

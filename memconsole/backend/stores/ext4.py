@@ -1,7 +1,8 @@
 """ext4 as an arena uses it: its tools, its superblock, where a file lies, and how a file is cut for good.
 
-superblock (at byte 1024)   +0x38 u16 0xEF53   +0x3a u16 state   +0x60 u32 incompatible features   +0x68 uuid[16]
-                            +0x78 label[16]        little-endian
+superblock (at byte 1024)   +0x04 u32 blocks   +0x18 u32 log2(block size) - 10   +0x38 u16 0xEF53   +0x3a u16 state
+                            +0x60 u32 incompatible features   +0x68 uuid[16]   +0x78 label[16]   +0x150 u32 blocks, high
+                            little-endian
 fiemap                      u64 start  u64 length  u32 flags  u32 mapped  u32 count  u32 0   extent*
 extent                      u64 logical  u64 physical  u64 length  u64[2]  u32 flags  u32[3]    bytes
 
@@ -25,7 +26,7 @@ BLOCK = 4096
 CLUSTER = 2 << 20
 """What an arena is given out in: so every file's extents are 2 MiB aligned, whatever was freed before (bigalloc)."""
 _SUPER, _SUPER_SIZE, _MAGIC = 1024, 1024, 0xEF53
-_ERRORS, _RECOVER = 0x2, 0x4
+_ERRORS, _RECOVER, _64BIT, _LARGEST = 0x2, 0x4, 0x80, 6
 _FIEMAP = 0xC020660B
 _HEAD, _EXTENT = struct.Struct("<QQIIII"), struct.Struct("<QQQQQIIII")
 _MOST = 4096
@@ -45,12 +46,16 @@ class Run(NamedTuple):
 
 
 class Super(NamedTuple):
-    """What an ext4 superblock says of itself; ``errors``: it has noted some; ``replays``: its journal is not empty."""
+    """What an ext4 superblock says of itself: ``size`` in bytes.
+
+    ``errors``: it has noted some; ``replays``: its journal is not empty.
+    """
 
     label: str
     uuid: str
     errors: bool = False
     replays: bool = False
+    size: int = 0
 
 
 def superblock(raw: bytes) -> Super | None:
@@ -60,7 +65,10 @@ def superblock(raw: bytes) -> Super | None:
         return None
     label = block[0x78:0x88].split(b"\0")[0].decode("utf-8", "backslashreplace")
     state, incompatible = struct.unpack_from("<H", block, 0x3A)[0], struct.unpack_from("<I", block, 0x60)[0]
-    return Super(label, block[0x68:0x78].hex(), bool(state & _ERRORS), bool(incompatible & _RECOVER))
+    low, power = struct.unpack_from("<I", block, 0x04)[0], struct.unpack_from("<I", block, 0x18)[0]
+    high = struct.unpack_from("<I", block.ljust(_SUPER_SIZE, b"\0"), 0x150)[0] if incompatible & _64BIT else 0
+    size = (high << 32 | low) << (10 + min(power, _LARGEST))
+    return Super(label, block[0x68:0x78].hex(), bool(state & _ERRORS), bool(incompatible & _RECOVER), size)
 
 
 def runs(fd: int, size: int) -> tuple[Run, ...]:

@@ -25,11 +25,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # Ansible's is untyped
         """The result of the task."""
         super().run(tmp, task_vars)
         arguments, variables = dict(self._task.args), task_vars or {}
-        begun, waits = arguments.pop("begun", None), boolean(arguments.pop("wait", True))
+        begun, wait = arguments.pop("begun", None), boolean(arguments.pop("wait", True))
         result = self._begun(arguments, variables) if begun is None else {**begun}
         result.pop("diff", None)
         job = result.get("job")
-        if job is not None and waits:
+        if job is not None and (wait or begun is not None):
             del result["job"]
             result |= self._awaited(arguments, variables, job, self._deadline(result))
             if not result.get("failed") and (missed := self._missed(result)):

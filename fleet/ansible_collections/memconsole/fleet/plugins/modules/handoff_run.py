@@ -50,7 +50,8 @@ options:
     default: true
   begun:
     description:
-      - What a task with O(wait=false) returned. Nothing is begun then, and the handoff of that task is waited for.
+      - What a task with O(wait=false) returned. Nothing is begun then, and the handoff of that task is waited for,
+        whatever O(wait) says.
       - A batch of hosts is begun so before the first one is waited for, however few of them Ansible handles at a time.
     type: dict
   job:

@@ -7,7 +7,6 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -18,9 +17,6 @@ PLAN = ("action", "cli", "conditions", "effects", "refusals")
 HANDOFF = (*PLAN, "from_kernel", "to_kernel")
 SNAPSHOT = ("host", "guests", "regions", "findings", "handoff")
 """What modules read of an answer; one that lacks some is of a memconsole that is older than this collection."""
-
-IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108 - names there are nobody else's (tempfile)
-"""Where files of a moment are: a disk that is full keeps no host from handing off, or from saying what came of it."""
 
 OPTIONS: dict[str, Any] = {"executable": {"type": "path", "default": "memconsole"}, "socket": {"type": "path"}}
 KERNEL: dict[str, Any] = {"kernel": {"type": "str"}, "initrd": {"type": "str"}, "append": {"type": "str"}}
@@ -111,7 +107,7 @@ class CommandLine:
             Failed: the host does not say.
         """
         words, drawn = ["handoff", "report", "--json"], ""
-        with tempfile.NamedTemporaryFile("r", dir=IN_MEMORY, suffix=".svg", encoding="utf-8") as file:
+        with tempfile.NamedTemporaryFile("r", suffix=".svg", encoding="utf-8") as file:
             try:
                 code, report = self.ask(*words, *(["--picture", file.name] if picture else []), codes=(DONE, FINDINGS))
             except Failed as failed:

@@ -178,7 +178,7 @@ def begun(command: cli.CommandLine) -> dict[str, Any]:
         raise cli.Failed(cli.refused_by(plan), cli.REFUSED, {"code": plan["refusals"][0]["code"]})
     if module.check_mode:
         return found | {"changed": True, "after": planned(before, snapshot, plan), "msg": f"would do: {plan['cli']}"}
-    path = tempfile.mkdtemp(prefix="memconsole-handoff-", dir=cli.IN_MEMORY)
+    path = tempfile.mkdtemp(prefix="memconsole-handoff-")
     words = command.words(*words_of(module.params), "--yes", "--json")
     subprocess.run(
         ["/bin/sh", "-c", SCRIPT, path, *words],

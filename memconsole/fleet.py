@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 from msgspec.structs import replace
@@ -162,8 +163,11 @@ def split(name: str) -> tuple[str, str]:
     return (host, rest) if separator else ("", name)
 
 
-def joined(host: str, found: Snapshot) -> Snapshot:
-    """A host's Snapshot with its host in every name, without what is not joined."""
+def joined(host: str, found: Snapshot, last: tuple[Snapshot, Snapshot] | None = None) -> Snapshot:
+    """A host's Snapshot with its host in every name, without what is not joined.
+
+    ``last`` is the Snapshot before and what became of it: an entity that is the same object in both is not made again.
+    """
 
     def at(name: str | None) -> Any:
         return None if name is None else f"{host}{SEPARATOR}{name}"
@@ -171,26 +175,35 @@ def joined(host: str, found: Snapshot) -> Snapshot:
     def all_at(names: Iterable[str]) -> tuple[str, ...]:
         return tuple(f"{host}{SEPARATOR}{name}" for name in names)
 
+    def every(name: str, make: Callable[[Any], Any]) -> tuple[Any, ...]:
+        items = getattr(found, name)
+        if last is None:
+            return tuple(map(make, items))
+        was, then = getattr(last[0], name), getattr(last[1], name)
+        if items is was:
+            return cast("tuple[Any, ...]", then)
+        made = dict(zip(map(id, was), then, strict=True))
+        return tuple(made.get(id(item)) or make(item) for item in items)
+
+    def of_grant(each: Any) -> Any:
+        return replace(each, id=at(each.id), region=at(each.region), guest=at(each.guest))
+
+    def of_window(each: Any) -> Any:
+        return replace(each, id=at(each.id), bdf=at(each.bdf), grant=at(each.grant), guest=at(each.guest))
+
     return replace(
         found,
-        regions=tuple(replace(each, name=at(each.name), grants=all_at(each.grants)) for each in found.regions),
-        guests=tuple(
-            replace(each, name=at(each.name), grants=all_at(each.grants), windows=all_at(each.windows))
-            for each in found.guests
+        regions=every("regions", lambda each: replace(each, name=at(each.name), grants=all_at(each.grants))),
+        guests=every(
+            "guests",
+            lambda each: replace(each, name=at(each.name), grants=all_at(each.grants), windows=all_at(each.windows)),
         ),
-        grants=tuple(
-            replace(each, id=at(each.id), region=at(each.region), guest=at(each.guest)) for each in found.grants
-        ),
-        quarantine=tuple(
-            replace(each, id=at(each.id), region=at(each.region), guest=at(each.guest)) for each in found.quarantine
-        ),
-        devices=tuple(replace(each, bdf=at(each.bdf), bridge=at(each.bridge)) for each in found.devices),
-        windows=tuple(
-            replace(each, id=at(each.id), bdf=at(each.bdf), grant=at(each.grant), guest=at(each.guest))
-            for each in found.windows
-        ),
-        findings=tuple(replace(each, subject=at(each.subject)) for each in found.findings),
-        events=tuple(replace(each, seq=each.at_ns, subject=at(each.subject)) for each in found.events),
+        grants=every("grants", of_grant),
+        quarantine=every("quarantine", of_grant),
+        devices=every("devices", lambda each: replace(each, bdf=at(each.bdf), bridge=at(each.bridge))),
+        windows=every("windows", of_window),
+        findings=every("findings", lambda each: replace(each, subject=at(each.subject))),
+        events=every("events", lambda each: replace(each, seq=each.at_ns, subject=at(each.subject))),
         iommus=(), domains=(), iomem=(), firmware=(), dax=(), gaps=(), tables=(),
         handoff=None, readiness=None, usage=None,
     )  # fmt: skip
@@ -214,6 +227,7 @@ class Member:
         self.source: Source | None = None
         self.snapshot: Snapshot | None = None
         self.joined: Snapshot | None = None
+        self._last: tuple[Snapshot, Snapshot] | None = None
         self.error: MemconsoleError | None = None
         self.answered = 0.0
         self.settled = threading.Event()
@@ -229,7 +243,8 @@ class Member:
             self.error = found
         else:
             if join and found is not self.snapshot:
-                self.joined = joined(self.name, found)
+                self.joined = joined(self.name, found, self._last)
+                self._last = found, self.joined
             self._ahead_ns = found.taken_ns - self._clock()
             self.snapshot, self.error, self.answered = found, None, time.monotonic()
         self.settled.set()
@@ -447,7 +462,7 @@ def _sum(found: Sequence[Snapshot], label: str) -> Snapshot:
     """Snapshots that were joined, as one."""
 
     def every(name: str) -> tuple[Any, ...]:
-        return tuple(item for each in found for item in getattr(each, name))
+        return tuple(chain.from_iterable(getattr(each, name) for each in found))
 
     kernels = {each.host.kernel for each in found}
     cpus = sum(each.host.cpus for each in found)

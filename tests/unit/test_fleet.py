@@ -10,6 +10,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from support.fleets import fleet_of, member
 from support.remotes import as_ssh, memconsole_in
 from support.served import ServedSource
@@ -42,6 +43,19 @@ def test_names_of_a_joined_snapshot_have_their_host_and_still_fit_each_other() -
     assert len({event.seq for event in found.events}) == 2 * len(one.events)
     assert found.memory.total == 2 * one.memory.total
     assert fleet.snapshot() is found, "nothing new came"
+
+
+def test_what_a_host_shows_as_before_is_joined_as_before() -> None:
+    found = snapshot()
+    changed = replace(found.guests[0], memory=4096)
+    then = replace(found, guests=(changed, *found.guests[1:]), regions=found.regions[:-1])
+    before = joined("h1", found)
+    after = joined("h1", then, (found, before))
+    assert after == joined("h1", then)
+    assert [old is new for old, new in zip(before.guests, after.guests, strict=True)] == [False, True, True]
+    assert after.guests[0].memory == 4096
+    assert all(old is new for old, new in zip(before.regions, after.regions, strict=False))
+    assert after.grants is before.grants
 
 
 def test_a_table_shows_the_host_first_and_names_without_it() -> None:

@@ -10,6 +10,7 @@ from memconsole.fleet import Fleet, Member
 from memconsole.model import Part, Snapshot
 from memconsole.source import Source
 from support.synthetic import NOW_NS, SyntheticSource, snapshot
+from support.waiting import LONG_S
 
 
 class Failing(SyntheticSource):
@@ -32,6 +33,6 @@ def member(name: str, opened: Callable[[], Source] | Source) -> Member:
 
 
 def fleet_of(count: int = 3, *, guests: int = 3, regions: int = 4) -> tuple[Fleet, list[Failing]]:
-    """So many hosts h1, h2..., each asked once; nothing asks them again."""
+    """So many hosts h1, h2..., each asked once; nothing asks them again, and none is silent for that."""
     sources = [Failing(snapshot(regions, guests)) for _ in range(count)]
-    return Fleet([member(f"h{n}", each) for n, each in enumerate(sources, 1)]), sources
+    return Fleet([member(f"h{n}", each) for n, each in enumerate(sources, 1)], interval=LONG_S), sources

@@ -1,6 +1,7 @@
 # The lab's first process goes on as systemd. Units are installed as docs/service.md says, and nothing else is started.
 # LAB_SYSTEMD: a directory with the files of another version (dpkg -x), which take the place of this machine's.
 # LAB_DROPIN: lines for a drop-in of memconsole-resume.service, from the second kernel on.
+# LAB_HOLD: seconds for which another process has the kernel's device open from the start of the second kernel on.
 
 root=$(dirname "$PYTHONPATH")
 bin=$(dirname "$(sed -n 's/^cd [^;]*; \([^ ]*\) .*/\1/p' /run/lab/scenario)")
@@ -42,4 +43,5 @@ TTYPath=/dev/ttyS0
 WantedBy=multi-user.target
 UNIT
 systemctl enable lab.service
+grep -q stage=1 /proc/cmdline || [ -z "$LAB_HOLD" ] || (exec 3<>/dev/liveupdate; exec sleep "$LAB_HOLD") &
 exec /lib/systemd/systemd --unit=multi-user.target --log-target=console --log-level=notice --show-status=false

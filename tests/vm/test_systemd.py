@@ -40,6 +40,16 @@ def test_units_keep_guests_over_kills_restarts_and_a_handoff(tmp_path: Path) -> 
     assert said.stages == 2
 
 
+@pytest.mark.group("systemd")
+def test_a_device_that_another_process_has_for_longer_than_it_is_waited_for(tmp_path: Path) -> None:
+    """memconsole-resume gives up after a minute, names that process, and is started again until the device is free."""
+    if not ALL:
+        pytest.skip("MEMCONSOLE_SOAK=1 runs it")
+    said = lab.run("under_systemd", tmp_path, arguments=["busy"], early=f"export LAB_HOLD=80; {early(1, '')}")
+    said.check()
+    assert said.of("busy")["restarts"] > 0
+
+
 @pytest.mark.group("systemd-fdstore")
 def test_the_fd_store_of_a_newer_systemd_has_custody(tmp_path: Path) -> None:
     said = lab.run("under_systemd", tmp_path, arguments=ALL, early=early(254, "systemd"))

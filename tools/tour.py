@@ -49,6 +49,7 @@ def main() -> int:
             else:
                 found.caption("that was the tour")
         sys.stdout.write("\x1b[?1049l\x1b[?1000l\x1b[?1003l\x1b[?1006l\x1b[?25h\x1b[0m")
+        sys.stdout.write(f"\x1b7\x1b[{size.lines};1H\x1b[2K\x1b8")  # the caption from before the console's own screen
     return 0
 
 

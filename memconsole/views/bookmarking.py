@@ -49,6 +49,7 @@ class Bookmarking(Prompting):
             return
         for each in same:
             self.memory.drop_bookmark(each.name)
+        self.view.show_bookmarks()
         self.notify(same[0].name, title="Bookmark removed", timeout=3, markup=False)
 
     def add_bookmark(self, name: str) -> None:
@@ -56,6 +57,7 @@ class Bookmarking(Prompting):
         here = self._here
         named = Bookmark(name.strip() or here.name, here.trail, here.page)
         self.memory.keep_bookmark(named)
+        self.view.show_bookmarks()
         self.notify(f"' lists all, :go {named.name} goes there", title=f"✔ Bookmark {named.name}", markup=False)
 
     def action_bookmarks(self) -> None:

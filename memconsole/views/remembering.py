@@ -76,6 +76,10 @@ class Memory:
             self.lines = self.lines[-LINES:]
             self._replace("console.lines", "".join(f"{line}\n" for line in self.lines))
 
+    def pages_of(self, view: str, subject: str) -> list[int]:
+        """The pages of a map that are bookmarks: those of a view about a subject."""
+        return [each.page for each in self.bookmarks if each.page is not None and each.trail[-1] == (view, subject)]
+
     @property
     def layouts(self) -> Mapping[str, Layout]:
         """The layouts that were chosen, by the name of their table."""

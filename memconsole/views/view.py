@@ -69,6 +69,9 @@ class View(Container):
     def aim(self, target: str | int | None) -> None:
         """Go to a place within the subject (of a map: a page, or what a person would type), if there is one."""
 
+    def show_bookmarks(self) -> None:
+        """Mark the places in the subject that are remembered, if there is more than one place in it."""
+
     def show(self, snapshot: Snapshot) -> None:
         """Show a Snapshot; cheap when nothing changed."""
         raise NotImplementedError

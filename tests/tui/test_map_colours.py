@@ -22,6 +22,7 @@ from memconsole.views.completing import complete
 from memconsole.views.remembering import Memory
 from memconsole.views.screens.mapview import MapView
 from memconsole.views.widgets.facts import Lines
+from memconsole.views.widgets.heatmap import GUTTER
 
 MAP = "region:web0-ram0"
 BDF = "0000:00:05.0"
@@ -65,6 +66,16 @@ async def opened(source: SyntheticSource, subject: str) -> AsyncIterator[tuple[P
             await pilot.pause(0.01)
         app.open_view("pfn", subject)
         yield pilot, await arrived(pilot)
+
+
+def booked(view: MapView) -> list[int]:
+    """The lines of the map that say that there is a bookmark, each with one cell underlined."""
+    lines = [view.map.render_line(y) for y in range(view.map.size.height)]
+    found = [y for y, line in enumerate(lines) if line.text[GUTTER - 1] == "'"]
+    assert found == [
+        y for y, line in enumerate(lines) if sum(bool(part.style and part.style.underline) for part in line)
+    ]
+    return found
 
 
 def legend(view: MapView) -> str:
@@ -232,7 +243,9 @@ async def test_a_place_of_a_map_is_bookmarked_and_found_again_in_another_session
         app.open_view("pfn", MAP)
         view = await arrived(pilot)
         view.map.go_to_page(8192)
+        assert not booked(view)
         await pilot.press("b")
+        assert booked(view) == [view.map._grid.place(8192)[0]]
         app.open_view("regions")
         app.add_bookmark("all regions")
     assert [each.name for each in Memory(tmp_path).bookmarks] == ["pfn web0-ram0 0x2000000", "all regions"]
@@ -243,7 +256,9 @@ async def test_a_place_of_a_map_is_bookmarked_and_found_again_in_another_session
         await pilot.press("apostrophe", "enter")
         view = await arrived(pilot)
         assert (app.trail[-1], view.map.cursor) == (("pfn", MAP), 8192)
+        assert booked(view) == [view.map._grid.place(8192)[0]]
         await pilot.press("b")
+        assert not booked(view)
         assert [each.name for each in Memory(tmp_path).bookmarks] == ["all regions"]
         assert [each.word for each in complete(app, "go ").words] == ["all regions"]
         run_line(app, "go all regions")

@@ -17,6 +17,7 @@ from memconsole.model import FrameState
 from memconsole.source import Source
 from memconsole.views.view import View
 from memconsole.views.widgets.facts import Fact
+from memconsole.views.widgets.heatmap import HeatMap
 
 RESTS_S = 0.15
 """How long a cursor rests before the kernel is asked: not for every frame that it passes."""
@@ -82,6 +83,10 @@ class FrameAsking(View):
         self._told = message
         if message.pfn == self._wanted:
             self.say_facts()
+
+    def show_bookmarks(self) -> None:
+        """Mark the pages that are remembered."""
+        self.query_one(HeatMap).book(self.console.memory.pages_of(self.id or "", self.subject))
 
     def say_facts(self) -> None:
         """Show what is known of the page under the cursor."""

@@ -231,6 +231,7 @@ class MapView(FrameAsking):
         if self.model is not None and layer is not None:
             marks = self.model.marks if self.model.modes[self.mode].marked else None
             self.map.show(layer, self.model.blocks(), self.model.page_size, marks)
+            self.show_bookmarks()
 
     def on_resize(self, event: events.Resize) -> None:
         """Put the panel beside the map where there is room for both."""
@@ -410,6 +411,7 @@ class MapView(FrameAsking):
         return [
             *((look.glyph, f"in the map: {look.title}") for look in layer.legend if look.title),
             ("right edge", edge),
+            ("'", "on this line a bookmark, its cell underlined"),
         ]
 
     def _say_legend(self) -> None:

@@ -1,13 +1,14 @@
 """The map of an address space: a cell a glyph, from the whole down to one page; what colours it is a layer.
 
-A line is ``ADDRESS CELLS MINIMAP``. The glyph says what most pages of the cell are, the colour says it again. The
-minimap is the whole map from top to bottom, the part on the screen inverted. Counting is done by the native core for
-what is on the screen; a line is painted again only when something on it differs.
+A line is ``ADDRESS CELLS MINIMAP``. The glyph says what most pages of the cell are, the colour says it again. A cell
+with a bookmark is underlined, and ``'`` stands behind the address of its line. The minimap is the whole map from top
+to bottom, the part on the screen inverted. Counting is done by the native core for what is on the screen; a line is
+painted again only when something on it differs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
@@ -34,7 +35,7 @@ GLYPHS = [look.glyph for look in ALL_LOOKS]
 
 class MapLine(NamedTuple):
     """All that is on a line: where its row begins (-1 is no row), its cells and how many there may be, the cursor's
-    column or -1, the minimap.
+    column or -1, the minimap, and the columns of bookmarks.
     """
 
     page: int
@@ -43,6 +44,7 @@ class MapLine(NamedTuple):
     cursor: int
     edge: int
     thumb: bool
+    booked: tuple[int, ...] = ()
 
 
 class Styles(NamedTuple):
@@ -50,6 +52,7 @@ class Styles(NamedTuple):
 
     plain: Style
     address: Style
+    booked: Style
     cursor: Style
     looks: list[Style]
     tones: list[int]
@@ -62,12 +65,14 @@ class HeatMap(Widget, can_focus=True):
     help_title = "The map"
     COMPONENT_CLASSES: ClassVar[set[str]] = {
         "heatmap--address",
+        "heatmap--booked",
         "heatmap--cursor",
         *(f"heatmap--{tone}" for tone in TONES),
     }
     DEFAULT_CSS = """
     HeatMap { height: 1fr; width: 1fr; }
     HeatMap .heatmap--address { color: $text-muted; }
+    HeatMap .heatmap--booked { text-style: underline bold; }
     HeatMap .heatmap--cursor { text-style: reverse bold; }
     HeatMap .heatmap--plain { color: $foreground; }
     HeatMap .heatmap--dim { color: $text-muted; }
@@ -118,6 +123,7 @@ class HeatMap(Widget, can_focus=True):
         self._overviews: WeakKeyDictionary[Layer, tuple[int, Marks | None, bytes]] = WeakKeyDictionary()
         self._lines: list[MapLine] = []
         self._colours: Styles | None = None
+        self._booked: tuple[int, ...] = ()
 
     # --- what is shown ----------------------------------------------------------------------------------------------
 
@@ -134,6 +140,12 @@ class HeatMap(Widget, can_focus=True):
         self._count_overview()
         self._count()
         self._moved()
+
+    def book(self, pages: Iterable[int]) -> None:
+        """Mark the cells of these pages as places that are remembered."""
+        booked, self._booked = self._booked, tuple(sorted(pages))
+        if booked != self._booked:
+            self._repaint()
 
     def clear(self) -> None:
         """Show nothing; the table may be closed afterwards."""
@@ -367,6 +379,7 @@ class HeatMap(Widget, can_focus=True):
         """Say anew what is on every line, and refresh the lines where that differs from what was."""
         cursor_row, cursor_column = self._grid.place(self.cursor) if self._axis.blocks else (-1, -1)
         thumb = self._thumb()
+        places = [self._grid.place(page) for page in self._booked if self._axis.holds(page)]
         lines = [
             MapLine(
                 *(self._rows[y] if y < len(self._rows) else (-1, b"")),
@@ -374,6 +387,7 @@ class HeatMap(Widget, can_focus=True):
                 cursor_column if cursor_row == self._top + y else -1,
                 self._overview[y] if y < len(self._overview) else OUTSIDE,
                 y in thumb,
+                tuple(column for row, column in places if row == self._top + y),
             )
             for y in range(self.size.height)
         ]
@@ -397,6 +411,7 @@ class HeatMap(Widget, can_focus=True):
             self._colours = Styles(
                 self.rich_style,
                 get("heatmap--address"),
+                get("heatmap--booked", partial=True),
                 get("heatmap--cursor", partial=True),
                 looks,
                 [looks.index(look) for look in looks],
@@ -410,16 +425,17 @@ class HeatMap(Widget, can_focus=True):
         if y >= len(self._lines):
             return Strip.blank(width, styles.plain)
         line = self._lines[y]
-        address = f"{line.page * self._page_size:#{GUTTER - 1}x} " if line.page >= 0 else " " * GUTTER
-        segments = [Segment(address, styles.address)]
-        cells = line.cells
-        if line.cursor < 0:
-            segments += self._cells(cells, styles)
-        else:
-            under = cells[line.cursor]
-            segments += self._cells(cells[: line.cursor], styles)
-            segments.append(Segment(GLYPHS[under], styles.looks[under] + styles.cursor))
-            segments += self._cells(cells[line.cursor + 1 :], styles)
+        address = f"{line.page * self._page_size:#{GUTTER - 1}x}" if line.page >= 0 else " " * (GUTTER - 1)
+        segments = [Segment(address + ("'" if line.booked else " "), styles.address)]
+        cells, at = line.cells, 0
+        for column in sorted(each for each in {*line.booked, line.cursor} if 0 <= each < len(cells)):
+            style = styles.looks[cells[column]]
+            style = style + styles.booked if column in line.booked else style
+            style = style + styles.cursor if column == line.cursor else style
+            segments += self._cells(cells[at:column], styles)
+            segments.append(Segment(GLYPHS[cells[column]], style))
+            at = column + 1
+        segments += self._cells(cells[at:], styles)
         segments.append(Segment(" " * (line.width - len(cells)), styles.plain))
         edge = styles.looks[line.edge]
         segments.append(Segment(GLYPHS[line.edge], edge + styles.cursor if line.thumb else edge))

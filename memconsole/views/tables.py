@@ -9,7 +9,17 @@ from msgspec.structs import replace
 
 from memconsole.field import Field, Show, Table
 from memconsole.fields import TABLES
-from memconsole.model import Guest, GuestKind, Snapshot, ThreadUsage, Vcpu
+from memconsole.model import (
+    Device,
+    Guest,
+    GuestKind,
+    NumaCell,
+    Region,
+    RegionSeen,
+    Snapshot,
+    ThreadUsage,
+    Vcpu,
+)
 from memconsole.rates import percent, usage_of
 from memconsole.units import format_address, format_duration, format_percent, format_size
 
@@ -171,16 +181,55 @@ VCPUS = Table(
     lambda row: row.vcpu,
 )
 
+
+class CellRow(NamedTuple):
+    """A NUMA cell of a guest's, and the region that is its RAM, at ``gpa``, where it was adopted."""
+
+    cell: NumaCell
+    region: Region | None = None
+    gpa: int | None = None
+
+    @property
+    def seen(self) -> RegionSeen | None:
+        """What the kernel says of its RAM."""
+        return self.region.seen if self.region is not None else None
+
+
+def cells(snapshot: Snapshot, guest: Guest) -> list[CellRow]:
+    """A guest's NUMA cells; QEMU calls the block of each after its number."""
+    managed = guest.managed.cells if guest.managed is not None else ()
+    regions = {region.name: region for region in snapshot.regions if region.block} if managed else {}
+    grants = [grant for grant in snapshot.grants if grant.guest == guest.name and grant.region in regions]
+    found = {regions[each.region].block: each for each in sorted(grants, key=lambda each: -each.offset)}
+    rows = []
+    for cell in managed:
+        grant = found.get(f"ram-node{cell.id}")
+        rows.append(CellRow(cell, regions[grant.region], grant.gpa) if grant is not None else CellRow(cell))
+    return rows
+
+
+def passed_through(snapshot: Snapshot, guest: Guest) -> list[Device]:
+    """The PCI functions that a guest has: by its manager's word, by a window of it, or by VFIO."""
+    named = set(guest.managed.host_devices) if guest.managed is not None else set()
+    named |= {window.bdf for window in snapshot.windows if window.guest == guest.name}
+    return [each for each in snapshot.devices if each.bdf in named or (guest.pid and guest.pid in each.holders)]
+
+
 CELLS = Table(
     "cells",
     "NUMA cells",
-    lambda snapshot: [cell for guest in snapshot.guests if guest.managed for cell in guest.managed.cells],
-    lambda cell: str(cell.id),
+    lambda snapshot: [row for guest in snapshot.guests for row in cells(snapshot, guest)],
+    lambda row: str(row.cell.id),
     (
-        Field("id", "Cell", "the NUMA node as the guest sees it", lambda c: c.id, width=4, right=True),
-        _size("size", "Size", "bytes", lambda c: c.size),
-        Field("cpus", "vCPUs", "its vCPUs", lambda c: c.cpus, width=16),
+        Field("id", "Cell", "the NUMA node as the guest sees it", lambda r: r.cell.id, width=4, right=True),
+        _size("size", "Size", "bytes", lambda r: r.cell.size),
+        Field("cpus", "vCPUs", "its vCPUs", lambda r: r.cell.cpus, width=8),
+        Field("region", "Region", "its RAM, once it is adopted", lambda r: r.region and r.region.name, width=24),
+        _address("gpa", "GPA", "where it begins for the guest", lambda r: r.gpa),
+        _size("resident", "Resident", "bytes in memory", lambda r: r.seen and r.seen.resident),
+        Field("runs", "Runs", "runs of frames, once its map was looked at", lambda r: r.seen and r.seen.runs, width=6),
     ),
+    lambda row: row.cell,
 )
 
 MODULES = Table(

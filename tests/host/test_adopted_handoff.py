@@ -213,6 +213,22 @@ def test_whatever_fails_they_run_as_before_and_their_next_save_is_whole(world: W
     assert world.is_whole("web")
 
 
+def test_a_libvirtd_that_is_away_after_we_were_killed_is_waited_for(world: World) -> None:
+    """Its state was taken and it stands still; nobody starts it twice, and it goes on once libvirtd is back."""
+    before = {name: world.guest(name).pid for name in UUIDS}
+    assert world.service.process is not None
+    world.service.end(signal.SIGTERM)
+    world.begin("handoff-rehearse.stream-web.after")
+    with contextlib.suppress(MemconsoleError):
+        world.apply(do.HandoffRehearse())
+    world.manager.end()
+    world.again()
+    assert world.state("web") == ""  # libvirt does not answer
+    world.manager.begin()
+    world.goes_on(*UUIDS)
+    assert {name: world.guest(name).pid for name in UUIDS} == before
+
+
 def test_a_domain_that_starts_and_ends_between_two_looks_is_told_at_once(world: World) -> None:
     """A subscriber who wants a Snapshot an hour gets one when a domain starts, and the next when it has ended."""
     description = world.manager.directory / "brief.xml"

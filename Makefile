@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TIER ?= all
+STORE ?= memfd
 # Everything that pip installs, to build what is built included, is of the version that constraints.txt names.
 PIP = $(BIN)/python -m pip
 INSTALL := install --quiet --constraint constraints.txt --build-constraint constraints.txt
@@ -62,9 +63,9 @@ soak: $(VENV)/installed-test
 lab: $(VENV)/installed-test
 	$(BIN)/python tools/prepare_lab.py
 
-# A hypervisor host in a VM, with guests that run, on this terminal: try a handoff by hand.
+# A hypervisor host in a VM, with guests that run, on this terminal: try a handoff by hand. STORE=dax: in an arena, on a kernel without handover.
 lab-shell: $(VENV)/installed-test
-	$(BIN)/python tools/lab_shell.py
+	$(BIN)/python tools/lab_shell.py $(STORE)
 
 # A Debian package, with what memconsole depends on inside; nothing but dpkg-deb makes it.
 deb: $(VENV)/installed-test

@@ -5,19 +5,17 @@ Warm: from the start of its process until it answers, its data in a region. Fill
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import shutil
 import signal
-import socket as sockets
 import statistics
 import time
-from pathlib import Path
 
 from harness import Result, Skip
 from labs import RESUME, said
 from support import controls, databases
+from support.memcached import Memcached
 from support.mounted import Place, places
 from support.waiting import until
 
@@ -70,18 +68,18 @@ def memcached(place: Place) -> tuple[float, float]:
     command = f"memcached -u root -s {socket} -m {SIZE >> 20} -t 1 -e {home}/mc"
     ready = f"test -S {socket}"
     started(place, "mc", GuestService("mc", exec=command, save_signal="SIGUSR1", ready=ready, within=PATIENCE_S))
-    sets = "".join(f"set k{n} 0 0 96 noreply\r\n{f'{n:08d}' * 12}\r\n" for n in range(ITEMS)) + "version\r\n"
-    until(lambda: answers(socket), "memcached answers", PATIENCE_S)
+    cache = Memcached(socket, PATIENCE_S)
+    until(cache.answers, "memcached answers", PATIENCE_S)
     began = time.monotonic()
-    say(socket, sets, "\r\n")
+    cache.fill(ITEMS)
     cold = time.monotonic() - began
-    before = items(socket)
+    before = cache.items()
     warm = []
     for _ in range(STARTS):
         again(place, "mc", signal.SIGUSR1)
-        until(lambda: answers(socket), "memcached answers", PATIENCE_S)
+        until(cache.answers, "memcached answers", PATIENCE_S)
         warm.append(time.clock_gettime(time.CLOCK_BOOTTIME) - begun(place, "mc"))
-        assert items(socket) == before > ITEMS * 0.9, "it is cold"
+        assert cache.items() == before > ITEMS * 0.9, "it is cold"
     return cold, statistics.median(warm)
 
 
@@ -140,27 +138,3 @@ def state(place: Place, name: str) -> GuestState:
 def begun(place: Place, name: str) -> float:
     """When its process began, in seconds since the boot."""
     return (controls.guest(place.client.snapshot(), name).start_ticks or 0) / os.sysconf("SC_CLK_TCK")
-
-
-def say(socket: Path, text: str, end: str) -> str:
-    """What memcached answers, up to ``end``."""
-    with sockets.socket(sockets.AF_UNIX) as connection:
-        connection.settimeout(PATIENCE_S)
-        connection.connect(str(socket))
-        connection.sendall(text.encode())
-        heard = ""
-        while not heard.endswith(end):
-            heard += connection.recv(1 << 16).decode()
-        return heard
-
-
-def items(socket: Path) -> int:
-    """How many items it has."""
-    rows = say(socket, "stats\r\n", "END\r\n").splitlines()
-    return next(int(row.split()[2]) for row in rows if row.startswith("STAT curr_items "))
-
-
-def answers(socket: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return say(socket, "version\r\n", "\r\n").startswith("VERSION")
-    return False

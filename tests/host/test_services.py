@@ -7,7 +7,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 from support import controls, databases
 from support.faultpoints import fault_points
+from support.memcached import Memcached as Spoken
 from support.mounted import Place, places, unexpected
 from support.mounts import NOBODY
 from support.waiting import until
@@ -47,6 +47,7 @@ class Memcached:
         os.chown(self.home, NOBODY, NOBODY)
         (self.home / "cache").symlink_to(place.path("mc", "cache"))
         self.socket = self.home / "socket"
+        self.spoken = Spoken(self.socket)
 
     def command(self) -> str:
         return f"memcached -s {self.socket} -m {MIB} -e {self.home / 'cache'}"
@@ -67,30 +68,16 @@ class Memcached:
     def pid(self) -> int:
         return controls.guest(self.place.client.snapshot(), "mc").pid or 0
 
-    def say(self, text: str, end: str) -> str:
-        """What it answers, up to ``end``."""
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(60)
-            connection.connect(str(self.socket))
-            connection.sendall(text.encode())
-            heard = ""
-            while not heard.endswith(end):
-                heard += connection.recv(1 << 16).decode()
-            return heard
-
     def fill(self) -> None:
-        self.say("".join(f"set k{n} 0 0 9 noreply\r\n{n:09d}\r\n" for n in range(ITEMS)) + "version\r\n", "\r\n")
+        self.spoken.fill(ITEMS)
 
     def answers(self) -> bool:
-        with contextlib.suppress(OSError):
-            return self.say("version\r\n", "\r\n").startswith("VERSION")
-        return False
+        return self.spoken.answers()
 
-    def wrong(self) -> list[int]:
-        """The items that it does not have as they were."""
+    def wrong(self) -> int:
+        """How many items it does not have as they were."""
         until(self.answers, "memcached answers")
-        heard = self.say("".join(f"get k{n}\r\n" for n in range(ITEMS)) + "mn\r\n", "MN\r\n")
-        return [n for n in range(ITEMS) if f"VALUE k{n} 0 9\r\n{n:09d}\r\n" not in heard]
+        return self.spoken.missing(range(ITEMS))
 
 
 @pytest.fixture

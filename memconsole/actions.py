@@ -42,7 +42,7 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,54}"
 """What a region or guest may be called: it becomes a file name and, with a prefix, a LUO session name (63 bytes)."""
 
 
-STORES = ("memfd", "dax", "devdax")
+STORES = ("memfd", "dax", "devdax", "raw")
 """Where frames can live: docs/stores.md says what each survives."""
 
 
@@ -328,14 +328,15 @@ class ArenaCreate(Action, frozen=True, tag="arena-create"):
         "arena-create",
         ("arena", "create"),
         "Create arena",
-        "Format a range that was set aside at boot, for regions of the dax store, or of devdax",
+        "Format a range that was set aside at boot, for regions of the dax store, of devdax, or of raw",
         Danger.DESTROYS,
     )
     name: Annotated[str, Arg(ArgumentKind.NEW_NAME, "name of the new arena", positional=True)]
     device: Annotated[
-        str, Arg(ArgumentKind.TEXT, "pmem device, for example pmem0, or dax0.0 with devdax; the only one if left out")
+        str, Arg(ArgumentKind.TEXT, "pmem0, or dax0.0 with devdax, 0x50000000 with raw; the only one if left out")
     ] = ""
     devdax: Annotated[bool, Arg(ArgumentKind.FLAG, "without a file system, for regions of the devdax store")] = False
+    raw: Annotated[bool, Arg(ArgumentKind.FLAG, "a range that the service was started with (--raw START)")] = False
 
 
 class ArenaScan(Action, frozen=True, tag="arena-scan"):

@@ -88,17 +88,16 @@ class Control:
         read_only: str = "",
         root: Path = Path("/"),
         mountpoint: Path | None = None,
+        raw: Sequence[int] = (),
     ) -> None:
         """Take over what custody holds, or begin with nothing; ``custody`` is closed with this.
 
-        Sockets and files of guests lie in ``runtime_dir``, which is made when the first is needed; the audit trail in
-        ``state_dir``, if there is one. ``past``, if there is one, records the Snapshots, and is closed with this.
-        Grants are shown as files at ``mountpoint``, if there is one, or where an earlier control process showed them.
+        Sockets and files of guests lie in ``runtime_dir``, the audit trail in ``state_dir``, if any. ``past`` records
+        Snapshots, and is closed with this. ``raw``: ranges of the raw store. Grants are shown at ``mountpoint``.
 
         Raises:
             Refused, MemconsoleError: nothing can be mounted there.
-            BadFile: the ledger in custody cannot be believed, or is of a newer version; or the audit trail is.
-            KernelRefused: there is no memory for a ledger.
+            BadFile: ledger or audit trail cannot be believed, or is newer. KernelRefused: no memory for a ledger.
         """
         self._label = label or f"control process {os.getpid()}"
         self._read_only = read_only
@@ -115,6 +114,7 @@ class Control:
             self._ledger = Writer(custody, root, state_dir)
             undo.callback(self._ledger.close)
             self._desk = Desk(runtime_dir, custody, lambda: self._state, self._guest_changed, root, state_dir=state_dir)
+            self._desk.raw = raw
             undo.callback(self._desk.close)
             self._looking = SnapshotTaker(self._desk, root, self._steady)
             undo.callback(self._looking.close)

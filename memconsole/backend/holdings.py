@@ -12,7 +12,7 @@ import functools
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -38,7 +38,10 @@ class Backing(NamedTuple):
 
 
 class Holdings:
-    """The memory of one control process and what is known of it; ``root`` is where its host's tree stands."""
+    """The memory of one control process and what is known of it; ``root`` is where its host's tree stands.
+
+    ``raw``: where the ranges begin that the raw store may use, said before ``stores`` is first asked for.
+    """
 
     def __init__(
         self,
@@ -50,6 +53,7 @@ class Holdings:
         state_dir: Path | None = None,
     ) -> None:
         self.root = root
+        self.raw: Sequence[int] = ()
         self.runtime_dir = runtime_dir
         self.custody = custody
         self._state = state
@@ -63,12 +67,14 @@ class Holdings:
         from memconsole.backend.stores import memfd, ranges
         from memconsole.backend.stores.dax import DaxStore
         from memconsole.backend.stores.pieces import PieceStore
+        from memconsole.backend.stores.raw import RawStore
 
         lasting = self.custody.survives
         return {
             memfd.NAME: memfd,
             DaxStore.NAME: DaxStore(self.runtime_dir, lasting=lasting, root=self.root),
             ranges.DEVDAX: PieceStore(ranges.DEVDAX, ranges.devdax, lasting=lasting, root=self.root),
+            RawStore.NAME: RawStore(self.raw, lasting=lasting, root=self.root),
         }
 
     @functools.cached_property

@@ -56,7 +56,10 @@ _NOTHING = 6
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """What ``memconsole serve`` was asked for; ``record_s`` 0: no history; groups None: the default ones; no mount."""
+    """What ``memconsole serve`` was asked for; ``record_s`` 0: no history; groups None: the default ones; no mount.
+
+    ``raw``: where the ranges begin that the raw store may use.
+    """
 
     socket: Path
     state_dir: Path
@@ -67,6 +70,7 @@ class ServeSettings:
     record_s: float = 1.0
     metrics_textfile: Path | None = None
     mountpoint: Path | None = None
+    raw: tuple[int, ...] = ()
 
 
 def serve(settings: ServeSettings) -> int:
@@ -190,6 +194,7 @@ def _control(
             state_dir=settings.state_dir,
             past=past,
             mountpoint=_mountpoint(settings.mountpoint),
+            raw=settings.raw,
         )
     except BaseException:
         custody.close()

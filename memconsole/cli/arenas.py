@@ -15,7 +15,7 @@ def listing(options: argparse.Namespace) -> int:
     from memconsole.backend.stores import arena
     from memconsole.backend.stores.noted import ArenaNotes
 
-    found = arenas.ranges()
+    found = arenas.ranges(raw=options.raw)
     if options.json:
         output.json(found)
         return ExitCode.DONE
@@ -35,7 +35,7 @@ def check(options: argparse.Namespace) -> int:
     from memconsole.backend.diagnose import arenas
     from memconsole.backend.stores.noted import ArenaNotes
 
-    found = arenas.check(options.name, noted=ArenaNotes(paths.state_dir()).findings())
+    found = arenas.check(options.name, noted=ArenaNotes(paths.state_dir()).findings(), raw=options.raw)
     if options.json:
         output.json(found)
     elif found:

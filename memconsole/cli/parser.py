@@ -11,6 +11,7 @@ from typing import Any
 from memconsole import __version__, actions
 from memconsole.arguments import ArgumentKind
 from memconsole.cli import connect
+from memconsole.cli.reserved import add_raw
 from memconsole.cli.serving import add_options
 from memconsole.command import Parser, add_actions, reader, split_rest
 from memconsole.errors import UsageError
@@ -370,11 +371,13 @@ def _arenas(commands: Any, json_too: argparse.ArgumentParser) -> None:
     listing = commands.add_parser(
         "list", help="list the ranges set aside at boot, and what is in them", parents=[json_too]
     )
+    add_raw(listing, "look into the range of memmap=nn$ss that begins there, too")
     listing.set_defaults(run=_lazily("arenas", "listing"))
     check = commands.add_parser(
         "check", help="say what is wrong with arenas; exit code 4 if anything", parents=[json_too]
     )
     check.add_argument("name", metavar="NAME", nargs="?", default="", help="only this arena")
+    add_raw(check, "look into the range of memmap=nn$ss that begins there, too")
     check.set_defaults(run=_lazily("arenas", "check"))
 
 

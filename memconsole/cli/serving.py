@@ -7,6 +7,7 @@ from pathlib import Path
 
 from memconsole import paths
 from memconsole.cli.connect import socket_of
+from memconsole.cli.reserved import add_raw
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         help="seconds between recorded snapshots (1); 0 records none",
     )
+    add_raw(parser, "let regions live in the range of memmap=nn$ss that begins there, through /dev/mem; repeatable")
     parser.add_argument("--metrics-textfile", metavar="FILE", help="also write metrics to this file, for node_exporter")
 
 
@@ -67,5 +69,6 @@ def serve(options: argparse.Namespace) -> int:
             record_s=options.record,
             metrics_textfile=Path(options.metrics_textfile).absolute() if options.metrics_textfile else None,
             mountpoint=mountpoint,
+            raw=tuple(options.raw),
         )
     )

@@ -12,7 +12,8 @@ from memconsole.native import lib
 class Flag(enum.IntFlag):
     """What an extent is; no flag at all is an absent page (bits of /proc/PID/pagemap, HUGE from PAGEMAP_SCAN).
 
-    READ and WRITE are what a device may do, in tables of its address space.
+    READ and WRITE are what a device may do, in tables of its address space. DERIVED: no page table was seen to have it;
+    where the page lies follows from what was mapped (memory without struct pages).
     """
 
     PRESENT = lib.MC_PRESENT
@@ -24,6 +25,7 @@ class Flag(enum.IntFlag):
     HUGE = lib.MC_HUGE
     READ = lib.MC_READ
     WRITE = lib.MC_WRITE
+    DERIVED = lib.MC_DERIVED
 
 
 class Extent(NamedTuple):

@@ -131,7 +131,7 @@ const char *mc_row_fault(const struct mc_table *t, uint64_t end, uint64_t offset
 
 	if (kind != MC_PRESENT && kind != MC_SWAP)
 		return "a row is neither present nor swapped, or both";
-	if (flags >= MC_WRITE * 2)
+	if (flags >= MC_DERIVED * 2)
 		return "a row has a flag nobody knows";
 	if (!count)
 		return "a row has no pages";

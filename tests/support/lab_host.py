@@ -70,10 +70,10 @@ def end(client: Client) -> None:
     _ended(client, signal.SIGTERM)
 
 
-def killed(client: Client) -> Client:
-    """The control process that comes after one that was killed."""
+def killed(client: Client, *words: str) -> Client:
+    """The control process that comes after one that was killed; ``words`` are more of its options."""
     _ended(client, signal.SIGKILL)
-    return serve()
+    return serve(*words)
 
 
 def _ended(client: Client, number: signal.Signals) -> None:

@@ -239,10 +239,15 @@ def test_what_a_device_cannot_do_is_refused_by_name(store: PieceStore) -> None:
 def test_a_file_that_is_of_no_region_has_no_place(host: Host, store: PieceStore) -> None:
     with Path(host.device.path).open("r+b") as file:
         assert store.segments([file.fileno()])[0].size == 0
-        assert store.wipe_segments([file.fileno()]) is None
-        for look in (lambda: store.frames(file.fileno(), UNIT), lambda: store.readable_fd(file.fileno())):
-            with pytest.raises(NotFound):
-                look()
+        fd = file.fileno()
+        for ask in (
+            lambda: store.frames(fd, UNIT),
+            lambda: store.readable_fd(fd),
+            lambda: store.segment_fd(fd, Access.RW),  # it would be handed out with another region's place
+            lambda: store.wipe_segments([fd]),
+        ):
+            with pytest.raises(NotFound, match="no range that this service uses describes it"):
+                ask()
 
 
 def test_what_keeps_nothing_takes_nothing(host: Host, store: PieceStore) -> None:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from support import lab
+from support import lab, lab_raw
 
 JUMPS = 20 if os.environ.get("MEMCONSOLE_SOAK") else 1
 WORDS = "kho=off liveupdate=off memmap=256M!1G"
@@ -20,6 +20,6 @@ def test_regions_of_an_arena_are_found_again_with_every_byte(tmp_path: Path) -> 
 
 @pytest.mark.group("arena-devdax")
 def test_a_raw_device_says_by_itself_what_is_in_it(tmp_path: Path) -> None:
-    said = lab.run("devdax", tmp_path, append=WORDS, arguments=[str(JUMPS)])
+    said = lab.run("devdax", tmp_path, append=f"{WORDS} {lab_raw.WORD}", arguments=[str(JUMPS)])
     said.check()
     assert said.stages == JUMPS + 1

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from memconsole.backend.kernel import pmem
 from memconsole.backend.kernel.pmem import Pmem
 from memconsole.backend.kernel.tree import Root
 from memconsole.backend.stores import arena as arenas
 from memconsole.backend.stores import dax, ext4
-from memconsole.backend.stores import ranges as raw
+from memconsole.backend.stores import ranges as devices
+from memconsole.backend.stores import raw as reserved
 from memconsole.backend.stores.arena import Arena, Contents
 from memconsole.backend.stores.described import free
 from memconsole.backend.stores.noted import word_of
@@ -54,15 +55,26 @@ class ArenaRange(Value, frozen=True):
     unused: int = 0
 
 
-def ranges(root: Root = "/") -> tuple[ArenaRange, ...]:
+def ranges(root: Root = "/", *, raw: Collection[int] = ()) -> tuple[ArenaRange, ...]:
     """Every range; what cannot be read of one is its ``trouble``.
+
+    ``raw``: where ranges begin that somebody named; no other one that the kernel does not manage is looked into.
 
     Raises:
         Denied, KernelRefused, BadFile: they cannot be listed.
     """
     mounted = {each.device: each for each in arenas.mounted(root)}
     blocks = tuple(_range(device, mounted.get(device.number), root) for device in pmem.devices(root))
-    return (*blocks, *(_raw(device, root) for device in raw.devdax(root)))
+    kept = {each.name: each for each in reserved.reserved(root)}
+    wanted = {each.name: each for each in reserved.named(root, raw)}
+    unseen = tuple(_unseen(each, root) for name, each in kept.items() if name not in wanted)
+    return (*blocks, *(_raw(each, root) for each in (*devices.devdax(root), *wanted.values())), *unseen)
+
+
+def _unseen(device: Range, root: Root) -> ArenaRange:
+    """A range that is kept from the kernel, and nobody named: it may be broken, or somebody else's."""
+    trouble = device.trouble or f"it was not named: memconsole arena list --raw {device.name} looks into it"
+    return ArenaRange(device.name, device.size, device.start, "", trouble=trouble, words=word_of(device.start, root))
 
 
 def _raw(device: Range, root: Root) -> ArenaRange:
@@ -71,9 +83,9 @@ def _raw(device: Range, root: Root) -> ArenaRange:
     generation, holds = 0, ""
     if not trouble:
         try:
-            held = raw.contents(device)
+            held = devices.contents(device)
             holds = f"arena {held.arena}" if held.arena else held.other or "nothing"
-            found = raw.look(device)
+            found = devices.look(device)
             said, generation = found.description, found.generation
             if said is not None and said.host and (here := arenas.machine_id(root)) and said.host != here:
                 trouble = f"another host made it (machine id {said.host})"
@@ -141,10 +153,12 @@ def _inside(arena: Arena) -> Iterator[InArena]:
         yield InArena(name, record.region.size, start, len(runs), record.generation, guests)
 
 
-def check(name: str = "", root: Root = "/", noted: Iterable[Finding] = ()) -> tuple[Finding, ...]:
+def check(
+    name: str = "", root: Root = "/", noted: Iterable[Finding] = (), *, raw: Collection[int] = ()
+) -> tuple[Finding, ...]:
     """What is wrong with the arenas of this host, or with one; an arena that is not mounted is checked by e2fsck.
 
-    ``noted``: what is known of those that are not there (:mod:`..stores.noted`).
+    ``noted``: what is known of those that are not there (:mod:`..stores.noted`). ``raw``: as for :func:`ranges`.
 
     Raises:
         Denied, KernelRefused, BadFile: they cannot be listed. UsageError: there is no arena of this name.
@@ -163,8 +177,9 @@ def check(name: str = "", root: Root = "/", noted: Iterable[Finding] = ()) -> tu
             continue
         known += 1
         found += _check_mounted(arena) if arena is not None else _check_unmounted(device, label)
-    for each in raw.devdax(root):
-        if each.trouble:
+    named = reserved.named(root, raw)
+    for each in (*devices.devdax(root), *named):
+        if each.trouble and each not in named:
             continue
         seen = _raw(each, root)
         if name and seen.arena != name:
@@ -173,7 +188,7 @@ def check(name: str = "", root: Root = "/", noted: Iterable[Finding] = ()) -> tu
         if seen.trouble:
             found.append(_finding("arena-unused", seen.arena or each.name, seen.trouble, "nothing in it is lost"))
         elif seen.holds.startswith(_DAMAGED):
-            found.append(_finding("arena-unread", each.name, f"{each.path} holds {seen.holds}", "see dmesg"))
+            found.append(_finding("arena-unread", each.name, f"{each.where} holds {seen.holds}", "see dmesg"))
     if name and not known:
         raise UsageError(f"there is no arena {name}", "no range holds one of this name", "memconsole arena list")
     return tuple(found)

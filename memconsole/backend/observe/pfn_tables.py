@@ -9,12 +9,13 @@ guest:NAME, foreign     by hva, over the mappings that look like its RAM
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from memconsole.backend import needs
 from memconsole.backend.kernel import census as census_of
@@ -25,12 +26,20 @@ from memconsole.backend.observe.reach import RegionReaching
 from memconsole.backend.observe.survey import ScanResult
 from memconsole.errors import Gone, NotFound
 from memconsole.model import Guest, GuestKind, Segment
+from memconsole.units import PAGE
 
 if TYPE_CHECKING:
     from memconsole.extents import ExtentTable
 
 FRESH_S = 2.0
 """Seconds a table is believed while its memory's resident size stays the same."""
+
+
+class _Seen(NamedTuple):
+    """A part of a process's memory; ``pfn`` is its first frame, where that is not seen but follows from the file."""
+
+    span: Span
+    pfn: int | None = None
 
 
 @dataclass
@@ -197,14 +206,27 @@ class PfnTables:
 
     def _guest(self, name: str) -> ExtentTable:
         guest = self._known_guest(name)
+        from memconsole.extents import ExtentTable
+
         task, parts = self._parts(guest)
         if not parts:
             raise NotFound(
                 f"guest {name} has no memory mapped", "it has no grant that it mapped", f"memconsole map REGION {name}"
             )
-        return pagemap.scan(guest.pid or 0, parts, task)
+        if all(part.pfn is None for part in parts):
+            return pagemap.scan(guest.pid or 0, [part.span for part in parts], task)
+        with contextlib.ExitStack() as stack:
+            tables = [
+                stack.enter_context(
+                    pagemap.scan(guest.pid or 0, [part.span], task)
+                    if part.pfn is None
+                    else _derived(part.span, part.pfn)
+                )
+                for part in parts
+            ]
+            return ExtentTable.concat(tables)
 
-    def _parts(self, guest: Guest) -> tuple[int, list[Span]]:
+    def _parts(self, guest: Guest) -> tuple[int, list[_Seen]]:
         """A thread of the guest's process that lives, and the parts of its memory."""
         census = census_of.take(self._desk.root, closed=self._desk.exempt_processes)
         process = census.processes.get(guest.pid or 0)
@@ -216,32 +238,43 @@ class PfnTables:
             )
         page = host.page_size(self._desk.root)
         if guest.kind is GuestKind.FOREIGN and not guest.adopted:
-            return process.task, [Span(vma.start, vma.size, vma.start // page) for vma in kvm.guest_ram(process)]
+            ram = kvm.guest_ram(process)
+            return process.task, [_Seen(Span(vma.start, vma.size, vma.start // page)) for vma in ram]
         state = self._desk.state
         grants = state.grants_of(guest=guest.name)
         by_gpa = any(grant.gpa is not None for grant in grants)
-        parts = []
+        parts: list[_Seen] = []
         for over in region_mappings(census, state.regions.values(), self._desk.fuse_aliases):
             if over.pid != process.pid:
                 continue
+            derived = self._desk.store_of(over.region).DERIVED
             for grant in filter(over.overlaps, grants):
                 start = max(over.offset, grant.offset)
                 end = min(over.offset + over.vma.size, grant.offset + grant.length)
                 at = over.vma.start + start - over.offset
+                pfn = (over.vma.offset + start - over.offset) // page if derived else None
                 if by_gpa and grant.gpa is not None:
-                    parts.append(Span(at, end - start, (grant.gpa + start - grant.offset) // page))
+                    parts.append(_Seen(Span(at, end - start, (grant.gpa + start - grant.offset) // page), pfn))
                 elif not by_gpa:
-                    parts.append(Span(at, end - start, at // page))
+                    parts.append(_Seen(Span(at, end - start, at // page), pfn))
         return process.task, _apart(parts, page)
 
 
-def _apart(parts: Sequence[Span], page: int) -> list[Span]:
+def _apart(parts: Sequence[_Seen], page: int) -> list[_Seen]:
     """The parts without those that show a page of the table a second time (a process may map a range twice)."""
-    found: list[Span] = []
-    for part in sorted(parts, key=lambda part: part.base):
-        if not found or part.base >= found[-1].base + found[-1].length // page:
+    found: list[_Seen] = []
+    for part in sorted(parts, key=lambda part: part.span.base):
+        if not found or part.span.base >= found[-1].span.base + found[-1].span.length // page:
             found.append(part)
     return found
+
+
+def _derived(span: Span, pfn: int) -> ExtentTable:
+    """What no page table shows to anybody: frames one after the other."""
+    from memconsole.extents import Extent, ExtentTable, Flag
+
+    flags = int(Flag.PRESENT | Flag.FILE | Flag.DERIVED)
+    return ExtentTable.from_rows([Extent(span.base, pfn, span.length // PAGE, flags)])
 
 
 _MAKE = {

@@ -82,11 +82,17 @@ class Ladder:
         raise GuestError(
             f"{self._grant.id} is still mapped: {self._reach()}",
             "; ".join(whys),
-            f"memconsole revoke {self._grant.id} --at-most {order[order.index(self._at_most) + 1]}"
+            f"memconsole revoke {self._grant.id} --at-most {self._harder()}"
             if self._at_most is not Rung.KILL
             else "see /proc/PID/stack of these processes",
             code="StillMapped",
         )
+
+    def _harder(self) -> Rung:
+        """The next rung that may do: of a store whose files cannot be cut only the last one."""
+        order = list(Rung)
+        cuts = self._desk.store_of(self._grant.region).CUTS
+        return order[order.index(self._at_most) + 1] if cuts else Rung.KILL
 
     def _try(self, rung: Rung) -> Recorded[MoveResult | _RungFailed]:
         match rung:

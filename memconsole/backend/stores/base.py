@@ -114,6 +114,14 @@ class Store(Protocol):
     def CUTS(self) -> bool:  # noqa: N802
         """Whether a region can be taken from who holds its file; else the file reaches other regions, too."""
 
+    @property
+    def DERIVED(self) -> bool:  # noqa: N802
+        """Whether no page table says where its pages lie: an offset in its file is a physical address."""
+
+    @property
+    def VMS_ONLY(self) -> bool:  # noqa: N802
+        """Whether only VMs of this service are given it, for its file reaches memory that is no store's."""
+
     def reserve_refusals(
         self, size: int, page_size: int, node: int | None, *, promised: int, root: Root
     ) -> tuple[Refusal, ...]:

@@ -51,6 +51,7 @@ class DaxStore(Carrying):
     NAME = "dax"
     FAULTS = COUNTED = CARRIED = False
     EMPTIED_PROVES = CUTS = True
+    DERIVED = VMS_ONLY = False
 
     def __init__(self, runtime: Path, *, lasting: bool, root: Root = "/") -> None:
         self._runtime = runtime

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 NAME = "memfd"
 PAGE_SIZES = (PAGE, 2 << 20, 1 << 30)
 FAULTS = COUNTED = CARRIED = CUTS = True
-EMPTIED_PROVES = False
+EMPTIED_PROVES = DERIVED = VMS_ONLY = False
 """What the kernel holds of an emptied memfd (a pin) it holds without the file."""
 PREFIX = "memconsole:"
 """A segment's name in /proc/PID/maps and fd: ``/memfd:memconsole:REGION:0``."""

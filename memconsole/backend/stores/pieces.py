@@ -45,8 +45,12 @@ class PieceStore(Unfound):
     """
 
     FAULTS = COUNTED = CARRIED = EMPTIED_PROVES = False
-    CUTS = False
+    CUTS = VMS_ONLY = False
     """See :mod:`.base`: a descriptor of one region reaches all of its range."""
+    MADE_BY, CHECKED_BY = "memconsole arena create NAME --devdax", "memconsole arena check"
+    """Which command makes an arena of it, and which says what is wrong with one."""
+    DERIVED = NAMED = False
+    """Whether somebody named each of its ranges, who is told why one is not used."""
 
     def __init__(
         self,
@@ -75,7 +79,12 @@ class PieceStore(Unfound):
             return ()
         self._troubles.clear()
         for device in self._devices(self._root):
-            if device.name in self._open or device.trouble:
+            if device.name in self._open:
+                continue
+            if device.trouble:
+                if self.NAMED:
+                    what = f"{device.where} is not used"
+                    self._troubles[device.name] = Refused(what, device.trouble, device.remedy, code="NoRange")
                 continue
             try:
                 found = ranges.opened(device, self._root)
@@ -88,7 +97,7 @@ class PieceStore(Unfound):
                 found.close()
                 why = f"there is another arena {found.said.name}"
                 remedy = "nothing in it is lost; it is used once the other one is gone"
-                self._troubles[device.name] = Refused(f"{device.path} is not used", why, remedy, code="NameTaken")
+                self._troubles[device.name] = Refused(f"{device.where} is not used", why, remedy, code="NameTaken")
                 continue
             self._open[device.name] = found
         return tuple(self._open.values())
@@ -155,10 +164,8 @@ class PieceStore(Unfound):
             why = "a region of a range outlives this process, which keeps nothing"
             return Refusal("NoService", what, why, "memconsole serve, then the same command")
         why = "; ".join(f"{name}: {error.why or error.what}" for name, error in self._troubles.items())
-        remedy = "memconsole arena create NAME --devdax"
-        return Refusal(
-            "NoArena", what, why or "no range is an arena of it", "memconsole arena check" if why else remedy
-        )
+        remedy = self.CHECKED_BY if why else self.MADE_BY
+        return Refusal("NoArena", what, why or "no range is an arena of it", remedy)
 
     def reserve_segments(
         self, name: str, size: int, page_size: int, node: int | None, *, prefault: bool, promised: int
@@ -252,8 +259,10 @@ class PieceStore(Unfound):
         """A new fd for handing out, which the caller closes.
 
         Raises:
-            KernelRefused: it cannot be opened.
+            NotFound: no range of this process describes it: where it begins is not known. KernelRefused: it cannot be
+                opened.
         """
+        self._known(fd, "is not handed out")
         return files.opened_again(fd, access, "a device")
 
     def readable_fd(self, fd: int) -> int:
@@ -263,11 +272,7 @@ class PieceStore(Unfound):
             NotFound: no range of this process describes it. Refused: there is no memory for a copy (``NoMemory``).
             KernelRefused: it cannot be mapped or written.
         """
-        place = self._place(_name(fd))
-        if place is None:
-            raise NotFound(
-                "the region cannot be read", "no range of this process describes it", "memconsole arena scan"
-            )
+        place = self._known(fd, "cannot be read")
         for refusal in memfd.reserve_refusals(place.piece.size, root=self._root):
             raise Refused(refusal.what, f"it is read from a copy, and {refusal.why}", refusal.remedy, code=refusal.code)
         return place.arena.copied(place.piece.name, place.piece.start, place.piece.size)
@@ -292,17 +297,15 @@ class PieceStore(Unfound):
         """Nothing: no file can be cut. What is released nobody maps any more, and it was wiped."""
 
     def wipe_segments(self, fds: Sequence[int]) -> int | None:
-        """Write zeros over all of a region; how many bytes, None where no range of this process describes one.
+        """Write zeros over all of a region; how many bytes.
 
         Raises:
-            KernelRefused: it cannot be mapped.
+            NotFound: no range of this process describes it. KernelRefused: it cannot be mapped.
         """
-        places = [self._place(_name(fd)) for fd in fds]
+        places = [self._known(fd, "cannot be zeroed") for fd in fds]
         for place in places:
-            if place is None:
-                return None
             place.arena.zero(place.piece.start, place.piece.size)
-        return sum(place.piece.size for place in places if place is not None)
+        return sum(place.piece.size for place in places)
 
     def discard(self, name: str) -> None:
         """Have no range say anything of a region; its device file goes.
@@ -325,12 +328,13 @@ class PieceStore(Unfound):
         """
         from memconsole.extents import Extent, ExtentTable, Flag
 
-        place = self._place(_name(fd))
-        if place is None or place.arena.device.start is None:
+        place = self._known(fd, "has no frames that are shown")
+        if place.arena.device.start is None:
             what = "the place of the region is not shown"
             raise NotFound(what, "its device has no physical address", "run as root")
         first = (place.arena.device.start + place.piece.start) // PAGE
-        flags = int(Flag.PRESENT | Flag.FILE | (Flag.HUGE if not first * PAGE % UNIT else Flag(0)))
+        huge = Flag.HUGE if not first * PAGE % UNIT else Flag(0)
+        flags = int(Flag.PRESENT | Flag.FILE | (Flag.DERIVED if self.DERIVED else huge))
         return ExtentTable.from_rows([Extent(0, first, size // PAGE, flags)], first=0, pages=size // PAGE)
 
     def may_know(self) -> bool:
@@ -363,6 +367,14 @@ class PieceStore(Unfound):
         for arena in tuple(self._open.values()):
             for piece in arena.said.pieces:
                 yield _Place(arena, piece)
+
+    def _known(self, fd: int, cannot: str) -> _Place:
+        """Where the region behind a file lies; raises NotFound where no range of this process describes it."""
+        place = self._place(name := _name(fd))
+        if place is None:
+            what = f"region {name} {cannot}"
+            raise NotFound(what, "no range that this service uses describes it", self.CHECKED_BY)
+        return place
 
     def _place(self, name: str) -> _Place | None:
         return next((each for each in self._places() if each.piece.name == name), None)

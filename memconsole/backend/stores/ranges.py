@@ -13,6 +13,7 @@ import fcntl
 import mmap
 import os
 import stat
+import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from memconsole.backend.stores.arena import Contents, machine_id
 from memconsole.backend.stores.described import COPY, UNIT, Description, Read
 from memconsole.errors import BadFile, KernelRefused, NotFound, Refused
 from memconsole.model import Dax
+from memconsole.units import format_address
 
 DEVDAX = "devdax"
 """The store of devdax devices."""
@@ -35,12 +37,15 @@ _BLOCK = 64 << 10
 _ZEROS = bytes(_BLOCK)
 _HEAD, _SAMPLE, _SAMPLES = 2 * UNIT, 4096, 256
 _DEVICES = "/sys/bus/dax/devices"
+_FLOCK = struct.Struct("hhqqi4x")
+"""struct flock (fcntl.h): type, whence, start, length, pid."""
 
 
 class Range(NamedTuple):
     """A device file that is memory: from ``base`` of it on, ``size`` bytes, which begin at the physical ``start``.
 
-    ``number`` is its st_rdev; ``start`` None where it is not shown. ``trouble``: why it cannot be used.
+    ``number`` is its st_rdev; ``start`` None where it is not shown. ``trouble``: why it cannot be used; ``remedy``:
+    what to do about it, or where the kernel does not let it be opened or mapped.
     """
 
     name: str
@@ -51,6 +56,12 @@ class Range(NamedTuple):
     start: int | None = None
     node: int = -1
     trouble: str = ""
+    remedy: str = ""
+
+    @property
+    def where(self) -> str:
+        """Its device file, and where it begins in it."""
+        return f"{self.path} at {format_address(self.base)}" if self.base else self.path
 
 
 Devices = Callable[[Root], tuple[Range, ...]]
@@ -273,15 +284,17 @@ def _open(device: Range, flags: int) -> int:
     try:
         return os.open(device.path, flags | os.O_CLOEXEC)
     except OSError as error:
-        raise KernelRefused(device.path, error.errno or 0, what=f"{device.path} cannot be opened") from None
+        what = f"{device.where} cannot be opened"
+        raise KernelRefused(device.path, error.errno or 0, what=what, remedy=device.remedy) from None
 
 
 def _lock(device: Range, fd: int) -> None:
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, device.base, device.size, 0)
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, lock)  # of its own part alone: a device file may be of several ranges
     except BlockingIOError:
         why = "another control process, or another program, has it locked"
-        raise Refused(f"{device.path} is not used", why, "end that one first", code="InUse") from None
+        raise Refused(f"{device.where} is not used", why, "end that one first", code="InUse") from None
 
 
 def _map(fd: int, device: Range, start: int, size: int) -> mmap.mmap:
@@ -289,7 +302,8 @@ def _map(fd: int, device: Range, start: int, size: int) -> mmap.mmap:
         return mmap.mmap(fd, size, offset=device.base + start)
     except (OSError, ValueError) as error:
         number = getattr(error, "errno", None) or errno.EINVAL
-        raise KernelRefused("mmap", number, what=f"{device.path} cannot be mapped") from None
+        what = f"{device.where} cannot be mapped"
+        raise KernelRefused("mmap", number, what=what, remedy=device.remedy) from None
 
 
 @contextlib.contextmanager
@@ -310,11 +324,11 @@ def _zero(memory: mmap.mmap) -> None:
 
 
 def _read(memory: mmap.mmap, device: Range) -> Read:
-    return described.read(memory[:COPY], memory[COPY:UNIT], device.size, device.path)
+    return described.read(memory[:COPY], memory[COPY:UNIT], device.size, device.where)
 
 
 def _write(memory: mmap.mmap, device: Range, found: Read, description: Description) -> Read:
-    raw = described.written(description, found.generation + 1, device.size, device.path)
+    raw = described.written(description, found.generation + 1, device.size, device.where)
     at = found.older * COPY
     memory[at : at + len(raw)] = raw
     return Read(description, found.generation + 1, 1 - found.older)

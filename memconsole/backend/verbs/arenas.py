@@ -1,11 +1,12 @@
 """``arena create``, ``scan`` and ``remove``: ranges that were set aside at boot become memory of stores.
 
-With a file system they are of the dax store, without one of the devdax store, which is a :class:`PieceStore`.
+With a file system they are of the dax store; without one of the devdax or the raw store, each a :class:`PieceStore`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
@@ -20,8 +21,10 @@ from memconsole.backend.stores import arena as arenas
 from memconsole.backend.stores import namespaces, ranges
 from memconsole.backend.stores.base import Found
 from memconsole.backend.stores.dax import DaxStore
+from memconsole.backend.stores.described import UNIT
 from memconsole.backend.stores.pieces import PieceStore
 from memconsole.backend.stores.ranges import Opened, Range
+from memconsole.backend.stores.raw import RawStore
 from memconsole.backend.work import PreparedAction
 from memconsole.model import RegionState
 from memconsole.units import format_size
@@ -39,8 +42,11 @@ def create(desk: ArenaKeeping, action: ArenaCreate) -> PreparedAction:
     """Format a range, mount it, and have it say what it is: ``format``. There is no undo."""
     work = PreparedAction(action.name, "")
     _for_a_service(work, desk)
-    if action.devdax:
-        _create_raw(work, desk, action)
+    if action.devdax and action.raw:
+        work.refuse("BadArena", "an arena is of one store", "both --devdax and --raw were said", "leave one out")
+        return work
+    if action.devdax or action.raw:
+        (_create_reserved if action.raw else _create_raw)(work, desk, action)
         return work
     device = _device(work, desk, action)
     if device is None or work.refusals:
@@ -83,7 +89,7 @@ def _create_raw(work: PreparedAction, desk: ArenaKeeping, action: ArenaCreate) -
     if device is None:
         return
     place = f"{device.path}, {format_size(device.size)}"
-    _refuse_raw(work, desk, action.name, device)
+    _refuse_raw(work, desk, action.name, device, "daxctl reconfigure-device --mode=devdax, if it is not needed so")
     if work.refusals:
         return
     made: list[Range] = []
@@ -98,16 +104,45 @@ def _create_raw(work: PreparedAction, desk: ArenaKeeping, action: ArenaCreate) -
     else:
         made.append(device)
 
+    _describe(work, desk, stores[ranges.DEVDAX], place, made)
+
+
+def _describe(work: PreparedAction, desk: ArenaKeeping, store: PieceStore, place: str, made: Sequence[Range]) -> None:
+    """Have a range, which is there by then, say that it is the arena that the action names: ``format``."""
+    name = work.subject
+
     def describe() -> None:
-        arena = stores[ranges.DEVDAX].create(action.name, made[0])
+        arena = store.create(name, made[0])
         note(desk)
-        work.text = f"arena {action.name} is on {made[0].path}: {format_size(arena.free[0])} for regions"
+        work.text = f"arena {name} is on {made[0].where}: {format_size(arena.free[0])} for regions"
 
-    work.step("format", f"have {place} say that it is arena {action.name}, with nothing in it", describe)
+    work.step("format", f"have {place} say that it is arena {name}, with nothing in it", describe)
 
 
-def _refuse_raw(work: PreparedAction, desk: ArenaKeeping, name: str, device: Range | Pmem) -> None:
-    """What of a range, and of a name, forbids it."""
+def _create_reserved(work: PreparedAction, desk: ArenaKeeping, action: ArenaCreate) -> None:
+    """Have a range that the kernel does not manage say what is in it: one that this service was started with."""
+    store = _piece_stores(desk).get(RawStore.NAME)
+    known = {each.name: each for each in store.ranges()} if isinstance(store, RawStore) else {}
+    if store is None or not known:
+        why = "this service was started without --raw: it does not open /dev/mem, which is all of this host's memory"
+        remedy = "boot with memmap=SIZE$START of ordinary memory, then memconsole serve --raw START"
+        work.refuse("NotNamed", "no range is named that the kernel does not manage", why, remedy)
+        return
+    names = ", ".join(known)
+    device = known.get(action.device) if action.device or len(known) > 1 else next(iter(known.values()))
+    if device is None:
+        code, what = (
+            ("NoRange", f"there is no range {action.device}") if action.device else ("WhichRange", "which range?")
+        )
+        work.refuse(code, what, f"ranges that were named: {names}", f"--device {next(iter(known))}")
+        return
+    _refuse_raw(work, desk, action.name, device, device.remedy)
+    if not work.refusals:
+        _describe(work, desk, store, f"{device.where}, {format_size(device.size)}", [device])
+
+
+def _refuse_raw(work: PreparedAction, desk: ArenaKeeping, name: str, device: Range | Pmem, remedy: str) -> None:
+    """What of a range, and of a name, forbids it; ``remedy`` of a device that cannot be used."""
     if isinstance(device, Pmem):
         for refusal in arenas.create_refusals(name, device, desk.root):
             work.refuse(*refusal)
@@ -120,20 +155,31 @@ def _refuse_raw(work: PreparedAction, desk: ArenaKeeping, name: str, device: Ran
         work.refuse("NameTaken", f"there is an arena {name} already", "names are unique", "choose another name")
     if isinstance(device, Pmem):
         return
-    what = f"no arena {name} can be made on {device.path}"
+    what = f"no arena {name} can be made on {device.where}"
     if device.trouble:
-        work.refuse("InUse", what, device.trouble, "daxctl reconfigure-device --mode=devdax, if it is not needed so")
+        work.refuse("NotOurs" if device.base else "InUse", what, device.trouble, remedy)
         return
     held = ranges.contents(device)
     if held.arena:
         remedy = f"memconsole arena scan takes it up; memconsole arena remove {held.arena} gives it up"
         work.refuse("HoldsArena", what, f"it holds the arena {held.arena}", remedy)
     elif held.other:
+        keep, zero = _tools(device)
         remedy = (
-            f"keep a copy first, it may be an arena with a torn beginning: daxio --input={device.path} --output=FILE"
-            f" (of pmdk); if it is no longer needed: daxio --zero --output={device.path}"
+            f"keep a copy first, it may be an arena with a torn beginning: {keep}; if it is no longer needed: {zero}"
         )
         work.refuse("HoldsUnknown", what, f"it holds {held.other}", remedy)
+
+
+def _tools(device: Range) -> tuple[str, str]:
+    """What copies a range to a file, and what writes zeros over it."""
+    if not device.base:
+        return f"daxio --input={device.path} --output=FILE (of pmdk)", f"daxio --zero --output={device.path}"
+    at, count = device.base // UNIT, device.size // UNIT
+    return (
+        f"dd if={device.path} of=FILE bs=2M skip={at} count={count}",
+        f"dd if=/dev/zero of={device.path} bs=2M seek={at} count={count} conv=notrunc",
+    )
 
 
 def _piece_stores(desk: needs.Stored) -> dict[str, PieceStore]:
@@ -222,7 +268,8 @@ def _remove_raw(work: PreparedAction, desk: ArenaKeeping, store: PieceStore, are
     if work.refusals:
         return
     size = format_size(arena.device.size)
-    text = f"write zeros over all {size} of {arena.device.path}, arena {arena.said.name}; it stays a devdax device"
+    stays = "is kept from the kernel, as the command line has it" if store.DERIVED else "stays a devdax device"
+    text = f"write zeros over all {size} of {arena.device.where}, arena {arena.said.name}; it {stays}"
 
     def do() -> None:
         store.remove(arena)

@@ -237,7 +237,13 @@ def _apart(work: PreparedAction, desk: needs.LedgerState, grant: Grant) -> None:
 
 
 def _alone(work: PreparedAction, desk: needs.RegionFds, grant: Grant) -> None:
-    """A process that memconsole did not start gets no file that reaches what another guest was granted."""
+    """A process that memconsole did not start gets no file that reaches what another guest was granted, or more."""
+    guest = desk.state.guests.get(grant.guest)
+    if guest is not None and not is_vm(guest) and desk.store_of(grant.region).VMS_ONLY:
+        what = f"guest {grant.guest} cannot map region {grant.region}"
+        why = "a descriptor of it reaches all of this host's memory, and the guest is no VM of this service"
+        work.refuse("NoVm", what, why, "give it a region of another store")
+        return
     for why in shared_device(desk, grant):
         remedy = "give it a region of another store, or of an arena of its own"
         work.refuse("Shared", f"guest {grant.guest} cannot map region {grant.region}", why, remedy)
@@ -313,12 +319,19 @@ def revoke(desk: GrantTaking, action: Revoke) -> PreparedAction:
         took = format_duration(report.took_ns)
         work.text = f"{grant.id} ({grant.region} to {grant.guest}) is {report.outcome} after {report.rung}, in {took}"
 
-    order = list(RUNGS)
-    rungs = ", else ".join(RUNGS[rung] for rung in order[: order.index(action.at_most) + 1])
     part = f"{format_size(grant.length)} of {grant.region}"
     dma.cut_grants(work, desk, [grant])
-    work.step("cut", f"take {part} back from {grant.guest}: {rungs}; the contents stay", cut)
+    work.step("cut", f"take {part} back from {grant.guest}: {_rungs(desk, grant, action.at_most)}", cut)
     return work
+
+
+def _rungs(desk: GrantTaking, grant: Grant, at_most: Rung) -> str:
+    """What is tried, in words; of a file that cannot be cut nothing takes the pages but the end of who has it."""
+    cuts = desk.store_of(grant.region).CUTS
+    order = list(RUNGS)[: list(RUNGS).index(at_most) + 1]
+    said = ", else ".join(RUNGS[rung] for rung in order if cuts or rung in {Rung.ASK, Rung.KILL})
+    alone = "" if cuts else "; no other rung takes a mapping of this store away"
+    return f"{said}; the contents stay{alone}"
 
 
 def _end_adopted(work: PreparedAction, desk: GrantTaking, grant: Grant) -> None:

@@ -210,6 +210,7 @@ def flag_words(flags: int) -> list[str]:
         Flag.EXCLUSIVE: "exclusive",
         Flag.SOFT_DIRTY: "soft-dirty",
         Flag.UFFD_WP: "uffd-wp",
+        Flag.DERIVED: "derived, not seen",
     }
     return [word for flag, word in words.items() if flags & flag]
 

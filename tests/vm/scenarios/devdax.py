@@ -1,6 +1,6 @@
-"""Regions of the devdax store: a raw device that says what is in it, found again by the next kernel.
+"""Regions of the devdax and the raw store: memory that says what is in it, found again by the next kernel.
 
-devdax N        so many kexecs
+devdax N [qemu]     so many kexecs; a QEMU, too
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from support import lab_guest as lab
 from support import lab_host as host
+from support import lab_raw
 from support.guests import AgentProcess
 from support.waiting import until
 
@@ -44,7 +45,7 @@ def make(client: Client) -> None:
     (device,) = ranges.devdax()
     lab.say("created", "arena raw is on /dev/dax" in outcome.text, text=outcome.text, device=device)
     code, text = host.said("arena", "list", "--json")
-    lab.say("listed", not code and json.loads(text)[-1]["holds"] == "arena raw", text=text)
+    lab.say("listed", not code and json.loads(text)[0]["holds"] == "arena raw", text=text)
     lab.say("again", host.refused(client, do.ArenaCreate("more", devdax=True)) == "HoldsArena")
     try:
         ranges.opened(device)
@@ -92,7 +93,8 @@ def taken_back(client: Client) -> None:
 
 
 def note(client: Client) -> None:
-    found = {name: (contents(name), host.frames(client, f"region:{name}")) for name in ("still", "can")}
+    names = ("still", "can", *lab_raw.NAMES)
+    found = {name: (contents(name), host.frames(client, f"region:{name}")) for name in names}
     NOTE.write_text(json.dumps(found))
     client.close()
     lab.load()
@@ -103,30 +105,37 @@ def first() -> None:
     client = host.serve()
     make(client)
     taken_back(client)
+    lab_raw.unnamed(client)
     beats = host.beaten(client, "can").beats
-    client = host.killed(client)
+    client = host.killed(client, *lab_raw.SERVE)
     seen = host.beaten(client, "can", beats)
     lab.say("killed", seen.wrong == 0 and not host.findings(client), findings=host.findings(client), beats=seen.beats)
     code, text = host.said("arena", "check", "--json")
     lab.say("checked", code == 0, text=text)
     client.apply(do.GuestStop("can"))
+    lab_raw.make(client)
+    lab_raw.taken_back(client)
+    if "qemu" in sys.argv:
+        lab_raw.stock(client)
     note(client)
 
 
 def later() -> None:
-    client = host.serve()
+    client = host.serve(*lab_raw.SERVE)
     before = json.loads(NOTE.read_text())
     found = {region.name: str(region.store) for region in client.snapshot().regions}
-    lab.say("found", found == {"still": "devdax", "can": "devdax"}, found=found, findings=host.findings(client))
+    wanted = {"still": "devdax", "can": "devdax"} | dict.fromkeys(lab_raw.NAMES, "raw")
+    lab.say("found", found == wanted, found=found, findings=host.findings(client))
     now = {name: [contents(name), [list(row) for row in host.frames(client, f"region:{name}")]] for name in before}
     lab.say("same", now == before, wrong=[name for name in before if now.get(name) != before[name]])
     if lab.stage() < LAST:
         note(client)
-    for name in before:
+    lab_raw.remove(client)
+    for name in ("still", "can"):
         client.apply(do.Release(name))
     lab.say("removed", client.apply(do.ArenaRemove("raw")).text)
     _, text = host.said("arena", "list", "--json")
-    lab.say("empty", json.loads(text)[-1]["holds"] == "nothing", text=text)
+    lab.say("empty", json.loads(text)[0]["holds"] == "nothing", text=text)
     host.end(client)
     lab.say("end")
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from memconsole import paths
 from memconsole.actions import Action, HandoffRun
@@ -20,7 +21,7 @@ from memconsole.backend.control import Control
 from memconsole.backend.custody.holder import KeeperCustody
 from memconsole.backend.wire.client import Client
 from memconsole.errors import MemconsoleError, NoControl, Refused
-from memconsole.model import Guest, GuestState, Plan, Progress, Snapshot
+from memconsole.model import Guest, GuestState, HandoffReport, HandoffState, Plan, Progress, Snapshot
 from support import lab_guest as lab
 from support.waiting import until
 
@@ -129,7 +130,7 @@ def all_count_on(client: Client, names: Iterable[str], least: dict[str, int] | N
     first = dict(least or {})
     waiting = set(names)
     while waiting and time.monotonic() < deadline:
-        for guest in client.snapshot().guests:
+        for guest in shown(client).guests:
             if guest.name in waiting and guest.progress is not None and guest.state is GuestState.RUNNING:
                 if guest.progress.wrong:
                     return f"{guest.name} has wrong bytes"
@@ -141,7 +142,7 @@ def all_count_on(client: Client, names: Iterable[str], least: dict[str, int] | N
 
 def beats(client: Client, names: Iterable[str]) -> dict[str, int]:
     """How often each canary has counted."""
-    found = {guest.name: guest.progress for guest in client.snapshot().guests}
+    found = {guest.name: guest.progress for guest in shown(client).guests}
     return {name: progress.beats for name in names if (progress := found.get(name)) is not None}
 
 
@@ -168,15 +169,39 @@ def action() -> HandoffRun:
     return HandoffRun(f"{share}/bzImage", f"{share}/initrd", lab.next_command_line())
 
 
-def guest(shown: Snapshot, name: str) -> Guest:
+def shown(client: Client) -> Snapshot:
+    """A Snapshot; one that is late on a machine that is busy is asked for once more."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return client.snapshot()
+        except Refused as error:
+            if error.code != "Deadline" or time.monotonic() > deadline:
+                raise
+
+
+def hand_off(client: Client) -> NoReturn:
+    """Jump; where a guest is late to answer on a machine that is busy, nothing was done, and it is tried once more."""
+    for _ in range(20):
+        try:
+            client.apply(action())
+        except Refused as error:
+            if error.code != "GuestSilent":
+                raise
+        else:
+            break
+    raise AssertionError("the handoff did not jump")
+
+
+def guest(snapshot: Snapshot, name: str) -> Guest:
     """A guest of a Snapshot."""
-    return next(each for each in shown.guests if each.name == name)
+    return next(each for each in snapshot.guests if each.name == name)
 
 
 def fresh(client: Client) -> Snapshot:
     """A Snapshot that was begun after this was asked."""
     begun = time.time_ns()
-    while (snapshot := client.snapshot()).taken_ns < begun:
+    while (snapshot := shown(client)).taken_ns < begun:
         time.sleep(0.1)
     return snapshot
 
@@ -202,18 +227,26 @@ def beaten(client: Client, name: str, least: int = 0) -> Progress:
     deadline = time.monotonic() + PATIENCE
     first = None
     while time.monotonic() < deadline:
-        progress = guest(client.snapshot(), name).progress
+        progress = guest(shown(client), name).progress
         if progress is not None:
             if first is not None and progress.beats > max(first, least):
                 return progress
             first = progress.beats if first is None else first
         time.sleep(0.1)
-    raise AssertionError(f"{name} does not count: {guest(client.snapshot(), name)}")
+    raise AssertionError(f"{name} does not count: {guest(shown(client), name)}")
+
+
+def reported(client: Client) -> HandoffReport:
+    """The report of a handoff that has landed."""
+    report = shown(client).handoff
+    assert report is not None
+    assert report.state is HandoffState.DONE, report
+    return report
 
 
 def runs(client: Client, name: str) -> None:
     """Wait until a guest says that it runs."""
-    until(lambda: guest(client.snapshot(), name).state is GuestState.RUNNING, f"{name} runs", PATIENCE)
+    until(lambda: guest(shown(client), name).state is GuestState.RUNNING, f"{name} runs", PATIENCE)
 
 
 def early() -> tuple[str, str]:

@@ -13,7 +13,7 @@ from support import lab
 
 SECONDS = {
     "adopted": 1,
-    "arena": 90,
+    "arena": 125,
     "arena-devdax": 80,
     "audit": 125,
     "dma": 65,

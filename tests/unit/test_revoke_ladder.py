@@ -109,6 +109,12 @@ def test_a_guest_that_does_not_answer_is_quoted(tmp_path: Path) -> None:
     assert kept.value.remedy == "memconsole revoke g1 --at-most protect"
 
 
+def test_a_rung_that_is_not_tried_on_a_process_of_others_is_not_named_as_the_next(tmp_path: Path) -> None:
+    with desks(tmp_path, **process(reaching=KEEPS)) as desk, pytest.raises(GuestError) as kept:
+        climb(desk, Rung.ASK)
+    assert kept.value.remedy == "memconsole revoke g1 --at-most copy"
+
+
 def test_a_qemu_is_not_asked_for_memory_that_is_not_its_ram(tmp_path: Path) -> None:
     vm = Live("db", GuestKind.QEMU)
     facts = canary(guests=(guest(kind=GuestKind.QEMU),), live=(vm,), reaching=KEEPS)

@@ -89,10 +89,14 @@ class Ladder:
         )
 
     def _harder(self) -> Rung:
-        """The next rung that may do: of a store whose files cannot be cut only the last one."""
+        """The next rung that may do: *protect* where it is tried; where files cannot be cut, the last alone."""
+        store = self._desk.store_of(self._grant.region)
+        if not store.CUTS:
+            return Rung.KILL
+        protects = store.FAULTS and not self._is_doubtful()
         order = list(Rung)
-        cuts = self._desk.store_of(self._grant.region).CUTS
-        return order[order.index(self._at_most) + 1] if cuts else Rung.KILL
+        later = order[order.index(self._at_most) + 1 :]
+        return next(rung for rung in later if protects or rung is not Rung.PROTECT)
 
     def _try(self, rung: Rung) -> Recorded[MoveResult | _RungFailed]:
         match rung:

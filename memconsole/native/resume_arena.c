@@ -87,6 +87,20 @@ static void mount_arena(struct arena *a, const char *runtime, dev_t device)
 		a->why = "it cannot be mounted (dmesg says why)";
 }
 
+/* Say that a journal was replayed, and leave a mark for the control process, which finds the arena mounted. */
+static void note_replayed(const struct arena *a, const char *runtime)
+{
+	char path[256];
+	int fd;
+
+	fprintf(stderr, "memconsole-resume: arena %s: its journal was replayed: it was not still when the kernel before ended\n",
+		a->name);
+	snprintf(path, sizeof(path), "%.120s/arenas/.replayed-%.13s", runtime, a->name);
+	fd = open(path, O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
+	if (fd >= 0)
+		close(fd);
+}
+
 static void add_arena(const char *device, const char *runtime)
 {
 	uint8_t super[1024] = { 0 };
@@ -114,8 +128,7 @@ static void add_arena(const char *device, const char *runtime)
 	if (a->why)
 		return;
 	if (a->mine && replays)
-		fprintf(stderr, "memconsole-resume: arena %s: its journal was replayed: it was not still when the kernel before ended\n",
-			a->name);
+		note_replayed(a, runtime);
 	a->root = open(a->path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (a->root >= 0 && flock(a->root, LOCK_EX | LOCK_NB) < 0) {
 		close(a->root);

@@ -192,6 +192,22 @@ def test_a_rehearsal_ends_every_qemu_and_libvirt_starts_each_as_it_was(world: Wo
     assert set(world.manager.virsh("list", "--persistent", "--name").split()) == {"web", "files"}
 
 
+def test_a_libvirtd_that_is_away_after_we_were_killed_is_waited_for(world: World) -> None:
+    """Its state was taken and it stands still; nobody starts it twice, and it goes on once libvirtd is back."""
+    before = {name: world.guest(name).pid for name in UUIDS}
+    assert world.service.process is not None
+    world.service.end(signal.SIGTERM)
+    world.begin("handoff-rehearse.stream-web.after")
+    with contextlib.suppress(MemconsoleError):
+        world.apply(do.HandoffRehearse())
+    world.manager.end()
+    world.again()
+    assert world.state("web") == ""  # libvirt does not answer
+    world.manager.begin()
+    world.goes_on(*UUIDS)
+    assert {name: world.guest(name).pid for name in UUIDS} == before
+
+
 def test_whatever_fails_they_run_as_before_and_their_next_save_is_whole(world: World) -> None:
     """Killed at points of the steps that change a guest; with MEMCONSOLE_SOAK=1 at every point."""
     assert world.client is not None
@@ -211,22 +227,6 @@ def test_whatever_fails_they_run_as_before_and_their_next_save_is_whole(world: W
         until(lambda: world.notes() == [], f"nothing waits after {point}")
         world.goes_on(*UUIDS)
     assert world.is_whole("web")
-
-
-def test_a_libvirtd_that_is_away_after_we_were_killed_is_waited_for(world: World) -> None:
-    """Its state was taken and it stands still; nobody starts it twice, and it goes on once libvirtd is back."""
-    before = {name: world.guest(name).pid for name in UUIDS}
-    assert world.service.process is not None
-    world.service.end(signal.SIGTERM)
-    world.begin("handoff-rehearse.stream-web.after")
-    with contextlib.suppress(MemconsoleError):
-        world.apply(do.HandoffRehearse())
-    world.manager.end()
-    world.again()
-    assert world.state("web") == ""  # libvirt does not answer
-    world.manager.begin()
-    world.goes_on(*UUIDS)
-    assert {name: world.guest(name).pid for name in UUIDS} == before
 
 
 def test_a_domain_that_starts_and_ends_between_two_looks_is_told_at_once(world: World) -> None:

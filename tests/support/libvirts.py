@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from support.waiting import until
@@ -129,9 +130,11 @@ class Libvirt:
             self._reapers.append(daemon)
 
     def close(self) -> None:
-        """End libvirtd, and wait for what it started."""
+        """End libvirtd, and what it started: after a test that failed it may not have been there to do it."""
         self.end()
         for reaper in self._reapers:
+            for left in psutil.Process(reaper.pid).children():
+                left.kill()
             reaper.wait()
 
 

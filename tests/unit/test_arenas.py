@@ -12,7 +12,8 @@ from support.trees import Tree
 
 from memconsole.actions import ArenaCreate, ArenaRemove, ArenaScan, Reserve
 from memconsole.backend.diagnose import arenas as looked
-from memconsole.backend.kernel import pmem
+from memconsole.backend.kernel import mounts, pmem
+from memconsole.backend.kernel.mounts import MountInfo
 from memconsole.backend.kernel.pmem import Pmem
 from memconsole.backend.stores import arena as arenas
 from memconsole.backend.stores import ext4
@@ -131,11 +132,26 @@ def test_an_arena_says_how_the_kernel_before_left_it(
         seen.append(name)
         return tmp_path
 
+    arenas.directory(tmp_path).mkdir()
     monkeypatch.setattr(arenas, "_mount", mount)
     monkeypatch.setattr(arenas, "read_record", lambda *_: arenas.ArenaRecord(name="lab"))
     found = arenas.mount_all(tmp_path)
     assert [(each.id, each.severity) for each in found] == said
     assert (seen == ["lab"]) is mounted
+
+
+@pytest.mark.parametrize(("mark", "said"), [("", []), (".replayed-lab", ["arena-replayed"])])
+def test_a_journal_that_memconsole_resume_had_replayed_is_told_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: str, said: list[str]
+) -> None:
+    held = device(tmp_path, superblock(b"mc:lab", 1, 4))  # as it is of any that is mounted
+    arenas.directory(tmp_path).mkdir()
+    if mark:
+        (arenas.directory(tmp_path) / mark).touch()
+    there = MountInfo(held.number, "/", Path("/run/memconsole/arenas/lab"), "ext4", held.path)
+    monkeypatch.setattr(pmem, "devices", lambda *_: (held,))
+    monkeypatch.setattr(mounts, "mounts", lambda *_: (there,))
+    assert [each.id for each in arenas.mount_all(tmp_path)] == said
 
 
 def test_bytes_at_the_end_of_a_range_are_seen(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from support import lab
 SECONDS = {
     "adopted": 1,
     "arena": 125,
+    "arena-cut": 1,
     "arena-devdax": 80,
     "audit": 125,
     "dma": 65,

@@ -278,6 +278,7 @@ def create(name: str, device: Pmem, runtime: Path, root: Root = "/") -> Arena:
         raise KernelRefused(device.path, error.errno or 0, what=f"{device.path} is in use") from None
     ext4.make(device.path, LABEL + name, device.size)
     path = _mount(device, name, runtime)
+    _mark(name, runtime).unlink(missing_ok=True)
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         write_record(fd, ArenaRecord(name=name, host=machine_id(root), created_ns=time.time_ns()))
@@ -294,12 +295,11 @@ def mount_all(runtime: Path, root: Root = "/") -> list[Finding]:
     """Mount every arena that is not; what cannot be is a finding."""
     found: list[Finding] = []
     for device in pmem.devices(root, []):
-        if any(each.device == device.number for each in mounts.mounts(root)):
-            continue
+        there = any(each.device == device.number for each in mounts.mounts(root))
         try:
             held = contents(device)
             if re.fullmatch(NAME, held.arena):
-                found += _mounted(device, held, runtime)
+                found += _replayed(held.arena, runtime) if there else _mounted(device, held, runtime)
         except MemconsoleError as error:
             remedy = error.remedy or f"mount -o {OPTIONS} {device.path} says more"
             found.append(
@@ -322,7 +322,20 @@ def _mounted(device: Pmem, held: Contents, runtime: Path) -> Iterator[Finding]:
         what = f"the arena {name} on {device.path} was never finished"
         remedy = f"if it is no longer needed: wipefs -a {device.path}, then memconsole arena create {name}"
         yield Finding("arena-unread", Severity.WARNING, device.name, what, "", remedy)
-    elif held.replays:
+    else:
+        if held.replays:
+            _mark(name, runtime).touch()
+        yield from _replayed(name, runtime)
+
+
+def _mark(name: str, runtime: Path) -> Path:
+    """What is there from when a journal was replayed until the next boot; memconsole-resume makes it, too."""
+    return directory(runtime) / f".replayed-{name}"
+
+
+def _replayed(name: str, runtime: Path) -> Iterator[Finding]:
+    """Whether the journal of an arena was replayed when it was mounted in this boot, whoever mounted it."""
+    if _mark(name, runtime).exists():
         what = f"the journal of arena {name} was replayed: the kernel before ended without having held it still"
         remedy = "nothing need be done; memconsole arena check says whether anything in it is wrong"
         yield Finding("arena-replayed", Severity.INFO, name, what, "its superblock", remedy)

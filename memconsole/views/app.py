@@ -197,9 +197,12 @@ class ConsoleApp(Bookmarking):
 
     async def _build(self, rest: Sequence[tuple[str, type[View]]]) -> None:
         """Build one more view; keys are done once there are all."""
+        views = self.screen_stack[0].query_one(Views)
+        if not views.is_attached:
+            return  # the console ends before it was all there
         if rest:
             (name, cls), *later = rest
-            await self.screen_stack[0].query_one(Views).add(cls(id=name))
+            await views.add(cls(id=name))
             self.call_later(self._build, later)
             return
         self.enduring = True

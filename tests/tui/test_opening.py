@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 
 import pytest
@@ -33,12 +34,19 @@ class Held:
             self._app.set_timer(0.01, partial(self._build, rest))
 
 
-async def test_the_first_frame_has_data_before_the_other_views_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
+@asynccontextmanager
+async def opening(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[ConsoleApp, Pilot[None], Held]]:
+    """A console whose first view is there with its data, and which builds the others once they may be."""
     app = console()
     held = Held(app, monkeypatch)
     async with app.run_test(size=(132, 50)):
         pilot = Pilot(app)
         await until(pilot, lambda: "web0" in shown(app))
+        yield app, pilot, held
+
+
+async def test_the_first_frame_has_data_before_the_other_views_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opening(monkeypatch) as (app, pilot, held):
         assert app.opening
         assert [view.id for view in app.query_one(Views).children] == ["overview"]
         held.may = True
@@ -49,11 +57,7 @@ async def test_the_first_frame_has_data_before_the_other_views_are_built(monkeyp
 async def test_keys_clicks_and_a_resize_before_the_views_are_there_are_not_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    app = console()
-    held = Held(app, monkeypatch)
-    async with app.run_test(size=(132, 50)):
-        pilot = Pilot(app)
-        await until(pilot, lambda: "web0" in shown(app))
+    async with opening(monkeypatch) as (app, pilot, held):
         for key in ("5", "enter", "colon", *"regions", "enter"):
             app.simulate_key(key)
         app.post_message(Resize(Size(80, 24), Size(80, 24)))
@@ -65,11 +69,7 @@ async def test_keys_clicks_and_a_resize_before_the_views_are_there_are_not_lost(
 
 
 async def test_a_click_on_a_tab_before_its_view_is_there_opens_it_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    app = console()
-    held = Held(app, monkeypatch)
-    async with app.run_test(size=(132, 50)):
-        pilot = Pilot(app)
-        await until(pilot, lambda: "web0" in shown(app))
+    async with opening(monkeypatch) as (app, pilot, held):
         await pilot.click("Tabs", offset=(shown(app).splitlines()[1].index("Guests"), 0))
         assert app.trail == [Place("overview")]
         held.may = True

@@ -13,7 +13,7 @@ import contextlib
 import os
 import re
 import select
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from memconsole.backend.kernel import census, tree
@@ -73,7 +73,8 @@ class Comings:
 
     def news(self) -> Iterator[Coming]:
         """The domains that have come and gone since it was asked last; none the first time."""
-        now = {pid: managed for pid, managed in self._named().items() if self._runs(pid, managed)}
+        named = self._named()
+        now = {pid: managed for pid, managed in named.items() if self._runs(named, pid)}
         before, self._known = self._known, now
         if before is None:
             return
@@ -88,7 +89,7 @@ class Comings:
         os.eventfd_write(self._end, 1)
 
     def close(self) -> None:
-        """Let go of what it holds, once nobody waits."""
+        """Close the queue and the event, once no thread waits."""
         if self._inotify is not None:
             self._inotify.close()
         os.close(self._end)
@@ -100,10 +101,10 @@ class Comings:
                 found |= each.domains(self._root)
         return found
 
-    def _runs(self, pid: int, managed: Managed) -> bool:
+    def _runs(self, named: Mapping[int, Managed], pid: int) -> bool:
         """Whether the process is the domain's: a daemon that died leaves files behind."""
         with contextlib.suppress(*tree.UNREADABLE):
-            return managed.uuid in census.command(self._root, pid)
+            return libvirt.of_process(named, pid, census.command(self._root, pid)) is not None
         return False
 
     def _is_news(self) -> bool:

@@ -254,15 +254,21 @@ def create_refusals(name: str, device: Pmem, root: Root = "/") -> Iterator[tuple
     if any(each.device == device.number for each in mounts.mounts(root)):
         yield "InUse", what, "it is mounted", f"umount {device.path}, if it is not needed"
         return
-    held = contents(device)
+    keep, wipe = f"dd if={device.path} of=FILE bs=2M", f"wipefs -a {device.path}; blkdiscard -z {device.path}"
+    yield from held_refusals(what, contents(device), keep, wipe)
+
+
+def held_refusals(what: str, held: Contents, keep: str, wipe: str) -> Iterator[tuple[str, str, str, str]]:
+    """Why no arena is made of a range that holds something, as :func:`create_refusals`.
+
+    ``keep`` and ``wipe`` are the commands that copy such a range to a file, and leave nothing in it.
+    """
     if held.arena:
         remedy = f"memconsole arena scan takes it up; memconsole arena remove {held.arena} gives it up"
         yield "HoldsArena", what, f"it holds the arena {held.arena}", remedy
     elif held.other:
-        remedy = (
-            f"keep a copy first, it may be an arena with a torn beginning: dd if={device.path} of=FILE bs=2M;"
-            f" if it is no longer needed: wipefs -a {device.path}; blkdiscard -z {device.path}"
-        )
+        torn = "keep a copy first, it may be an arena with a torn beginning"
+        remedy = f"{torn}: {keep}; if it is no longer needed: {wipe}"
         yield "HoldsUnknown", what, f"it holds {held.other}", remedy
 
 

@@ -35,6 +35,8 @@ SMALLEST = 2 * UNIT
 """What says what is in it, and one region."""
 _NUMBER = os.makedev(1, 1)
 _RESERVED, _RAM = "Reserved", "System RAM"
+UNNAMED = f"this service was started without --raw: it does not open {DEVICE}, which is all of this host's memory"
+"""Why it has no range."""
 _BOOT = "boot with memmap=SIZE$START of ordinary memory (GRUB wants the $ as \\\\\\$)"
 _REFUSED = "the service needs CAP_SYS_RAWIO; CONFIG_STRICT_DEVMEM allows what is not the kernel's, a lockdown nothing"
 
@@ -149,6 +151,5 @@ class RawStore(PieceStore):
     def _no_arena(self) -> Refusal:
         if self._wanted or not self._lasting:
             return super()._no_arena()
-        why = f"this service was started without --raw: it does not open {DEVICE}, which is all of this host's memory"
         remedy = "boot with memmap=SIZE$START; memconsole serve --raw START; memconsole arena create NAME --raw"
-        return Refusal("NotNamed", f"the {NAME} store has no memory", why, remedy)
+        return Refusal("NotNamed", f"the {NAME} store has no memory", UNNAMED, remedy)

@@ -24,7 +24,7 @@ from memconsole.backend.stores.dax import DaxStore
 from memconsole.backend.stores.described import UNIT
 from memconsole.backend.stores.pieces import PieceStore
 from memconsole.backend.stores.ranges import Opened, Range
-from memconsole.backend.stores.raw import RawStore
+from memconsole.backend.stores.raw import UNNAMED, RawStore
 from memconsole.backend.work import PreparedAction
 from memconsole.model import RegionState
 from memconsole.units import format_size
@@ -124,9 +124,8 @@ def _create_reserved(work: PreparedAction, desk: ArenaKeeping, action: ArenaCrea
     store = _piece_stores(desk).get(RawStore.NAME)
     known = {each.name: each for each in store.ranges()} if isinstance(store, RawStore) else {}
     if store is None or not known:
-        why = "this service was started without --raw: it does not open /dev/mem, which is all of this host's memory"
         remedy = "boot with memmap=SIZE$START of ordinary memory, then memconsole serve --raw START"
-        work.refuse("NotNamed", "no range is named that the kernel does not manage", why, remedy)
+        work.refuse("NotNamed", "no range is named that the kernel does not manage", UNNAMED, remedy)
         return
     names = ", ".join(known)
     device = known.get(action.device) if action.device or len(known) > 1 else next(iter(known.values()))
@@ -159,16 +158,8 @@ def _refuse_raw(work: PreparedAction, desk: ArenaKeeping, name: str, device: Ran
     if device.trouble:
         work.refuse("NotOurs" if device.base else "InUse", what, device.trouble, remedy)
         return
-    held = ranges.contents(device)
-    if held.arena:
-        remedy = f"memconsole arena scan takes it up; memconsole arena remove {held.arena} gives it up"
-        work.refuse("HoldsArena", what, f"it holds the arena {held.arena}", remedy)
-    elif held.other:
-        keep, zero = _tools(device)
-        remedy = (
-            f"keep a copy first, it may be an arena with a torn beginning: {keep}; if it is no longer needed: {zero}"
-        )
-        work.refuse("HoldsUnknown", what, f"it holds {held.other}", remedy)
+    for refusal in arenas.held_refusals(what, ranges.contents(device), *_tools(device)):
+        work.refuse(*refusal)
 
 
 def _tools(device: Range) -> tuple[str, str]:

@@ -72,7 +72,7 @@ def ranges(root: Root = "/", *, raw: Collection[int] = ()) -> tuple[ArenaRange, 
 
 
 def _unseen(device: Range, root: Root) -> ArenaRange:
-    """A range that is kept from the kernel, and nobody named: it may be broken, or somebody else's."""
+    """A range that is kept from the kernel, and that no operator named: it may be broken, or another program's."""
     trouble = device.trouble or f"it was not named: memconsole arena list --raw {device.name} looks into it"
     return ArenaRange(device.name, device.size, device.start, "", trouble=trouble, words=word_of(device.start, root))
 

@@ -21,7 +21,7 @@ _GONE = _IN_DELETE_SELF | _IN_MOVE_SELF
 
 
 class Event(NamedTuple):
-    """What happened to ``name`` in the directory that is watched as ``watch``; ``lost``: nobody knows what, to any."""
+    """What happened to ``name`` in the directory that is watched as ``watch``; ``lost``: the kernel dropped events."""
 
     watch: int
     name: str

@@ -140,7 +140,7 @@ def _one(root: Root, uid: int, directory_fd: int, name: str) -> Domain:
 
 @contextlib.contextmanager
 def _own(root: Root, uid: int) -> Iterator[int]:
-    """A user's own directory, which asks nobody: it lies on a tmpfs (in a recorded tree, on whatever that lies on)."""
+    """A user's own directory, for which no process answers: on a tmpfs (in a recorded tree, on that tree's disk)."""
     place = tree.below(root, f"{USERS}/{uid}")
     fd = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:

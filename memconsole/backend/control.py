@@ -70,9 +70,6 @@ log = logging.getLogger("memconsole.control")
 HISTORY = "history"
 """Where an embedded control process records, in its runtime directory; it is removed with the regions it shows."""
 
-EMBEDDED_HISTORY = 16 << 20
-"""Bytes such a history may have: hours at a snapshot a second, in memory where the directory is a tmpfs."""
-
 
 class Control:
     """A Source over this host; every method may be called from any thread."""
@@ -471,29 +468,3 @@ def _guard(desk: Desk) -> KexecGuard | None:
     from memconsole.backend.custody.manager import KexecGuard
 
     return KexecGuard(desk.root)
-
-
-def embedded(
-    runtime_dir: Path | None = None, *, read_only: str = "", root: Path = Path("/"), record_s: float = 0
-) -> Control:
-    """A control process inside this one, which has custody itself; its directory is private unless one is given.
-
-    With ``record_s`` it records a history of its own, at most one Snapshot every so many seconds.
-    """
-    from memconsole.backend.custody.holder import OwnCustody
-
-    if runtime_dir is None:
-        base = Path("/run") if os.access("/run", os.W_OK) else Path(os.environ.get("XDG_RUNTIME_DIR", "/tmp"))  # noqa: S108
-        runtime_dir = base / f"memconsole-{os.getpid()}-{os.urandom(3).hex()}"
-    past = None
-    if record_s:
-        from memconsole.backend.history.recorder import HistoryRecorder
-
-        runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-        past = HistoryRecorder(runtime_dir / HISTORY, record_s, max_bytes=EMBEDDED_HISTORY)
-    try:
-        return Control(runtime_dir, OwnCustody(), past=past, label="embedded", read_only=read_only, root=root)
-    except BaseException:
-        if past is not None:
-            past.close()
-        raise

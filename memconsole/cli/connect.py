@@ -178,7 +178,7 @@ def socket_of(options: argparse.Namespace) -> Path:
 
 def embedded(reason: str = "", *, record_s: float = 0) -> Control:
     """A control process inside this one; ``reason`` forbids actions; ``record_s``: it records a history."""
-    from memconsole.backend.control import embedded as build
+    from memconsole.backend.embedded import embedded as build
 
     return build(read_only=reason, record_s=record_s)
 

@@ -17,7 +17,8 @@ from labs import said
 from memory_floors import memory_floors
 
 from memconsole import actions as do
-from memconsole.backend.control import Control, embedded
+from memconsole.backend.control import Control
+from memconsole.backend.embedded import embedded
 from memconsole.backend.ledger.state import Recorded
 from memconsole.backend.revoke import move
 from memconsole.units import format_size

@@ -21,7 +21,7 @@ from statistics import median
 from bench_wire import SERVICE, running
 from harness import Result
 
-from memconsole.backend.control import embedded
+from memconsole.backend.embedded import embedded
 
 ROUNDS = 15
 FLOOR = (sys.executable, "-c", "import msgspec, psutil")

@@ -23,7 +23,8 @@ from support.waiting import LONG_S, until
 
 from memconsole import actions as do
 from memconsole.backend import steps
-from memconsole.backend.control import Control, embedded
+from memconsole.backend.control import Control
+from memconsole.backend.embedded import embedded
 from memconsole.errors import GuestError, NotFound, Refused
 from memconsole.model import Access, GrantState, GuestKind, GuestState, RegionState, RevokeOutcome, Rung
 

@@ -16,7 +16,8 @@ from support.open_fds import opened
 from support.waiting import until
 
 from memconsole import actions as do
-from memconsole.backend.control import Control, embedded
+from memconsole.backend.control import Control
+from memconsole.backend.embedded import embedded
 from memconsole.errors import ExitCode, Gone, Refused
 from memconsole.model import Access, GrantState, Snapshot
 
@@ -212,7 +213,7 @@ NOBODY = """
 import ctypes, os, tempfile
 from pathlib import Path
 from memconsole import actions as do
-from memconsole.backend.control import embedded
+from memconsole.backend.embedded import embedded
 from memconsole.errors import MemconsoleError
 
 control = embedded()  # what is imported is imported as root: the interpreter may not be anybody's to read

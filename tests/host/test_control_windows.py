@@ -13,7 +13,8 @@ from support.guests import AgentProcess
 from support.trees import Tree
 
 from memconsole import actions as do
-from memconsole.backend.control import Control, embedded
+from memconsole.backend.control import Control
+from memconsole.backend.embedded import embedded
 from memconsole.backend.guests.commandline import BINARY
 from memconsole.backend.handoff import bootplan, devices
 from memconsole.backend.handoff.manifest import Manifest

@@ -13,7 +13,8 @@ from support.iommu_host import BESIDE, BRIDGED, BUSY, FREE, add_devices
 from support.trees import Tree
 
 from memconsole import actions as do
-from memconsole.backend.control import Control, embedded
+from memconsole.backend.control import Control
+from memconsole.backend.embedded import embedded
 from memconsole.backend.guests.commandline import BINARY
 from memconsole.errors import Refused
 

@@ -22,9 +22,10 @@ from support.waiting import LONG_S, until
 
 from memconsole import actions as do
 from memconsole.backend import looking, steps, upkeep
-from memconsole.backend.control import Control, embedded
+from memconsole.backend.control import Control
 from memconsole.backend.custody.holder import KeeperCustody
 from memconsole.backend.custody.respawn import RespawningKeeper
+from memconsole.backend.embedded import embedded
 from memconsole.backend.guests.commandline import BINARY
 from memconsole.backend.handoff import facts
 from memconsole.backend.peers.asked import PATIENCE_S

@@ -8,7 +8,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from memconsole.backend.control import Control, embedded
+from memconsole.backend.control import Control
+from memconsole.backend.embedded import embedded
 from memconsole.model import Finding, Grant, Guest, GuestKind, GuestState, Region, Snapshot
 from support.waiting import until
 

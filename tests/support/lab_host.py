@@ -16,7 +16,8 @@ from typing import NoReturn
 
 from memconsole import paths
 from memconsole.actions import Action, HandoffRun
-from memconsole.backend import control, steps
+from memconsole.backend import embedded as embedding
+from memconsole.backend import steps
 from memconsole.backend.control import Control
 from memconsole.backend.custody.holder import KeeperCustody
 from memconsole.backend.wire.client import Client
@@ -259,7 +260,7 @@ def early() -> tuple[str, str]:
 def embedded() -> Iterator[Control]:
     """A control process within this one, which ends with it."""
     Path("/run/memconsole").mkdir(exist_ok=True)
-    with contextlib.closing(control.embedded(Path("/run/memconsole/embedded"))) as found:
+    with contextlib.closing(embedding.embedded(Path("/run/memconsole/embedded"))) as found:
         yield found
 
 

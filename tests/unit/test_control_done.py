@@ -9,7 +9,7 @@ import pytest
 
 from memconsole import actions as do
 from memconsole.backend import control as control_module
-from memconsole.backend.control import embedded
+from memconsole.backend.embedded import embedded
 from memconsole.backend.ledger.log import Ledger
 from memconsole.errors import KernelRefused
 

@@ -16,8 +16,8 @@ from support.synthetic import NOW_NS, snapshot
 from support.waiting import until
 
 from memconsole import actions, cli
-from memconsole.backend.control import EMBEDDED_HISTORY, embedded
 from memconsole.backend.diagnose.inspect import describe
+from memconsole.backend.embedded import HISTORY_BYTES, embedded
 from memconsole.backend.history.recorder import HistoryRecorder
 from memconsole.backend.wire.client import Client
 from memconsole.backend.wire.serving import serve_in_thread
@@ -111,7 +111,7 @@ def test_an_embedded_one_records_into_a_directory_of_its_own_that_goes_with_it(t
         assert (tmp_path / "run" / "history").is_dir()
         assert control._past is not None
         assert control._past._recorder is not None
-        assert control._past._recorder._max_bytes == EMBEDDED_HISTORY
+        assert control._past._recorder._max_bytes == HISTORY_BYTES
     finally:
         control.close()
     assert not (tmp_path / "run").exists()

@@ -7,8 +7,8 @@ what :func:`memconsole.actions.cli_form` writes.
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 from memconsole import action_input, actions
@@ -21,7 +21,49 @@ Subparsers = Any  # argparse keeps the type of add_subparsers' result to itself
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises UsageError instead of leaving the process."""
+    """An argument parser that raises UsageError instead of leaving the process.
+
+    It is made when it is first asked for anything: of a command line's seventy, one or two are.
+    """
+
+    def __init__(self, *args: Any, fill: Callable[[Parser], None] | None = None, **options: Any) -> None:
+        """As argparse's; ``fill`` gives it its arguments once it is made."""
+        vars(self)["_later"] = [partial(super().__init__, *args, **options)]
+        if fill is not None:
+            self._later.append(partial(fill, self))
+
+    def __getattr__(self, name: str) -> Any:
+        """Any attribute of a parser that was not made."""
+        later = vars(self).pop("_later", None)
+        if later is None:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        for do in later:
+            do()
+        return getattr(self, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Set it, at once or once the parser is made."""
+        later = vars(self).get("_later")
+        if later is None:
+            super().__setattr__(name, value)
+        else:
+            later.append(partial(setattr, self, name, value))
+
+    def add_argument(self, *args: Any, **options: Any) -> Any:
+        """As argparse's; None where the parser is not made yet."""
+        later = vars(self).get("_later")
+        if later is None:
+            return super().add_argument(*args, **options)
+        later.append(partial(self.add_argument, *args, **options))
+        return None
+
+    def set_defaults(self, **options: Any) -> None:
+        """As argparse's."""
+        later = vars(self).get("_later")
+        if later is None:
+            super().set_defaults(**options)
+        else:
+            later.append(partial(self.set_defaults, **options))
 
     def error(self, message: str) -> NoReturn:
         """Turn argparse's complaint into the project's own error."""
@@ -75,25 +117,31 @@ def add_actions(
                 head = subparsers.add_parser(group, help=f"{group} actions")
                 groups[group] = head.add_subparsers(dest=f"{group}_command", required=True, metavar="ACTION")
             where = groups[group]
-        parser = where.add_parser(spec.words[-1], help=spec.help, description=spec.help, parents=list(parents))
-        for field in actions.fields(cls):
-            if field.arg.kind is ArgumentKind.WORDS:
-                parser.usage = "%(prog)s [options] NAME [-- ARG ...]"
-                parser.epilog = f"-- ARG ...: {field.arg.help}"
-            else:
-                _add_field(parser, field)
+        parser = where.add_parser(
+            spec.words[-1], help=spec.help, description=spec.help, parents=list(parents), fill=partial(_fill, cls)
+        )
         parser.set_defaults(action=spec.id, **defaults)
     return groups
 
 
-_TAKERS = (
-    ("each",),
-    *(
+def _fill(cls: type[Action], parser: Parser) -> None:
+    for field in actions.fields(cls):
+        if field.arg.kind is ArgumentKind.WORDS:
+            parser.usage = "%(prog)s [options] NAME [-- ARG ...]"
+            parser.epilog = f"-- ARG ...: {field.arg.help}"
+        else:
+            _add_field(parser, field)
+
+
+@cache
+def _takers() -> tuple[tuple[str, ...], ...]:
+    """The words of commands that hand words on."""
+    takes = (
         cls.spec.words
         for cls in actions.REGISTRY.values()
         if any(field.arg.kind is ArgumentKind.WORDS for field in actions.fields(cls))
-    ),
-)
+    )
+    return (("each",), *takes)
 
 
 def split_rest(words: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
@@ -105,7 +153,7 @@ def split_rest(words: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
     if "--" in words:
         at = words.index("--")
         before = words[:at]
-        if any(tuple(before[n : n + len(taker)]) == taker for taker in _TAKERS for n in range(at)):
+        if any(tuple(before[n : n + len(taker)]) == taker for taker in _takers() for n in range(at)):
             return before, tuple(words[at + 1 :])
     return words, ()
 
@@ -141,7 +189,7 @@ def parse(words: Sequence[str]) -> Action:
     return action_of(_actions_parser().parse_args(words), rest)
 
 
-@functools.cache
+@cache
 def _actions_parser() -> Parser:
     """The parser of every action; made once, since a log of command lines is read by it line by line."""
     parser = Parser(prog="memconsole", add_help=False)

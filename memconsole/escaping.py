@@ -13,7 +13,7 @@ import re
 import unicodedata
 
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-_IN_JSON = re.compile(r"[\x7f-\U0010ffff]")
+_IN_JSON = re.compile(r"[^\x00-\x7e]")
 
 
 def escape(text: str, *, keep: str = "") -> str:

@@ -35,7 +35,6 @@ from memconsole.backend.ledger.writer import LEDGER, Writer
 from memconsole.backend.looking import SnapshotTaker
 from memconsole.backend.observe.steady import SteadyFindings, action_scope
 from memconsole.backend.readiness import ReadinessCheck
-from memconsole.backend.upkeep import Upkeep
 from memconsole.errors import MemconsoleError, Refused
 from memconsole.model import (
     Danger,
@@ -62,6 +61,7 @@ if TYPE_CHECKING:
     from memconsole.backend.history.recorder import HistoryRecorder
     from memconsole.backend.observe.pfn_tables import PfnTables
     from memconsole.backend.observe.survey import ScanResult
+    from memconsole.backend.upkeep import Upkeep
     from memconsole.backend.work import PreparedAction
     from memconsole.extents import ExtentTable
 
@@ -86,11 +86,13 @@ class Control:
         root: Path = Path("/"),
         mountpoint: Path | None = None,
         raw: Sequence[int] = (),
+        brief: bool = False,
     ) -> None:
         """Take over what custody holds, or begin with nothing; ``custody`` is closed with this.
 
         Sockets and files of guests lie in ``runtime_dir``, the audit trail in ``state_dir``, if any. ``past`` records
-        Snapshots, and is closed with this. ``raw``: ranges of the raw store. Grants are shown at ``mountpoint``.
+        Snapshots, and is closed with this. ``raw``: ranges of the raw store. Grants are shown at ``mountpoint``. A
+        ``brief`` one does nothing of itself: it is closed before anything would be due.
 
         Raises:
             Refused, MemconsoleError: nothing can be mounted there.
@@ -123,10 +125,12 @@ class Control:
             self._desk.guard = _guard(self._desk)
             self._watch()
             self._ready = ReadinessCheck(self.plan, root)
-            self._upkeep = self._see_to(past)
+            self._upkeep = None if brief else self._see_to(past)
             undo.pop_all()
 
     def _see_to(self, past: HistoryRecorder | None) -> Upkeep:
+        from memconsole.backend.upkeep import Upkeep
+
         return Upkeep(
             self._desk,
             self._acting,
@@ -176,7 +180,8 @@ class Control:
         taken = replace(taken, readiness=self._ready.found)
         if parts and not self._closed:
             taken = self._additions.with_parts(taken, parts)
-        self._upkeep.note_snapshot(taken)
+        if self._upkeep is not None:
+            self._upkeep.note_snapshot(taken)
         return taken
 
     def extents(self, key: str, at_ns: int | None = None) -> ExtentTable:
@@ -289,7 +294,8 @@ class Control:
 
     def close(self) -> None:
         """Let go of everything; with custody of its own, guests it started end and its regions are freed."""
-        self._upkeep.close()
+        if self._upkeep is not None:
+            self._upkeep.close()
         with self._acting:
             if self._closed:
                 return
@@ -329,8 +335,9 @@ class Control:
 
     def _is_something_left(self) -> bool:
         """Whether there may be anything to adopt: of an earlier control process, or in a store that outlives them."""
-        left = bool(self._custody.names() != [LEDGER] or self._state.unfinished or self._state.guests)
-        return left or any(store.may_know() for store in self._desk.stores.values())
+        if self._custody.names() != [LEDGER] or self._state.unfinished or self._state.guests:
+            return True
+        return self._custody.survives and any(store.may_know() for store in self._desk.stores.values())
 
     @property
     def _state(self) -> State:

@@ -12,11 +12,17 @@ HISTORY_BYTES = 16 << 20
 
 
 def embedded(
-    runtime_dir: Path | None = None, *, read_only: str = "", root: Path = Path("/"), record_s: float = 0
+    runtime_dir: Path | None = None,
+    *,
+    read_only: str = "",
+    root: Path = Path("/"),
+    record_s: float = 0,
+    brief: bool = False,
 ) -> Control:
     """A control process inside this one, which has custody itself; its directory is private unless one is given.
 
-    With ``record_s`` it records a history of its own, at most one Snapshot every so many seconds.
+    With ``record_s`` it records a history of its own, at most one Snapshot every so many seconds. A ``brief`` one is
+    for one command: it sees to nothing of itself.
     """
     from memconsole.backend.custody.holder import OwnCustody
 
@@ -30,7 +36,9 @@ def embedded(
         runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         past = HistoryRecorder(runtime_dir / HISTORY, record_s, max_bytes=HISTORY_BYTES)
     try:
-        return Control(runtime_dir, OwnCustody(), past=past, label="embedded", read_only=read_only, root=root)
+        return Control(
+            runtime_dir, OwnCustody(), past=past, label="embedded", read_only=read_only, root=root, brief=brief
+        )
     except BaseException:
         if past is not None:
             past.close()

@@ -177,10 +177,10 @@ def socket_of(options: argparse.Namespace) -> Path:
 
 
 def embedded(reason: str = "", *, record_s: float = 0) -> Control:
-    """A control process inside this one; ``reason`` forbids actions; ``record_s``: it records a history."""
+    """A control process inside this one; ``reason`` forbids actions; ``record_s``: it records a history, and stays."""
     from memconsole.backend.embedded import embedded as build
 
-    return build(read_only=reason, record_s=record_s)
+    return build(read_only=reason, record_s=record_s, brief=not record_s)
 
 
 @contextmanager

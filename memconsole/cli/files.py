@@ -9,12 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from memconsole import differ, document, pages, recording
+from memconsole import document
 from memconsole.cli import output
 from memconsole.cli.connect import source, source_or_file
 from memconsole.errors import BadFile, ExitCode, MemconsoleError, UsageError
 from memconsole.model import Part, Snapshot
-from memconsole.redaction import RedactedSource
 from memconsole.source import Source
 from memconsole.units import parse_time
 
@@ -24,12 +23,18 @@ SIZE = re.compile(r"(\d{2,3})x(\d{2,3})")
 def snapshot(options: argparse.Namespace) -> int:
     """A Snapshot as JSON, or one view of it as SVG or text, to stdout or a file."""
     with source_or_file(options) as given:
-        found: Source = RedactedSource(given) if options.redact else given
+        found = _redacted(given) if options.redact else given
         if options.format == "json" and not options.view:
             write_json(found, options)
         else:
             write_view(found, options)
     return ExitCode.DONE
+
+
+def _redacted(given: Source) -> Source:
+    from memconsole.redaction import RedactedSource
+
+    return RedactedSource(given)
 
 
 def wanted(options: argparse.Namespace) -> tuple[Part, ...]:
@@ -60,12 +65,16 @@ def write_json(found: Source, options: argparse.Namespace) -> None:
                     tables[key] = stack.enter_context(contextlib.closing(found.extents(key)))
                 except MemconsoleError as error:
                     output.note(f"memconsole: no PFN map of {key}: {error}")
+        from memconsole import recording
+
         recording.write(options.output, taken, tables)
 
 
 def write_view(found: Source, options: argparse.Namespace) -> None:
     """One view of a Source: as it looks (SVG, text), or what it says (plain text, JSON, HTML, Markdown)."""
     if options.format in document.FORMATS:
+        from memconsole import pages
+
         title, blocks = pages.of(found, options.view or "overview", options.subject)
         put(options.output, document.FORMATS[options.format](title, blocks))
         return
@@ -98,6 +107,8 @@ def _side(options: argparse.Namespace, name: str) -> Snapshot:
     if name == "live" or name.startswith("@"):
         with source(options) as found:
             return found.snapshot() if name == "live" else found.at(parse_time(name[1:], time.time_ns()))
+    from memconsole import recording
+
     taken, tables = recording.read(name)
     for table in tables.values():
         table.close()
@@ -106,6 +117,8 @@ def _side(options: argparse.Namespace, name: str) -> Snapshot:
 
 def diff(options: argparse.Namespace) -> int:
     """Entities that were added or removed, and fields that changed, from A to B."""
+    from memconsole import differ
+
     changes = differ.changes(_side(options, options.a), _side(options, options.b))
     if options.json:
         output.json(changes)
@@ -125,5 +138,7 @@ def _brief(value: Any) -> str:
 
 def schema(_options: argparse.Namespace) -> int:
     """The JSON Schema of a Snapshot, as published in docs/snapshot.schema.json."""
+    from memconsole import recording
+
     output.json(recording.schema())
     return ExitCode.DONE

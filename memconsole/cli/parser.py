@@ -18,7 +18,6 @@ from memconsole.errors import UsageError
 from memconsole.exporting import FORMATS
 from memconsole.field import Field
 from memconsole.fields import TABLES
-from memconsole.fleet import HOSTS
 from memconsole.units import parse_address
 
 _GONE = {"findings": "audit"}
@@ -249,10 +248,17 @@ def _reading(commands: Any, json_too: argparse.ArgumentParser) -> None:
 
 
 def _many(commands: Any) -> None:
-    hosts = commands.add_parser("hosts", help="list hosts with what each says; exit code 1 when one does not answer")
-    _rows(hosts, HOSTS.fields)
+    hosts = commands.add_parser(
+        "hosts", help="list hosts with what each says; exit code 1 when one does not answer", fill=_columns_of_hosts
+    )
     hosts.add_argument("--within", type=reader(_interval), default=30.0, metavar="S", help="seconds to wait (30)")
     hosts.set_defaults(run=_lazily("fleeting", "hosts"))
+
+
+def _columns_of_hosts(hosts: Parser) -> None:
+    from memconsole.fleet import HOSTS
+
+    _rows(hosts, HOSTS.fields)
 
 
 def _live(commands: Any, json_too: argparse.ArgumentParser) -> None:

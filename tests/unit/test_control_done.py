@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,15 @@ def test_an_action_is_done_though_what_is_due_behind_it_fails(
             assert control.apply(do.Reserve("web", M)).text == "region web is reserved: 1M"
         assert [finding.id for finding in control.snapshot().findings] == ["tidying-failed"]
         assert control.plan(do.Release("web")).refusals == ()
+
+
+def test_what_is_asked_once_sees_to_nothing_of_itself(tmp_path: Path) -> None:
+    def jobs() -> set[str]:
+        return {thread.name for thread in threading.enumerate() if thread not in before}
+
+    before = set(threading.enumerate())
+    with contextlib.closing(embedded(tmp_path / "brief", brief=True)) as control:
+        assert control.snapshot().regions == ()
+        assert "memconsole-domains" not in jobs()
+    with contextlib.closing(embedded(tmp_path / "lasting")):
+        assert "memconsole-domains" in jobs()

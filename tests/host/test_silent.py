@@ -214,22 +214,28 @@ def test_quarantine_is_not_checked_in_the_middle_of_a_move(monkeypatch: pytest.M
         points = []
         while point := stands.get(timeout=LONG_S):
             points.append(point)
-            control._upkeep.recheck()
+            upkeep_of(control).recheck()
             goes.release()
         acts.join()
         assert len(points) > 2
         assert outcome == [RevokeOutcome.QUARANTINED]
         kinds = [event.kind for event in control.snapshot().events]
         assert "unpinned" not in kinds
-        control._upkeep.recheck()
+        upkeep_of(control).recheck()
         assert control.snapshot().quarantine
         pins.close()
 
         def let_go() -> bool:
-            control._upkeep.recheck()
+            upkeep_of(control).recheck()
             return not control.snapshot().quarantine
 
         until(let_go, "the frames are let go")
+
+
+def upkeep_of(control: Control) -> upkeep.Upkeep:
+    """What the control process does of itself."""
+    assert control._upkeep is not None
+    return control._upkeep
 
 
 def _pin(fd: int, pins: contextlib.ExitStack) -> None:
@@ -250,6 +256,6 @@ def test_what_looks_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with contextlib.closing(embedded(tmp_path / "run", record_s=3600.0)) as control:
         first, *_ = (control.snapshot() for _ in range(3))
         assert control.history() == []
-        control._upkeep.record_history()
+        upkeep_of(control).record_history()
         (recorded,) = control.history()
         assert recorded >= first.taken_ns

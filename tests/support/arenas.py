@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from memconsole.backend.stores import arena, dax, ext4
+from memconsole.backend.stores import arena, dax, ext4, ranges
 from memconsole.backend.stores.arena import Arena, ArenaRecord
+from memconsole.backend.stores.pieces import PieceStore
+from memconsole.backend.stores.ranges import Range
 
 M = 1 << 20
 _mounted = arena.mounted
@@ -48,6 +50,19 @@ def take_as_dax(path: Path) -> None:
     usable = (at(path),)
     arena.mounted = lambda *_: usable
     arena.mount_all = lambda *_: []
+
+
+def take_as_devdax(file: Path) -> None:
+    """Have this process know a file as the only device of memory that it has, for good; its regions are names of it."""
+    device = Range("dax0.0", str(file), 0, file.stat().st_size, 0, 1 << 30)
+    ranges.devdax = lambda *_: (device,)
+    (PieceStore.__init__.__kwdefaults__ or {}).update(nodes=file.parent / "nodes", node=_another_name)
+
+
+def _another_name(device: Range, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.hardlink_to(device.path)
 
 
 def files(path: Path) -> list[str]:

@@ -80,6 +80,15 @@ def test_one_that_was_started_before_gets_it_when_it_is_started_again() -> None:
     assert commandline.waiting(theirs)[-3] == theirs[-1]
 
 
+def test_the_ram_of_one_that_is_started_again_is_where_its_region_is_now() -> None:
+    there = commandline.started("vm", 64 << 20, Path("/run/qmp"), ["-device", "x,offset=5"], offset=2 << 20)
+    (backend,) = [word for word in there if word.startswith("memory-backend-file,")]
+    assert backend.endswith(",align=2M,offset=2097152")
+    moved = commandline.placed(there, 0)
+    assert moved == [word.replace(",offset=2097152", "") for word in there]
+    assert commandline.placed(moved, 2 << 20) == commandline.placed(there, 2 << 20) == there
+
+
 def test_properties_in_both_forms_and_with_commas() -> None:
     assert commandline.properties("virtserialport,chardev=a,name=b,,c") == {
         "": "virtserialport",

@@ -131,7 +131,7 @@ ERRORS["guest-adopted"] = {
 ERRORS["guest-managed"] = {"strangers": (Guest("web", GuestKind.FOREIGN, GuestState.RUNNING, 9, managed=_HELPED),)}
 ERRORS["region-named"] = {"named": ("web.pc.ram",)}
 ERRORS["region-lost"] = {"lost": ("old",)}
-ERRORS["guest-stranded"] = {"stranded": (("vm", "ram"),)}
+ERRORS["guest-stranded"] = {"stranded": (("vm", "ram", "memfd"),)}
 BY_ARENA: dict[str, Any] = {"road": "arena:lab", "room": (10 * M, 64 * M), "arenas": (("lab", 4 * G),)}
 ERRORS["memfd-regions"] = BY_ARENA
 ERRORS["arena-room"] = {**BY_ARENA, "regions": (), "room": (10 * M, 8 * M)}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
 import pytest
-from support.desks import desks, region
+from support.desks import desks, grant, guest, region
 from support.waiting import LONG_S
 
+from memconsole.backend.kernel import census, host, patient
+from memconsole.backend.kernel.census import Census, Process
 from memconsole.backend.observe import pfn_tables
 from memconsole.backend.observe.pfn_tables import PfnTables
+from memconsole.errors import NotFound, Silent
 from memconsole.extents import Extent, ExtentTable, Flag
 
 
@@ -74,4 +78,36 @@ def test_a_table_is_made_once_for_all_who_want_it(tmp_path: Path, monkeypatch: p
         tables.close()
         with tables.get("domain:slow") as again:
             assert again.pages == 2
+        tables.close()
+
+
+def test_a_process_whose_map_was_not_shown_is_asked_again_and_is_never_one_without_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = guest()
+    process = Process(held.pid or 0, "qemu", "S", 1, held.start_ticks or 0, 0, False, {}, b"", held.pid or 0, 1)
+    seen = Census("/", {process.pid: process}, (process.pid,))
+    monkeypatch.setattr(census, "take", lambda *_, **__: seen)
+    said: list[bytes | Silent] = [Silent("process 4000 does not show its memory", "its lock is held")]
+
+    def asked(*_: object) -> bytes:
+        answer = said.pop()
+        if isinstance(answer, Silent):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(patient, "call", asked)
+    monkeypatch.setattr(host, "page_size", lambda _: 4096)
+    with desks(tmp_path, regions=(region(),), guests=(held,), grants=(grant(),)) as desk:
+        tables = PfnTables(desk)
+        with pytest.raises(Silent, match="does not show its memory"):
+            tables.get("guest:db")
+        segment = desk.state.regions["web"].segments[0]
+        device = f"{os.major(segment.device):02x}:{os.minor(segment.device):02x}"
+        said.append(f"7f0000000000-7f0000800000 rw-s 00000000 {device} {segment.inode} /memfd:x (deleted)\n".encode())
+        _, (part,) = tables._parts(held)
+        assert part.span.length == segment.size
+        said.append(b"")
+        with pytest.raises(NotFound, match="no memory mapped"):
+            tables.get("guest:db")
         tables.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from support.handoffs import Desk, Played, Vmm, refused, two_guests
 
 from memconsole import actions as do
 from memconsole.backend import own_findings, steps
+from memconsole.backend.handoff import bootplan
 from memconsole.backend.ledger.state import StateChange
+from memconsole.backend.peers.handle import GIVEN_FD
 from memconsole.backend.revoke import suspend_vm
 from memconsole.backend.revoke.ladder import Ladder
 from memconsole.backend.verbs import prepare
@@ -36,6 +39,12 @@ def vm(desk: Desk) -> Vmm:
 
 def saved(desk: Desk) -> list[str]:
     return [name for name in desk.custody.names() if name.startswith("aside")]
+
+
+def planned(fd: int) -> bootplan.BootPlan:
+    """The boot plan in a file, which is closed."""
+    with contextlib.closing(os.fdopen(fd, "rb")):
+        return bootplan.decode(os.pread(fd, 1 << 20, 0))
 
 
 def given_back(desk: Desk) -> None:
@@ -144,6 +153,20 @@ def test_a_guest_goes_on_from_what_was_saved_of_it(desk: Desk) -> None:
     (mapped,) = again.change.grants
     assert (back.pid, back.state, mapped.state) == (6000, GuestState.RUNNING, GrantState.MAPPED)
     assert saved(desk) == []
+
+
+def test_a_guest_is_started_where_its_region_is_by_then(desk: Desk) -> None:
+    given_back(desk)
+    plan = planned(desk.custody.get("aside-plan:vm")[0])
+    backend = f"memory-backend-file,id=ram,size=8388608,mem-path=/proc/self/fd/{GIVEN_FD},share=on,align=2M"
+    words = ("qemu-system-x86_64", "-object", f"{backend},offset=2097152")
+    start = replace(plan.starts[0], words=words)
+    desk.keep("aside-plan:vm", bootplan.encode(plan._replace(starts=(start,))))
+    region = desk.state.regions["vm"]
+    for at, said in ((4 << 20, f"{backend},offset=4194304"), (0, backend)):
+        fd = suspend_vm._plan_of(desk, "vm", replace(region, segments=(replace(region.segments[0], start=at),)))
+        (again,) = planned(fd).starts
+        assert (again.words[-1], again.fds) == (said, start.fds)
 
 
 def test_a_guest_that_does_not_come_back_waits_still(desk: Desk) -> None:

@@ -223,7 +223,28 @@ def test_a_copy_is_what_a_region_holds(host: Host, store: PieceStore) -> None:
     os.close(fd)
 
 
-def test_contents_never_move(store: PieceStore) -> None:
+def test_a_region_that_goes_to_another_store_leaves_zeros_and_no_name(host: Host, store: PieceStore) -> None:
+    fd = reserve(store, "web")
+    elsewhere = os.memfd_create("memconsole:web:0")
+    host.spoil(UNIT, b"secret")
+    store.empty_segments([fd])
+    assert host.raw(UNIT, 6) == b"secret", "one that is there is not zeroed by the way"
+    store.settle("web", 0, elsewhere, fd)
+    assert store.arenas()[0].said.pieces[0].region is None
+    store.settle("web", 0, fd, elsewhere)
+    assert store.arenas()[0].said.pieces[0].region == region("web"), "it came back"
+    store.drop_fresh("web", 0)
+    assert store.arenas()[0].said.pieces[0].region == region("web"), "and is not given up"
+    store.settle("web", 0, elsewhere, fd)
+    store.empty_segments([fd])
+    assert not any(host.raw(UNIT, 2 * UNIT))
+    store.drop_fresh("web", 0)
+    assert store.arenas()[0].said.pieces == ()
+    os.close(fd)
+    os.close(elsewhere)
+
+
+def test_contents_never_come_to_another_place_of_it(store: PieceStore) -> None:
     fd = reserve(store, "web")
     assert "descriptor" in store.why_no_copy(fd, region("web"), 0, promised=0, root="/")
     with pytest.raises(Refused, match="cannot be moved"):

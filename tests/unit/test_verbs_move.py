@@ -69,6 +69,9 @@ class Arena:
         self.did.append("empty")
         memfd.empty_segments(fds)
 
+    def readable_fd(self, fd: int) -> int:
+        return os.dup(fd)
+
     def promised_bytes(self, *_: object) -> int:
         return 0
 
@@ -234,9 +237,14 @@ def test_a_full_store_is_refused_and_says_which_region(desk: Desk) -> None:
     assert "arena lab has 0 free" in refusal.why
 
 
-def test_a_store_whose_files_cannot_be_cut_is_refused(desk: Desk) -> None:
+def test_nothing_goes_to_a_store_whose_files_cannot_be_cut_and_what_is_there_leaves_it(desk: Desk) -> None:
     arena = with_arena(desk)
-    arena.CUTS = False
+    run(desk, moves.move_region(desk, Move("web", "dax")))
+    arena.CUTS = arena.EMPTIED_PROVES = False
+    run(desk, moves.move_region(desk, Move("web", "memfd")))
+    assert (desk.state.regions["web"].store, contents(desk)) == ("memfd", SECRET)
+    assert desk.state.quarantine == {}, "its frames are not counted by the kernel"
+    arena.did.clear()
     (refusal,) = moves.move_region(desk, Move("web", "dax")).refusals
     assert (refusal.code, arena.did) == ("NoCopy", [])
 

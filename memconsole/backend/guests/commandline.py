@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -25,6 +26,8 @@ _OPTION = 64 << 10
 _WAITING = ("-incoming", "defer")
 _ALIGN = "align=2M"
 """Where QEMU maps the file: at any other address the kernel maps base pages alone, whatever the frames are."""
+_RAM = re.compile(rf"memory-backend-file,id=ram,.*,mem-path=/proc/self/fd/{GIVEN_FD}(,|$)")
+_OFFSET = re.compile(r",offset=\d+")
 _KVM_FLAGS = {"enable-kvm", "no-kvm"}
 
 
@@ -154,6 +157,12 @@ def waiting(words: Sequence[str]) -> list[str]:
     ours = _backend(int(memory.removesuffix("B"))) if memory.removesuffix("B").isdecimal() else None
     found = [f"{word},{_ALIGN}" if word == ours else word for word in words]
     return found if tuple(found[-2:]) == _WAITING else [*found, *_WAITING]
+
+
+def placed(words: Sequence[str], offset: int) -> list[str]:
+    """The same command line where the RAM begins elsewhere in the file behind its fd, or in another file."""
+    place = f",offset={offset}" if offset else ""
+    return [f"{_OFFSET.sub('', word)}{place}" if _RAM.match(word) else word for word in words]
 
 
 def _backend(memory: int) -> str:

@@ -166,8 +166,8 @@ def by_arena(facts: HandoffFacts) -> Iterator[Condition]:
 
 def stranded(facts: HandoffFacts) -> Iterator[Condition]:
     """Guests whose RAM neither comes along nor is found."""
-    named = ", ".join(f"{guest} ({region})" for guest, region in facts.stranded)
-    moves = "; ".join(f"memconsole move {region} --store memfd" for _, region in facts.stranded)
+    named = ", ".join(f"{guest} ({region})" for guest, region, _ in facts.stranded)
+    moves = "; ".join(f"memconsole move {region} --store {store}" for _, region, store in facts.stranded)
     yield Condition(
         "guest-stranded",
         ERROR,
@@ -175,6 +175,6 @@ def stranded(facts: HandoffFacts) -> Iterator[Condition]:
         requirement="every VM has its RAM on a store from which memconsole-resume gets it",
         risk="the VM cannot be started again: it ends, and its region keeps the contents",
         observed=f"VMs on regions that memconsole-resume does not find: {named}" if named else "",
-        remedy=f"have live update carry it: {moves}; or shut the guest down in its own way (docs/stores.md);"
+        remedy=f"have it live where it is found: {moves}; or shut the guest down in its own way (docs/stores.md);"
         " memconsole arena check says what keeps an arena from being used",
     )

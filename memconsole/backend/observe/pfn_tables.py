@@ -17,10 +17,14 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from msgspec.structs import replace
+
 from memconsole.backend import needs
 from memconsole.backend.kernel import census as census_of
-from memconsole.backend.kernel import host, iommu, kvm, pagemap
+from memconsole.backend.kernel import host, iommu, kvm, pagemap, patient, procmaps
+from memconsole.backend.kernel.census import Process
 from memconsole.backend.kernel.pagemap import Span
+from memconsole.backend.kernel.tree import Root
 from memconsole.backend.observe.mappings import region_mappings
 from memconsole.backend.observe.reach import RegionReaching
 from memconsole.backend.observe.survey import ScanResult
@@ -72,7 +76,7 @@ class PfnTables:
 
         Raises:
             NotFound: no such region or guest, or it has no memory mapped. Denied: PFNs are not shown to this user.
-            Gone: the process ended.
+            Gone: the process ended. Silent: its memory map is locked, so that nothing of it is seen.
         """
         kind, _, name = key.partition(":")
         if kind not in _MAKE or not name:
@@ -236,6 +240,9 @@ class PfnTables:
                 f"{guest.its_process} ended",
                 f"memconsole guest stop {guest.name} ends its grants",
             )
+        if process.pid in census.hidden:
+            process = _with_maps(self._desk.root, process)
+            census.processes[process.pid] = process
         page = host.page_size(self._desk.root)
         if guest.kind is GuestKind.FOREIGN and not guest.adopted:
             ram = kvm.guest_ram(process)
@@ -258,6 +265,15 @@ class PfnTables:
                 elif not by_gpa:
                     parts.append(_Seen(Span(at, end - start, at // page), pfn))
         return process.task, _apart(parts, page)
+
+
+def _with_maps(root: Root, process: Process) -> Process:
+    """A process that a census did not see whole, with its mappings: what was not seen is not absent.
+
+    Raises:
+        Gone, Denied, KernelRefused: they are not shown. Silent: the lock of its memory map is held.
+    """
+    return replace(process, maps=patient.call(process.pid, lambda pid: procmaps.raw(root, pid, process.task)))
 
 
 def _apart(parts: Sequence[_Seen], page: int) -> list[_Seen]:

@@ -158,8 +158,12 @@ def _move(desk: SegmentMoving, course: _Course, segment: int) -> Recorded[Moved]
     fresh = course.target.fresh_segment(region.name, segment, size, moved.page_size, moved.node)
     try:
         with contextlib.ExitStack() as stack:
-            digest = _digest(old) if course.crosses else ""
-            frames = _copy_and_scan(desk, region, segment, fresh, course.source)
+            readable, digest = old, ""
+            if course.crosses:
+                readable = course.source.readable_fd(old)
+                stack.callback(os.close, readable)
+                digest = _digest(readable)
+            frames = _copy_and_scan(desk, course, segment, readable, fresh)
             if frames is not None:
                 stack.enter_context(frames)
             if course.crosses:
@@ -370,16 +374,17 @@ def _drop_fresh(desk: needs.Stored, region: str, segment: int) -> None:
 # --- inside -----------------------------------------------------------------------------------------------------
 
 
-def _copy_and_scan(desk: SegmentMoving, region: Region, segment: int, fresh: int, store: Store) -> ExtentTable | None:
-    """Copy the contents, and look meanwhile where they lie, where that has to be looked at again afterwards."""
+def _copy_and_scan(desk: SegmentMoving, course: _Course, segment: int, readable: int, fresh: int) -> ExtentTable | None:
+    """Copy the contents, and look meanwhile where they lie, where that can be looked at again afterwards."""
+    region, store = course.region, course.source
     by_map = region.page_size != PAGE or _huge_by_advice(desk)
-    if store.EMPTIED_PROVES:
-        _copy(desk.fds(region.name)[segment], fresh, region.segments[segment].size, by_map=by_map)
+    if store.EMPTIED_PROVES or not store.COUNTED:
+        _copy(readable, fresh, region.segments[segment].size, by_map=by_map)
         return None
     with ThreadPoolExecutor(1) as pool:
         looking = pool.submit(_frames, desk, region.name, segment)
         try:
-            _copy(desk.fds(region.name)[segment], fresh, region.segments[segment].size, by_map=by_map)
+            _copy(readable, fresh, region.segments[segment].size, by_map=by_map)
         except BaseException:
             frames = looking.result()
             if frames is not None:

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from memconsole.backend import needs, steplog
 from memconsole.backend.custody import payloads, suspended
+from memconsole.backend.guests import commandline
 from memconsole.backend.guests.base import Qemu
 from memconsole.backend.handoff.facets import Handover, VmmRestarting
 from memconsole.backend.handoff.powers import HOST, Powers
@@ -139,9 +140,11 @@ def restart_saved_guest(desk: Handover, guest: Guest, powers: Powers = HOST) -> 
         return work
 
     def do() -> None:
-        plan, _ = desk.custody.get(f"{suspended.PLAN}:{guest.name}")
-        with contextlib.closing(os.fdopen(plan, "rb")):
+        plan = _plan_of(desk, guest.name, desk.state.regions[kept.region])
+        try:
             back = restart_one.start_alone(desk, guest, plan, powers)
+        finally:
+            os.close(plan)
         suspended.drop(desk.custody, guest.name)
         if kept.paused:
             back = replace(back, state=GuestState.PAUSED)
@@ -149,6 +152,18 @@ def restart_saved_guest(desk: Handover, guest: Guest, powers: Powers = HOST) -> 
 
     work.step("again", f"start {guest.name} on {kept.region} from its saved state", do)
     return work
+
+
+def _plan_of(desk: needs.InCustody, guest: str, region: Region) -> int:
+    """How a guest is started on its region where that is now: it may have gone to another store meanwhile."""
+    from memconsole.backend.handoff import bootplan, manifest
+
+    held, _ = desk.custody.get(f"{suspended.PLAN}:{guest}")
+    with contextlib.closing(os.fdopen(held, "rb")):
+        plan = bootplan.decode(os.pread(held, os.fstat(held).st_size, 0))
+    start = region.segments[0].start
+    starts = tuple(replace(each, words=tuple(commandline.placed(each.words, start))) for each in plan.starts)
+    return manifest.memfd("memconsole-plan", bootplan.encode(plan._replace(starts=starts)))
 
 
 def drop_stale_states(desk: SuspendedGuests) -> None:

@@ -70,6 +70,7 @@ class PieceStore(Unfound):
         self._node = node
         self._open: dict[str, Opened] = {}
         self._troubles: dict[str, MemconsoleError] = {}
+        self._went: dict[str, Piece] = {}
 
     # --- which there are ----------------------------------------------------------------------------------------
 
@@ -283,18 +284,48 @@ class PieceStore(Unfound):
     # --- taking back --------------------------------------------------------------------------------------------
 
     def why_no_copy(self, fd: int, region: Region, segment: int, *, promised: int, root: Root) -> str:
-        """Why contents are never moved: who had the old place could reach the new one, too."""
+        """Why contents never come to another place here: who had the old one could reach the new one, too."""
         del fd, region, segment, promised, root
         return _NO_COPY
 
     def settle(self, name: str, index: int, kept: int, gone: int) -> None:
-        """Nothing: contents are never moved."""
+        """Have the range say nothing of a region that went to another store; and again what it said, if it comes back.
+
+        Raises:
+            BadFile: never, for less takes less room, and what was said before had it.
+        """
+        del index
+        place = self._place(name)
+        if place is None:
+            return
+        if _is_of(place, gone) and place.piece.region is not None:
+            self._went[name] = place.piece
+            _change(place.arena, name, msgspec.structs.replace(place.piece, region=None, grants=()))
+        elif _is_of(place, kept) and (said := self._went.pop(name, None)) is not None:
+            _change(place.arena, name, said)
 
     def drop_fresh(self, name: str, index: int) -> None:
-        """Nothing: contents are never moved."""
+        """Give the place up of a region that went to another store."""
+        del index
+        self._went.pop(name, None)
+        self.arenas()
+        place = self._place(name)
+        if place is not None and place.piece.region is None:
+            self.discard(name)
 
     def empty_segments(self, fds: Sequence[int]) -> None:
-        """Nothing: no file can be cut. What is released nobody maps any more, and it was wiped."""
+        """Write zeros over the places of regions that went to another store: no file can be cut.
+
+        Nothing of a region that is released: nobody maps it any more, and it was wiped.
+
+        Raises:
+            KernelRefused: the range cannot be mapped.
+        """
+        self.arenas()
+        for fd in fds:
+            place = self._place(_name(fd))
+            if place is not None and _is_of(place, fd) and place.piece.region is None:
+                place.arena.zero(place.piece.start, place.piece.size)
 
     def wipe_segments(self, fds: Sequence[int]) -> int | None:
         """Write zeros over all of a region; how many bytes.
@@ -386,6 +417,11 @@ _NO_COPY = "who has a descriptor of a device can map all of it, the new place to
 def _name(fd: int) -> str:
     """The region that a device file is of, by what it is called."""
     return os.readlink(f"/proc/self/fd/{fd}").removesuffix(" (deleted)").rpartition("/")[2]  # noqa: PTH115
+
+
+def _is_of(place: _Place, fd: int) -> bool:
+    """Whether a file is the device file of a region's place: of another store's it may have the same name."""
+    return _name(fd) == place.piece.name and os.fstat(fd).st_rdev == place.arena.device.number
 
 
 def _change(arena: Opened, name: str, piece: Piece | None) -> None:

@@ -21,7 +21,7 @@ from memconsole.backend import needs
 from memconsole.backend.guests.base import GuestDriver, Qemu, is_qemu
 from memconsole.backend.ledger.state import Recorded
 from memconsole.backend.revoke import Revoking, move, suspend_vm
-from memconsole.backend.stores import adopted
+from memconsole.backend.stores import adopted, base, memfd
 from memconsole.backend.stores.base import Store
 from memconsole.backend.verbs.common import known_region
 from memconsole.backend.work import PreparedAction
@@ -91,8 +91,8 @@ def _target(work: PreparedAction, desk: RegionMoving, region: Region, action: Mo
     elif not desk.holds_region(region.name):
         why = "its memory is lost: custody does not hold it"
         work.refuse("RegionLost", what, why, "memconsole audit says what can still be kept")
-    elif not (target.CUTS and desk.store_of(region.name).CUTS):
-        why = "a descriptor of one of the two stores reaches more than one region, and cannot be taken away"
+    elif not target.CUTS:
+        why = "who has a descriptor of another region there could reach this one, and it cannot be taken away"
         work.refuse("NoCopy", what, why, f"memconsole copy {region.name} FILE has its contents")
     elif len(region.segments) != 1:
         why = f"it is made of {len(region.segments)} segments, and a move has one"
@@ -101,8 +101,18 @@ def _target(work: PreparedAction, desk: RegionMoving, region: Region, action: Mo
         for each in target.reserve_refusals(region.size, PAGE, None, promised=desk.promised_bytes(), root=desk.root):
             remedy = each.remedy if each.code != "BadSize" else "reserve one of a size that this store has, and copy it"
             work.refuse(each.code, what, f"{each.what}: {each.why}", remedy)
+        if not desk.store_of(region.name).CUTS:
+            _copied_first(work, desk, region, what)
         return target
     return None
+
+
+def _copied_first(work: PreparedAction, desk: RegionMoving, region: Region, what: str) -> None:
+    """Refuse where there is no memory for the copy by which a device is read."""
+    ordinary = base.named(desk.stores, memfd.NAME)
+    for each in ordinary.reserve_refusals(region.size, PAGE, None, promised=desk.promised_bytes(), root=desk.root):
+        if not any(refusal.code == each.code for refusal in work.refusals):
+            work.refuse(each.code, what, f"it is read from a copy in ordinary memory, and {each.why}", each.remedy)
 
 
 def _takes_grants(work: PreparedAction, region: Region, target: Store, grants: list[Grant]) -> None:

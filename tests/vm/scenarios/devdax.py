@@ -117,7 +117,22 @@ def first() -> None:
     lab_raw.taken_back(client)
     if "qemu" in sys.argv:
         lab_raw.stock(client)
+    way_out(client)
     note(client)
+
+
+def way_out(client: Client) -> None:
+    """A VM on such memory refuses a handoff by name; what it is told to do has it live elsewhere, and count on."""
+    client.apply(do.GuestStart("off", memory=SIZE, store="devdax"))
+    seen = host.beaten(client, "off")
+    (bad,) = (each for each in host.plan(client, host.action()).conditions if each.id == "guest-stranded")
+    lab.say("stranded", not bad.ok and "memconsole move off --store memfd" in bad.remedy, bad=str(bad))
+    client.apply(do.Move("off", "memfd"))
+    moved = host.beaten(client, "off", seen.beats)
+    (good,) = (each for each in host.plan(client, host.action()).conditions if each.id == "guest-stranded")
+    lab.say("way-out", not moved.wrong and good.ok, beats=moved.beats)
+    client.apply(do.GuestStop("off"))
+    client.apply(do.Release("off"))
 
 
 def later() -> None:

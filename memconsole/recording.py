@@ -24,7 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 
-from memconsole import actions, decoding
+from memconsole import actions, decoding, wholefile
 from memconsole.errors import BadFile, NotFound, Refused
 from memconsole.model import (
     SNAPSHOT_FORMAT,
@@ -129,15 +129,8 @@ def write(
 
 
 def _write_whole(target: Path, snapshot: Snapshot, tables: Mapping[str, ExtentTable]) -> None:
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        with beside.open("xb") as file:
-            _write_to(file, snapshot, tables)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
+    with wholefile.written(target, mode=None, lasting=True) as file:
+        _write_to(file, snapshot, tables)
 
 
 def _write_to(file: IO[bytes], snapshot: Snapshot, tables: Mapping[str, ExtentTable]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from memconsole import decoding
+from memconsole import decoding, wholefile
 from memconsole.errors import MemconsoleError
 from memconsole.model import Request
 
@@ -130,10 +130,8 @@ class Memory:
         path = self._directory / name
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            draft = path.with_suffix(".new")
-            with open(draft, "w", opener=_private, encoding="utf-8") as file:
-                file.write(text)
-            draft.replace(path)
+            with wholefile.written(path) as file:
+                file.write(text.encode())
         except OSError as error:
             self.trouble = str(error)
 

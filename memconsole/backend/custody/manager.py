@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from memconsole import wholefile
 from memconsole.backend.kernel import tree
 
 MANAGER = "/run/systemd/system"
@@ -98,10 +99,8 @@ class KexecGuard:
     def _write(self) -> None:
         self._file.parent.mkdir(mode=0o755, exist_ok=True)
         self._file.parent.chmod(0o755)
-        written = self._file.with_suffix(".new")
-        written.write_text(TEXT, encoding="utf-8")
-        written.chmod(0o644)
-        written.replace(self._file)
+        with wholefile.written(self._file, mode=0o644) as file:
+            file.write(TEXT.encode())
 
     def _remove(self) -> None:
         self._file.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from memconsole import decoding
+from memconsole import decoding, wholefile
 from memconsole.backend.guests import statestream
 from memconsole.backend.guests.ramblocks import StreamBlock
 from memconsole.backend.guests.statestream import Before
@@ -92,11 +92,9 @@ def note(move: Move) -> None:
         KernelRefused: it cannot be written.
     """
     path = move.path(_NOTE)
-    draft = path.with_name(f".{_NOTE}")
     try:
-        draft.write_bytes(msgspec.json.encode(move))
-        draft.chmod(0o600)
-        draft.replace(path)
+        with wholefile.written(path) as file:
+            file.write(msgspec.json.encode(move))
     except OSError as error:
         raise KernelRefused(f"write {path}", error.errno or 0, remedy="make room in the host's memory") from None
 

@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from memconsole import decoding, paths
+from memconsole import decoding, paths, wholefile
 from memconsole.errors import BadFile, KernelRefused, NotFound
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -138,10 +138,9 @@ def _right(digest: str) -> str:
 
 
 def _put(place: Path, text: str) -> None:
-    draft = place.with_name(f".{place.name}")
     try:
-        draft.write_text(text)
-        draft.replace(place)
+        with wholefile.written(place) as file:
+            file.write(text.encode())
     except OSError as error:
         raise KernelRefused(str(place), error.errno or 0, remedy="make room in the runtime directory") from None
 

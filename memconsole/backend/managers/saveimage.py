@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from memconsole import paths
+from memconsole import wholefile
 from memconsole.backend.managers import domainxml
 from memconsole.backend.managers.migration import Elsewhere, Filtered, filtered
 from memconsole.errors import BadFile, KernelRefused, Refused
@@ -174,25 +173,11 @@ def unlock(source: int, target: Path, elsewhere: Sequence[Elsewhere], *, digest:
     """
     image = read(source)
     _refuse_other(image.lock, digest)
-    draft = target.with_name(f".{target.name}.memconsole")
-    with _writing():
-        draft.unlink(missing_ok=True)
-        fd = os.open(
-            draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, stat.S_IRUSR | stat.S_IWUSR
-        )
-    try:
-        begin(fd, image)
-        found = filtered(source, fd, elsewhere)
+    with _writing(), wholefile.written(target, lasting=True) as file:
+        begin(file.fileno(), image)
+        found = filtered(source, file.fileno(), elsewhere)
         _refuse_unlocked(found)
-        finish(fd)
-        with _writing():
-            draft.replace(target)
-            paths.sync_directory(target.parent)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(fd)
+        finish(file.fileno())
     return found
 
 

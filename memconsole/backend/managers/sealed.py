@@ -18,7 +18,7 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
-from memconsole import decoding
+from memconsole import decoding, wholefile
 from memconsole.errors import KernelRefused
 
 _FILE = re.compile(r"# Written by memconsole(, and its directory)?; sha256 ([0-9a-f]{64})\n")
@@ -175,17 +175,10 @@ def make(change: Change) -> None:
 
 def _write(path: Path, text: str, like: os.stat_result | None, mode: int) -> None:
     """Write a file as a whole, with the owner of the one it replaces."""
-    draft = path.with_name(f".{path.name}.memconsole")
-    draft.unlink(missing_ok=True)
-    with draft.open("x") as file:
-        file.write(text)
-        if like is not None:
-            os.fchown(file.fileno(), like.st_uid, like.st_gid)
-        os.fchmod(file.fileno(), _UNFINISHED if mode & 0o111 else mode)
-        file.flush()
-        os.fsync(file.fileno())
-        draft.replace(path)
-        os.fchmod(file.fileno(), mode)
+    owner = None if like is None else (like.st_uid, like.st_gid)
+    with wholefile.written(path, mode=_UNFINISHED if mode & 0o111 else mode, owner=owner, lasting=True) as file:
+        file.write(text.encode())
+    path.chmod(mode)
 
 
 def _read(path: Path) -> tuple[str | None, str]:

@@ -8,7 +8,6 @@ stays noted until it is removed, or its range is another arena's.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from memconsole import decoding, paths
+from memconsole import decoding, wholefile
 from memconsole.actions import NAME
 from memconsole.backend.kernel import cmdline, pmem
 from memconsole.backend.kernel.cmdline import MemmapRange
@@ -135,15 +134,8 @@ class ArenaNotes:
         if arenas == self._noted and not self._why:
             return
         self._noted, self._why = arenas, ""
-        new = self._path.with_suffix(".new")
-        with self._troubles("written down"):
-            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            with os.fdopen(fd, "wb") as file:
-                file.write(msgspec.json.encode(Noted(arenas=arenas)))
-                file.flush()
-                os.fsync(file.fileno())
-            new.rename(self._path)
-            paths.sync_directory(self._path.parent)
+        with self._troubles("written down"), wholefile.written(self._path, lasting=True) as file:
+            file.write(msgspec.json.encode(Noted(arenas=arenas)))
 
 
 def _overlap(one: NotedArena, other: NotedArena) -> bool:

@@ -8,12 +8,11 @@ out, never zero.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from memconsole import unforeseen
+from memconsole import unforeseen, wholefile
 from memconsole.backend.wire.families import PARTS, Family, Labels, families
 from memconsole.backend.wire.loop import PeerConnection
 from memconsole.backend.wire.roles import Role
@@ -129,18 +128,10 @@ def write_textfile(path: Path, snapshot: Snapshot) -> None:
     Raises:
         KernelRefused: the file cannot be written; the old one stays.
     """
-    whole = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        # The directory is the collector's: what is there under this name may be a link to another file.
-        whole.unlink(missing_ok=True)
-        with whole.open("x", encoding="utf-8") as file:
-            if os.geteuid() == 0:
-                about = path.parent.stat()
-                os.fchown(file.fileno(), about.st_uid, about.st_gid)
-                os.fchmod(file.fileno(), 0o640)
-            file.write(exposition(snapshot))
-        whole.replace(path)
+        about = path.parent.stat()
+        owner = (about.st_uid, about.st_gid) if os.geteuid() == 0 else None
+        with wholefile.written(path, mode=0o640 if owner else None, owner=owner) as file:
+            file.write(exposition(snapshot).encode())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            whole.unlink()
         raise KernelRefused(f"write {path}", error.errno or 0, remedy="make room, or give another file") from None

@@ -270,14 +270,13 @@ def _lazy(facts: HandoffFacts) -> Iterator[Condition]:
 
 
 def _custody(facts: HandoffFacts) -> Iterator[Condition]:
-    holds = "outlives" if facts.survives else "does not outlive"
     yield Condition(
         "custody",
         ERROR,
         facts.survives,
         requirement="a keeper or the service manager has custody of what must not vanish",
         risk="sessions and memory are lost if this process ends before the jump",
-        observed=f"custody ({facts.custody}) {holds} this process",
+        observed=f"{facts.custody} has custody" + ("" if facts.survives else " itself, which ends with it"),
         remedy="run memconsole serve, and hand off from there",
     )
 

@@ -205,11 +205,12 @@ def prepare(
 
 @contextlib.contextmanager
 def started(command: Sequence[str], console: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """QEMU, which does not outlive this."""
+    """QEMU, which does not outlive this, nor a process of tests that is killed."""
+    words = ["setpriv", "--pdeathsig", "KILL", *command]
     with (
         console.open("wb", buffering=0) as file,
         subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            words, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         ) as qemu,
     ):
         try:

@@ -114,6 +114,11 @@ def code(error: sqlite3.Error) -> int:
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 
 
+def is_full(error: sqlite3.Error) -> bool:
+    """Whether there is no room on the disk, be it for the memory that SQLite shares beside a file: it passes."""
+    return code(error) == sqlite3.SQLITE_FULL or getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_SHMSIZE
+
+
 def is_damage(error: sqlite3.Error) -> bool:
     """Whether the file is damaged, or is no database at all: other errors pass."""
     return code(error) in _SPOILED

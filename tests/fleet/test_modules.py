@@ -165,7 +165,12 @@ def test_a_guest_is_brought_to_its_state_and_no_further(host: StubHost, run: Run
 
 
 def test_no_control_process_and_no_command_are_told_as_what_they_are(tmp_path: Path, run: Run) -> None:
-    assert run("region", name="web", size="64M")["rc"] == 5
+    for module in ("region", "handoff_check", "handoff_run"):
+        found = run(module, **({"name": "web", "size": "64M"} if module == "region" else {}))
+        assert (found["failed"], found["rc"]) == (True, 5), found
+    looked = run("handoff_run", job={"path": "", "began_ns": 0, "boot_id": "the one before"})
+    assert looked["answers"] is False, "a host that booted, and whose service did not start, lost nothing yet"
+    assert "no control process answers" in looked["msg"]
     missing = run("memory_info", executable=str(tmp_path / "nowhere"))
     assert (missing["failed"], missing["rc"]) == (True, 127)
 

@@ -138,7 +138,9 @@ def small_disk(service: Service) -> Iterator[Path]:
     subprocess.run(["umount", service.state], check=True)
 
 
-def test_a_full_disk_under_the_state_is_a_finding_and_stops_no_action(service: Service, small_disk: Path) -> None:
+def test_a_full_disk_under_the_state_is_a_finding_and_stops_no_action_and_no_service(
+    service: Service, small_disk: Path
+) -> None:
     service.start("--record", "0.25")
     with contextlib.closing(service.client()) as client:
         until(lambda: len(client.history()) > 0, "something is recorded")
@@ -154,6 +156,11 @@ def test_a_full_disk_under_the_state_is_a_finding_and_stops_no_action(service: S
         for number in range(200):
             client.apply(actions.Reserve(f"r{number}", 4096))
         until(lambda: "audit-behind" in found(client.snapshot()), "that the trail has gaps is a finding")
+        assert len(client.snapshot().regions) == 200
+    service.end(9)
+    service.start("--record", "0.25")
+    with contextlib.closing(service.client()) as client:
+        until(lambda: {"history-stopped", "audit-behind"} <= found(client.snapshot()), "one that begins says it, too")
         assert len(client.snapshot().regions) == 200
         (small_disk / "filler").unlink()
         until(lambda: "history-stopped" not in found(client.snapshot()), "recording goes on")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from memconsole.backend import database
 from memconsole.backend.ledger import trail
 from memconsole.backend.ledger.log import Record, RecordKind
 from memconsole.backend.ledger.trail import AuditTrail
@@ -71,7 +72,7 @@ def test_noting_does_not_wait_for_the_disk_and_what_is_missed_is_a_finding(
     (finding,) = made.findings()
     assert finding.id == "audit-behind"
     written = len(made.entries())
-    assert finding.observed.startswith(f"{29 - written} records")
+    assert finding.observed.startswith(f"up to {29 - written} records")
     assert made.absorb(records) == 29 - written
     made.close()
 
@@ -87,6 +88,32 @@ def test_a_write_that_fails_is_a_finding_and_the_next_one_goes_on(written: Audit
     other.execute("DROP TRIGGER full")
     other.close()
     assert written.absorb([Record(1, RecordKind.EVENT, b"{}")]) == 1
+
+
+@pytest.mark.parametrize("code", [sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE])
+def test_a_disk_that_is_full_as_it_begins_is_a_finding_and_what_comes_later_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def full(_: Path) -> sqlite3.Connection:
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorcode = code
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "opened", full)
+        made = AuditTrail(tmp_path / "audit.db", "chain-1", "boot", 0)
+        assert made.absorb([Record(1, RecordKind.EVENT, b"{}")]) == 0
+        made.note(Record(2, RecordKind.EVENT, b"{}"))
+        made.flush()
+        (finding,) = made.findings()
+        assert (finding.id, finding.observed.split(" are")[0]) == ("audit-behind", "up to 2 records")
+        assert "No space left" in finding.evidence
+    made.note(Record(3, RecordKind.EVENT, b"{}"))
+    made.close()
+    again = AuditTrail(tmp_path / "audit.db", "chain-1", "boot", 0)
+    assert again.absorb([Record(n, RecordKind.EVENT, b"{}") for n in (1, 2, 3)]) == 2
+    assert (len(again.entries()), again.findings()) == (3, [])
+    again.close()
 
 
 def test_threads_may_note_and_read_at_once(written: AuditTrail) -> None:

@@ -68,9 +68,18 @@ class Recorder:
                 self._take_lock()
                 self._aside.update({directory / name: "" for name in (DAMAGED, OTHER)})
                 self._former = sorted(directory.glob(f"*{former.SUFFIX}"))
-                self._writable()
+                self._begin()
             except BaseException:
                 os.close(self._lock)
+                raise
+
+    def _begin(self) -> None:
+        """Open the file; where a disk has no room for it, that is said of the first Snapshot that is to be recorded."""
+        try:
+            self._writable()
+        except sqlite3.Error as error:
+            self._close()
+            if not database.is_full(error):
                 raise
 
     def _take_lock(self) -> None:

@@ -1,14 +1,15 @@
 """The audit trail: every record of the ledger, kept on disk beyond the memory the ledger describes.
 
 It is off the hot path (a thread writes it) and never an authority: nothing is restored from it, and what is missing is
-taken from the ledger again by :meth:`AuditTrail.absorb`. One SQLite table in WAL mode with synchronous=FULL; a row is
-keyed by the ledger's chain id and the record's seq, and stamped with the boot id and the kexec count it was written
-under.
+taken from the ledger again by :meth:`AuditTrail.absorb`. A disk that is full is a finding, also where it is opened. One
+SQLite table in WAL mode with synchronous=FULL; a row is keyed by the ledger's chain id and the record's seq, and
+stamped with the boot id and the kexec count it was written under.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import queue
 import sqlite3
 import threading
@@ -23,7 +24,7 @@ import msgspec
 from memconsole import decoding, unforeseen
 from memconsole.backend import database
 from memconsole.backend.ledger.log import Record, RecordKind
-from memconsole.errors import BadFile, MemconsoleError
+from memconsole.errors import BadFile, KernelRefused, MemconsoleError
 from memconsole.model import Finding, Severity
 
 VERSION = 1
@@ -66,19 +67,18 @@ class AuditTrail:
 
     def __init__(self, path: Path, chain: str, boot_id: str, kexec_count: int = 0) -> None:
         self._path = path
+        self._database: sqlite3.Connection | None = None
         self._stamp = (chain, boot_id, kexec_count)
         self._waiting: queue.Queue[Record | None] = queue.Queue()
         self._trouble = ""
         self._missed = 0
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _named(path):
-            self._database = database.opened(path)
-            try:
-                self._prepare()
-            except BaseException:
-                self._database.close()
-                raise
         self._writing = threading.Lock()
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            with _named(path):
+                self._opened()
+        except KernelRefused as error:
+            self._trouble = error.why
         self._thread = unforeseen.thread("memconsole-audit", self._write)
         self._thread.start()
 
@@ -90,12 +90,17 @@ class AuditTrail:
             self._waiting.put(record)
 
     def absorb(self, records: Iterable[Record]) -> int:
-        """Write the records that are missing, and return how many were.
+        """Write the records that are missing, and return how many were; those that no disk has room for are a finding.
 
         Raises:
             BadFile: they cannot be written.
         """
-        return self._insert_named(list(records))
+        missing = list(records)
+        try:
+            return self._insert_named(missing)
+        except KernelRefused as error:
+            self._miss(len(missing), error)
+            return 0
 
     def flush(self) -> None:
         """Wait until what was noted is on disk, or became a finding."""
@@ -105,13 +110,17 @@ class AuditTrail:
         """The newest ``limit`` entries at or after a time, oldest first.
 
         Raises:
-            BadFile: the file became unreadable.
+            BadFile: the file became unreadable. KernelRefused: there is no room to open it.
         """
         with _named(self._path):
-            rows = self._database.execute(
-                f"SELECT {_COLUMNS} FROM records WHERE at_ns >= ? ORDER BY at_ns DESC, seq DESC LIMIT ?",  # noqa: S608 - a constant
-                (since_ns, limit),
-            ).fetchall()
+            rows = (
+                self._opened()
+                .execute(
+                    f"SELECT {_COLUMNS} FROM records WHERE at_ns >= ? ORDER BY at_ns DESC, seq DESC LIMIT ?",  # noqa: S608 - a constant
+                    (since_ns, limit),
+                )
+                .fetchall()
+            )
         return [TrailEntry(*row) for row in reversed(rows)]
 
     def findings(self) -> list[Finding]:
@@ -123,7 +132,7 @@ class AuditTrail:
                 id="audit-behind",
                 severity=Severity.WARNING,
                 subject="audit trail",
-                observed=f"{self._missed} records are missing from the audit trail",
+                observed=f"up to {self._missed} records are missing from the audit trail",
                 evidence=f"{self._path}: {self._trouble or 'the disk is too slow'}",
                 remedy="free disk space and restart the control process: it takes them from the ledger again",
             )
@@ -133,19 +142,33 @@ class AuditTrail:
         """Write what is waiting and close the file."""
         self._waiting.put(None)
         self._thread.join()
-        self._database.close()
+        if self._database is not None:
+            self._database.close()
 
-    def _prepare(self) -> None:
-        self._database.execute("PRAGMA synchronous = FULL")
-        version = database.number(self._database, "user_version")
+    def _opened(self) -> sqlite3.Connection:
+        """The file, opened where there was no room to do it before."""
+        if self._database is None:
+            found = database.opened(self._path)
+            try:
+                self._prepare(found)
+            except BaseException:
+                found.close()
+                raise
+            self._database = found
+        return self._database
+
+    def _prepare(self, found: sqlite3.Connection) -> None:
+        found.execute("PRAGMA synchronous = FULL")
+        version = database.number(found, "user_version")
         if version not in {0, VERSION}:
             raise BadFile(
                 f"{self._path} is of version {version}",
                 f"this memconsole knows version {VERSION}",
                 "use the newer memconsole",
             )
-        self._database.executescript(_SCHEMA)
-        self._database.execute(f"PRAGMA user_version = {VERSION}")
+        if version == 0:  # nothing is written to one that is there: its disk may be full
+            found.executescript(_SCHEMA)
+            found.execute(f"PRAGMA user_version = {VERSION}")
 
     def _write(self) -> None:
         ended = False
@@ -158,10 +181,13 @@ class AuditTrail:
             ended = len(records) < len(batch)
             written = unforeseen.attempt("the audit trail", "job", partial(self._insert_named, records))
             if isinstance(written, MemconsoleError):
-                self._trouble = written.why
-                self._missed += len(records)
+                self._miss(len(records), written)
             for _ in batch:
                 self._waiting.task_done()
+
+    def _miss(self, count: int, error: MemconsoleError) -> None:
+        self._trouble = error.why
+        self._missed += count
 
     def _insert_named(self, records: list[Record]) -> int:
         with _named(self._path):
@@ -176,13 +202,14 @@ class AuditTrail:
             for record in records
         ]
         with self._writing:
-            before = self._database.total_changes
-            with database.transaction(self._database):
-                self._database.executemany(
+            found = self._opened()
+            before = found.total_changes
+            with database.transaction(found):
+                found.executemany(
                     f"INSERT OR IGNORE INTO records ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)",  # noqa: S608 - a constant
                     rows,
                 )
-            return self._database.total_changes - before
+            return found.total_changes - before
 
 
 def _kind(kind: int) -> str:
@@ -203,6 +230,8 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
+        if database.is_full(error):
+            raise KernelRefused(str(path), errno.ENOSPC, remedy="free disk space") from None
         raise BadFile(
             f"the audit trail {path} cannot be used",
             str(error),

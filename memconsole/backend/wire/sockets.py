@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -42,8 +43,9 @@ class Lock:
                 "stop that process, or give this one a state directory of its own",
                 code="AlreadyServing",
             ) from None
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # who has it is for people to read: a disk that is full keeps nobody from it
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
 
     def close(self) -> None:
         """Give the right up; the file stays, for removing it would race with the next."""

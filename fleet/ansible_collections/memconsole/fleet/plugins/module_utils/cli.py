@@ -64,6 +64,16 @@ class CommandLine:
             raise Failed(_sentence(error) or err.strip() or f"memconsole ended with exit code {code}", code, error)
         return code, value
 
+    def answers(self) -> None:
+        """Nothing, where the host's control process answers; a command that only looks does it itself where none does.
+
+        Raises:
+            Failed: none answers.
+        """
+        code, rows = self.ask("hosts", "--json", codes=(DONE, FAILED))
+        if code != DONE:
+            raise Failed(rows[0]["why"], NO_CONTROL, {"code": "NoControl"})
+
     def plan(self, *words: str) -> dict[str, Any]:
         """The plan of an action: its effects, or the refusals that it has.
 

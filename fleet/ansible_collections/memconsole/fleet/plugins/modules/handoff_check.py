@@ -89,6 +89,7 @@ def main() -> None:
         plan = command.plan(
             "handoff", "rehearse" if module.params["rehearse"] else "run", *cli.kernel_words(module.params)
         )
+        command.answers()
     failing = [each for each in plan["conditions"] if not each["ok"]]
     found = {
         "ready": not plan["refusals"],

@@ -166,6 +166,7 @@ def begun(command: cli.CommandLine) -> dict[str, Any]:
     """
     module = command.module
     plan, snapshot = command.plan(*words_of(module.params)), command.snapshot()
+    command.answers()
     before = cli.shown(snapshot, plan["from_kernel"])
     last = snapshot["handoff"]
     boot_id, began_ns = snapshot["host"]["boot_id"], last["began_ns"] if last is not None else 0
@@ -226,6 +227,8 @@ def looked(command: cli.CommandLine, job: dict[str, Any]) -> dict[str, Any]:
         newer = report is not None and report["began_ns"] != job["began_ns"]  # whatever the clock did meanwhile
         over = newer and report["state"] == "done" and (jumped or command.module.params["rehearse"])
         found |= verified(command, snapshot) if over else {}
+        if jumped and not newer:
+            command.answers()  # what is lost is said by who would have it
     except cli.Failed as failed:
         return found | {"answers": False, "msg": str(failed)}
     if "ended" in found or jumped:

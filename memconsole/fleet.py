@@ -312,19 +312,22 @@ class Fleet:
 
     def start(self, *, once: bool = False) -> None:
         """Begin to ask every host: every interval until it is closed, or once, for :meth:`wait`."""
-        for member in self.members.values():
-            thread = unforeseen.thread(f"memconsole-{member.name}", partial(self._follow, member, once=once))
+        for number, member in enumerate(self.members.values()):
+            share = number / len(self.members)
+            thread = unforeseen.thread(f"memconsole-{member.name}", partial(self._follow, member, share, once=once))
             self._threads.append(thread)
             thread.start()
 
-    def _follow(self, member: Member, *, once: bool) -> None:
-        pause = self._interval
+    def _follow(self, member: Member, share: float, *, once: bool) -> None:
+        """Ask a host; from the second time on the hosts share the interval out among them, not all at one moment."""
+        pause, later = self._interval, share * self._interval
         while not self._over.is_set():
             member.ask(self._parts, join=not once)
             if once or (member.recorded and member.error is None):
                 return
             pause = self._interval if member.error is None else min(2 * pause, SLOWEST_S)
-            self._over.wait(pause)
+            self._over.wait(pause + later)
+            later = 0.0
 
     def wait(self, within: float) -> None:
         """Wait until every host answered or failed, for so many seconds at the most."""

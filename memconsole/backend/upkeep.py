@@ -7,7 +7,8 @@
     services     starts those that were told to save for a handoff and have ended; finds the process of a unit
     carried      has libvirt start the adopted guests that a handoff brought; resumes those of one that died
     domains      records that libvirt has started a domain, or that one has ended, when it happens (inotify)
-    mount        files and status as the ledger and a Snapshot have them
+    mount        files as the ledger has them, owned by the guests' users; status as a Snapshot has it, a new one where
+                 the ledger, a guest's state or its user changed
     history      records a Snapshot where that is due
 
 A Snapshot that somebody took is used for both; where nobody looks, one is taken.
@@ -20,19 +21,23 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from memconsole.backend import needs
+from memconsole.backend.kernel import census
 from memconsole.backend.ledger.state import EventRecord
 from memconsole.backend.managers.comings import Comings
+from memconsole.backend.peers import handle
+from memconsole.backend.peers.asked import PATIENCE_S
 from memconsole.backend.ticks import Ticks
-from memconsole.errors import Gone, Silent
-from memconsole.model import HandoffReport, Snapshot
+from memconsole.errors import Denied, Gone, KernelRefused, Silent
+from memconsole.model import GuestState, HandoffReport, Snapshot
 
 if TYPE_CHECKING:
     from memconsole.actions import Action
     from memconsole.backend.history.recorder import HistoryRecorder, ScannedSince
-    from memconsole.backend.ledger.state import Recorded
+    from memconsole.backend.ledger.state import Recorded, State
+    from memconsole.backend.observe.survey import GuestReply
     from memconsole.backend.readiness import ReadinessCheck
 
 EVERY_S = 1.0
@@ -41,6 +46,14 @@ AT_ONCE_S = 0.05
 MOVES_S = 5.0
 RECENT_S = 30.0
 """How old a Snapshot may be that says whether something changed: where nobody looks, one is taken as often."""
+
+
+class Meant(NamedTuple):
+    """What the mount shows: the ledger's state, what each guest says of itself (agent included), and its user."""
+
+    state: State
+    said: Mapping[str, tuple[GuestState, bool]]
+    owners: Mapping[str, int]
 
 
 class Mount(Protocol):
@@ -60,6 +73,9 @@ class Kept(needs.OwnRegionFds, needs.GuestStarting, Protocol):
     """What is kept up."""
 
     handoff: HandoffReport | None
+
+    def guest_replies(self, deadline: float) -> Mapping[str, GuestReply]:
+        """What every live guest says of itself."""
 
     @property
     def mount(self) -> Mount | None:
@@ -103,6 +119,8 @@ class Upkeep:
         self._carried = functools.cache(carried)
         self._past = past
         self._maps_since = maps_since
+        self._mounted: Meant | None = None
+        """What the mount was last shown a Snapshot for."""
         self._taking = threading.Lock()
         self._latest: Snapshot | None = None
         self._comings = Comings(desk.root)
@@ -211,7 +229,10 @@ class Upkeep:
             self._ready.check(depends)
 
     def show_on_mount(self) -> None:
-        """Have the mount show what the ledger means, whose guests' processes are, and what a Snapshot says of them."""
+        """Have the mount show what the ledger means, whose guests' processes are, and what a Snapshot says of them.
+
+        Where neither the ledger nor what guests say of themselves has changed, the last Snapshot is good enough.
+        """
         mount = self._desk.mount
         if mount is None:
             return
@@ -221,11 +242,25 @@ class Upkeep:
             return  # which a Snapshot says; nobody waits for it meanwhile
         except Gone:
             pass  # it is started again
-        taken = self._recent(EVERY_S)
+        now = self._meant()
+        same = self._mounted is not None and self._mounted.state is now.state and self._mounted[1:] == now[1:]
+        taken = self._recent(RECENT_S if same else 0)
         with self._idle() as still:
             if still:
-                mount.sync({guest.name: guest.seen.uid for guest in taken.guests if guest.seen is not None})
+                mount.sync(now.owners)
+                self._mounted = now
         mount.show_status(taken)
+
+    def _meant(self) -> Meant:
+        state, replies = self._desk.state, self._desk.guest_replies(time.monotonic() + PATIENCE_S)
+        owners = {}
+        for guest in state.guests.values():
+            if guest.pid is not None:
+                with contextlib.suppress(Gone, Denied, KernelRefused):
+                    uid = census.uid(self._desk.root, guest.pid)
+                    if handle.stat(guest.pid)[1] == guest.start_ticks:  # it was no other's by then
+                        owners[guest.name] = uid
+        return Meant(state, {name: (reply.state, reply.agent) for name, reply in replies.items()}, owners)
 
     def record_history(self) -> None:
         """Record the PFN maps that somebody had scanned, then a Snapshot, where that is due."""

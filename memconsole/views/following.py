@@ -99,6 +99,7 @@ class Following(Painting):
 
     def on_unmount(self) -> None:
         """Let the thread end."""
+        gc.enable()
         self.workers.cancel_group(self, GROUP)
         self._wake.set()
 
@@ -118,6 +119,10 @@ class Following(Painting):
             self.set_timer(SOON_S, self._wake.set)
 
     def on_snapshot_arrived(self, event: SnapshotArrived) -> None:
+        """Show a Snapshot; a key that is being done comes first."""
+        self.behind_frame(partial(self._show_arrived, event))
+
+    def _show_arrived(self, event: SnapshotArrived) -> None:
         """Show a Snapshot, unless the picture is to stand still."""
         self.latest, self.trouble, self.arrived_ns = event.snapshot, "", self.clock()
         self.took_s = event.took_s

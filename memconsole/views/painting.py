@@ -7,8 +7,9 @@ said in answer to it. Here a frame waits until the widgets have told each other 
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from textual import events
 from textual.geometry import Region, Size
@@ -24,6 +25,10 @@ from memconsole.views.private import Scrolled, compose_with
 
 ROUNDS = 16
 """Rounds of the event loop that a key's frame waits: well under a millisecond where nothing else is to be done."""
+WRITTEN_S = 0.004
+"""Seconds that the thread which writes to the terminal has for a frame before something else is begun."""
+LATEST_S = 0.05
+"""Seconds after a key by which its frame is out, or there is none."""
 
 
 class Base(Screen[None]):
@@ -57,6 +62,11 @@ class Sheet(Scrolled):
 
     BARE: ClassVar[bool] = False
     """Whether its lines stand as they are: nothing is drawn beside, below or over them, at the most a frame above."""
+
+    @property
+    def painter(self) -> Painting:
+        """The app, which knows when a frame is due."""
+        return cast("Painting", self.app)
 
     _frame_alone = False
     _scrolled_for: tuple[Size, Size, Size] | None = None
@@ -103,6 +113,8 @@ class Painting(Ordered):
         self._picture = Picture()
         self._held = 0
         self._due: dict[Callable[[], None], None] = {}
+        self._behind: dict[Callable[[], None], None] = {}
+        self._busy = False
 
     def get_default_screen(self) -> Screen[None]:
         """The screen below all dialogs."""
@@ -122,6 +134,8 @@ class Painting(Ordered):
         """Hold the frame back until all that a key does has been done."""
         self.hold_frames()
         self._held += 1
+        self._busy = True
+        gc.disable()  # to look for garbage takes as long as a frame
         self._let_go(ROUNDS)
         await super().hand_on(event)
 
@@ -139,6 +153,31 @@ class Painting(Ordered):
             del self._due[do]
             do()
 
+    def behind_frame(self, do: Callable[[], None]) -> None:
+        """Do this once, when the frame that a key leads to is on the screen; at once where no key is being done."""
+        if self._busy:
+            self._behind[do] = None
+        else:
+            do()
+
+    def _rest(self) -> None:
+        """Between two keys: do what would have held the frame up."""
+        if self._held or not self._busy:
+            return
+        self._busy = False
+        gc.enable()
+        waiting, self._behind = self._behind, {}
+        for do in waiting if self.is_running else ():
+            try:
+                do()
+            except Exception as error:  # noqa: BLE001 - as in _let_go
+                self.report(error)
+
+    def wrote(self) -> None:
+        """The frame of a key is with the thread that writes it."""
+        if self._busy and not self._held:
+            asyncio.get_running_loop().call_later(WRITTEN_S, self._rest)
+
     def _let_go(self, rounds: int) -> None:
         if rounds:
             asyncio.get_running_loop().call_soon(self._let_go, rounds - 1)
@@ -150,3 +189,4 @@ class Painting(Ordered):
         except Exception as error:  # noqa: BLE001 - no handler is beneath, to which Textual would look
             self.report(error)
         self.show_frames()
+        asyncio.get_running_loop().call_later(LATEST_S, self._rest)

@@ -104,9 +104,14 @@ class Overseen(App[None]):
         """What is written to the terminal passes here."""
         self.paints(renderable)
         super()._display(screen, renderable)
+        if renderable is not None:
+            self.wrote()
 
     def paints(self, update: RenderableType | None) -> None:
         """An update is about to be written."""
+
+    def wrote(self) -> None:
+        """An update was handed to what writes it."""
 
 
 class Composed(Compositor):

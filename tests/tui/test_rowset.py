@@ -1,5 +1,7 @@
 """Order, filter and change marks of a table's rows."""
 
+from typing import Any
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -148,3 +150,17 @@ def test_text_can_be_made_a_little_at_a_time(budget: int) -> None:
     assert rounds == (made.total - 1) // budget if budget < made.total else rounds == 0
     made.filter("spare6")
     assert names(made) == ["spare6"]
+
+
+def test_rows_that_are_made_anew_each_time_stay_the_objects_they_were() -> None:
+    def fresh(names: str) -> list[Any]:
+        return [msgspec.structs.replace(SNAPSHOT.regions[0], name=name) for name in names]
+
+    made = RowSet(REGIONS, REGIONS.pick(None))
+    made.load(fresh("abc"))
+    a, b, c = (made[row] for row in range(3))
+    made.load(fresh("abd"))
+    assert [made[row] is was for row, was in enumerate((a, b, c))] == [True, True, False]
+    made.load([*fresh("ab"), msgspec.structs.replace(made[2], size=4096)])
+    assert [made[row] is was for row, was in enumerate((a, b))] == [True, True]
+    assert made[2].size == 4096

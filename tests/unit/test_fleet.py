@@ -233,3 +233,23 @@ def test_the_console_of_one_of_many_hosts_has_the_commands_of_a_shell_on_that_ho
     assert main(words) == ExitCode.DONE
     names = ["name", *(guest.name for guest in sources[1].snapshot().guests)]
     assert [text.split() for text in said] == [names, names]
+
+
+@pytest.mark.parametrize(("share", "pauses"), [(0.0, [8.0, 8.0]), (0.25, [10.0, 8.0]), (0.75, [14.0, 8.0])])
+def test_hosts_are_asked_at_once_and_then_one_after_the_other(
+    share: float, pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[float] = []
+
+    class Over(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            found.append(timeout or 0.0)
+            if len(found) == len(pauses):
+                self.set()
+            return self.is_set()
+
+    asked = Member("h", lambda: SyntheticSource(snapshot()))
+    fleet = Fleet([asked], interval=8.0)
+    monkeypatch.setattr(fleet, "_over", Over())
+    fleet._follow(asked, share, once=False)
+    assert found == pauses

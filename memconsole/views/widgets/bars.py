@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from memconsole.views.painting import Painting
 
 Part = tuple[str, str]
+KeyAt = tuple[int, int, str]
+"""From which column to which there is what key."""
 LEAST_TITLE = 3
 KEPT = 32
 
@@ -55,8 +57,8 @@ class Bar(Widget):
         super().__init__()
         self._left: tuple[Part, ...] = ()
         self._right: tuple[Part, ...] = ()
-        self.keys_at: list[tuple[int, int, str]] = []
-        """From which column to which a click is as good as which key."""
+        self.keys_at: list[KeyAt] = []
+        """Where a click is as good as a key."""
         self._looks: dict[str, Style] = {}
         self._made: LRUCache[tuple[tuple[Part, ...], tuple[Part, ...], int], Strip] = LRUCache(KEPT)
 
@@ -125,6 +127,12 @@ class Title(Bar):
 class Tabs(Bar):
     """The views by number; the present one stands out."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: LRUCache[
+            tuple[tuple[tuple[str, str, int | None], ...], int, int], tuple[list[Part], list[KeyAt]]
+        ] = LRUCache(KEPT)
+
     def show(self, names: Sequence[tuple[str, str, int | None]], current: int) -> None:
         """Show the views' keys and titles, with a count where there is one; ``current`` is an index, or -1.
 
@@ -132,6 +140,14 @@ class Tabs(Bar):
 
         Where they do not fit, counts are rounded down to thousands and the longest titles are cut.
         """
+        said = (tuple(names), current, self.size.width)
+        if said not in self._shown:
+            self._shown[said] = self._laid(names, current)
+        parts, self.keys_at = self._shown[said]
+        self.show_parts(parts)
+
+    def _laid(self, names: Sequence[tuple[str, str, int | None]], current: int) -> tuple[list[Part], list[KeyAt]]:
+        """The parts, and from which column to which a click is as good as which key."""
         titles = [title for _, title, _ in names]
         lead, counts, behind = " {} ", [f" {count:,}" if count else "" for _, _, count in names], " "
         if (
@@ -141,7 +157,7 @@ class Tabs(Bar):
             lead, counts, behind = " {}", [f":{format_count(count)}" if count else "" for _, _, count in names], ""
             titles = shortened(titles, self.size.width - sum(len(lead) - 1 + len(count) for count in counts))
         parts: list[Part] = []
-        self.keys_at = []
+        keys_at: list[KeyAt] = []
         for index, (title, count) in enumerate(zip(titles, counts, strict=True)):
             begin = width_of(parts)
             here = index == current
@@ -153,8 +169,8 @@ class Tabs(Bar):
             if count:
                 parts.append((count, style or "$text-muted"))
             parts.append((behind, style))
-            self.keys_at.append((begin, width_of(parts), names[index][0]))
-        self.show_parts(parts)
+            keys_at.append((begin, width_of(parts), names[index][0]))
+        return parts, keys_at
 
 
 def shortened(titles: Sequence[str], room: int) -> list[str]:

@@ -17,6 +17,10 @@ from memconsole.views.painting import Sheet
 from memconsole.views.widgets.fitting import fit
 from memconsole.views.widgets.rowset import RowSet
 
+WARM_S = 0.3
+"""After so long the rows of a long table that came in are made ready for a filter."""
+WARM_ROWS, WARM_EVERY_S = 100, 0.005
+
 
 class Choosing(Sheet):
     """A table's rows, one under the cursor, any number marked; an action is for the marked ones where there are any."""
@@ -46,6 +50,14 @@ class Choosing(Sheet):
 
     class Changed(Message):
         """Rows, order, filter, marks or the focus changed: what a title says about the table may differ."""
+
+    def warm(self) -> None:
+        """Make the searchable text a little at a time between keys, so that the first of a filter finds it made."""
+        self.painter.behind_frame(self._warm_some)
+
+    def _warm_some(self) -> None:
+        if self.is_attached and self.rows.warm(WARM_ROWS):
+            self.set_timer(WARM_EVERY_S, self.warm)
 
     @property
     def selected(self) -> Any | None:

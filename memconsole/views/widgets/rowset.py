@@ -18,13 +18,15 @@ class RowSet:
     """The entities of one table, sorted and filtered as the operator asked.
 
     Entities that did not change should be the same objects as before (see :func:`memconsole.differ.settled`), or
-    they are compared, one by one. Text is made only for rows that are shown or searched.
+    they are compared, one by one; of equal ones the one before stays, by which what was painted of it is known. Text
+    is made only for rows that are shown or searched.
     """
 
     def __init__(self, table: Table, fields: Sequence[Field]) -> None:
         self.table = table
         self.fields = tuple(fields)
         self.items: Sequence[Any] = ()
+        self._given: Sequence[Any] = ()
         self.keys: list[str] = []
         self.before: dict[str, Any | None] = {}
         self.order: list[int] = []
@@ -106,9 +108,10 @@ class RowSet:
 
     def load(self, items: Sequence[Any]) -> bool:
         """Take the entities of a new Snapshot; says whether anything that is shown may differ."""
-        if items is self.items and self.loaded:
+        if items is self._given and self.loaded:
             faded, self.before = bool(self.before), {}
             return faded
+        self._given = items
         others = in_place(self.table.key, self.items, items) if self.loaded else None
         if others is not None:
             self._renew(items, [at for at, _ in others])
@@ -116,6 +119,7 @@ class RowSet:
         keys = [self.table.key(item) for item in items]
         old, old_at, old_texts = self.items, self._at, self._texts
         self.before = {}
+        kept = [*items]
         texts: list[str | None] = [None] * len(items)
         for index, (key, item) in enumerate(zip(keys, items, strict=True) if self.loaded else ()):
             was = old_at.get(key)
@@ -124,9 +128,9 @@ class RowSet:
             elif old[was] is not item and old[was] != item:
                 self.before[key] = old[was]
             else:
-                texts[index] = old_texts[was]
+                texts[index], kept[index] = old_texts[was], old[was]
         self.loaded = True
-        self.items, self.keys, self._texts = items, keys, texts
+        self.items, self.keys, self._texts = kept, keys, texts
         self._at = dict(zip(keys, range(len(keys)), strict=True))
         self.marked &= self._at.keys()
         self._sort()
@@ -136,6 +140,11 @@ class RowSet:
         """Take the entities of a Snapshot in which none came, went or moved, and only these may be others."""
         old, self.items = self.items, items
         changed = [at for at in others if old[at] != items[at]]
+        if len(changed) < len(others):
+            kept = [*old]
+            for at in changed:
+                kept[at] = items[at]
+            self.items = kept
         self.before = {self.keys[at]: old[at] for at in changed}
         for at in changed:
             self._texts[at] = None

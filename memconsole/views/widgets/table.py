@@ -26,14 +26,12 @@ from memconsole.field import Field, Table
 from memconsole.views.bound import bound
 from memconsole.views.looks import value_look
 from memconsole.views.remembering import Layout
-from memconsole.views.widgets.choosing import Choosing
+from memconsole.views.widgets.choosing import WARM_S, Choosing
 from memconsole.views.widgets.columns import GAP, GUTTER, Column, columns_for
 from memconsole.views.widgets.fitting import fit
 from memconsole.views.widgets.rowset import RowSet
 
 KEPT_STRIPS = 1024
-WARM_S = 0.3
-"""After so long the rows of a long table that came in are made ready for a filter."""
 CURSORS = (" ", "▹", "▸", "■", "◇", "◆")
 """No cursor, a cursor where keys do not go, and one where they do; the same of a marked row."""
 MARKED = 3
@@ -459,11 +457,6 @@ class VirtualTable(Choosing, can_focus=True):
         """Ask for a filter."""
         self.post_message(self.Wanted(self, "filter"))
         self.warm()
-
-    def warm(self) -> None:
-        """Make the searchable text a little at a time, so that the first key of a filter finds it made."""
-        if self.rows.warm(200):
-            self.set_timer(0.005, self.warm)
 
     def action_pick_sort(self) -> None:
         """Ask which column to sort by."""

@@ -196,7 +196,6 @@ def test_what_a_control_process_that_died_left_is_taken_back_before_a_guest_goes
 
 def test_a_vm_on_a_store_that_nobody_finds_is_named(alone: tuple[Desk, Lab]) -> None:
     desk, lab = alone
-    assert roads.stranded(desk, by_arena=True) == ()
+    assert roads.stranded(desk) == ()
     lab._device = -1
-    assert roads.stranded(desk, by_arena=True) == (("web", "web", "dax"), ("vm", "vm", "dax"))
-    assert roads.stranded(desk, by_arena=False) == (("web", "web", "memfd"), ("vm", "vm", "memfd"))
+    assert roads.stranded(desk) == (("web", "web"), ("vm", "vm"))

@@ -131,7 +131,7 @@ ERRORS["guest-adopted"] = {
 ERRORS["guest-managed"] = {"strangers": (Guest("web", GuestKind.FOREIGN, GuestState.RUNNING, 9, managed=_HELPED),)}
 ERRORS["region-named"] = {"named": ("web.pc.ram",)}
 ERRORS["region-lost"] = {"lost": ("old",)}
-ERRORS["guest-stranded"] = {"stranded": (("vm", "ram", "memfd"),)}
+ERRORS["guest-stranded"] = {"stranded": (("vm", "ram"),)}
 BY_ARENA: dict[str, Any] = {"road": "arena:lab", "room": (10 * M, 64 * M), "arenas": (("lab", 4 * G),)}
 ERRORS["memfd-regions"] = BY_ARENA
 ERRORS["arena-room"] = {**BY_ARENA, "regions": (), "room": (10 * M, 8 * M)}
@@ -175,6 +175,12 @@ def test_a_way_to_lose_memory_refuses_by_its_name_alone(id: str) -> None:
     assert all((bad[0].requirement, bad[0].risk, bad[0].observed, bad[0].remedy))
     (refusal,) = check.refusals(found)
     assert refusal == Refusal(check.refusal_code(id), bad[0].observed, bad[0].risk, bad[0].remedy)
+
+
+def test_a_stranded_vm_goes_to_an_arena_where_that_is_the_road() -> None:
+    met = check.check_conditions(replace(CLEAN, **BY_ARENA, **ERRORS["guest-stranded"]))
+    (bad,) = (each for each in met if each.id == "guest-stranded")
+    assert "memconsole move ram --store dax" in bad.remedy
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ class HandoffFacts:
     limit_why: str = ""
     regions: tuple[RegionFacts, ...] = ()
     lost: tuple[str, ...] = ()
-    stranded: tuple[tuple[str, str, str], ...] = ()
+    stranded: tuple[tuple[str, str], ...] = ()
     road: str = ""
     arenas: tuple[tuple[str, int], ...] = ()
     room: tuple[int, int] = (0, 0)
@@ -225,7 +225,7 @@ def gather_facts(desk: facets.HandoffChecks, action: HandoffAction, powers: Powe
             for region in state.regions.values()
             if desk.holds_region(region.name) and desk.store_of(region.name).CARRIED
         ),
-        stranded=roads.stranded(desk, by_arena=bool(facts.get("road"))),
+        stranded=roads.stranded(desk),
         lost=tuple(name for name in state.regions if not desk.holds_region(name)),
         guests=tuple(dataclasses.replace(met, kept=kept.get(met.guest.name, ())) for met in guests),
         strangers=strangers,

@@ -166,8 +166,9 @@ def by_arena(facts: HandoffFacts) -> Iterator[Condition]:
 
 def stranded(facts: HandoffFacts) -> Iterator[Condition]:
     """Guests whose RAM neither comes along nor is found."""
-    named = ", ".join(f"{guest} ({region})" for guest, region, _ in facts.stranded)
-    moves = "; ".join(f"memconsole move {region} --store {store}" for _, region, store in facts.stranded)
+    named = ", ".join(f"{guest} ({region})" for guest, region in facts.stranded)
+    way = {True: "memconsole move {} --store dax", False: "memconsole move {} --store memfd"}[bool(facts.road)]
+    moves = "; ".join(way.format(region) for _, region in facts.stranded)
     yield Condition(
         "guest-stranded",
         ERROR,

@@ -10,9 +10,7 @@ from __future__ import annotations
 from memconsole.backend.custody.names import MOUNT
 from memconsole.backend.handoff import cargo, facets, gathered, services
 from memconsole.backend.kernel import cmdline
-from memconsole.backend.stores import memfd
 from memconsole.backend.stores.base import Carrier
-from memconsole.backend.stores.dax import DaxStore
 from memconsole.model import GuestKind, Survival
 
 WORDS = ("kho", "liveupdate")
@@ -40,14 +38,11 @@ def _needed(desk: facets.HandoffChecks, carrier: Carrier) -> int:
     return sum(-(-max(size, 1) // carrier.unit) * carrier.unit for size in (*sizes, _MANIFEST))
 
 
-def stranded(desk: facets.HandoffChecks, *, by_arena: bool) -> tuple[tuple[str, str, str], ...]:
-    """VMs that memconsole started, each with a region that it runs on and that memconsole-resume does not find.
-
-    The third word is the store that it would be found in: an arena's, where that is the road (``by_arena``).
-    """
+def stranded(desk: facets.HandoffChecks) -> tuple[tuple[str, str], ...]:
+    """VMs that memconsole started, each with a region that it runs on and that memconsole-resume does not find."""
     state = desk.state
     return tuple(
-        (guest.name, grant.region, DaxStore.NAME if by_arena else memfd.NAME)
+        (guest.name, grant.region)
         for guest in state.guests.values()
         if guest.kind in _STATES
         for grant in state.grants_of(guest=guest.name)

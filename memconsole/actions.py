@@ -351,6 +351,19 @@ class ArenaScan(Action, frozen=True, tag="arena-scan"):
     )
 
 
+class ArenaGrow(Action, frozen=True, tag="arena-grow"):
+    """Have an arena have all of its range, which became larger."""
+
+    spec = Spec(
+        "arena-grow",
+        ("arena", "grow"),
+        "Grow arena",
+        "Have an arena of devdax or raw have all of its range, which became larger; with a file system it cannot",
+        Danger.CHANGES,
+    )
+    name: Annotated[str, Arg(ArgumentKind.TEXT, "arena to grow", positional=True)]
+
+
 class ArenaRemove(Action, frozen=True, tag="arena-remove"):
     """Give an arena up."""
 
@@ -433,6 +446,7 @@ AnyAction = (
     | WindowRevoke
     | ArenaCreate
     | ArenaScan
+    | ArenaGrow
     | ArenaRemove
     | HandoffRun
     | HandoffRehearse

@@ -11,12 +11,15 @@ _NEVER = {
     "guest-stop": "its processes have ended",
     "guest-helper": "no action takes a helper's name away; it ends with its process",
     "arena-create": "what the range held is gone",
+    "arena-grow": "what is said of a range is not unsaid",
     "arena-remove": "what the arena held is gone",
     "arena-scan": "what was taken up stays until it is released",
     "guest-let-go": "adopt it again: memconsole guest adopt NAME",
     "handoff-run": "the next kernel runs",
     "handoff-rehearse": "it left everything as it was",
 }
+
+_ONE_WAY = {"devdax", "raw"}
 
 
 def inverse(action: Action, outcome: Outcome, before: Snapshot | None) -> Action | str:
@@ -50,6 +53,8 @@ def inverse(action: Action, outcome: Outcome, before: Snapshot | None) -> Action
 def _moved_back(action: actions.Move, before: Snapshot | None) -> Action | str:
     regions = before.regions if before is not None else ()
     store = next((each.store for each in regions if each.name == action.region), None)
+    if store in _ONE_WAY:
+        return f"nothing goes to the {store} store: who has a descriptor of another region there could reach it"
     return actions.Move(action.region, store) if store else "it is not known any more where it was"
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 
 from memconsole import paths
-from memconsole.cli import output
-from memconsole.errors import ExitCode
+from memconsole.cli import connect, output
+from memconsole.errors import Denied, ExitCode, NoControl
+from memconsole.model import Finding
 
 
 def listing(options: argparse.Namespace) -> int:
     """Every range that was set aside, what it holds, and the regions of an arena that is mounted."""
     from memconsole.backend.diagnose import arenas
     from memconsole.backend.stores import arena
-    from memconsole.backend.stores.noted import ArenaNotes
 
     found = arenas.ranges(raw=options.raw)
     if options.json:
@@ -22,7 +23,7 @@ def listing(options: argparse.Namespace) -> int:
     for each in found:
         for line in arenas.lines(each):
             output.text(line)
-    missing = ArenaNotes(paths.state_dir()).findings()
+    missing = _noted(options)
     for finding in missing:
         output.text(f"{finding.observed}: {finding.remedy}")
     if not found and not missing:
@@ -33,9 +34,8 @@ def listing(options: argparse.Namespace) -> int:
 def check(options: argparse.Namespace) -> int:
     """What is wrong with arenas; exit code 4 when anything is."""
     from memconsole.backend.diagnose import arenas
-    from memconsole.backend.stores.noted import ArenaNotes
 
-    found = arenas.check(options.name, noted=ArenaNotes(paths.state_dir()).findings(), raw=options.raw)
+    found = arenas.check(options.name, noted=_noted(options), raw=options.raw)
     if options.json:
         output.json(found)
     elif found:
@@ -43,3 +43,14 @@ def check(options: argparse.Namespace) -> int:
     else:
         output.text("nothing is wrong with the arenas of this host")
     return ExitCode.FINDINGS if found else ExitCode.DONE
+
+
+def _noted(options: argparse.Namespace) -> tuple[Finding, ...]:
+    """What is known of arenas that are not there: by the service, where one runs, whatever its state directory is."""
+    from memconsole.backend.stores.noted import IDS, ArenaNotes
+
+    try:
+        with contextlib.closing(connect.client(options)) as client:
+            return tuple(each for each in client.snapshot().findings if each.id in IDS)
+    except (NoControl, Denied):
+        return ArenaNotes(paths.state_dir()).findings()

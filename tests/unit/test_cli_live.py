@@ -14,10 +14,11 @@ from support.served import ServedSource
 from support.synthetic import NOW_NS, snapshot
 from support.waiting import until
 
+from memconsole.backend.diagnose import arenas
 from memconsole.backend.wire.serving import serve_in_thread
 from memconsole.cli import main
 from memconsole.errors import ExitCode, NotFound
-from memconsole.model import Event, Guest, GuestState
+from memconsole.model import Event, Finding, Guest, GuestState, Severity
 
 M = 1 << 20
 
@@ -128,3 +129,21 @@ def _beaten(guest: Guest) -> Guest:
 def test_a_table_that_is_none_is_named(served: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--socket", str(served), "watch", "--tables", "guests,birds"]) == ExitCode.USAGE
     assert "there is no table 'birds'" in capsys.readouterr().err
+
+
+def test_arenas_that_are_not_there_are_told_as_the_service_knows_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = Finding(
+        "arena-missing", Severity.ERROR, "lab", "arena lab is not there", "/proc/cmdline", "boot it again"
+    )
+    other = Finding("region-lost", Severity.ERROR, "web", "it is lost", "custody", "none")
+    monkeypatch.setattr(arenas, "ranges", lambda **_: ())
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
+    path = tmp_path / "served"
+    handle = serve_in_thread(ServedSource(msgspec.structs.replace(snapshot(), findings=(missing, other))), path)
+    try:
+        assert main(["--socket", str(path), "arena", "list"]) == ExitCode.DONE
+        assert capsys.readouterr().out == "arena lab is not there: boot it again\n"
+    finally:
+        handle.close()

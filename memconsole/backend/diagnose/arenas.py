@@ -230,7 +230,7 @@ def lines(found: ArenaRange) -> Iterator[str]:
     if found.words:
         yield f"    set aside by {found.words}: the next kernel needs the same word"
     if found.unused >= ext4.CLUSTER:
-        why = "the range was smaller when the arena was made, and an arena does not grow"
+        why = "the range was smaller when the arena was made, and a file system with clusters cannot grow"
         yield f"    {format_size(found.unused)} of it are not used: {why} (docs/stores.md)"
     if found.trouble:
         yield f"    not used: {found.trouble}"

@@ -33,6 +33,7 @@ MAGIC = b"MCRANGE\0"
 HEAD = struct.Struct("<8sIIQQQ32s")
 _SUM = HEAD.size - 32
 _LATER = "start the memconsole that wrote it; until then it is left as it is"
+_OTHER_SIZE = "memconsole arena grow NAME has the arena have all of its range; until then it is left as it is"
 _BROKEN = "it is left as it is; what it says cannot be mended from outside"
 
 
@@ -70,12 +71,13 @@ class Kind(enum.Enum):
 
 
 class Copy(NamedTuple):
-    """One copy; ``body`` is the JSON of one that is whole."""
+    """One copy; ``body`` is the JSON of one that is whole, ``size`` that of the range it is of."""
 
     kind: Kind
     generation: int = 0
     format: int = 0
     body: bytes = b""
+    size: int = 0
 
 
 class Read(NamedTuple):
@@ -108,7 +110,7 @@ def copy_of(raw: bytes, size: int) -> Copy:
         return Copy(Kind.TORN)
     if form > FORMAT:
         return Copy(Kind.NEWER, generation, form)
-    return Copy(Kind.GOOD if form == FORMAT and total == size else Kind.FOREIGN, generation, form, body)
+    return Copy(Kind.GOOD if form == FORMAT and total == size else Kind.FOREIGN, generation, form, body, total)
 
 
 def read(first: bytes, second: bytes, size: int, where: str) -> Read:
@@ -128,11 +130,23 @@ def read(first: bytes, second: bytes, size: int, where: str) -> Read:
         return Read(_understood(found.body, size, where), found.generation, 1 - newest)
     kinds = {each.kind for each in copies}
     if found.generation:
-        why = f"it says that it describes another range than this one of {format_size(size)}"
-        raise BadFile(f"{where} does not say what it is", why, _BROKEN)
+        why = f"it says that it describes a range of {format_size(found.size)}, and this one has {format_size(size)}"
+        raise BadFile(f"{where} does not say what it is", why, _OTHER_SIZE if found.size < size else _BROKEN)
     if kinds == {Kind.TORN}:
         raise BadFile(f"{where} does not say what it is", "neither copy of its description is whole", _BROKEN)
     return Read(None, 0, 0, foreign=Kind.FOREIGN in kinds)
+
+
+def said_of_less(first: bytes, second: bytes, size: int, where: str) -> Read | None:
+    """What a range of ``size`` bytes says that was smaller when it was said; None where it says no such thing.
+
+    Raises:
+        BadFile: what it says cannot be.
+    """
+    newest = max((copy_of(first, size), copy_of(second, size)), key=lambda each: each.generation)
+    if newest.kind is not Kind.FOREIGN or newest.format != FORMAT or not UNIT < newest.size < size:
+        return None
+    return read(first, second, newest.size, where)
 
 
 def written(description: Description, generation: int, size: int, where: str) -> bytes:

@@ -28,6 +28,8 @@ from memconsole.units import format_address, format_size
 if TYPE_CHECKING:
     from memconsole.backend.stores.base import Store
 
+IDS = frozenset({"arena-missing", "arena-note"})
+"""The findings that are of what was noted."""
 FILE = "arenas.json"
 _LIMIT = 1 << 20
 _RESERVED = "$"

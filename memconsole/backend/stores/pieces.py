@@ -116,6 +116,22 @@ class PieceStore(Unfound):
         made = self._open[device.name] = ranges.create(device, name, self._root)
         return made
 
+    def larger(self) -> dict[str, Range]:
+        """The ranges that became larger than the arenas in them, by the arenas' names."""
+        found: dict[str, Range] = {}
+        for device in self._devices(self._root) if self._lasting else ():
+            if device.name not in self._open and not device.trouble:
+                with contextlib.suppress(MemconsoleError):  # what cannot be read says so as a trouble of it
+                    said = ranges.smaller(device)
+                    if said is not None and said.description is not None:
+                        found[said.description.name] = device
+        return found
+
+    def grow(self, device: Range) -> Opened:
+        """Have an arena have all of its range, which became larger; raises as :func:`ranges.grow`."""
+        made = self._open[device.name] = ranges.grow(device, self._root)
+        return made
+
     def remove(self, arena: Opened) -> None:
         """Write zeros over all of a range, and let go of it.
 

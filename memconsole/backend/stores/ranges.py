@@ -198,14 +198,17 @@ def opened(device: Range, root: Root = "/") -> Opened | None:
         found = _read(memory, device)
         if found.description is None:
             return None
-        host, here = found.description.host, machine_id(root)
-        if host and here and host != here:
-            why = f"another host made it (machine id {host})"
-            raise Refused(
-                f"the arena {found.description.name} is not used", why, "it is left as it is", code="OtherHost"
-            )
+        _same_host(found.description, root)
         undo.pop_all()
         return Opened(device, fd, memory, found)
+
+
+def _same_host(said: Description, root: Root) -> None:
+    """Raises Refused: another host made it."""
+    host, here = said.host, machine_id(root)
+    if host and here and host != here:
+        why = f"another host made it (machine id {host})"
+        raise Refused(f"the arena {said.name} is not used", why, "it is left as it is", code="OtherHost")
 
 
 def look(device: Range) -> Read:
@@ -267,6 +270,44 @@ def create(device: Range, name: str, root: Root = "/") -> Opened:
         said = Description(name=name, host=machine_id(root), created_ns=time.time_ns())
         for _ in range(2):
             found = _write(memory, device, found, said)
+        undo.pop_all()
+        return Opened(device, fd, memory, found)
+
+
+def smaller(device: Range) -> Read | None:
+    """What a range says that became larger than the arena in it; None where that is not so.
+
+    Raises:
+        BadFile: what it says cannot be. KernelRefused: it cannot be opened or mapped.
+    """
+    fd = _open(device, os.O_RDWR)
+    try:
+        with _mapped(fd, device, 0, UNIT) as memory:
+            return described.said_of_less(memory[:COPY], memory[COPY:UNIT], device.size, device.where)
+    finally:
+        os.close(fd)
+
+
+def grow(device: Range, root: Root = "/") -> Opened:
+    """Have an arena have all of its range: both copies say so, the older one first; its regions stay where they are.
+
+    Raises:
+        BadFile: what it says cannot be. Refused: another process uses it (``InUse``), another host made it
+            (``OtherHost``), or it did not become larger (``NotLarger``). KernelRefused: it cannot be opened or mapped.
+    """
+    with contextlib.ExitStack() as undo:
+        fd = _open(device, os.O_RDWR)
+        undo.callback(os.close, fd)
+        _lock(device, fd)
+        memory = _map(fd, device, 0, UNIT)
+        undo.callback(memory.close)
+        found = described.said_of_less(memory[:COPY], memory[COPY:UNIT], device.size, device.where)
+        if found is None or found.description is None:
+            why = "it describes all of its range, or none of memconsole's"
+            raise Refused(f"{device.where} did not become larger", why, "memconsole arena list", code="NotLarger")
+        _same_host(found.description, root)
+        for _ in range(2):
+            found = _write(memory, device, found, found.description)
         undo.pop_all()
         return Opened(device, fd, memory, found)
 

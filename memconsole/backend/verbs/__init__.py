@@ -46,6 +46,7 @@ VERBS: Mapping[type[actions.Action], Verb] = {
     actions.WindowRevoke: windows.revoke,
     actions.ArenaCreate: arenas.create,
     actions.ArenaScan: arenas.scan,
+    actions.ArenaGrow: arenas.grow,
     actions.ArenaRemove: arenas.remove,
     actions.HandoffRun: handoff.run,
     actions.HandoffRehearse: handoff.rehearse,

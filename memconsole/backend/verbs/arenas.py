@@ -11,7 +11,7 @@ from typing import Protocol
 
 import msgspec
 
-from memconsole.actions import NAME, ArenaCreate, ArenaRemove, ArenaScan
+from memconsole.actions import NAME, ArenaCreate, ArenaGrow, ArenaRemove, ArenaScan
 from memconsole.backend import needs
 from memconsole.backend.custody import payloads
 from memconsole.backend.custody.names import custody_name
@@ -200,6 +200,55 @@ def scan(desk: ArenaKeeping, action: ArenaScan) -> PreparedAction:
 
     work.step("take", "mount the arenas of this host and take up the regions in them that have no owner here", take)
     return work
+
+
+def grow(desk: ArenaKeeping, action: ArenaGrow) -> PreparedAction:
+    """Have an arena without a file system have all of its range, and take its regions up: ``grow``.
+
+    One with a file system stays as it is: resize2fs refuses clusters, and leaves wrong counts where it is forced.
+    """
+    work = PreparedAction(action.name, "")
+    _for_a_service(work, desk)
+    if work.refusals:
+        return work
+    what = f"arena {action.name} cannot grow"
+    stores = _piece_stores(desk).values()
+    same = [each for store in stores for each in store.arenas() if each.said.name == action.name]
+    larger = [(store, device) for store in stores for name, device in store.larger().items() if name == action.name]
+    if any(each.name == action.name for each in arenas.mounted(desk.root)):
+        why = "resize2fs refuses a file system with clusters, and leaves wrong counts where it is forced"
+        remedy = "memconsole arena create NAME --device DEVICE makes another one of a second range, larger if need be;"
+        remedy += " regions are put where there is room"
+        work.refuse("NoGrow", what, why, remedy)
+    elif same:
+        why = f"it has all of its range: {format_size(same[0].device.size)} of {same[0].device.where}"
+        work.refuse("NotLarger", what, why, "have a larger range begin where this one does, then the same command")
+    elif not larger:
+        why = f"no arena of this name lies in a range that became larger; arenas: {_named(desk)}"
+        work.refuse("NoSuchArena", f"there is no arena {action.name} to grow", why, "memconsole arena list")
+    if work.refusals:
+        return work
+    store, device = larger[0]
+
+    def do() -> None:
+        made = store.grow(device)
+        found, told = store.found(held_regions(desk))
+        work.findings += told
+        taken = [take_up(desk, each) for each in found]
+        note(desk)
+        work.change = msgspec.structs.replace(work.change, regions=tuple(each.region for each in taken))
+        work.text = f"arena {action.name} has {format_size(device.size)} of {device.where}, {format_size(made.free[0])}"
+        work.text += f" of it free; regions taken up: {', '.join(each.region.name for each in taken) or 'none'}"
+
+    text = f"have {device.where} say that arena {action.name} has all of its {format_size(device.size)}"
+    work.step("grow", f"{text}, and take up the regions in it, which stay where they are", do)
+    return work
+
+
+def _named(desk: ArenaKeeping) -> str:
+    names = [each.name for each in arenas.mounted(desk.root)]
+    names += [each.said.name for store in _piece_stores(desk).values() for each in store.arenas()]
+    return ", ".join(names) or "none is in use"
 
 
 def remove(desk: ArenaKeeping, action: ArenaRemove) -> PreparedAction:

@@ -550,7 +550,7 @@ def test_the_verb_grows_what_became_larger_takes_its_regions_up_and_refuses_all_
     monkeypatch.setattr(arenas, "mounted", lambda *_: (files,))
     with desks(tmp_path) as desk:
         assert [each.code for each in verbs.grow(desk, ArenaGrow("lab")).refusals] == ["NoService"]
-        desk.custody.survives = True
+        monkeypatch.setattr(desk.custody, "survives", True)
         with_store(desk, host)
         expected = {"files": "NoGrow", "lab": "NotLarger", "other": "NoSuchArena"}
         for name, code in expected.items():

@@ -56,10 +56,11 @@ def take_as_devdax(file: Path) -> None:
     """Have this process know a file as the only device of memory that it has, for good; its regions are names of it."""
     device = Range("dax0.0", str(file), 0, file.stat().st_size, 0, 1 << 30)
     ranges.devdax = lambda *_: (device,)
-    (PieceStore.__init__.__kwdefaults__ or {}).update(nodes=file.parent / "nodes", node=_another_name)
+    (PieceStore.__init__.__kwdefaults__ or {}).update(nodes=file.parent / "nodes", node=another_name)
 
 
-def _another_name(device: Range, path: Path) -> None:
+def another_name(device: Range, path: Path) -> None:
+    """A name of its own for a region, of the file that stands for its device."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         path.hardlink_to(device.path)

@@ -76,11 +76,22 @@ class Service:
         if self.process is not None:
             self.process.kill()
             self.process.communicate()
-        for pid in self.guests:
+        for pid in self.guests | self._vmms():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(MemconsoleError), contextlib.closing(KeeperCustody(self.runtime / "keeper")) as keeper:
             os.kill(keeper.pid, signal.SIGKILL)
+
+    def _vmms(self) -> set[int]:
+        """The VMMs that it started, or memconsole-resume did after a rehearsal: their words name its directory."""
+        names = [f"{self.runtime}/agents\0".encode(), f"unix:{self.runtime}/".encode()]
+        found = set()
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (process / "cmdline").read_bytes()
+                if any(name in words for name in names):
+                    found.add(int(process.name))
+        return found
 
 
 @contextlib.contextmanager

@@ -10,70 +10,23 @@ from pathlib import Path
 import msgspec
 import pytest
 from support.desks import Desk, desks, grant, guest
+from support.pieces import SIZE, G, Host, M, region, reserve, with_store
 from support.trees import Tree
 
-from memconsole.actions import ArenaCreate, ArenaGrow, GuestStart
-from memconsole.backend import steps
+from memconsole.actions import ArenaCreate, GuestStart
 from memconsole.backend.kernel.census import Census, Process
 from memconsole.backend.kernel.pmem import Pmem
 from memconsole.backend.ledger.state import StateChange
 from memconsole.backend.observe.mappings import region_mappings
-from memconsole.backend.stores import arena as arenas
 from memconsole.backend.stores import described, namespaces, ranges
-from memconsole.backend.stores.arena import Arena, Contents
+from memconsole.backend.stores.arena import Contents
 from memconsole.backend.stores.described import COPY, HEAD, UNIT
 from memconsole.backend.stores.pieces import PieceStore
-from memconsole.backend.stores.ranges import Range
 from memconsole.backend.verbs import arenas as verbs
 from memconsole.backend.verbs import grants as grant_verbs
 from memconsole.errors import BadFile, KernelRefused, NotFound, Refused
 from memconsole.extents import Flag
-from memconsole.model import Access, Grant, GrantState, GuestKind, Region, RegionState, Segment
-
-M, G = 1 << 20, 1 << 30
-SIZE = 32 * M
-
-
-class Host:
-    """A host with one device, and control processes on it one after the other, or two at once."""
-
-    def __init__(self, directory: Path, size: int = SIZE) -> None:
-        self.tree = Tree(directory / "host")
-        self.tree.write("/etc/machine-id", "abc\n")
-        self.nodes = directory / "nodes"
-        path = directory / "dax0.0"
-        with path.open("wb") as file:
-            file.truncate(size)
-        self.device = Range("dax0.0", str(path), 0, size, 0, G)
-        self.stores: list[PieceStore] = []
-
-    def store(self, *, lasting: bool = True) -> PieceStore:
-        made = PieceStore(
-            "devdax",
-            lambda _: (self.device,),
-            lasting=lasting,
-            root=self.tree.root,
-            nodes=self.nodes,
-            node=_another_name,
-        )
-        self.stores.append(made)
-        return made
-
-    def raw(self, at: int, size: int) -> bytes:
-        with Path(self.device.path).open("rb") as file:
-            file.seek(at)
-            return file.read(size)
-
-    def spoil(self, at: int, raw: bytes) -> None:
-        with Path(self.device.path).open("r+b") as file:
-            file.seek(at)
-            file.write(raw)
-
-
-def _another_name(device: Range, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        path.hardlink_to(device.path)
+from memconsole.model import Access, Grant, GrantState, GuestKind, Segment
 
 
 @pytest.fixture
@@ -89,17 +42,6 @@ def store(host: Host) -> PieceStore:
     made = host.store()
     made.create("lab", host.device)
     return made
-
-
-def reserve(store: PieceStore, name: str, size: int = 2 * UNIT, *, described_too: bool = True) -> int:
-    (fd,) = store.reserve_segments(name, size, 4096, None, prefault=False, promised=0)
-    if described_too:
-        store.describe([fd], region(name, size))
-    return fd
-
-
-def region(name: str, size: int = 2 * UNIT) -> Region:
-    return Region(name, "devdax", size, 4096, RegionState.RESERVED)
 
 
 def codes(store: PieceStore, size: int = 2 * UNIT, page: int = 4096, node: int | None = None) -> list[str]:
@@ -244,58 +186,6 @@ def test_a_region_that_goes_to_another_store_leaves_zeros_and_no_name(host: Host
     assert store.arenas()[0].said.pieces == ()
     os.close(fd)
     os.close(elsewhere)
-
-
-def larger(host: Host) -> None:
-    """The range has become larger, as after a boot with another word."""
-    with Path(host.device.path).open("r+b") as file:
-        file.truncate(2 * SIZE)
-    host.device = host.device._replace(size=2 * SIZE)
-
-
-def test_an_arena_whose_range_became_larger_has_all_of_it_once_it_is_told_to(host: Host, store: PieceStore) -> None:
-    fd = reserve(store, "web")
-    host.spoil(UNIT, b"kept")
-    os.close(fd)
-    generation = store.arenas()[0].generation
-    store.close()
-    larger(host)
-    later = host.store()
-    regions, (finding,) = later.found(())
-    assert not regions
-    assert "describes a range of 32M, and this one has 64M" in finding.evidence
-    assert "memconsole arena grow NAME" in finding.remedy
-    assert later.larger() == {"lab": host.device}
-    before = host.raw(0, UNIT)
-    grown = later.grow(host.device)
-    assert (grown.generation, grown.free[0]) == (generation + 2, 2 * SIZE - 3 * UNIT)
-    assert later.larger() == {}
-    (found,), told = later.found(())
-    assert (found.region.name, told) == ("web", [])
-    assert os.pread(found.fds[0], 4, UNIT) == b"kept"
-    os.close(found.fds[0])
-    for torn in (0, COPY):  # one that is cut short while it writes the other copy grows with the next attempt
-        host.spoil(0, before)
-        host.spoil(torn, b"\0" * COPY)
-        assert ranges.smaller(host.device) is not None
-
-
-@pytest.mark.parametrize("why", ["as it was", "smaller", "of another host", "not ours"])
-def test_an_arena_grows_only_into_a_range_that_became_larger(host: Host, store: PieceStore, why: str) -> None:
-    store.close()
-    if why == "smaller":
-        host.device = host.device._replace(size=SIZE // 2)
-    elif why != "as it was":
-        larger(host)
-    if why == "of another host":
-        host.tree.write("/etc/machine-id", "another\n")
-    elif why == "not ours":
-        host.spoil(0, bytes(UNIT))
-    before = host.raw(0, UNIT)
-    with pytest.raises(Refused) as refused:
-        host.store().grow(host.device)
-    assert refused.value.code == ("OtherHost" if why == "of another host" else "NotLarger")
-    assert host.raw(0, UNIT) == before
 
 
 def test_contents_never_come_to_another_place_of_it(store: PieceStore) -> None:
@@ -513,13 +403,6 @@ def test_no_vm_starts_beside_a_stranger(tmp_path: Path) -> None:
             assert [each.code for each in work.refusals] == refused
 
 
-def with_store(desk: Desk, host: Host) -> PieceStore:
-    """A desk whose devdax store uses the host's device."""
-    made = host.store()
-    desk.__dict__["stores"] = {**desk.stores, "devdax": made}
-    return made
-
-
 @pytest.mark.parametrize(
     ("name", "device", "expected"),
     [
@@ -539,31 +422,6 @@ def test_a_device_that_holds_anything_is_not_formatted(
         assert [each.code for each in work.refusals] == expected
         assert not work.steps
         assert all(each.remedy for each in work.refusals)
-
-
-def test_the_verb_grows_what_became_larger_takes_its_regions_up_and_refuses_all_else_by_name(
-    tmp_path: Path, host: Host, store: PieceStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    os.close(reserve(store, "web"))
-    store.close()
-    files = Arena("files", tmp_path, 1, "/dev/pmem0", None, 64 * M)
-    monkeypatch.setattr(arenas, "mounted", lambda *_: (files,))
-    with desks(tmp_path) as desk:
-        assert [each.code for each in verbs.grow(desk, ArenaGrow("lab")).refusals] == ["NoService"]
-        monkeypatch.setattr(desk.custody, "survives", True)
-        with_store(desk, host)
-        expected = {"files": "NoGrow", "lab": "NotLarger", "other": "NoSuchArena"}
-        for name, code in expected.items():
-            (refusal,) = verbs.grow(desk, ArenaGrow(name)).refusals
-            assert (refusal.code, bool(refusal.why), bool(refusal.remedy)) == (code, True, True)
-        desk.stores["devdax"].close()
-        larger(host)
-        with_store(desk, host)
-        work = verbs.grow(desk, ArenaGrow("lab"))
-        desk.carry(steps.run("arena-grow", work.steps))
-        assert "regions taken up: web" in work.text
-        assert [each.name for each in work.change.regions] == ["web"]
-        assert "region:web:0" in desk.custody.names()
 
 
 def test_closing_lets_go_of_the_lock(host: Host, store: PieceStore) -> None:

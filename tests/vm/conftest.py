@@ -15,7 +15,7 @@ SECONDS = {
     "adopted": 1,
     "arena": 125,
     "arena-cut": 1,
-    "arena-devdax": 80,
+    "arena-devdax": 90,
     "audit": 125,
     "dma": 65,
     "dma-amd": 50,

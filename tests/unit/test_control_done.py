@@ -13,8 +13,14 @@ from memconsole.backend import control as control_module
 from memconsole.backend.embedded import embedded
 from memconsole.backend.ledger.log import Ledger
 from memconsole.errors import KernelRefused
+from memconsole.model import Finding, Snapshot
 
 M = 1 << 20
+
+
+def untidy(taken: Snapshot) -> list[Finding]:
+    """What is said of the tidying; other VMs of this host have findings of their own."""
+    return [finding for finding in taken.findings if finding.id == "tidying-failed"]
 
 
 def full(*_: object) -> None:
@@ -37,11 +43,11 @@ def test_an_action_is_done_though_the_ledger_cannot_be_tidied(
         taken = control.snapshot()
         assert [region.name for region in taken.regions] == ["web"]
         assert [(event.kind, event.text) for event in taken.events] == [("reserve", "region web is reserved: 1M")]
-        (finding,) = taken.findings
-        assert (finding.id, finding.subject) == ("tidying-failed", "the ledger")
+        (finding,) = untidy(taken)
+        assert finding.subject == "the ledger"
         assert "the action is done" in finding.observed
         control.apply(do.Release("web"))
-        assert control.snapshot().findings == ()
+        assert untidy(control.snapshot()) == []
 
 
 @pytest.mark.parametrize("fails", [full, unforeseen])
@@ -61,7 +67,7 @@ def test_an_action_is_done_though_what_is_due_behind_it_fails(
             patched.setattr(control, "_prepare", with_after)
             patched.setattr(control_module.Control, "_bring_back", lambda *_: None)
             assert control.apply(do.Reserve("web", M)).text == "region web is reserved: 1M"
-        assert [finding.id for finding in control.snapshot().findings] == ["tidying-failed"]
+        assert len(untidy(control.snapshot())) == 1
         assert control.plan(do.Release("web")).refusals == ()
 
 

@@ -35,7 +35,7 @@ class MemconsoleError(Exception):
         super().__init__(what)
         self.what = what
         self.why = why
-        self.remedy = remedy
+        self.remedy = with_rights(remedy)
         self.code = code or self.default_code
 
     def __str__(self) -> str:
@@ -74,9 +74,6 @@ class Denied(Refused):
     """The peer's role, or the kernel's permissions, do not allow it."""
 
     default_code = "Denied"
-
-    def __init__(self, what: str, why: str = "", remedy: str = "", *, code: str = "") -> None:
-        super().__init__(what, why, with_rights(remedy), code=code)
 
 
 class NoControl(MemconsoleError):

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import textwrap
-from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from textual.content import Content
 
 from memconsole import physical, readiness
-from memconsole.model import Guest, GuestState, HandoffReport, Memory, Region, RegionState, Snapshot, Survival
+from memconsole.model import (
+    Grant,
+    GrantState,
+    Guest,
+    GuestState,
+    HandoffReport,
+    Memory,
+    Region,
+    RegionState,
+    Snapshot,
+    Survival,
+)
 from memconsole.physical import Share
 from memconsole.rates import guests_busy, usage_of
 from memconsole.readiness import Verdict
@@ -288,12 +298,17 @@ def _of_guest(guest: Guest) -> Iterable[tuple[Hashable, int]]:
     return ("memory", guest.memory), (guest.state, 1)
 
 
+def _of_grant(grant: Grant) -> Iterable[tuple[Hashable, int]]:
+    return ((grant.state, 1),)
+
+
 class Held:
     """What is held, counted: of ten thousand regions only those again that changed."""
 
     def __init__(self) -> None:
         self._regions = Tally(_of_region)
         self._guests = Tally(_of_guest)
+        self._grants = Tally(_of_grant)
 
     def resident(self, snapshot: Snapshot) -> int:
         """Bytes of regions that are in memory in the host's own pages."""
@@ -303,6 +318,7 @@ class Held:
     def lines(self, snapshot: Snapshot) -> list[Content]:
         """What is held: regions, guests and grants, counted by state."""
         regions, guests = self._regions.follow(snapshot.regions), self._guests.follow(snapshot.guests)
+        grants = self._grants.follow(snapshot.grants)
         size = f"{format_size(regions['size'])}, {format_size(regions['resident'])} resident"
         lines = [
             _count("regions", len(snapshot.regions), size),
@@ -310,7 +326,7 @@ class Held:
             _count("guests", len(snapshot.guests), f"{format_size(guests['memory'])} of RAM"),
             _states({state: guests[state] for state in GuestState}),
             _count("grants", len(snapshot.grants), ""),
-            _states(Counter(grant.state for grant in snapshot.grants)),
+            _states({state: grants[state] for state in GrantState}),
         ]
         lazy = [(grant.length, grant.faults) for grant in snapshot.grants if grant.faults]
         if lazy:

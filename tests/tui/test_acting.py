@@ -78,6 +78,24 @@ async def test_choices_and_flags_are_chosen_from_what_there_is() -> None:
     assert source.applied == [Reserve("web", 2 << 30, page_size=2 << 20, prefault=True)]
 
 
+@pytest.mark.parametrize("size", [(60, 20), (200, 60)])
+async def test_the_help_of_a_form_is_whole_at_every_size(size: tuple[int, int]) -> None:
+    def length(cls: type[Action]) -> int:
+        return max((len(field.arg.help) for field in actions.fields(cls)), default=0)
+
+    app = console()
+    async with running(app, size) as pilot:
+        for cls in sorted(actions.REGISTRY.values(), key=length)[-3:]:
+            form = Form(cls, {})
+            app.push_screen(form)
+            await until(pilot, lambda form=form: any(each.size.width for each in form.query(".-help")))  # type: ignore[misc]
+            for help, field in zip(form.query(".-help"), actions.fields(cls), strict=True):
+                seen = " ".join(help.render_line(y).text.strip() for y in range(help.size.height))
+                assert seen.strip() == field.arg.help
+            app.pop_screen()
+            await pilot.pause()
+
+
 async def test_the_chosen_row_fills_the_form_and_names_are_completed() -> None:
     source = SyntheticSource()
     app = console(source)

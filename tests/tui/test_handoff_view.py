@@ -31,7 +31,6 @@ from memconsole.model import (
     WindowResult,
 )
 from memconsole.source import ReadOnly
-from memconsole.views.app import ConsoleApp
 from memconsole.views.headless import render
 from memconsole.views.screens.acting import Form
 from memconsole.views.screens.handoff import condition_lines, kernel_lines
@@ -189,15 +188,12 @@ def test_the_kernels_word_stands_beside_the_ledgers() -> None:
 
 
 async def test_keys_open_the_view_check_and_begin() -> None:
-    app = ConsoleApp(SyntheticSource(shown(DONE)))
-    async with app.run_test(size=(100, 30)) as pilot:
-        await pilot.pause()
+    app = console(SyntheticSource(shown(DONE)))
+    async with running(app, (100, 30)) as pilot:
         await pilot.press("0")
-        assert app.trail[-1].view == "handoff"
-        await pilot.press("c")
-        await pilot.press("B")
-        await pilot.pause()
-        assert isinstance(app.screen, Form)
+        await until(pilot, lambda: app.trail[-1].view == "handoff")
+        await pilot.press("c", "B")
+        await until(pilot, lambda: isinstance(app.screen, Form))
 
 
 async def test_only_the_line_that_says_how_old_the_check_is_is_painted_as_it_ages(

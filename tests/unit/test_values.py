@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from memconsole import action_input, actions, command, units
 from memconsole.arguments import write_value
-from memconsole.errors import Denied, UsageError
+from memconsole.errors import Denied, KernelRefused, NotFound, UsageError
 from memconsole.model import Access, Rung
 
 
@@ -120,5 +120,7 @@ def test_a_time_may_have_the_mark_that_tells_it_from_a_file() -> None:
 )
 def test_root_is_not_told_to_run_as_root(monkeypatch: pytest.MonkeyPatch, uid: int, told: str) -> None:
     monkeypatch.setattr("os.geteuid", lambda: uid)
-    assert Denied("hidden", "", "run as root (CAP_SYS_PTRACE)").remedy.startswith(told)
+    remedy = "run as root (CAP_SYS_PTRACE)"
+    for error in (Denied("hidden", "", remedy), NotFound("hidden", "", remedy), KernelRefused("x", 1, remedy=remedy)):
+        assert error.remedy.startswith(told)
     assert Denied("hidden", "", "ask an operator").remedy == "ask an operator"

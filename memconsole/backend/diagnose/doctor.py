@@ -99,7 +99,7 @@ def _kvm(_: Root) -> Verdict:
     except NotFound as error:
         return "no", error.what, "load kvm_intel or kvm_amd, or allow nested virtualization"
     except Denied as error:
-        return "no", error.what, "run as root, or join the group of /dev/kvm"
+        return "no", error.what, with_rights("run as root, or join the group of /dev/kvm")
     return "yes", "a VM with a vCPU was created", ""
 
 

@@ -58,7 +58,7 @@ class HostModel:
             raise NotFound(
                 "the host map is empty",
                 "the kernel does not show the addresses of /proc/iomem to this user",
-                "run the control process as root",
+                "run as root (CAP_SYS_ADMIN) what surveys this host",
             )
         self._kinds = bytes(_USES.index(owner.use) + 1 for owner in self.host.owners)
 

@@ -14,7 +14,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from support.synthetic import SyntheticSource
 
-from memconsole import document, pages, paths, report
+from memconsole import document, pages, paths, recording, report
 from memconsole.cli import main
 from memconsole.document import Heading, Paragraph, Picture, Rows
 from memconsole.errors import NotFound, UsageError
@@ -119,8 +119,10 @@ def test_views_and_reports_are_written_by_the_command_line(tmp_path: Path, capsy
     assert (code, text.splitlines()[0]) == (0, "regions.")
     code, text = run(capsys, "snapshot", "--view", "audit", "--format", "json")
     assert (code, json.loads(text)["title"]) == (0, "audit")
+    recorded = str(tmp_path / "a.snap")  # what this host runs is not waited for
+    recording.write(tmp_path / "a.snap", SyntheticSource().snapshot())
     for name, begins in (("a.html", "<!DOCTYPE html>"), ("a.md", "# Memory audit of"), ("a.txt", "Memory audit of")):
-        assert run(capsys, "report", "-o", str(tmp_path / name))[0] == 0
+        assert run(capsys, "report", "--from", recorded, "-o", str(tmp_path / name))[0] == 0
         assert (tmp_path / name).read_text().startswith(begins)
     assert run(capsys, "report", "-o", str(tmp_path / "a.pdf"))[0] == 2
     assert run(capsys, "regions", "--plain") == (0, "No name.\n")

@@ -16,6 +16,7 @@ import msgspec
 import pytest
 from msgspec import inspect
 from support.synthetic import snapshot
+from support.trees import Tree
 from support.waiting import LONG_S
 
 import memconsole
@@ -284,8 +285,11 @@ class Surviving(OwnCustody):
 
 
 def started(tmp_path: Path, custody: OwnCustody) -> list[str]:
-    """The findings of a control process that takes over what custody holds."""
-    control = Control(tmp_path / "run", custody)
+    """The findings of a control process that takes over what custody holds, on a host where nothing else runs."""
+    tree = Tree(tmp_path / "host")
+    tree.host()
+    tree.meminfo()
+    control = Control(tmp_path / "run", custody, root=tree.root)
     try:
         return [f"{found.id} {found.subject}" for found in control.snapshot().findings]
     finally:

@@ -12,6 +12,7 @@
  *                 "configuration/target-page-bits"  body = be32:bits        (else pages are of 4 KiB)
  *                 "configuration/uuid"              body = 16 bytes
  *   command   = 08 be16:11 be16:0                                           switchover-start
+ *              | 08 be16:1 be16:0 | 08 be16:2 be16:4 be32                   return path opened, pinged: left out
  *   section   = (01 be32:id n:"ram" be32:instance be32:version              begins
  *              | 02 be32:id                                                 goes on
  *              | 03 be32:id) *record be64:10 [7e be32:id]                   ends: behind it is the tail
@@ -22,7 +23,7 @@
  *   tail      = device sections, 00, 06 be32:length "{" ... "}"             copied; the description must end it
  *
  * What else QEMU can write is refused by name (MC_RANGE): live sections that are not RAM (VFIO, dirty bitmaps), sections of
- * devices before RAM has ended, other commands (postcopy, return path), other capabilities (mapped-ram), and pages that are
+ * devices before RAM has ended, other commands (postcopy), other capabilities (mapped-ram), and pages that are
  * compressed (xbzrle), sent elsewhere (multifd, RDMA) or filled with what is not zero.
  */
 #define _GNU_SOURCE
@@ -45,6 +46,8 @@
 #define VM_CONFIGURATION 0x07
 #define VM_COMMAND 0x08
 #define VM_FOOTER 0x7e
+#define OPEN_RETURN_PATH 1
+#define PING_COMMAND 2
 #define SWITCHOVER_START 11
 
 #define CAPABILITIES "configuration/capabilities"
@@ -197,6 +200,11 @@ static int on_command(struct mc_stream *s)
 	uint32_t command = be16(s->field);
 	const char *name = command < sizeof(names) / sizeof(*names) ? names[command] : "";
 
+	/* Whoever loads what is written has nobody to answer. */
+	if (command == OPEN_RETURN_PATH && !be16(s->field + 2))
+		return await(s, SECTION, 1);
+	if (command == PING_COMMAND && be16(s->field + 2) == 4)
+		return await(s, PING, 4);
 	if (command != SWITCHOVER_START || be16(s->field + 2))
 		return stop(s, MC_RANGE, "a command in it is not known", name, strlen(name));
 	return put_number(s, VM_COMMAND, 1) || put(s, s->field, 4) ? s->code : await(s, SECTION, 1);
@@ -285,6 +293,7 @@ static int step(struct mc_stream *s)
 	case PAGE_BITS: return on_page_bits(s);
 	case UUID: return on_uuid(s);
 	case COMMAND: return on_command(s);
+	case PING: return await(s, SECTION, 1);
 	case START: return on_start(s);
 	case START_NAME: return on_start_name(s);
 	case START_VERSION: return on_start_version(s);
@@ -378,7 +387,8 @@ int mc_stream_run(struct mc_stream *s, int from, int stopper, struct mc_fail *fa
 			break;
 		}
 		n = read(from, s->in_buffer, IN);
-		if (!n)
+		/* A socket whose writer ended, and left something there that it has not read. */
+		if (!n || (n < 0 && errno == ECONNRESET))
 			return mc_stream_end(s, fail);
 		if (n > 0)
 			mc_stream_feed(s, s->in_buffer, (uint64_t)n, fail);

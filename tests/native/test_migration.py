@@ -107,6 +107,11 @@ def test_a_file_shorter_than_its_block_takes_nothing() -> None:
     os.close(sink)
 
 
+def test_what_is_for_who_answers_is_left_out() -> None:
+    asked = struct.pack(">BHH", 8, 1, 0) + struct.pack(">BHHI", 8, 2, 4, 1)
+    assert run(replace(PLAIN, between=asked + PLAIN.between).raw())[0] == run(PLAIN.raw())[0]
+
+
 def live(name: bytes) -> bytes:
     return b"\1" + struct.pack(">I", 3) + bytes([len(name)]) + name + struct.pack(">II", 0, 1)
 

@@ -9,6 +9,10 @@ from typing import Any
 
 from memconsole.errors import GuestError
 
+CAPABILITIES = ("x-ignore-shared", "xbzrle", "return-path", "switchover-ack")
+ANSWERS = bytes.fromhex("00070000 00010004 00000000")
+"""What it waits for from who reads: it may switch over, and all is well."""
+
 
 @dataclass
 class FakeQemu:
@@ -19,7 +23,7 @@ class FakeQemu:
 
     stream: bytes
     status: str = "running"
-    capabilities: dict[str, bool] = field(default_factory=lambda: {"x-ignore-shared": False, "xbzrle": False})
+    capabilities: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(CAPABILITIES, False))
     bandwidth: int = 134217728
     migration: str = "none"
     refuses: frozenset[str] = frozenset()
@@ -51,7 +55,10 @@ class FakeQemu:
         return {"max-bandwidth": self.bandwidth, "downtime-limit": 300}
 
     def migrate_set_capabilities(self, capabilities: list[dict[str, Any]], **_: object) -> object:
-        self.capabilities |= {each["capability"]: each["state"] for each in capabilities}
+        wanted = self.capabilities | {each["capability"]: each["state"] for each in capabilities}
+        if wanted.get("switchover-ack") and not wanted["return-path"]:
+            raise GuestError("QEMU refused it", "Capability 'switchover-ack' requires capability 'return-path'")
+        self.capabilities = wanted
         return {}
 
     def migrate_set_parameters(self, max_bandwidth: int, **_: object) -> object:
@@ -95,6 +102,8 @@ class FakeQemu:
         return self._pipe >= 0
 
     def _send(self) -> None:
+        if self.capabilities.get("return-path"):
+            assert os.read(self._pipe, 64) == ANSWERS
         rest = memoryview(self.stream if self.cut is None else self.stream[: self.cut])
         try:
             while rest:

@@ -67,11 +67,13 @@ class Host:
         self.saved: set[str] = set()
         self.started: list[str] = []
         self.says = "paused"
-        self.silent = False
+        self.silent = self.destroyed = False
+        self.xml = XML
         saves.mkdir()
         monkeypatch.setattr(carried_back, "SAVES", saves)
         monkeypatch.setattr(virsh, "monitor", lambda _uuid: self.ask)
-        monkeypatch.setattr(virsh, "description", lambda _uuid: XML)
+        monkeypatch.setattr(virsh, "description", lambda _uuid: self.xml)
+        monkeypatch.setattr(virsh, "was_destroyed", lambda _uuid: self.destroyed)
         monkeypatch.setattr(virsh, "state", lambda _uuid: self.says)
         monkeypatch.setattr(virsh, "running", lambda: frozenset(self.runs))
         monkeypatch.setattr(virsh, "is_saved", lambda uuid: uuid in self.saved)
@@ -291,6 +293,65 @@ def test_without_the_hook_no_image_is_unlocked(desk: Desk, host: Host) -> None:
     host.parts = []
     resumed(desk)
     assert host.started == ["restore .image"]
+
+
+def test_one_whose_xml_changed_while_its_state_was_taken_goes_on(desk: Desk, host: Host) -> None:
+    """A disk that was attached would be in its state and not in the image's XML: it could never be restored."""
+    taking = Taking(desk, desk.state.guests["web"], lambda: None)
+    look, *rest = taking.steps()
+    desk.carry(run("take", [look]))
+    host.xml = XML.replace(b"</domain>", b"<devices><disk/></devices></domain>")
+    with pytest.raises(GuestError, match="changed meanwhile"):
+        desk.carry(run("take", rest))
+    assert host.qemu.status == "running"
+    assert not host.stopped()
+
+
+def test_what_its_balloon_has_changed_is_no_change(desk: Desk, host: Host) -> None:
+    host.xml = XML.replace(b"<name>", b"<currentMemory unit='KiB'>4096</currentMemory><name>")
+    taking = Taking(desk, desk.state.guests["web"], lambda: None)
+    look, *rest = taking.steps()
+    desk.carry(run("take", [look]))
+    host.xml = XML
+    desk.carry(run("take", rest))
+    assert host.stopped()
+
+
+def test_one_that_ends_while_its_state_is_taken_is_said_to_have(desk: Desk, host: Host) -> None:
+    taking = Taking(desk, desk.state.guests["web"], lambda: None)
+    look, change, stream = taking.steps()
+    desk.carry(run("take", [look, change]))
+    host.process.kill()
+    host.process.wait()
+    host.silent = True
+    with pytest.raises(GuestError, match="has ended meanwhile") as caught:
+        desk.carry(run("take", [Step("set", "", lambda: None, change.undo), stream]))
+    assert "not undone" not in caught.value.why.replace("and not undone: libvirt", "")
+
+
+def test_one_that_somebody_destroys_before_it_is_ended_stays_so(desk: Desk, host: Host) -> None:
+    taking, _ = taken(desk)
+    taking.seal(digest(desk))
+    host.destroyed = True
+    taking.end()
+    assert taking.is_destroyed
+    assert "carried:web" not in desk.custody.names()
+
+
+def test_one_whose_process_ended_is_told_how_it_is_adopted_again(
+    desk: Desk, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = desk.state.guests["web"]
+    desk.remove_guest("web")
+    monkeypatch.setattr(libvirt, "domains", lambda _root: {7: MANAGED})
+    ((said,),) = adopted_facts.kept(desk, [mine]).values()
+    assert "libvirt has started it again on other RAM" in said
+    words = "memconsole guest let-go web; memconsole release web.pc.ram; memconsole guest adopt web"
+    assert said.endswith(words)
+    monkeypatch.setattr(libvirt, "domains", lambda _root: {})
+    ((said,),) = adopted_facts.kept(desk, [mine]).values()
+    assert said.endswith("memconsole guest let-go web")
+    assert host.started == []
 
 
 def test_what_keeps_an_adopted_guest_is_said_in_words(desk: Desk, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

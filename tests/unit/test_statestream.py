@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from support import streams
-from support.fake_qemu import FakeQemu
+from support.fake_qemu import CAPABILITIES, FakeQemu
 from support.streams import PAGE, Page, Stream
 
 from memconsole.backend import steps
@@ -47,7 +47,7 @@ def contents(fd: int) -> bytes:
 
 
 def is_as_before(qemu: FakeQemu, *, status: str = "running") -> bool:
-    as_set = qemu.capabilities == {"x-ignore-shared": False, "xbzrle": False} and qemu.bandwidth == BANDWIDTH
+    as_set = qemu.capabilities == dict.fromkeys(CAPABILITIES, False) and qemu.bandwidth == BANDWIDTH
     return as_set and qemu.status == status and not qemu.holds_pipe
 
 
@@ -93,12 +93,44 @@ def test_one_that_was_paused_stays_so(target: int) -> None:
 
 
 def test_a_capability_that_was_on_is_on_again_and_one_that_is_refused_is_off_meanwhile(target: int) -> None:
-    qemu = FakeQemu(STREAM.raw(), capabilities={"x-ignore-shared": True, "xbzrle": True, "auto-converge": True})
+    was = {**dict.fromkeys(CAPABILITIES, False), "xbzrle": True, "auto-converge": True}
+    qemu = FakeQemu(STREAM.raw(), capabilities=dict(was))
     stream = taking(qemu, target)
     run(stream)
-    assert qemu.capabilities == {"x-ignore-shared": True, "xbzrle": False, "auto-converge": True}
+    assert qemu.capabilities == {**dict.fromkeys(CAPABILITIES, True), "xbzrle": False, "auto-converge": True}
     statestream.take_back(qemu, stream.before)
-    assert qemu.capabilities == {"x-ignore-shared": True, "xbzrle": True, "auto-converge": True}
+    assert qemu.capabilities == was
+
+
+def test_nobody_else_can_save_it_while_its_ram_is_left_out(target: int) -> None:
+    """What libvirt tells a QEMU first when a domain is saved."""
+    qemu = FakeQemu(STREAM.raw())
+    run(taking(qemu, target))
+    with pytest.raises(GuestError, match="switchover-ack"):
+        qemu("migrate-set-capabilities", {"capabilities": [{"capability": "return-path", "state": False}]})
+
+
+@pytest.mark.parametrize("lacks", ["switchover-ack", "return-path", "x-ignore-shared"])
+def test_ram_is_left_out_only_where_nobody_else_could_have_that(target: int, lacks: str) -> None:
+    known = {name: False for name in CAPABILITIES if name != lacks}
+    qemu = FakeQemu(STREAM.raw(), capabilities={**known, "xbzrle": True})
+    run(taking(qemu, target))
+    left_out = lacks == "x-ignore-shared"
+    assert qemu.capabilities.get("x-ignore-shared", False) is False
+    assert qemu.capabilities.get("switchover-ack", False) is left_out
+    assert contents(target) == HEAD + LOCKED
+
+
+def test_ram_that_is_moved_is_sent_whatever_it_is(target: int) -> None:
+    """Shared RAM in a file on a disk, or of huge pages: what is left out of the stream would be zeros."""
+    qemu = FakeQemu(STREAM.raw(), capabilities={**dict.fromkeys(CAPABILITIES, False), "x-ignore-shared": True})
+    file = os.memfd_create("ram", os.MFD_CLOEXEC)
+    os.ftruncate(file, RAM)
+    stream = StateStream("web", os.getpid(), qemu, target, (Elsewhere("pc.ram", RAM, file),))
+    run(stream)
+    assert not any(qemu.capabilities.values())
+    assert os.pread(file, PAGE, 0) == b"\1" * PAGE
+    os.close(file)
 
 
 @pytest.mark.parametrize("command", ["migrate-set-capabilities", "migrate-set-parameters", "getfd", "migrate"])

@@ -69,7 +69,7 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
         strangers=(
             vm("web shop", 11),
             vm("files", 12, named),
-            vm("plain", 13, replace(named, name="plain", ram=ManagedRam()), "memory-backend-ram,id=mem"),
+            vm("plain", 13, replace(named, name="plain", uuid="3", ram=ManagedRam()), "memory-backend-ram,id=mem"),
             vm("qemu-14", 14, None),
         ),
         ram=((11, (block("ram-node0"), block("ram-node1", 1))), (12, (SPLIT,)), (13, ()), (14, (block("mem0"),))),
@@ -340,3 +340,15 @@ def test_one_that_was_cut_short_leaves_only_what_is_not_its_own(desk: Desk) -> N
     payloads.put(desk.custody, "region:web-shop.mine:0", desk.ram[14][0][2], kept)
     adopt.drop_unfinished(desk, work.aims.guests)
     assert desk.custody.names() == ["region:web-shop.mine:0"]
+
+
+def test_one_that_libvirt_started_again_is_not_adopted_beside_what_it_was(desk: Desk) -> None:
+    """After an operator's save and restore: another process, other RAM, and the name of its own in the ledger."""
+    run(desk, do.GuestAdopt("web shop"))
+    desk.remove_guest("web-shop")
+    desk.facts = dataclasses.replace(desk.facts, strangers=(vm("qemu-99", 99, DOMAIN),))
+    for action in (do.GuestAdopt("web shop"), do.GuestAdopt("qemu-99"), do.GuestAdopt(all=True)):
+        (refusal,) = prepare(desk, action).refusals
+        assert refusal.code == "GuestGone"
+        assert "memconsole guest let-go web-shop; memconsole release web-shop.ram-node0;" in refusal.remedy
+        assert refusal.remedy.endswith("memconsole guest adopt 'web shop'")

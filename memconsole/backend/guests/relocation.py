@@ -14,7 +14,6 @@ to the end of the restore. Who comes after a ``kill -9`` finds the note (:mod:`.
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import time
 from pathlib import Path
@@ -34,8 +33,6 @@ from memconsole.backend.steps import Step
 from memconsole.backend.stores import ramfiles
 from memconsole.errors import GuestError
 from memconsole.model import Guest
-
-_NO_CHANGE = re.compile(rb"<currentMemory[^>]*>[^<]*</currentMemory>")
 
 
 class Relocation:
@@ -155,7 +152,7 @@ class Relocation:
             raise
 
     def _refuse_changed(self) -> None:
-        if _lasting(virsh.description(self._managed.uuid)) != _lasting(self._xml):
+        if domainxml.lasting(virsh.description(self._managed.uuid)) != domainxml.lasting(self._xml):
             why = "its XML is another than before its RAM was copied"
             raise GuestError(f"domain {self._managed.name} was changed meanwhile", why, "try again", code="Changed")
 
@@ -247,8 +244,3 @@ def _owner(root: Root, pid: int) -> tuple[int, int]:
     found = {name: rest.split() for name, _, rest in (row.partition(":") for row in rows)}
     with decoding.named(f"/proc/{pid}/status", ""):
         return int(found["Uid"][3]), int(found["Gid"][3])
-
-
-def _lasting(xml: bytes) -> bytes:
-    """A domain's XML without what changes by itself while it runs."""
-    return _NO_CHANGE.sub(b"", xml)

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
+import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -39,13 +41,18 @@ _UNKNOWN = frozenset(
         "pause-before-switchover",
         "postcopy-ram",
         "release-ram",
-        "return-path",
         "x-colo",
         "xbzrle",
         "zero-copy-send",
     }
 )
 """Capabilities with which QEMU writes what the filter refuses, waits for a word, or gives RAM up that it has sent."""
+_GUARDED = "switchover-ack"
+_NEEDED = "return-path"
+"""What it needs. libvirt switches this one off before it saves or migrates a domain, and QEMU refuses that while the
+other is on, which libvirt does not know: so nobody's ``virsh save`` can be one without RAM. QEMU 8.1 has both."""
+_ANSWERS = struct.pack(">HH", 7, 0) + struct.pack(">HHI", 1, 4, 0)
+"""What QEMU waits for on the way back (MIG_RP_MSG_SWITCHOVER_ACK, SHUT): it may switch over, and all is well."""
 _FASTEST = 1 << 40
 """Bytes a second, as a limit: none."""
 _PIPE = 1 << 20
@@ -60,6 +67,11 @@ class Before(Value, frozen=True):
     running: bool
     capabilities: dict[str, bool]
     bandwidth: int
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether QEMU leaves RAM out by itself, which nobody else can have it do meanwhile."""
+        return _GUARDED in self.capabilities
 
 
 class Taken(Value, frozen=True):
@@ -96,8 +108,8 @@ class _Parameters(Value, frozen=True, rename="kebab"):
     max_bandwidth: int
 
 
-def look(monitor: Monitor, guest: str) -> Before:
-    """What must be as it is now when the state is taken back.
+def look(monitor: Monitor, guest: str, *, all_held: bool = False) -> Before:
+    """What must be as it is now when the state is taken back; ``all_held``: RAM that is shared need not be sent.
 
     Raises:
         Refused: a migration or save is under way (``JobUnderWay``), or its guest cannot go on (``NotRunning``).
@@ -112,7 +124,9 @@ def look(monitor: Monitor, guest: str) -> Before:
     if status not in {*_RUNS, "paused"}:
         raise Refused(what, f"QEMU says {status}", "resume it first, or shut it down", code="NotRunning")
     known = {each.capability: each.state for each in _told(monitor, "query-migrate-capabilities", list[_Capability])}
-    changed = {name: known[name] for name in sorted(known) if _wanted(name) not in {None, known[name]}}
+    left_out = all_held and known.get(_GUARDED) is False and _NEEDED in known
+    wanted = dict.fromkeys(_UNKNOWN, False) | dict.fromkeys((_SHARED, _GUARDED, _NEEDED), left_out)
+    changed = {name: known[name] for name in sorted(known) if wanted.get(name, known[name]) != known[name]}
     return Before(status in _RUNS, changed, _told(monitor, "query-migrate-parameters", _Parameters).max_bandwidth)
 
 
@@ -159,11 +173,6 @@ def _set(monitor: Monitor, capabilities: Mapping[str, bool]) -> None:
     if capabilities:
         each = [{"capability": name, "state": state} for name, state in capabilities.items()]
         monitor("migrate-set-capabilities", {"capabilities": each})
-
-
-def _wanted(capability: str) -> bool | None:
-    """Whether a capability is to be on; None: as it is."""
-    return True if capability == _SHARED else False if capability in _UNKNOWN else None
 
 
 def _told(monitor: Monitor, command: str, kind: Any) -> Any:
@@ -234,7 +243,8 @@ class StateStream:
         )
 
     def _look(self) -> None:
-        self._before = look(self._monitor, self._guest)
+        all_held = all(each.fd < 0 for each in self._elsewhere)
+        self._before = look(self._monitor, self._guest, all_held=all_held)
 
     def _set(self) -> None:
         with _undone_by(self._set_back):
@@ -254,7 +264,7 @@ class StateStream:
     def _stream(self) -> None:
         with (
             _undone_by(self._go_on),
-            _Reader(self._target, self._elsewhere, lock=self._lock) as reader,
+            _Reader(self._target, self._elsewhere, lock=self._lock, answers=self.before.leaves_out) as reader,
         ):
             reader.hand(self._monitor)
             with _undone_by(self._forget_pipe):
@@ -311,14 +321,27 @@ def _undone_by(back: Callable[[], None]) -> Iterator[None]:
         raise
 
 
-class _Reader:
-    """The filter at our end of a pipe, in a thread of its own."""
+def _piped() -> tuple[int, int]:
+    """A pipe: where it is read, and written."""
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    with suppress(PermissionError):  # more than the host lets a user have in pipes
+        fcntl.fcntl(reading, fcntl.F_SETPIPE_SZ, _PIPE)
+    return reading, writing
 
-    def __init__(self, target: int, elsewhere: Sequence[Elsewhere], *, lock: bool) -> None:
-        self._reading, self._writing = os.pipe2(os.O_CLOEXEC)
+
+def _answered() -> tuple[int, int]:
+    """The same as a socket; who writes finds all that will be answered there."""
+    reading, writing = socket.socketpair()
+    reading.send(_ANSWERS)
+    return reading.detach(), writing.detach()
+
+
+class _Reader:
+    """The filter at our end of a pipe, or of a socket on which QEMU finds its answers, in a thread of its own."""
+
+    def __init__(self, target: int, elsewhere: Sequence[Elsewhere], *, lock: bool, answers: bool) -> None:
+        self._reading, self._writing = _answered() if answers else _piped()
         self._stopped, self._stopping = os.pipe2(os.O_CLOEXEC)
-        with suppress(PermissionError):  # more than the host lets a user have in pipes
-            fcntl.fcntl(self._reading, fcntl.F_SETPIPE_SZ, _PIPE)
         self._found: Filtered | None = None
         self._error: MemconsoleError | None = None
 

@@ -8,7 +8,8 @@ the mount       libvirt finds the RAM there when it starts the guest again
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -18,14 +19,14 @@ from memconsole.backend.handoff.hindrances import hindrances
 from memconsole.backend.kernel import tree
 from memconsole.backend.managers import libvirt, virsh
 from memconsole.errors import MemconsoleError
-from memconsole.model import Guest, Managed, Value
+from memconsole.model import Guest, GuestState, Managed, Value
 from memconsole.units import format_size
 
 _AT_ONCE = 8
 _CARRIED = frozenset({"running", "paused"})
 
 
-class AdoptedLooks(needs.RegionFds, needs.ForeignMemory, needs.GrantFiles, Protocol):
+class AdoptedLooks(needs.LiveGuests, needs.RegionFds, needs.ForeignMemory, needs.GrantFiles, Protocol):
     """What adopted guests are looked at by."""
 
 
@@ -43,11 +44,32 @@ def kept(desk: AdoptedLooks, guests: Sequence[Guest]) -> dict[str, tuple[str, ..
     except tree.UNREADABLE:
         domains = {}
     now = {guest.name: libvirt.of_process(domains, guest.pid or 0, guest.command) for guest in guests}
-    found = {guest.name: tuple(_seen(desk, guest, now[guest.name])) for guest in guests}
+    ended = {guest.name: _ended(desk, guest, domains.values()) for guest in guests}
+    found = {guest.name: ended[guest.name] or tuple(_seen(desk, guest, now[guest.name])) for guest in guests}
     asked = {name: managed for name, managed in now.items() if managed is not None and not found[name]}
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         said = dict(zip(asked, pool.map(_said, asked.values()), strict=True))
     return {name: each or said.get(name, ()) for name, each in found.items()}
+
+
+def adopted_anew(desk: needs.LedgerState, guest: Guest) -> str:
+    """The commands that adopt a guest whose process ended as it runs now."""
+    name = guest.managed.name if guest.managed is not None else guest.name
+    regions = sorted({grant.region for grant in desk.state.grants_of(guest=guest.name)})
+    words = [f"let-go {guest.name}", *(f"release {region}" for region in regions), f"adopt {shlex.quote(name)}"]
+    return "; ".join(f"memconsole {'' if word.startswith('release') else 'guest '}{word}" for word in words)
+
+
+def _ended(desk: AdoptedLooks, guest: Guest, domains: Iterable[Managed]) -> tuple[str, ...]:
+    """That its process ended: its domain may run again, on RAM that custody has not."""
+    live = desk.live_guest(guest.name)
+    if live is not None and live.state() is not GuestState.GONE:
+        return ()
+    what = f"its process {guest.pid} has ended, and what custody holds is the RAM of that"
+    if guest.managed is not None and any(each.is_systems(guest.managed.uuid) for each in domains):
+        again = "libvirt has started it again on other RAM (a save and restore, or a new start)"
+        return (f"{what}; {again}: {adopted_anew(desk, guest)}",)
+    return (f"{what}: memconsole guest let-go {guest.name}",)
 
 
 def _seen(desk: AdoptedLooks, guest: Guest, managed: Managed | None) -> list[str]:

@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import os
 import signal
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -29,8 +30,9 @@ from memconsole.backend.custody import payloads
 from memconsole.backend.guests import ramblocks, statestream
 from memconsole.backend.guests.ramblocks import StreamBlock
 from memconsole.backend.guests.statestream import Before, StateStream
-from memconsole.backend.handoff import bootplan, manifest
+from memconsole.backend.handoff import bootplan, manifest, stored
 from memconsole.backend.handoff.bootplan import ClockReading
+from memconsole.backend.handoff.facets import HandoffReporting
 from memconsole.backend.kernel import tree
 from memconsole.backend.ledger import boots
 from memconsole.backend.managers import domainxml, plans, saveimage, virsh
@@ -45,10 +47,12 @@ from memconsole.model import Guest, GuestResult, Value
 CARRIED = "carried:"
 """Before a guest's name: the note of an adopted guest whose state is being taken, or was; its file is the image."""
 WAITS = "libvirt has not started it again yet"
+DESTROYED = "somebody has ended it meanwhile (virsh destroy), and so it stays"
 LANE = "restored by libvirt: taps, logs and helpers of its QEMU are libvirt's to give"
 """Which way an adopted guest goes, and why."""
 _NO_DIGEST = "0" * 64
 _END_S = 60.0
+_LOOK_S = 0.002
 
 
 class CarriedBlock(StreamBlock, frozen=True):
@@ -91,7 +95,9 @@ class Carried(Value, frozen=True):
         return (guest.pid, guest.start_ticks) == (self.pid, self.start_ticks)
 
 
-class Carrying(needs.OwnRegionFds, needs.RegionFrames, needs.LiveGuests, needs.RuntimeFiles, Protocol):
+class Carrying(
+    needs.OwnRegionFds, needs.RegionFrames, needs.LiveGuests, needs.RuntimeFiles, HandoffReporting, Protocol
+):
     """What taking the state of adopted guests needs."""
 
 
@@ -193,6 +199,8 @@ class Taking:
         self._desk = desk
         self.guest = guest
         self._again = again
+        self.is_destroyed = False
+        self._xml = b""
         self._image = Image(running=True, xml=b"")
         self._fd = -1
         self._note: Carried | None = None
@@ -227,11 +235,11 @@ class Taking:
             raise GuestError(f"guest {guest.name} cannot be carried", "no manager starts it again", "shut it down")
         plans.remove(managed.uuid, self._desk.runtime_dir)
         monitor = virsh.monitor(managed.uuid)
-        xml = virsh.description(managed.uuid)
+        self._xml = virsh.description(managed.uuid)
         self._fd = manifest.memfd(f"memconsole-carried-{guest.name}", b"")
         try:
             os.ftruncate(self._fd, 0)
-            locked = domainxml.locked(domainxml.on_files(xml), domainxml.Lock(guest.name, _NO_DIGEST))
+            locked = domainxml.locked(domainxml.on_files(self._xml), domainxml.Lock(guest.name, _NO_DIGEST))
             self._image = Image(running=True, xml=locked)
             saveimage.begin(self._fd, self._image)
             blocks = blocks_of(self._desk, guest, ramblocks.stream_names(monitor))
@@ -273,18 +281,35 @@ class Taking:
         self._steps["set"].do()
 
     def _set_back(self) -> None:
-        if self.said.ended:
+        if self.said.ended or self._has_gone():
             return
         with contextlib.ExitStack() as both:
             both.callback(_set_emptied, virsh.monitor(self.said.uuid), self.said, on=True)
             both.callback(_undone(self._steps["set"]))
 
+    def _has_gone(self) -> bool:
+        """Whether somebody else has ended it, so that nothing of it can be as before."""
+        try:
+            with Handle(self.said.pid, self.said.start_ticks) as process:
+                process.check()
+        except Gone:
+            return True
+        return False
+
     def _take(self) -> None:
-        self._steps["stream"].do()
+        try:
+            self._steps["stream"].do()
+        except GuestError as error:
+            if self._has_gone():
+                why = "somebody has ended, saved or migrated it (virsh domstate --reason)"
+                raise GuestError(f"guest {self.guest.name} has ended meanwhile", why, "try again without it") from error
+            raise
         taken = self._stream.taken if self._stream is not None else None
         self._keep(at=bootplan.moment(), stood_ns=(taken.downtime_ms if taken is not None else 0) * 1_000_000)
         try:
-            _signalled(self.said, signal.SIGSTOP)
+            # Asked behind QEMU's last word, for which libvirt waits until nothing else is done to the domain.
+            _check_same(self.guest.name, self._xml, virsh.description(self.said.uuid))
+            _stop(self.said)
             _check_still(self.guest.name, virsh.state(self.said.uuid))
         except BaseException:
             self._go_on()
@@ -293,6 +318,8 @@ class Taking:
     def _go_on(self) -> None:
         if self.said.ended:
             self._again()
+            return
+        if self._has_gone():
             return
         _signalled(self.said, signal.SIGCONT)
         _undone(self._steps["stream"])()
@@ -311,6 +338,8 @@ class Taking:
     def end(self, within: float = _END_S) -> None:
         """Kill its process, for a rehearsal; libvirt has seen it when this ends.
 
+        One that somebody destroys meanwhile stays so (``is_destroyed``).
+
         Raises:
             GuestError: it does not end in time.
         """
@@ -321,6 +350,29 @@ class Taking:
         if not virsh.is_off(self.said.uuid, within):
             what = f"libvirt does not see that guest {self.guest.name} has ended"
             raise GuestError(what, f"it says that it runs, {within:g} s later", "systemctl restart libvirtd")
+        if self.said.persistent and virsh.was_destroyed(self.said.uuid):
+            self.is_destroyed = True
+            drop(self._desk, self.guest.name)
+
+    def tell(self) -> None:
+        """Have the report of the handoff say that it was destroyed, if it was."""
+        if self.is_destroyed:
+            stored.amend_report(
+                self._desk,
+                lambda made: replace(
+                    made,
+                    guests=tuple(
+                        replace(each, why=DESTROYED) if each.name == self.guest.name else each for each in made.guests
+                    ),
+                ),
+            )
+
+
+def _check_same(guest: str, before: bytes, now: bytes) -> None:
+    """An image with another XML than its state was taken with could not be loaded, or would be of other disks."""
+    if domainxml.lasting(now) != domainxml.lasting(before):
+        why = "its XML is another than before its state was taken: a device, a disk or a snapshot came or went"
+        raise GuestError(f"guest {guest} was changed meanwhile", why, "try again", code="Changed")
 
 
 def _check_still(guest: str, state: str) -> None:
@@ -350,6 +402,18 @@ def _set_emptied(monitor: Monitor, said: Carried, *, on: bool) -> None:
 def _signalled(said: Carried, number: signal.Signals) -> None:
     with Handle(said.pid, said.start_ticks) as process:
         process.signal(number)
+
+
+def _stop(said: Carried) -> None:
+    """Stop its process, and be behind it: what a command has resumed by then, libvirt knows."""
+    with Handle(said.pid, said.start_ticks) as process:
+        process.signal(signal.SIGSTOP)
+        deadline = time.monotonic() + _END_S
+        while not process.stopped():
+            if time.monotonic() > deadline:
+                why = f"process {said.pid} runs on {_END_S:g} s after a SIGSTOP"
+                raise GuestError(f"guest {said.name} does not stand still", why, "see /proc/PID/stack")
+            time.sleep(_LOOK_S)
 
 
 def take_back(desk: needs.InCustody, guest: str) -> None:

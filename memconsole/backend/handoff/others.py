@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from memconsole.backend.handoff.hindrances import hindrances
-from memconsole.model import Condition, Guest, Severity
+from memconsole.model import Condition, Guest, GuestState, Severity
 
 if TYPE_CHECKING:
     from memconsole.backend.handoff.facts import HandoffFacts
@@ -51,6 +51,7 @@ def staying(facts: HandoffFacts) -> Iterator[Condition]:
 def _carried(facts: HandoffFacts, severity: Severity, risk: str) -> Condition:
     kept = [met for met in facts.guests if met.guest.adopted and met.kept]
     named = "; ".join(f"{met.guest.name} ({'; '.join(met.kept)})" for met in kept)
+    alive = [met.guest for met in kept if met.state is not GuestState.GONE]
     return Condition(
         "guest-adopted",
         severity,
@@ -58,7 +59,9 @@ def _carried(facts: HandoffFacts, severity: Severity, risk: str) -> Condition:
         requirement="every adopted guest can be carried",
         risk=risk,
         observed=f"adopted guests cannot be carried: {named}" if kept else "",
-        remedy=f"see what keeps each; or {_ended([met.guest for met in kept])}",
+        remedy=f"see what keeps each; or {_ended(alive)}"
+        if alive or not kept
+        else "the commands that are said of each",
     )
 
 

@@ -152,7 +152,7 @@ class _Sequence:
                 self._add(work, "manifest", step)
             self._add(work, "jump", Step("jump", f"boot {seen.kernel}: the keeper jumps", desk.custody.jump))
         else:
-            self._restart(work, going, told, adopted)
+            self._restart(work, going, told)
         return work
 
     # --- steps ------------------------------------------------------------------------------------------------------
@@ -443,9 +443,7 @@ class _Sequence:
 
     # --- the rehearsal's own -----------------------------------------------------------------------------------------
 
-    def _restart(
-        self, work: PreparedAction, going: Sequence[Guest], told: Sequence[Guest], adopted: Sequence[Guest]
-    ) -> None:
+    def _restart(self, work: PreparedAction, going: Sequence[Guest], told: Sequence[Guest]) -> None:
         desk = self.desk
         for taking in self.takings:
             name = taking.guest.name
@@ -469,12 +467,15 @@ class _Sequence:
         def land() -> None:
             landed = landing.land(desk, self.got.progress)
             work.change = landed.change
-            work.then += [GuestResume(guest.name) for guest in (*told, *adopted)]
+            back = [each.guest for each in self.takings if not each.is_destroyed]
+            work.then += [GuestResume(guest.name) for guest in (*told, *back)]
             landing.adopt_processes(desk, landed.change.guests)
             work.after = partial(settle, landed)
 
         def settle(landed: landing.Landing) -> None:
             landing.reconcile(desk, landed)
+            for each in self.takings:
+                each.tell()
             work.findings = landed.findings
             clocks.begin_clocks(desk)
 

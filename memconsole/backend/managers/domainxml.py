@@ -10,6 +10,7 @@ Places are found by a parser and changed as bytes: what else a person or a manag
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 from xml.parsers import expat
 from xml.sax.saxutils import quoteattr
@@ -26,6 +27,7 @@ _BACKING = ("domain", "memoryBacking")
 _METADATA = ("domain", "metadata")
 _SHARED = "<access mode='shared'/>"
 _FILE = "<source type='file'/>"
+_PASSING = re.compile(rb"<currentMemory[^>]*>[^<]*</currentMemory>")
 
 
 class Lock(NamedTuple):
@@ -33,6 +35,11 @@ class Lock(NamedTuple):
 
     region: str
     digest: str
+
+
+def lasting(xml: bytes) -> bytes:
+    """A domain's XML without what changes by itself while it runs (its balloon)."""
+    return _PASSING.sub(b"", xml)
 
 
 class _Element(NamedTuple):

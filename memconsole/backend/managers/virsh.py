@@ -122,6 +122,16 @@ def state(uuid: str, within: float = WITHIN_S) -> str:
     return decoding.text(said[:200]).strip()
 
 
+def was_destroyed(uuid: str) -> bool:
+    """Whether somebody has ended a domain by libvirt (``virsh destroy``); not, where its process ended.
+
+    Raises:
+        GuestError: libvirt does not say it, or knows no such domain.
+    """
+    said = run("domstate", "--reason", "--domain", uuid, what=f"libvirt does not say the state of domain {uuid}")
+    return "(destroyed)" in decoding.text(said[:200])
+
+
 def is_off(uuid: str, within: float) -> bool:
     """Whether libvirt says within so many seconds that a domain does not run; one that it does not know does not.
 

@@ -26,6 +26,7 @@ from memconsole.backend import needs
 from memconsole.backend.custody import payloads
 from memconsole.backend.custody.names import custody_name
 from memconsole.backend.guests.ramblocks import region_name
+from memconsole.backend.handoff.adopted_facts import adopted_anew
 from memconsole.backend.handoff.carried_back import Returning
 from memconsole.backend.handoff.hindrances import hindrances
 from memconsole.backend.ledger.state import StateChange
@@ -141,8 +142,8 @@ def _known(desk: Adopting, guest: Guest, qmp: str) -> _Adoption | Refusal:
         return Refusal("Ours", f"guest {guest.name} is memconsole's own", "its RAM is a region", "nothing need be done")
     live = desk.live_guest(guest.name)
     if live is None or live.state() is GuestState.GONE:
-        remedy = f"memconsole guest let-go {guest.name}, then adopt it as it runs now"
-        why = "what is in custody is the RAM of the process that ended"
+        remedy = f"adopt it as it runs now: {adopted_anew(desk, guest)}"
+        why = f"what is in custody is the RAM of process {guest.pid}, which ended: saved and restored, or started anew"
         return Refusal("GuestGone", f"guest {guest.name} was adopted and has ended", why, remedy)
     try:
         files = desk.ram_files(guest)
@@ -159,6 +160,9 @@ def _known(desk: Adopting, guest: Guest, qmp: str) -> _Adoption | Refusal:
 
 def _judged(desk: Adopting, shown: Guest, qmp: str, copy: bool) -> _Adoption | Removal | Refusal:
     """A VM that runs here without memconsole, as far as can be seen without asking it."""
+    former = _former(desk, shown)
+    if former is not None:
+        return _known(desk, former, qmp)
     name = adoptees.name_of(desk, shown)
     refusal = _unreachable(shown, qmp) or _busy(shown) or adoptees.left_over(desk, shown, name)
     if refusal is not None:
@@ -167,6 +171,15 @@ def _judged(desk: Adopting, shown: Guest, qmp: str, copy: bool) -> _Adoption | R
     if isinstance(files, Refusal):
         return relocate.judged(desk, shown, name) if copy and files.code in _COPIED else files
     return _Adoption(shown, adoptees.guest_of(shown, name), files, qmp)
+
+
+def _former(desk: needs.LedgerState, shown: Guest) -> Guest | None:
+    """The guest of the ledger that a domain was, as another process: it was adopted then."""
+    if shown.managed is None or shown.managed.user is not None:
+        return None
+    uuid = shown.managed.uuid
+    adopted_ones = (each for each in desk.state.guests.values() if each.adopted and each.managed is not None)
+    return next((each for each in adopted_ones if each.managed and each.managed.is_systems(uuid)), None)
 
 
 def _holdable(desk: Adopting, shown: Guest) -> tuple[RamFile, ...] | Refusal:

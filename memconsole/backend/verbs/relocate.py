@@ -47,7 +47,7 @@ from memconsole.units import format_duration, format_size
 log = logging.getLogger(__name__)
 
 RATE = 400 << 20
-"""Bytes a second that a plan counts with: a third of what the bench of ``--copy`` measured on two busy cores, 1.2 GiB."""
+"""Bytes a second that a plan counts with: a third of what its bench measured, 1.2 GiB on two busy cores."""
 _LAST_S = 0.3
 """Seconds that QEMU's last round takes at most (its downtime-limit), unless a guest writes faster than it is copied."""
 _AGAIN_S = 2.0

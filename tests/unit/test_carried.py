@@ -367,7 +367,8 @@ def test_what_keeps_an_adopted_guest_is_said_in_words(desk: Desk, host: Host, mo
     assert kept() == ""
     now = replace(MANAGED, state="pmsuspended", helped=("TPM (swtpm)",))
     assert "TPM (swtpm)" in kept()
-    assert "pmsuspended" in kept()
+    assert "pmsuspended: QEMU cannot let a guest that sleeps go on" in kept()
+    assert "virsh dompmwakeup web wakes it" in kept()
     now = MANAGED
     host.silent = True
     assert kept() == "libvirt does not answer: no answer"

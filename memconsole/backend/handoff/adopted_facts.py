@@ -24,6 +24,7 @@ from memconsole.units import format_size
 
 _AT_ONCE = 8
 _CARRIED = frozenset({"running", "paused"})
+_SLEEPS = "QEMU cannot let a guest that sleeps go on once its state was taken, should the handoff be taken back"
 
 
 class AdoptedLooks(needs.LiveGuests, needs.RegionFds, needs.ForeignMemory, needs.GrantFiles, Protocol):
@@ -80,7 +81,8 @@ def _seen(desk: AdoptedLooks, guest: Guest, managed: Managed | None) -> list[str
         return ["libvirt has no word of its process (systemctl status libvirtd virtqemud)"]
     found = hindrances(managed)
     if managed.state not in _CARRIED:
-        found.append(f"libvirt says that it is {managed.state} (virsh dompmwakeup wakes one that sleeps)")
+        why = f": {_SLEEPS}; {managed.by_virsh('dompmwakeup')} wakes it" if managed.state == "pmsuspended" else ""
+        found.append(f"libvirt says that it is {managed.state}{why}")
     if desk.mount is None:
         found.append("no mount shows its RAM to libvirt: memconsole serve --mount")
     more = _not_adopted(desk, guest)

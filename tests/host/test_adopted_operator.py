@@ -88,6 +88,7 @@ def test_one_that_he_starts_or_saves_while_it_stands_still_is_never_restored_bes
     assert world.notes() == []
 
 
+@soak
 def test_what_he_saves_and_restores_is_adopted_anew_before_a_handoff_takes_it(world: World) -> None:
     image = world.manager.directory / "image"
     world.manager.virsh("save", "web", image)

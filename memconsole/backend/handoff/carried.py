@@ -47,7 +47,7 @@ from memconsole.model import Guest, GuestResult, Value
 CARRIED = "carried:"
 """Before a guest's name: the note of an adopted guest whose state is being taken, or was; its file is the image."""
 WAITS = "libvirt has not started it again yet"
-DESTROYED = "somebody has ended it meanwhile (virsh destroy), and so it stays"
+DESTROYED = "an operator has ended it meanwhile (virsh destroy), and so it stays"
 LANE = "restored by libvirt: taps, logs and helpers of its QEMU are libvirt's to give"
 """Which way an adopted guest goes, and why."""
 _NO_DIGEST = "0" * 64
@@ -301,7 +301,7 @@ class Taking:
             self._steps["stream"].do()
         except GuestError as error:
             if self._has_gone():
-                why = "somebody has ended, saved or migrated it (virsh domstate --reason)"
+                why = "a command of libvirt has ended, saved or migrated it (virsh domstate --reason)"
                 raise GuestError(f"guest {self.guest.name} has ended meanwhile", why, "try again without it") from error
             raise
         taken = self._stream.taken if self._stream is not None else None

@@ -333,7 +333,10 @@ def test_one_that_somebody_destroys_before_it_is_ended_stays_so(desk: Desk, host
     taking, _ = taken(desk)
     taking.seal(digest(desk))
     host.destroyed = True
+    fd = taking._fd
     taking.end()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
     assert taking.is_destroyed
     assert "carried:web" not in desk.custody.names()
 

@@ -272,6 +272,9 @@ class Taking:
     def _forget(self) -> None:
         if self._note is None or not self._note.ended:  # else what it is besides its RAM is nowhere else any more
             drop(self._desk, self.guest.name)
+        self._close()
+
+    def _close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -344,6 +347,7 @@ class Taking:
             GuestError: it does not end in time.
         """
         self._keep(ended=True)
+        self._close()  # custody has it
         with contextlib.suppress(Gone), Handle(self.said.pid, self.said.start_ticks) as process:
             process.kill()
         self._desk.remove_guest(self.guest.name)

@@ -14,8 +14,9 @@ from memconsole.backend.kernel import census, host, patient
 from memconsole.backend.kernel.census import Census, Process
 from memconsole.backend.observe import pfn_tables
 from memconsole.backend.observe.pfn_tables import PfnTables
-from memconsole.errors import NotFound, Silent
+from memconsole.errors import Gone, NotFound, Silent
 from memconsole.extents import Extent, ExtentTable, Flag
+from memconsole.model import Guest, GuestKind, GuestState
 
 
 class Groups:
@@ -111,3 +112,37 @@ def test_a_process_whose_map_was_not_shown_is_asked_again_and_is_never_one_witho
         with pytest.raises(NotFound, match="no memory mapped"):
             tables.get("guest:db")
         tables.close()
+
+
+def test_a_map_looks_at_its_own_process_and_asks_who_it_is_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stranger = Guest("qemu-4001", GuestKind.FOREIGN, GuestState.RUNNING, pid=4001, start_ticks=7)
+    started = {4001: 7}
+    looked: list[object] = []
+
+    def take(_root: object, *, among: tuple[int, ...] | None = None, **_: object) -> Census:
+        looked.append(among)
+        pid = (among or (0,))[0]
+        return Census("/", {pid: Process(pid, "qemu", "S", 1, started[pid], 0, False, {}, b"", pid, 1)}, ())
+
+    monkeypatch.setattr(census, "take", take)
+    monkeypatch.setattr(host, "page_size", lambda _: 4096)
+    with desks(tmp_path) as desk:
+        asked: list[str] = []
+
+        def all_processes() -> tuple[Guest, ...]:
+            asked.append("all processes")
+            return (stranger,)
+
+        monkeypatch.setattr(desk, "foreign_guests", all_processes)
+        tables = PfnTables(desk)
+        for _ in range(3):
+            with pytest.raises(NotFound, match="its process maps nothing that is a VM's RAM"):
+                tables.get("guest:qemu-4001")
+        assert len(asked) == 1
+        assert set(looked) == {(4001,)}
+        started[4001] = 8  # another process has its number
+        with pytest.raises(Gone):
+            tables.get("guest:qemu-4001")
+        assert len(asked) == 3

@@ -22,7 +22,7 @@ from msgspec.structs import replace
 from memconsole.backend import needs
 from memconsole.backend.kernel import census as census_of
 from memconsole.backend.kernel import host, iommu, kvm, pagemap, patient, procmaps
-from memconsole.backend.kernel.census import Process
+from memconsole.backend.kernel.census import Census, Process
 from memconsole.backend.kernel.pagemap import Span
 from memconsole.backend.kernel.tree import Root
 from memconsole.backend.observe.mappings import region_mappings
@@ -69,6 +69,7 @@ class PfnTables:
         self._making: dict[str, threading.Lock] = {}
         self._kept: dict[str, _CachedTable] = {}
         self._files: dict[str, tuple[Segment, ...]] = {}
+        self._strangers: dict[str, Guest] = {}
         self.scanned: dict[str, ScanResult] = {}
 
     def get(self, key: str) -> ExtentTable:
@@ -201,12 +202,21 @@ class PfnTables:
         return ExtentTable.from_rows(Extent(run.pfn, run.pfn, run.count, int(Flag.PRESENT)) for run in tree.runs)
 
     def _known_guest(self, name: str) -> Guest:
-        guest = self._desk.state.guests.get(name)
-        if guest is None:
-            guest = next((each for each in self._desk.foreign_guests() if each.name == name), None)
+        guest = self._desk.state.guests.get(name) or self._stranger(name)
         if guest is None or guest.pid is None:
             raise NotFound(f"there is no guest {name}", "none has this name", "memconsole guests lists them")
         return guest
+
+    def _stranger(self, name: str) -> Guest | None:
+        """A VM of others, as it was called when all processes were last looked at: again only if that one has ended."""
+        known = self._strangers.get(name)
+        if known is None or _alive(self._look(known), known) is None:
+            self._strangers = {each.name: each for each in self._desk.foreign_guests()}
+        return self._strangers.get(name)
+
+    def _look(self, guest: Guest) -> Census:
+        """A guest's process as it is now, and no other: a host may have thousands."""
+        return census_of.take(self._desk.root, closed=self._desk.exempt_processes, among=(guest.pid or 0,))
 
     def _guest(self, name: str) -> ExtentTable:
         guest = self._known_guest(name)
@@ -214,9 +224,10 @@ class PfnTables:
 
         task, parts = self._parts(guest)
         if not parts:
-            raise NotFound(
-                f"guest {name} has no memory mapped", "it has no grant that it mapped", f"memconsole map REGION {name}"
-            )
+            why, remedy = "it has no grant that it mapped", f"memconsole map REGION {name}"
+            if guest.kind is GuestKind.FOREIGN:
+                why, remedy = "its process maps nothing that is a VM's RAM", "look again once the VM has begun"
+            raise NotFound(f"guest {name} has no memory mapped", why, remedy)
         if all(part.pfn is None for part in parts):
             return pagemap.scan(guest.pid or 0, [part.span for part in parts], task)
         with contextlib.ExitStack() as stack:
@@ -232,9 +243,9 @@ class PfnTables:
 
     def _parts(self, guest: Guest) -> tuple[int, list[_Seen]]:
         """A thread of the guest's process that lives, and the parts of its memory."""
-        census = census_of.take(self._desk.root, closed=self._desk.exempt_processes)
-        process = census.processes.get(guest.pid or 0)
-        if process is None or process.id != guest.process:
+        census = self._look(guest)
+        process = _alive(census, guest)
+        if process is None:
             raise Gone(
                 f"guest {guest.name} is gone",
                 f"{guest.its_process} ended",
@@ -265,6 +276,12 @@ class PfnTables:
                 elif not by_gpa:
                     parts.append(_Seen(Span(at, end - start, at // page), pfn))
         return process.task, _apart(parts, page)
+
+
+def _alive(census: Census, guest: Guest) -> Process | None:
+    """The process of a guest; none where it ended, and another has its number."""
+    process = census.processes.get(guest.pid or 0)
+    return process if process is not None and process.id == guest.process else None
 
 
 def _with_maps(root: Root, process: Process) -> Process:

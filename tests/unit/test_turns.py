@@ -68,7 +68,7 @@ class Monitor:
         self.connections = 0
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(path))
-        self._listener.listen(4)
+        self._listener.listen()
         in_thread(threading.Thread(target=self._serve))
 
     def _serve(self) -> None:

@@ -16,6 +16,7 @@ import pytest
 from support.controls import runtime_dir
 from support.open_fds import nothing_stays_open
 from support.synthetic import snapshot
+from support.waiting import LONG_S
 
 from memconsole import action_input
 from memconsole import actions as do
@@ -59,7 +60,7 @@ class Service:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
-        self._listener.listen(8)
+        self._listener.listen(0)  # one may wait to be let in
         self._socks: list[socket.socket] = []
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
@@ -272,7 +273,7 @@ def test_a_socket_that_takes_no_connection_is_named(
 
 def test_connections_beyond_those_kept_are_closed(client: Client, service: Service) -> None:
     service.answer = says({"times": []})
-    barrier = threading.Barrier(12)
+    barrier = threading.Barrier(12, timeout=LONG_S)
 
     def together(sock: socket.socket, method: str, parameters: dict[str, Any]) -> None:
         barrier.wait()

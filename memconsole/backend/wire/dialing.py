@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 import time
 from pathlib import Path
 from typing import Protocol
@@ -84,8 +85,10 @@ class Local:
         """See :class:`Place`."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            sock.settimeout(CONNECT_S)
+            # A timeout of Python's own would not wait for room where as many as may wait to be let in already.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(CONNECT_S), 0))
             sock.connect(str(self._path))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 0))
         except OSError as error:
             sock.close()
             raise _unreachable(self._path, error) from None

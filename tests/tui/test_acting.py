@@ -153,7 +153,7 @@ async def test_a_refusal_stands_by_name_with_its_remedy_and_cannot_be_applied() 
         assert "▸ revoke g1 first" in text
         assert "✖ refused: Granted" in text
         assert not may_apply(app)
-        assert not app.screen.query_one("#name", Input).display
+        assert not app.screen.query_one("#typed", Input).display
     assert source.applied == []
 
 

@@ -119,8 +119,7 @@ async def test_every_command_of_the_command_line_is_reached_and_what_it_says_is_
         ):
             await line(pilot, text)
             await pilot.press("enter")
-            await until(pilot, lambda: isinstance(app.screen, Output))
-            assert told in shown(app), text
+            await until(pilot, lambda told=told: isinstance(app.screen, Output) and told in shown(app))  # type: ignore[misc]
             await pilot.press("c", "escape")
             assert app.screen is app.screen_stack[0]
 

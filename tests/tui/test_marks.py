@@ -139,7 +139,7 @@ async def test_one_plan_lists_each_and_one_number_confirms_them_all() -> None:
         assert "Release region: 3 · destroys" in text
         await pilot.press("3", "enter")
         assert isinstance(app.screen, ManyPlan)
-        app.screen.query_one("#number", Input).value = ""
+        app.screen.query_one("#typed", Input).value = ""
         await pilot.press("2", "enter")
         await until(pilot, lambda: "all 2 done" in toasts(app))
         done = [name for name in names(synthetic.snapshot().regions)[:3] if name != "db1-ram0"]

@@ -22,7 +22,7 @@ from memconsole.errors import MemconsoleError
 from memconsole.model import Danger, Plan
 from memconsole.views.bound import bound
 from memconsole.views.completing import names_of
-from memconsole.views.screens.dialogs import Dialog, Result
+from memconsole.views.screens.dialogs import Dialog, Result, Typed
 from memconsole.views.widgets.bars import line, plain
 from memconsole.views.widgets.facts import Lines
 
@@ -212,7 +212,6 @@ class Confirmation(Dialog[Answer]):
 
     DEFAULT_CSS = """
     Confirmation VerticalScroll { height: auto; max-height: 14; scrollbar-size-vertical: 1; margin: 1 0 0 0; }
-    Confirmation #ask { margin: 1 0 0 0; height: auto; }
     Confirmation.-destroys > Vertical { border: round $error; border-title-color: $error; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [bound("plan-options", "options", "Options")]
@@ -239,8 +238,7 @@ class Confirmation(Dialog[Answer]):
             yield Static(line([("$ ", "$success"), (actions.cli_form(self._action), "$text-muted")]), classes="-cli")
             with VerticalScroll():
                 yield Lines()
-            yield Static(id="ask")
-            yield Input(id="name", compact=True)
+            yield Typed("#apply", ahead=destroys)
             with Horizontal(classes="-buttons"):
                 yield Button("Options", id="options", compact=True)
                 yield Button("Cancel", id="cancel", compact=True)
@@ -251,10 +249,9 @@ class Confirmation(Dialog[Answer]):
     def on_mount(self) -> None:
         """Ask for the plan."""
         self.query_one(Lines).show_lines([Content.styled("planning…", "$text-muted")])
-        name = self.query_one("#name", Input)
-        name.display = self._action.spec.danger is Danger.DESTROYS
-        # Keys go where Enter does nothing yet: the plan is to be seen before it is answered.
-        (name if name.display else self.query_one(VerticalScroll)).focus()
+        if self._action.spec.danger is not Danger.DESTROYS:
+            # Keys go where Enter does nothing yet: the plan is to be seen before it is answered.
+            self.query_one(VerticalScroll).focus()
         self._ask()
 
     @work(thread=True, group="plan", exclusive=True, description="plan")
@@ -266,39 +263,16 @@ class Confirmation(Dialog[Answer]):
         self._plan = event.plan
         lines = plan_lines(event.plan) or [Content("nothing would change")]
         self.query_one(Lines).show_lines(lines)
-        apply, ask = self.query_one("#apply", Button), self.query_one("#ask", Static)
-        name = self.query_one("#name", Input)
-        name.display = event.plan.confirm is not None and not event.plan.refusals
+        typed = self.query_one(Typed)
         if event.plan.refusals:
             names = ", ".join(refusal.code for refusal in event.plan.refusals)
-            ask.update(line([(f"✖ refused: {names}", "bold $error")]))
-            apply.tooltip = plain(f"refused: {names}")
+            typed.say(line([(f"✖ refused: {names}", "bold $error")]))
+            self.query_one("#apply", Button).tooltip = plain(f"refused: {names}")
             self.query_one("#cancel", Button).focus()
-            return
-        if event.plan.confirm is not None:
-            ask.update(line([("type ", ""), (event.plan.confirm, "bold $error"), (" to confirm", "")]))
-            name.focus()
-            self._judge(name.value)
-            return
-        ask.update("")
-        ask.display = False
-        apply.disabled = False
-        apply.focus()
-
-    def on_input_changed(self, event: Input.Changed) -> None:
-        """The name must be exactly right."""
-        self._judge(event.value)
-
-    def _judge(self, typed: str) -> None:
-        plan = self._plan
-        right = plan is not None and plan.confirm is not None and not plan.refusals and typed == plan.confirm
-        if plan is None or plan.confirm is not None:
-            self.query_one("#apply", Button).disabled = not right
-
-    def on_input_submitted(self) -> None:
-        """Enter applies when the name is right."""
-        if not self.query_one("#apply", Button).disabled:
-            self.dismiss("apply")
+        elif event.plan.confirm is not None:
+            typed.want(event.plan.confirm)
+        else:
+            typed.spare()
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
         """Apply, go back to the form, or let it be."""

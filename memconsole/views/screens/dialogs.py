@@ -8,13 +8,14 @@ from typing import ClassVar, Generic, TypeVar, cast
 from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical
+from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Button, Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from memconsole.views.bound import bound
 from memconsole.views.console import Console
-from memconsole.views.widgets.bars import plain
+from memconsole.views.widgets.bars import line, plain
 
 Result = TypeVar("Result")
 
@@ -53,6 +54,73 @@ class Dialog(ModalScreen[Result], Generic[Result]):
     def action_cancel(self) -> None:
         """Close without a result."""
         self.dismiss(None)
+
+
+class Typed(Vertical):
+    """What has to be typed, exactly, before a button of the dialog works; Enter then presses it.
+
+    Nothing is asked for until :meth:`want`; with ``ahead`` one may type before that.
+    """
+
+    DEFAULT_CSS = "Typed { height: auto; } Typed Static { margin: 1 0 0 0; height: auto; }"
+
+    def __init__(self, button: str, *, ahead: bool = False) -> None:
+        super().__init__()
+        self._button = button
+        self._ahead = ahead
+        self._word: str | None = None
+        self._spared = False
+
+    def compose(self) -> ComposeResult:
+        """What is asked, and the line to type on."""
+        yield Static(id="ask")
+        yield Input(id="typed", compact=True)
+
+    def on_mount(self) -> None:
+        """Ask for nothing yet."""
+        self.query_one("#ask").display = False
+        self.query_one("#typed").display = self._ahead
+        if self._ahead:
+            self.query_one("#typed").focus()
+
+    def want(self, word: str, lead: str = "type ", after: str = " to confirm") -> None:
+        """Ask for a word, between what is said before it and after it."""
+        self._word = word
+        self.say(line([(lead, ""), (word, "bold $error"), (after, "")]))
+        typed = self.query_one("#typed", Input)
+        typed.display = True
+        typed.focus()
+        self._judge(typed.value)
+
+    def say(self, text: Content) -> None:
+        """Show a text, and nothing to type on."""
+        ask = self.query_one("#ask", Static)
+        ask.update(text)
+        ask.display = True
+        self.query_one("#typed").display = False
+
+    def spare(self) -> None:
+        """Ask for nothing: the button works."""
+        self._spared = True
+        self.query_one("#typed").display = False
+        button = self.screen.query_one(self._button, Button)
+        button.disabled = False
+        button.focus()
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        """The word must be exactly right."""
+        event.stop()
+        self._judge(event.value)
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Enter presses the button once it works."""
+        event.stop()
+        button = self.screen.query_one(self._button, Button)
+        if not button.disabled:
+            button.press()
+
+    def _judge(self, typed: str) -> None:
+        self.screen.query_one(self._button, Button).disabled = not self._spared and typed.strip() != self._word
 
 
 class Pick(Dialog[str]):

@@ -9,7 +9,7 @@ from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
 from textual.message import Message
-from textual.widgets import Button, Input, Static
+from textual.widgets import Button, Static
 from textual.worker import get_current_worker
 
 from memconsole import actions, bulk
@@ -17,7 +17,7 @@ from memconsole.actions import Action
 from memconsole.bulk import BulkItem
 from memconsole.model import Danger
 from memconsole.views.screens.acting import hanging
-from memconsole.views.screens.dialogs import Dialog
+from memconsole.views.screens.dialogs import Dialog, Typed
 from memconsole.views.widgets.bars import line
 from memconsole.views.widgets.facts import Lines
 
@@ -51,7 +51,6 @@ class ManyPlan(Dialog[list[BulkItem]]):
 
     DEFAULT_CSS = """
     ManyPlan VerticalScroll { height: auto; max-height: 14; scrollbar-size-vertical: 1; margin: 1 0 0 0; }
-    ManyPlan #ask { margin: 1 0 0 0; height: auto; }
     ManyPlan.-destroys > Vertical { border: round $error; border-title-color: $error; }
     """
 
@@ -84,8 +83,7 @@ class ManyPlan(Dialog[list[BulkItem]]):
             yield Static(id="sum")
             with VerticalScroll():
                 yield Lines()
-            yield Static(id="ask")
-            yield Input(id="number", disabled=True, compact=True)
+            yield Typed("#apply")
             with Horizontal(classes="-buttons"):
                 yield Button("Cancel", id="cancel", compact=True)
                 yield Button(
@@ -94,7 +92,6 @@ class ManyPlan(Dialog[list[BulkItem]]):
 
     def on_mount(self) -> None:
         """Ask for the plans."""
-        self.query_one("#number").display = False
         self.query_one(VerticalScroll).focus()
         self._tell(0)
         self._ask()
@@ -128,25 +125,11 @@ class ManyPlan(Dialog[list[BulkItem]]):
         self.query_one("#sum", Static).update(line(counts))
         self.query_one(Lines).show_lines([each for item in (*refused, *self._ready) for each in item_lines(item)])
         if not self._ready:
-            self.query_one("#ask", Static).update(line([("✖ every one is refused", "bold $error")]))
+            self.query_one(Typed).say(line([("✖ every one is refused", "bold $error")]))
             self.query_one("#cancel", Button).focus()
             return
         verb = self._many[0].spec.title.lower()
-        ask = [("type ", ""), (str(len(self._ready)), "bold $error"), (" to go on: ", ""), (verb, "bold")]
-        self.query_one("#ask", Static).update(line(ask))
-        number = self.query_one("#number", Input)
-        number.display, number.disabled = True, False
-        number.focus()
-
-    def on_input_changed(self, event: Input.Changed) -> None:
-        """The number must be exactly right."""
-        right = bool(self._ready) and event.value.strip() == str(len(self._ready))
-        self.query_one("#apply", Button).disabled = not right
-
-    def on_input_submitted(self) -> None:
-        """Enter applies when the number is right."""
-        if not self.query_one("#apply", Button).disabled:
-            self.dismiss(self._ready)
+        self.query_one(Typed).want(str(len(self._ready)), after=f" to go on: {verb}")
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
         """Apply, or let it be."""

@@ -12,7 +12,7 @@ from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
 from textual.message import Message
-from textual.widgets import Button, Input, Static
+from textual.widgets import Button, Static
 
 from memconsole import macro_run, macros, unforeseen
 from memconsole.arguments import ActionField, Arg, ArgumentKind
@@ -22,7 +22,7 @@ from memconsole.macros import Macro
 from memconsole.model import Danger, Plan
 from memconsole.views.bound import bound
 from memconsole.views.screens.acting import FieldForm, hanging, plan_lines
-from memconsole.views.screens.dialogs import Dialog
+from memconsole.views.screens.dialogs import Dialog, Typed
 from memconsole.views.widgets.bars import line, plain
 from memconsole.views.widgets.facts import Lines
 
@@ -89,7 +89,6 @@ class MacroPlan(Dialog[Way]):
 
     DEFAULT_CSS = """
     MacroPlan VerticalScroll { height: auto; max-height: 16; scrollbar-size-vertical: 1; }
-    MacroPlan #ask { height: auto; margin: 1 0 0 0; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [bound("macro-step", "step", "Step through")]
 
@@ -114,8 +113,7 @@ class MacroPlan(Dialog[Way]):
             yield Static(plain(self._macro.title), classes="-cli")
             with VerticalScroll():
                 yield Lines()
-            yield Static(id="ask")
-            yield Input(id="name", disabled=True, compact=True)
+            yield Typed("#run")
             with Horizontal(classes="-buttons"):
                 yield Button("Cancel", id="cancel", compact=True)
                 yield Button("Step through", id="step", compact=True)
@@ -123,8 +121,6 @@ class MacroPlan(Dialog[Way]):
 
     def on_mount(self) -> None:
         """Ask for the plans."""
-        self.query_one("#name").display = False
-        self.query_one("#ask").display = False
         self.query_one(Lines).show_lines([Content.styled("planning…", "$text-muted")])
         self.query_one(VerticalScroll).focus()  # where Enter does nothing: the plan is to be seen before it is answered
         self._ask()
@@ -144,25 +140,10 @@ class MacroPlan(Dialog[Way]):
     def on_macro_plan_steps_planned(self, event: StepsPlanned) -> None:
         """Show the plans; it may be run even if a step is refused now: others may change what it is refused for."""
         self.query_one(Lines).show_lines(step_lines(event.results))
-        run = self.query_one("#run", Button)
         if macro_run.destroys(event.results):
-            ask, name = self.query_one("#ask", Static), self.query_one("#name", Input)
-            ask.update(line([("it destroys: type ", ""), (self._macro.name, "bold $error"), (" to run it", "")]))
-            ask.display = name.display = True
-            name.disabled = False
-            name.focus()
+            self.query_one(Typed).want(self._macro.name, "it destroys: type ", " to run it")
         else:
-            run.disabled = False
-            run.focus()
-
-    def on_input_changed(self, event: Input.Changed) -> None:
-        """The name must be exactly right."""
-        self.query_one("#run", Button).disabled = event.value != self._macro.name
-
-    def on_input_submitted(self) -> None:
-        """Enter runs it when the name is right."""
-        if not self.query_one("#run", Button).disabled:
-            self.dismiss("run")
+            self.query_one(Typed).spare()
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
         """Run it, step through it, or let it be."""
@@ -181,7 +162,6 @@ class MacroStepAsked(Dialog[Decision]):
 
     DEFAULT_CSS = """
     MacroStepAsked VerticalScroll { height: auto; max-height: 14; scrollbar-size-vertical: 1; }
-    MacroStepAsked #ask { height: auto; margin: 1 0 0 0; }
     """
 
     def __init__(self, title: str, text: str, plan: Plan | None) -> None:
@@ -201,8 +181,7 @@ class MacroStepAsked(Dialog[Decision]):
             with VerticalScroll():
                 yield Lines()
             if self._confirm:
-                yield Static(line([("type ", ""), (self._confirm, "bold $error"), (" to confirm", "")]), id="ask")
-                yield Input(id="name", compact=True)
+                yield Typed("#do")
             with Horizontal(classes="-buttons"):
                 yield Button("Stop here", id="stop", compact=True)
                 yield Button("Leave out", id="skip", compact=True)
@@ -213,19 +192,10 @@ class MacroStepAsked(Dialog[Decision]):
         if self._plan is not None:
             self.query_one(Lines).show_lines(plan_lines(self._plan) or [Content("nothing would change")])
         if self._confirm:
-            self.query_one("#name", Input).focus()
+            self.query_one(Typed).want(self._confirm)
         else:
             do = self.query_one("#do", Button)
             (self.query_one("#skip", Button) if do.disabled else do).focus()
-
-    def on_input_changed(self, event: Input.Changed) -> None:
-        """The name must be exactly right."""
-        self.query_one("#do", Button).disabled = event.value != self._confirm
-
-    def on_input_submitted(self) -> None:
-        """Enter does it when the name is right."""
-        if not self.query_one("#do", Button).disabled:
-            self.dismiss("do")
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
         """Do it, leave it out, or stop."""

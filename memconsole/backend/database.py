@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from memconsole import decoding
@@ -20,8 +20,10 @@ _SPOILED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQL
 _WANTS_WRITING = frozenset({sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY})
 
 
-def opened(path: Path) -> sqlite3.Connection:
+def opened(path: Path, prepare: Callable[[sqlite3.Connection], None]) -> sqlite3.Connection:
     """A file to write to, made with mode 0600 where there is none; in WAL mode, every statement its own transaction.
+
+    Where ``prepare`` fails, with any error, it is closed again.
 
     Raises:
         OSError, sqlite3.Error: it cannot be opened.
@@ -31,6 +33,7 @@ def opened(path: Path) -> sqlite3.Connection:
     database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
     try:
         database.execute("PRAGMA journal_mode = WAL")
+        prepare(database)
     except BaseException:
         database.close()
         raise
@@ -115,7 +118,7 @@ def code(error: sqlite3.Error) -> int:
 
 
 def is_full(error: sqlite3.Error) -> bool:
-    """Whether there is no room on the disk, be it for the memory that SQLite shares beside a file: it passes."""
+    """Whether the disk has no room, be it for the memory that SQLite shares beside a file: such an error passes."""
     return code(error) == sqlite3.SQLITE_FULL or getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_SHMSIZE
 
 

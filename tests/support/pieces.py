@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from memconsole.backend.stores.described import UNIT
@@ -29,6 +31,12 @@ class Host:
         self.device = Range("dax0.0", str(path), 0, size, 0, G)
         self.stores: list[PieceStore] = []
 
+    def lab(self) -> PieceStore:
+        """A store whose arena ``lab`` is on the device."""
+        made = self.store()
+        made.create("lab", self.device)
+        return made
+
     def store(self, *, lasting: bool = True) -> PieceStore:
         made = PieceStore(
             "devdax",
@@ -50,6 +58,15 @@ class Host:
         with Path(self.device.path).open("r+b") as file:
             file.seek(at)
             file.write(raw)
+
+
+@contextlib.contextmanager
+def hosts(directory: Path) -> Iterator[Host]:
+    """A host; its stores are closed with it."""
+    made = Host(directory)
+    yield made
+    for store in made.stores:
+        store.close()
 
 
 def reserve(store: PieceStore, name: str, size: int = 2 * UNIT, *, described_too: bool = True) -> int:

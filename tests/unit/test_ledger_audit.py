@@ -94,7 +94,7 @@ def test_a_write_that_fails_is_a_finding_and_the_next_one_goes_on(written: Audit
 def test_a_disk_that_is_full_as_it_begins_is_a_finding_and_what_comes_later_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    def full(_: Path) -> sqlite3.Connection:
+    def full(*_: object) -> sqlite3.Connection:
         error = sqlite3.OperationalError("database or disk is full")
         error.sqlite_errorcode = code
         raise error

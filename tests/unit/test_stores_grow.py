@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.desks import desks
-from support.pieces import SIZE, Host, M, reserve, with_store
+from support.pieces import SIZE, Host, M, hosts, reserve, with_store
 
 from memconsole.actions import ArenaGrow
 from memconsole.backend import steps
@@ -23,17 +23,13 @@ from memconsole.errors import Refused
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[Host]:
-    made = Host(tmp_path)
-    yield made
-    for store in made.stores:
-        store.close()
+    with hosts(tmp_path) as made:
+        yield made
 
 
 @pytest.fixture
 def store(host: Host) -> PieceStore:
-    made = host.store()
-    made.create("lab", host.device)
-    return made
+    return host.lab()
 
 
 def larger(host: Host) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from support.desks import Desk, desks, grant, guest
-from support.pieces import SIZE, G, Host, M, region, reserve, with_store
+from support.pieces import SIZE, G, Host, M, hosts, region, reserve, with_store
 from support.trees import Tree
 
 from memconsole.actions import ArenaCreate, GuestStart
@@ -31,17 +31,13 @@ from memconsole.model import Access, Grant, GrantState, GuestKind, Segment
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[Host]:
-    made = Host(tmp_path)
-    yield made
-    for store in made.stores:
-        store.close()
+    with hosts(tmp_path) as made:
+        yield made
 
 
 @pytest.fixture
 def store(host: Host) -> PieceStore:
-    made = host.store()
-    made.create("lab", host.device)
-    return made
+    return host.lab()
 
 
 def codes(store: PieceStore, size: int = 2 * UNIT, page: int = 4096, node: int | None = None) -> list[str]:

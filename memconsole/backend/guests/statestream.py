@@ -50,7 +50,7 @@ _UNKNOWN = frozenset(
 _GUARDED = "switchover-ack"
 _NEEDED = "return-path"
 """What it needs. libvirt switches this one off before it saves or migrates a domain, and QEMU refuses that while the
-other is on, which libvirt does not know: so nobody's ``virsh save`` can be one without RAM. QEMU 8.1 has both."""
+other is on, which libvirt does not know: so no operator's ``virsh save`` can be one without RAM. QEMU 8.1 has both."""
 _ANSWERS = struct.pack(">HH", 7, 0) + struct.pack(">HHI", 1, 4, 0)
 """What QEMU waits for on the way back (MIG_RP_MSG_SWITCHOVER_ACK, SHUT): it may switch over, and all is well."""
 _FASTEST = 1 << 40
@@ -70,7 +70,7 @@ class Before(Value, frozen=True):
 
     @property
     def leaves_out(self) -> bool:
-        """Whether QEMU leaves RAM out by itself, which nobody else can have it do meanwhile."""
+        """Whether QEMU leaves RAM out by itself, which no other client of it can have it do meanwhile."""
         return _GUARDED in self.capabilities
 
 

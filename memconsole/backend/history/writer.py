@@ -195,12 +195,7 @@ class Recorder:
             with contextlib.closing(database.looked_at(self._path)) as seen:
                 if database.number(seen, "schema_version"):
                     check(seen, self._path)
-        found = database.opened(self._path)
-        try:
-            self._prepare(found)
-        except BaseException:
-            found.close()
-            raise
+        found = database.opened(self._path, self._prepare)
         self._database, self._inode = found, _inode(self._path)
         return found
 

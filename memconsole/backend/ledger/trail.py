@@ -148,13 +148,7 @@ class AuditTrail:
     def _opened(self) -> sqlite3.Connection:
         """The file, opened where there was no room to do it before."""
         if self._database is None:
-            found = database.opened(self._path)
-            try:
-                self._prepare(found)
-            except BaseException:
-                found.close()
-                raise
-            self._database = found
+            self._database = database.opened(self._path, self._prepare)
         return self._database
 
     def _prepare(self, found: sqlite3.Connection) -> None:

@@ -340,7 +340,7 @@ def _mark(name: str, runtime: Path) -> Path:
 
 
 def _replayed(name: str, runtime: Path) -> Iterator[Finding]:
-    """Whether the journal of an arena was replayed when it was mounted in this boot, whoever mounted it."""
+    """Whether the kernel replayed the journal of an arena at its mount in this boot, whoever mounted it."""
     if _mark(name, runtime).exists():
         what = f"the journal of arena {name} was replayed: the kernel before ended without having held it still"
         remedy = "nothing need be done; memconsole arena check says whether anything in it is wrong"

@@ -260,18 +260,25 @@ def create(device: Range, name: str, root: Root = "/") -> Opened:
     Raises:
         Refused: another process uses it. KernelRefused: it cannot be opened or mapped.
     """
+    with _taken(device) as (fd, memory):
+        found = Read(None, 0, 0)
+        said = Description(name=name, host=machine_id(root), created_ns=time.time_ns())
+        for _ in range(2):
+            found = _write(memory, device, found, said)
+        return Opened(device, fd, memory, found)
+
+
+@contextlib.contextmanager
+def _taken(device: Range) -> Iterator[tuple[int, mmap.mmap]]:
+    """A range that is this process's alone, with what it says of itself mapped; given up where the block fails."""
     with contextlib.ExitStack() as undo:
         fd = _open(device, os.O_RDWR)
         undo.callback(os.close, fd)
         _lock(device, fd)
         memory = _map(fd, device, 0, UNIT)
         undo.callback(memory.close)
-        found = Read(None, 0, 0)
-        said = Description(name=name, host=machine_id(root), created_ns=time.time_ns())
-        for _ in range(2):
-            found = _write(memory, device, found, said)
+        yield fd, memory
         undo.pop_all()
-        return Opened(device, fd, memory, found)
 
 
 def smaller(device: Range) -> Read | None:
@@ -295,12 +302,7 @@ def grow(device: Range, root: Root = "/") -> Opened:
         BadFile: what it says cannot be. Refused: another process uses it (``InUse``), another host made it
             (``OtherHost``), or it did not become larger (``NotLarger``). KernelRefused: it cannot be opened or mapped.
     """
-    with contextlib.ExitStack() as undo:
-        fd = _open(device, os.O_RDWR)
-        undo.callback(os.close, fd)
-        _lock(device, fd)
-        memory = _map(fd, device, 0, UNIT)
-        undo.callback(memory.close)
+    with _taken(device) as (fd, memory):
         found = described.said_of_less(memory[:COPY], memory[COPY:UNIT], device.size, device.where)
         if found is None or found.description is None:
             why = "it describes all of its range, or none of memconsole's"
@@ -308,7 +310,6 @@ def grow(device: Range, root: Root = "/") -> Opened:
         _same_host(found.description, root)
         for _ in range(2):
             found = _write(memory, device, found, found.description)
-        undo.pop_all()
         return Opened(device, fd, memory, found)
 
 

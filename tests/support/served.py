@@ -74,9 +74,14 @@ class Raw:
     def send(self, data: bytes) -> None:
         self.sock.sendall(data)
 
-    def call(self, method: str, /, *, more: bool = False, oneway: bool = False, **parameters: Any) -> None:
+    @staticmethod
+    def message(method: str, /, *, more: bool = False, oneway: bool = False, **parameters: Any) -> bytes:
+        """A call as it is written."""
         call = {"method": method, "parameters": parameters, "more": more, "oneway": oneway}
-        self.send(json.dumps(call).encode() + b"\0")
+        return json.dumps(call).encode() + b"\0"
+
+    def call(self, method: str, /, *, more: bool = False, oneway: bool = False, **parameters: Any) -> None:
+        self.send(self.message(method, more=more, oneway=oneway, **parameters))
 
     def receive(self) -> dict[str, Any]:
         """The next message; EOFError if the peer closed instead."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,23 @@ def test_calls_on_a_connection_are_answered_in_order_and_oneway_ones_not(
         raw.call("org.varlink.service.GetInfo")
         raw.call("io.memconsole.Events", after=0)
         assert raw.receive()["parameters"]["plan"]["action"] == "release"
+        assert "vendor" in raw.receive()["parameters"]
+        assert raw.receive()["parameters"]["events"][-1]["subject"] == "a"
+
+
+def test_a_call_that_came_while_one_before_it_was_done_is_heard_after_one_that_is_answered_at_once(
+    serving: RunningService, path: Path, source: ServedSource
+) -> None:
+    source.hold = threading.Event()
+    with Raw(path) as raw, Raw(path) as other:
+        reserve = Raw.message("io.memconsole.Apply", action={"do": "reserve", "name": "a", "size": 4096})
+        raw.send(reserve + Raw.message("org.varlink.service.GetInfo"))
+        until(lambda: source.holding)
+        raw.call("io.memconsole.Events", after=0)
+        other.call("org.varlink.service.GetInfo")
+        assert "vendor" in other.receive()["parameters"]  # so the loop has seen that there is more to read
+        source.hold.set()
+        assert "outcome" in raw.receive()["parameters"]
         assert "vendor" in raw.receive()["parameters"]
         assert raw.receive()["parameters"]["events"][-1]["subject"] == "a"
 

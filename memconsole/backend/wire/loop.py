@@ -389,8 +389,7 @@ class Loop:
         self._buffered -= at + len(end)
         connection.waiting_since = time.monotonic()
         connection.speaker.received(connection, message)
-        if connection.inbox or connection.ended:
-            self.proceed(connection)
+        self.proceed(connection)  # also where nothing is left here: it may not have been listened to meanwhile
 
     def flush(self, connection: PeerConnection) -> None:
         """Send what the peer will take of what is queued."""

@@ -27,6 +27,7 @@ LINT = (
     ("ruff", "format", "--check", "."),
     ("mypy",),
     ("lint-imports",),
+    ("pytest", "-q", "-p", "no:xdist", "tests/lint"),
 )
 NO_TESTS_COLLECTED = 5
 LABS = min(os.cpu_count() or 1, 4)
@@ -69,7 +70,7 @@ class Tally:
 
 
 def lint() -> Tally:
-    """Formatter, linter, types and import contracts, side by side; what each said, one after the other."""
+    """Formatter, linter, types, contracts and tests of the sources, side by side; what each said, one by one."""
     tally = Tally(skips={})
     with ThreadPoolExecutor(len(LINT)) as pool:
         done = list(pool.map(_linted, LINT))

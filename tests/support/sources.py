@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import memconsole
 
 PACKAGE = Path(memconsole.__file__).parent
+Node = TypeVar("Node", bound=ast.AST)
 
 
 @functools.cache
@@ -25,8 +26,8 @@ def nodes(path: Path) -> tuple[ast.AST, ...]:
     return tuple(found)
 
 
-def package() -> Iterator[tuple[str, ast.AST]]:
-    """Every node of the package, with its file's path below it."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        name = str(path.relative_to(PACKAGE))
-        yield from ((name, node) for node in nodes(path))
+@functools.cache
+def package(kind: type[Node]) -> tuple[tuple[str, Node], ...]:
+    """Every node of a kind in the package, with its file's path below it."""
+    files = ((str(path.relative_to(PACKAGE)), path) for path in sorted(PACKAGE.rglob("*.py")))
+    return tuple((name, node) for name, path in files for node in nodes(path) if isinstance(node, kind))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import os
 import sqlite3
@@ -17,7 +16,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from support import sources, synthetic
+from support import synthetic
 
 from memconsole import action_input, decoding, macros, recording
 from memconsole.backend.diagnose import inspect
@@ -32,52 +31,6 @@ from memconsole.views import settings as console_settings
 
 DEEP = 5000
 WIDE_INTEGER = b"9" * 5000
-
-# --- the one way in ---------------------------------------------------------------------------------------------
-
-ELSEWHERE = {
-    "decoding.py",
-    "backend/handoff/image.py",  # a kernel image: bounded there, by what it unpacks
-}
-DECODERS = {"loads", "load", "Decoder", "decompress", "decompressobj", "raw_decode", "convert"}
-FORMATS = {"json", "tomllib", "msgspec", "zlib", "lzma", "pickle", "marshal", "toml", "yaml", "msgpack", "bz2", "gzip"}
-
-
-def _dotted(node: ast.expr) -> str:
-    if isinstance(node, ast.Attribute):
-        return f"{_dotted(node.value)}.{node.attr}"
-    return node.id if isinstance(node, ast.Name) else ""
-
-
-def _calls() -> Iterator[tuple[str, ast.Call]]:
-    for name, node in sources.package():
-        if isinstance(node, ast.Call) and name not in ELSEWHERE:
-            yield f"{name}:{node.lineno}", node
-
-
-def test_no_format_is_decoded_but_by_the_module_that_bounds_it() -> None:
-    found = []
-    for where, call in _calls():
-        *rooms, last = _dotted(call.func).split(".")
-        direct = last in DECODERS and set(rooms) & FORMATS
-        if direct or (last == "decode" and rooms[:1] == ["msgspec"]):
-            found.append(f"{where}: {_dotted(call.func)}")
-    assert not found, "use memconsole.decoding"
-
-
-def test_no_text_is_decoded_in_a_way_that_may_fail() -> None:
-    """``bytes.decode`` and ``read_text`` say what becomes of bytes that are no UTF-8; what is installed with us is."""
-    found = []
-    for where, call in _calls():
-        if not isinstance(call.func, ast.Attribute) or call.func.attr not in {"decode", "read_text"}:
-            continue
-        of = ast.unparse(call.func.value)
-        ours = of.startswith("msgspec.json.") or any(word in of for word in ("__file__", "NATIVE", "Decoder("))
-        tolerant = len(call.args) > 1 or any(word.arg == "errors" for word in call.keywords)
-        if not ours and not tolerant and of not in {"action_input", "bootplan", "records", "state"}:
-            found.append(f"{where}: {ast.unparse(call)}")
-    assert not found, "use decoding.text"
-
 
 # --- its bounds -------------------------------------------------------------------------------------------------
 

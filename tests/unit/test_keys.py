@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import tomllib
 from pathlib import Path
 
 import pytest
-from support import sources
 
 from memconsole import actions, keys
 from memconsole.cli import main
@@ -42,21 +40,6 @@ def test_every_action_with_a_key_has_the_key_of_its_meaning() -> None:
     for id, cls in actions.REGISTRY.items():
         if cls.spec.key:
             assert keys.OF_BINDING[id].keys == cls.spec.key
-
-
-def test_views_bind_keys_through_the_registry_alone() -> None:
-    bound, raw = set(), []
-    for path, node in sources.package():
-        name = getattr(getattr(node, "func", None), "id", "")
-        if path.startswith("views/") and isinstance(node, ast.Call) and name in {"Binding", "bound"}:
-            if name == "Binding" and path != "views/bound.py":
-                raw.append(f"{path}:{node.lineno}: bind it by its id in memconsole/keys.py, with views.bound")
-            if name == "bound" and isinstance(node.args[0], ast.Constant):
-                bound.add(node.args[0].value)
-    assert raw == []
-    views = {f"view-{name}" for name in keys.VIEWS}
-    idle = keys.OF_BINDING.keys() - bound - views - actions.REGISTRY.keys()
-    assert sorted(idle) == []
 
 
 def test_the_arrows_map_leaves_no_letter_to_moving() -> None:

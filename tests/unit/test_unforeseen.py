@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import os
 import resource
@@ -16,7 +15,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from support import sources
 from support.served import Raw, ServedSource
 from support.waiting import until
 
@@ -48,19 +46,6 @@ def counted(place: str, most: int = 1 << 30) -> Iterator[None]:
 
 
 # --- the mechanism ----------------------------------------------------------------------------------------------
-
-
-def test_every_thread_of_the_project_is_begun_where_its_end_is_told() -> None:
-    ours = {"unforeseen.py", "agent.py"}  # the agent's module is of the standard library alone, for other processes
-    found = []
-    for path in sorted(sources.PACKAGE.rglob("*.py")):
-        name = str(path.relative_to(sources.PACKAGE))
-        calls = [ast.unparse(node.func) for node in sources.nodes(path) if isinstance(node, ast.Call)]
-        if name not in ours:
-            found += [f"{name}: {call}" for call in calls if call in {"threading.Thread", "Thread", "threading.Timer"}]
-        if "asyncio.new_event_loop" in calls and "unforeseen.watch_tasks" not in calls:
-            found.append(f"{name}: a loop whose tasks are not watched")
-    assert not found, "use unforeseen.thread and unforeseen.watch_tasks"
 
 
 def test_a_named_error_stays_what_it_is_and_another_becomes_internal(caplog: pytest.LogCaptureFixture) -> None:

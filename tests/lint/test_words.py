@@ -90,8 +90,8 @@ INTERNAL = {"backend/work.py", "backend/peers/daemon.py", "backend/wire/loop.py"
 
 def calls() -> Iterator[tuple[str, str, list[ast.expr | None]]]:
     """Every refusal that is written out: where, of what class, and its what, why and remedy."""
-    for name, node in sources.package():
-        if not isinstance(node, ast.Call) or name in INTERNAL:
+    for name, node in sources.package(ast.Call):
+        if name in INTERNAL:
             continue
         called = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
         if called not in REFUSE or any(isinstance(each, ast.Starred) for each in node.args):
@@ -122,13 +122,12 @@ def sentences() -> Iterator[tuple[str, str]]:
     """What errors, refusals and findings say first, where it is written out."""
     known = {name for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, MemconsoleError)}
     places = dict.fromkeys(known - {"KernelRefused"}, 0) | {"Refusal": 1, "refuse": 1, "Finding": 3}
-    for name, node in sources.package():
-        if isinstance(node, ast.Call):
-            called = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
-            first = [*node.args[places[called] :][:1]] if called in places else []
-            if called in known | {"Finding"}:
-                first += [each.value for each in node.keywords if each.arg in {"what", "observed"}]
-            yield from ((f"{name}:{node.lineno}", text) for each in first if (text := literal(each)))
+    for name, node in sources.package(ast.Call):
+        called = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+        first = [*node.args[places[called] :][:1]] if called in places else []
+        if called in known | {"Finding"}:
+            first += [each.value for each in node.keywords if each.arg in {"what", "observed"}]
+        yield from ((f"{name}:{node.lineno}", text) for each in first if (text := literal(each)))
 
 
 def test_what_is_wrong_is_one_sentence_that_begins_with_its_subject() -> None:
@@ -143,8 +142,8 @@ def test_what_is_wrong_is_one_sentence_that_begins_with_its_subject() -> None:
 
 
 def test_every_finding_says_what_to_do() -> None:
-    for name, node in sources.package():
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding":
+    for name, node in sources.package(ast.Call):
+        if getattr(node.func, "id", "") == "Finding":
             given = [*node.args[5:6], *(each.value for each in node.keywords if each.arg == "remedy")]
             assert given, f"{name}:{node.lineno}"
             assert literal(given[0]) != "", f"{name}:{node.lineno}"

@@ -77,10 +77,9 @@ def named(assignment: ast.Assign) -> Iterator[ast.expr]:
 
 def remedies() -> Iterator[tuple[str, str]]:
     """Every remedy with where it stands."""
-    for name, node in sources.package():
-        if isinstance(node, ast.Call | ast.Assign):
-            for each in said(node) if isinstance(node, ast.Call) else named(node):
-                yield from ((f"{name}:{node.lineno}", text) for text in texts(each))
+    given = [(name, node.lineno, each) for name, node in sources.package(ast.Call) for each in said(node)]
+    given += [(name, node.lineno, each) for name, node in sources.package(ast.Assign) for each in named(node)]
+    yield from ((f"{name}:{line}", text) for name, line, each in given for text in texts(each))
 
 
 def test_no_remedy_destroys_what_can_be_kept() -> None:

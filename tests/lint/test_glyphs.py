@@ -17,8 +17,8 @@ from memconsole.views.widgets.pagegrid import LOOKS
 def written() -> set[str]:
     """Every sign beyond ASCII that the views write."""
     found: set[str] = set()
-    for path, node in sources.package():
-        if path.startswith("views/") and isinstance(node, ast.Constant) and isinstance(node.value, str):
+    for path, node in sources.package(ast.Constant):
+        if path.startswith("views/") and isinstance(node.value, str):
             found |= {sign for sign in node.value if ord(sign) > 127}
     return found - {'"'}
 

@@ -24,8 +24,8 @@ DOCUMENTS = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md"))]
 
 def ids(word: str, keyword: str = "id") -> Iterator[str]:
     """The first argument of every call of ``word`` in the package, where it is written out."""
-    for _, node in sources.package():
-        if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == word:
+    for _, node in sources.package(ast.Call):
+        if getattr(node.func, "id", getattr(node.func, "attr", "")) == word:
             said = [*node.args[:1], *(each.value for each in node.keywords if each.arg == keyword)]
             for each in said:
                 for text in [each.body, each.orelse] if isinstance(each, ast.IfExp) else [each]:
@@ -89,8 +89,8 @@ def test_the_table_of_conditions_says_what_the_code_says() -> None:
     rows, made, whole = conditions(), set(DOUBTS), {*ids("Condition"), *DOUBTS}
     for id, words in DOUBTS.items():
         assert rows[id] == [("**", *words)]
-    for _, node in sources.package():
-        if not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Condition"):
+    for _, node in sources.package(ast.Call):
+        if getattr(node.func, "id", "") != "Condition":
             continue
         said = dict(zip(Condition.__struct_fields__, node.args, strict=False))
         said |= {each.arg: each.value for each in node.keywords if each.arg}

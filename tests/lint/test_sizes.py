@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.sources import nodes
 
 ROOT = Path(__file__).parents[2]
 LINES, FUNCTION_LINES = 500, 60
@@ -24,7 +25,7 @@ def sources(*patterns: str) -> list[Path]:
 
 def functions(path: Path) -> Iterator[tuple[str, int]]:
     """Each function of a file by its name, and how many lines it has."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node.name, (node.end_lineno or 0) - node.lineno + 1
 

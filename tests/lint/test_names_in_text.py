@@ -49,6 +49,8 @@ def test_what_a_text_names_in_the_package_exists() -> None:
 def programs(path: Path) -> Iterator[ast.Module]:
     """The programs that a source has as text; what an f-string fills in is the name ``filled``."""
     for node in sources.nodes(path):
+        if not isinstance(node, ast.JoinedStr | ast.Constant):
+            continue
         parts = node.values if isinstance(node, ast.JoinedStr) else [node]
         text = "".join(str(part.value) if isinstance(part, ast.Constant) else "filled" for part in parts)
         if "import " in text and "\n" in text:

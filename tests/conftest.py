@@ -9,8 +9,9 @@ import pytest
 from hypothesis import settings
 from xdist.workermanage import NodeManager
 
-# How long an example takes is the machine's affair: a timed assertion is never a test.
-settings.register_profile("untimed", deadline=None)
+# How long an example takes is the machine's affair: a timed assertion is never a test. The same commit is tested the
+# same every day, so examples are those of the test; the long forms look for others.
+settings.register_profile("untimed", deadline=None, derandomize=not os.environ.get("MEMCONSOLE_SOAK"))
 settings.load_profile("untimed")
 
 

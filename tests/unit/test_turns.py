@@ -125,7 +125,7 @@ def test_threads_that_ask_one_monitor_at_once_all_get_their_answers(monitor: Mon
 def test_a_monitor_that_says_nothing_is_no_answer_and_names_who_waits(monitor: Monitor, directory: Path) -> None:
     with contextlib.closing(Qmp("vm", directory / "qmp")) as qmp:
         monitor.mute.set()
-        waits = in_thread(threading.Thread(target=lambda: refused(qmp, "query-first", 2.0), name="first"))
+        waits = in_thread(threading.Thread(target=lambda: refused(qmp, "query-first", 0.5), name="first"))
         while qmp._turn._holder is None:
             pass
         with pytest.raises(GuestError, match=r"thread first has had the connection.*query-first") as busy:

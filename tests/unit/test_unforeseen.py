@@ -254,7 +254,10 @@ def directory() -> Iterator[Path]:
         yield Path(path)
 
 
-def test_out_of_descriptors_the_agents_socket_waits_and_then_goes_on(directory: Path) -> None:
+def test_out_of_descriptors_the_agents_socket_waits_and_then_goes_on(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memconsole.backend.exports.fd._AGAIN_S", 0.05)
     hub = Hub(directory / "agents")
     kept, limit = [], resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
@@ -281,7 +284,10 @@ def test_out_of_descriptors_the_agents_socket_waits_and_then_goes_on(directory: 
         hub.close()
 
 
-def test_the_agents_thread_goes_on_and_tells_again_what_could_not_be_noted(directory: Path) -> None:
+def test_the_agents_thread_goes_on_and_tells_again_what_could_not_be_noted(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memconsole.backend.exports.fd._AGAIN_S", 0.05)
     refusing = True
     told: list[str] = []
 

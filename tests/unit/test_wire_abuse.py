@@ -23,7 +23,7 @@ from memconsole.backend.wire.pool import Pool
 from memconsole.backend.wire.serving import RunningService, serve_in_thread
 
 CROWDED = ConnectionLimits((300, 300, 300), per_user=8)
-IMPATIENT = Limits(message=64 << 10, buffered=1 << 20, shares=CROWDED, patience_s=0.5)
+IMPATIENT = Limits(message=64 << 10, buffered=1 << 20, shares=CROWDED, patience_s=0.5, looked_after_s=0.05)
 
 
 @pytest.fixture

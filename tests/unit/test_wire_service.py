@@ -21,7 +21,7 @@ from support.waiting import LONG_S, until
 from memconsole import actions
 from memconsole.backend.wire import protocol
 from memconsole.backend.wire.client import Client
-from memconsole.backend.wire.loop import Loop
+from memconsole.backend.wire.loop import Limits, Loop
 from memconsole.backend.wire.pool import Pool
 from memconsole.backend.wire.server import READ_S
 from memconsole.backend.wire.serving import RunningService, serve_in_thread
@@ -45,7 +45,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def serving(source: ServedSource, path: Path) -> Iterator[RunningService]:
-    handle = serve_in_thread(source, path)
+    handle = serve_in_thread(source, path, limits=Limits(looked_after_s=0.05))
     yield handle
     handle.close()
 

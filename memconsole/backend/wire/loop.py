@@ -42,6 +42,8 @@ class Limits:
     shares: ConnectionLimits = field(default_factory=ConnectionLimits)
     patience_s: float = 10.0
     strangers_idle_s: float = 30.0
+    looked_after_s: float = 1.0
+    """How often is looked for those whose time is over; also when one is let in again where no more could be."""
 
 
 class Speaker(Protocol):
@@ -255,7 +257,7 @@ class Loop:
                 raise
             log.warning("cannot accept a connection: %s; trying again in a second", error.strerror)
             self._epoll.modify(listener.fileno(), 0)
-            self.later(1.0, lambda: self._epoll.modify(listener.fileno(), select.EPOLLIN))
+            self.later(self.limits.looked_after_s, lambda: self._epoll.modify(listener.fileno(), select.EPOLLIN))
             return
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
@@ -267,7 +269,7 @@ class Loop:
         connection.mask = _READ
         if not self._sweeping:
             self._sweeping = True
-            self.later(1.0, self._sweep)
+            self.later(self.limits.looked_after_s, self._sweep)
         speaker.opened(connection)
         if crowded:
             self._refuse(connection, "TooManyClients", crowded)
@@ -424,7 +426,7 @@ class Loop:
     def _sweep(self) -> None:
         self._sweeping = bool(self._connections)
         if self._sweeping:
-            self.later(1.0, self._sweep)
+            self.later(self.limits.looked_after_s, self._sweep)
         now = time.monotonic()
         for connection in list(self._connections.values()):
             self._end_overdue(connection, now - connection.waiting_since)

@@ -399,7 +399,7 @@ class Service:
         """Have a call answered within so many seconds, by an error if need be."""
         call.connection.busy = True
         if not self._held:
-            self.loop.later(1.0, self._expire)
+            self.loop.later(self.loop.limits.looked_after_s, self._expire)
         self._held.append((call, time.monotonic() + seconds, seconds))
 
     def _expire(self) -> None:
@@ -408,7 +408,7 @@ class Service:
         over = [held for held in self._held if held[0].open and held[1] <= now]
         self._held = [held for held in self._held if held[0].open and held[1] > now]
         if self._held:
-            self.loop.later(1.0, self._expire)
+            self.loop.later(self.loop.limits.looked_after_s, self._expire)
         for call, _, seconds in over:
             call.fail(
                 Refused(

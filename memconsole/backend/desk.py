@@ -261,8 +261,7 @@ class Desk(Holdings):
                 devices = Devices(*stack.enter_context(handed)) if handed is not None else None
                 live = QemuGuest.start(guest.name, ram, directory, args=args, devices=devices)
             undo.pop_all()
-        self._add_guest(live)
-        return live
+        return self._add_guest(live)
 
     def attach_guest(self, name: str, pid: int) -> LiveGuest:
         """Take hold of a process as a guest.
@@ -272,12 +271,13 @@ class Desk(Holdings):
         """
         from memconsole.backend.guests.process import ProcessGuest
 
-        live = ProcessGuest.attach(name, pid, self.hub)
-        self._add_guest(live)
-        return live
+        return self._add_guest(ProcessGuest.attach(name, pid, self.hub))
 
-    def _add_guest(self, live: LiveGuest) -> None:
+    def _add_guest(self, live: LiveGuest) -> LiveGuest:
+        if live.kind in {GuestKind.CANARY, GuestKind.QEMU}:
+            self.custody.bind(live.pid)
         self._guests[live.name] = _LiveGuest(live, Poller(f"guest-{live.name}", partial(self._guest_reply, live)))
+        return live
 
     def remove_guest(self, guest: str) -> None:
         """Let go of a guest, whose process may go on."""
@@ -349,8 +349,7 @@ class Desk(Holdings):
                         with contextlib.suppress(MemconsoleError):  # its device is gone, which the survey says
                             offers.append(stack.enter_context(self.window_offer(window)))
                 live = kind.adopt(guest.name, guest.pid, guest.start_ticks, self.hub, offers)
-        self._add_guest(live)
-        return live
+        return self._add_guest(live)
 
     # --- the RAM of VMs that others run ---------------------------------------------------------------------------
 

@@ -26,9 +26,10 @@ def embedded(
     """
     from memconsole.backend.custody.holder import OwnCustody
 
+    own = None
     if runtime_dir is None:
         base = Path("/run") if os.access("/run", os.W_OK) else Path(os.environ.get("XDG_RUNTIME_DIR", "/tmp"))  # noqa: S108
-        runtime_dir = base / f"memconsole-{os.getpid()}-{os.urandom(3).hex()}"
+        runtime_dir = own = base / f"memconsole-{os.getpid()}-{os.urandom(3).hex()}"
     past = None
     if record_s:
         from memconsole.backend.history.recorder import HistoryRecorder
@@ -37,7 +38,7 @@ def embedded(
         past = HistoryRecorder(runtime_dir / HISTORY, record_s, max_bytes=HISTORY_BYTES)
     try:
         return Control(
-            runtime_dir, OwnCustody(), past=past, label="embedded", read_only=read_only, root=root, brief=brief
+            runtime_dir, OwnCustody(own), past=past, label="embedded", read_only=read_only, root=root, brief=brief
         )
     except BaseException:
         if past is not None:

@@ -29,6 +29,7 @@ PROGRAMS = {
         "fuse_requests.c",
         "fuse_tree.c",
     ],
+    "memconsole-guard": ["guard.c"],
     "memconsole-keeper": ["keeper.c"],
     "memconsole-resume": [
         "resume.c",

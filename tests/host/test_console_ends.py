@@ -137,6 +137,22 @@ def test_guests_end_with_their_console(directory: Path, terminals: list[Terminal
     assert list(Path("/run").glob(f"memconsole-{terminal.process.pid}-*")) == []
 
 
+def test_guests_end_with_a_console_that_is_killed_and_so_does_its_directory(
+    directory: Path, terminals: list[Terminal]
+) -> None:
+    terminal = Terminal(console(directory))
+    terminals.append(terminal)
+    with contextlib.closing(answering(directory / "run" / "control")) as client:
+        for name, memory in (("canary", 4 * M), ("other", 8 * M)):
+            client.apply(actions.GuestStart(name, memory=memory))
+        pids = [guest.pid for guest in client.snapshot().guests if guest.name in {"canary", "other"}]
+    assert len(list(Path("/run").glob(f"memconsole-{terminal.process.pid}-*"))) == 1
+    terminal.process.kill()
+    assert terminal.process.wait(LONG_S) == -signal.SIGKILL
+    until(lambda: not any(alive(pid) for pid in pids if pid), "its guests end")
+    until(lambda: not list(Path("/run").glob(f"memconsole-{terminal.process.pid}-*")), "its directory goes")
+
+
 def shows(terminal: Terminal, text: bytes) -> bool:
     return text in terminal.said
 

@@ -14,6 +14,17 @@ from memconsole.views.helping import MARKS
 SIZES = ((60, 20), (80, 24), (132, 50), (200, 60))
 ENOUGH = (480, 200)
 """A terminal in which there is room for everything."""
+ASKED = {
+    "a filter that is none": ("slash", *"foo:bar"),
+    "commands": (":",),
+    "a command and its plan": (":", *"release web0-ram0"),
+    "a form": ("n",),
+    "a plan": ("X",),
+    "what is copied": ("C",),
+    "what is written": ("W",),
+    "columns": ("c",),
+}
+"""What asks for something, and the keys that lead there from the regions."""
 WORD = re.compile(r"[A-Za-z][A-Za-z-]{3,}…?")
 
 
@@ -48,6 +59,12 @@ async def every_view(size: tuple[int, int]) -> dict[str, str]:
             await until(pilot, lambda: all(worker.is_finished for worker in app.workers if worker.node is app.view))
             await pilot.pause()
             found[f"{name} {subject}".strip()] = shown(app)
+        for name, keys in ASKED.items():
+            await pilot.press("2", *keys)
+            await until(pilot, lambda: all(worker.is_finished for worker in app.workers if worker.group != "follow"))
+            await pilot.pause()
+            found[name] = shown(app)
+            await pilot.press("escape", "escape")
         await pilot.press("2", "question_mark")
         scroll = app.screen.query_one(VerticalScroll)
         while True:

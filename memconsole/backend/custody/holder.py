@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from memconsole import decoding
+from memconsole.backend.custody.guard import Guard
 from memconsole.backend.peers.daemon import DaemonClient, Refusal, refused, started
 from memconsole.errors import (
     Denied,
@@ -110,6 +111,13 @@ class Custody(Protocol):
     def unguarded(self) -> list[str]:
         """What could end the holder, against which it is not guarded, in words; as of the last :meth:`check`."""
 
+    def bind(self, pid: int) -> None:
+        """Have a guest that was started end with what is held, where that ends with this process.
+
+        Raises:
+            Gone: it has ended.
+        """
+
     def close(self) -> None:
         """Let go of the holder; a holder that survives keeps what it holds."""
 
@@ -158,16 +166,18 @@ def not_jumped(code: int) -> MemconsoleError:
 
 
 class OwnCustody:
-    """Fds held by this process; they go when it does."""
+    """Fds held by this process; they go when it does, and so do the guests bound to it and the ``directory``."""
 
     label = "this process"
     survives = False
     resumes = False
     lost: tuple[str, ...] = ()
 
-    def __init__(self) -> None:
+    def __init__(self, directory: Path | None = None) -> None:
         self._held: dict[str, tuple[int, bytes]] = {}
         self._lock = threading.Lock()
+        self._directory = directory
+        self._guard: Guard | None = None
 
     def put(self, name: str, fd: int, payload: bytes = b"") -> None:
         """See :class:`Custody`."""
@@ -215,10 +225,20 @@ class OwnCustody:
         """See :class:`Custody`; it does not outlive this process anyway."""
         return []
 
+    def bind(self, pid: int) -> None:
+        """See :class:`Custody`."""
+        with self._lock:
+            if self._guard is None:
+                self._guard = Guard(self._directory)
+            self._guard.bind(pid)
+
     def close(self) -> None:
-        """Close every fd held."""
+        """Close every fd held; guests that are left go on."""
         with self._lock:
             held, self._held = self._held, {}
+            guard, self._guard = self._guard, None
+        if guard is not None:
+            guard.close()
         for fd, _ in held.values():
             os.close(fd)
 
@@ -330,6 +350,9 @@ class KeeperCustody(DaemonClient):
     def unguarded(self) -> list[str]:
         """See :class:`Custody`."""
         return self._unguarded
+
+    def bind(self, pid: int) -> None:
+        """See :class:`Custody`; the keeper outlives this process."""
 
     def troubles(self) -> list[str]:
         """See :class:`Custody`; none: a keeper that ended is gone."""

@@ -63,6 +63,9 @@ class RespawningKeeper:
         """See :class:`~.custody.Custody`."""
         return self._keeper.unguarded()
 
+    def bind(self, pid: int) -> None:
+        """See :class:`~.custody.Custody`; the keeper outlives this process."""
+
     def put(self, name: str, fd: int, payload: bytes = b"") -> None:
         """See :class:`~.custody.Custody`."""
         with self._turn.taken(f"put {name}", ANSWERS):

@@ -184,6 +184,9 @@ class SystemdCustody:
         """See :class:`~.custody.Custody`; the service manager is PID 1."""
         return []
 
+    def bind(self, pid: int) -> None:
+        """See :class:`~.custody.Custody`; the service manager outlives this process."""
+
     def troubles(self) -> list[str]:
         """See :class:`~.custody.Custody`."""
         return [

@@ -121,7 +121,7 @@ class MapView(FrameAsking):
             with Vertical(id="pfn-panel"):
                 yield Lines(id="pfn-facts")
                 yield Lines(id="pfn-legend")
-        yield GoTo(placeholder=self.PLACEHOLDER, select_on_focus=True)
+        yield GoTo(self.PLACEHOLDER)
 
     # --- what the maps differ in ------------------------------------------------------------------------------------
 

@@ -15,6 +15,8 @@ from memconsole.views.widgets.fitting import fit
 WORDS = 7
 """Completions that are shown at once."""
 EFFECTS = 5
+LEAD = 25
+"""Columns that padding, mark and word take of a completion's line."""
 
 
 class Assist(Lines):
@@ -32,13 +34,14 @@ class Assist(Lines):
 
     def show_words(self, found: Completions, at: int | None) -> None:
         """Show the completions around number ``at``, and the argument that is meant."""
+        room = min(self.app.size.width - LEAD, 60)
         start = max(0, min((at or 0) - WORDS // 2, len(found.words) - WORDS))
         self._words = [
             line(
                 [
                     ("▸ " if number == at else "  ", "bold $primary"),
                     (f"{each.word:<20} ", "bold $accent" if number == at else "bold"),
-                    (fit(each.help, 60).rstrip(), "$text-muted"),
+                    (fit(each.help, room).rstrip(), "$text-muted"),
                 ]
             )
             for number, each in list(enumerate(found.words))[start : start + WORDS]

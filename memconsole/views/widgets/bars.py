@@ -81,14 +81,15 @@ class Bar(Widget):
         self._made.clear()
 
     def render_line(self, y: int) -> Strip:
-        """The line: both ends, the left one cut where they do not fit."""
+        """The line: both ends; where they do not fit, the left one is cut, and the right one if it is longer alone."""
         width = self.size.width
         if y:
             return Strip.blank(width, self.rich_style)
         said = (self._left, self._right, width)
         made = self._made.get(said)
         if made is None:
-            right = self._strip(self._right).crop(0, width)
+            right = self._strip(self._right)
+            right = self._cut(right, width) if right.cell_length > width else right
             made = self._made[said] = Strip.join([self._cut(self._strip(self._left), width - right.cell_length), right])
         return made
 

@@ -6,12 +6,12 @@ from typing import ClassVar
 
 from textual.binding import BindingType
 from textual.message import Message
-from textual.widgets import Input
 
 from memconsole.views.bound import bound
+from memconsole.views.widgets.hinted import Hinted
 
 
-class GoTo(Input):
+class GoTo(Hinted):
     """Asks for a page; Escape thinks better of it."""
 
     BINDINGS: ClassVar[list[BindingType]] = [bound("pfn.leave-go", "leave", "Back", show=False)]

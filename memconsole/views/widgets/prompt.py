@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, ClassVar
 from textual.binding import BindingType
 from textual.message import Message
 from textual.suggester import Suggester
-from textual.widgets import Input
 
 from memconsole import where
 from memconsole.views.bound import bound
 from memconsole.views.completing import Completion, Completions
 from memconsole.views.remembering import Memory
+from memconsole.views.widgets.hinted import Hinted
 
 if TYPE_CHECKING:
     from textual.widget import Widget
@@ -37,7 +37,7 @@ class FirstWord(Suggester):
         return next((each for each in lines if each.startswith(value) and each != value), None)
 
 
-class Prompt(Input):
+class Prompt(Hinted):
     """One line to type on. Tab and shift+Tab go through its completions, up and down through former lines that have
     what was typed in them; Escape leaves things as they were.
     """
@@ -87,7 +87,7 @@ class Prompt(Input):
         """
         self.table = table
         self.suggester = FirstWord(self._known)
-        self.placeholder = (
+        self.hint(
             "web   state:mapped   size>1G   !paused   (a | b)"
             if table
             else "reserve web 64M   guest start a   pfn web   audit   handoff check"

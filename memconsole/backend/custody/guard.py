@@ -37,7 +37,7 @@ class Guard:
             except OSError as error:
                 self._ours.close()
                 raise MemconsoleError(
-                    f"{words[0]} cannot be started", error.strerror or "", "install memconsole anew"
+                    f"{words[0]} cannot be started", error.strerror or "", "install the package again"
                 ) from None
 
     def bind(self, pid: int) -> None:

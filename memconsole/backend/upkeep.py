@@ -123,6 +123,8 @@ class Upkeep:
         """What the mount was last shown a Snapshot for."""
         self._taking = threading.Lock()
         self._latest: Snapshot | None = None
+        self._own_ns = 0
+        """When the last Snapshot was taken that was taken for the history alone."""
         self._comings = Comings(desk.root)
         self._ticks = Ticks()
         self._ticks.begin("quarantine", EVERY_S, self.recheck)
@@ -265,11 +267,16 @@ class Upkeep:
     def record_history(self) -> None:
         """Record the PFN maps that somebody had scanned, then a Snapshot, where that is due."""
         past = self._past
-        if past is not None:
-            past.note_maps(self._maps_since)
-        if past is not None and past.is_due(time.time_ns()):
-            latest = self._latest
-            past.note(latest if latest is not None and past.is_due(latest.taken_ns) else self._recent(0))
+        if past is None:
+            return
+        past.note_maps(self._maps_since)
+        latest = self._latest
+        if latest is not None and past.is_due(latest.taken_ns):
+            past.note(latest)
+        elif past.lacks(time.time_ns(), latest.taken_ns if latest is not None else None, self._own_ns):
+            latest = self._recent(0)
+            self._own_ns = latest.taken_ns
+            past.note(latest)
 
     def _recent(self, within_s: float) -> Snapshot:
         """A Snapshot that is at most so old."""

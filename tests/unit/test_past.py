@@ -99,6 +99,23 @@ def test_a_full_disk_is_a_finding_until_there_is_room(tmp_path: Path) -> None:
     past.close()
 
 
+def test_a_snapshot_is_taken_for_the_history_where_nobody_else_takes_any(tmp_path: Path) -> None:
+    with contextlib.closing(HistoryRecorder(tmp_path / "past", 1.0)) as past:
+
+        def lacks(now: float, latest: float | None, own: float = -9) -> bool:
+            seen = None if latest is None else NOW_NS + int(latest * S)
+            return past.lacks(NOW_NS + int(now * S), seen, NOW_NS + int(own * S))
+
+        assert lacks(0, None)
+        past.note(taken(0))
+        assert not lacks(0.9, 0)
+        assert not lacks(1.03, 0)  # a console's next one comes a little later than the history looks
+        assert lacks(1.03, 0, own=0)
+        assert lacks(1.6, 0)
+        past.note(taken(1.6))
+        assert not lacks(2.6, 1.65, own=1.6)
+
+
 # --- a control process of its own ----------------------------------------------------------------------------------
 
 

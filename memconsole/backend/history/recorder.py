@@ -23,6 +23,8 @@ log = logging.getLogger("memconsole.history")
 ScannedSince: TypeAlias = "Callable[[Mapping[str, int]], Sequence[tuple[str, ExtentTable]]]"
 """The PFN maps that were scanned after what is known of each key, ns since the epoch."""
 
+PATIENT = 1.5
+"""So many times the interval passes until nobody else is believed to take Snapshots."""
 REST_TIMES = 20
 """So many times as long as a map took to be recorded, it is not recorded again."""
 
@@ -66,6 +68,15 @@ class HistoryRecorder:
         """Whether a Snapshot of this time would be recorded: the last one that was is old enough."""
         since = taken_ns - self._last if self._last is not None else self._every_ns
         return self._recorder is not None and not 0 <= since < self._every_ns
+
+    def lacks(self, now_ns: int, latest_ns: int | None, own_ns: int) -> bool:
+        """Whether a Snapshot is to be taken for the history alone.
+
+        One is due, and none comes by itself: the latest, of ``latest_ns``, is old, or is the one that was taken for the
+        history last, at ``own_ns``.
+        """
+        comes = latest_ns is not None and latest_ns != own_ns and now_ns - latest_ns < self._every_ns * PATIENT
+        return self.is_due(now_ns) and not comes
 
     def note(self, snapshot: Snapshot) -> None:
         """Record a Snapshot if the last one recorded is old enough; one that cannot be written is a finding."""

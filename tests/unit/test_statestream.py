@@ -84,8 +84,9 @@ def test_another_process_takes_it_back_by_what_was_recorded(target: int) -> None
         assert is_as_before(qemu)
 
 
-def test_one_that_was_paused_stays_so(target: int) -> None:
-    qemu = FakeQemu(STREAM.raw(), status="paused")
+@pytest.mark.parametrize("status", ["paused", "prelaunch"])
+def test_one_that_was_paused_or_not_started_yet_stays_so(target: int, status: str) -> None:
+    qemu = FakeQemu(STREAM.raw(), status=status)
     stream = taking(qemu, target)
     run(stream)
     statestream.take_back(qemu, stream.before)

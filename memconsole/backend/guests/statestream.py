@@ -58,6 +58,8 @@ _FASTEST = 1 << 40
 _PIPE = 1 << 20
 _UNDER_WAY = frozenset({"setup", "active", "pre-switchover", "device", "cancelling", "wait-unplug", "postcopy-active"})
 _RUNS = frozenset({"running", "suspended"})
+_STANDS = frozenset({"paused", "prelaunch"})
+"""Paused, or not started yet (``virsh start --paused``): both are taken, and stand still afterwards."""
 _LOOK_S = 0.05
 
 
@@ -121,7 +123,7 @@ def look(monitor: Monitor, guest: str, *, all_held: bool = False) -> Before:
         why = f"a migration or a save of it is {migration.status}"
         raise Refused(what, why, "wait until it has ended, or cancel it", code="JobUnderWay")
     status = _told(monitor, "query-status", _Status).status
-    if status not in {*_RUNS, "paused"}:
+    if status not in _RUNS | _STANDS:
         raise Refused(what, f"QEMU says {status}", "resume it first, or shut it down", code="NotRunning")
     known = {each.capability: each.state for each in _told(monitor, "query-migrate-capabilities", list[_Capability])}
     left_out = all_held and known.get(_GUARDED) is False and _NEEDED in known

@@ -163,6 +163,7 @@ BESIDE = [
     ("/[aio] (deleted)", 68 << 10),
     ("/memfd:pulseaudio (deleted)", 64 * MIB),
     ("/memfd:wayland-cursor (deleted)", MIB),
+    ("/memfd:displaysurface (deleted)", 3 * MIB),
     ("/dev/dri/renderD128", 8 * MIB),
     ("/dev/nvidiactl", 8 * MIB),
     ("/drm mm object (deleted)", 4 * MIB),

@@ -38,6 +38,7 @@ _NOT_RAM = (
     *("anon_inode:", "socket:", "/sys/", "/proc/", "/dev/"),
     *("/[aio]", "/SYSV", "/dmabuf:", "/drm mm object", "/i915"),
     *("/memfd:pulseaudio", "/memfd:pipewire", "/memfd:xshmfence", "/memfd:wayland", "/memfd:gdk-wayland"),
+    "/memfd:displaysurface",  # what QEMU 10 draws on
     "/memfd:mesa",
 )
 """Paths, by how they begin, of what a VMM maps beside its guest's RAM: devices, rings, graphics, sound."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Generator
 
 import pytest
@@ -19,6 +20,8 @@ settings.load_profile("untimed")
 NodeManager.EXIT_TIMEOUT = 600
 
 
+LONG_ID = 60
+"""Characters that a parameter may have in the name of its test."""
 SOAK = "MEMCONSOLE_SOAK=1"
 """What the reason says of a test that runs in ``make soak`` alone, which nobody requires of an ordinary run."""
 
@@ -29,6 +32,14 @@ def _own_state(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """A long text or many bytes are called by their begin, their length and their checksum."""
+    if not isinstance(val, str | bytes) or len(val) <= LONG_ID:
+        return None
+    whole = val if isinstance(val, bytes) else val.encode(errors="surrogatepass")
+    return f"{val[:20]!a}...{len(val)}-{zlib.crc32(whole):08x}"
 
 
 def _required(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -250,8 +250,7 @@ class Desk(Holdings):
         directory = self.directory(guest.name)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         live: LiveGuest
-        with contextlib.ExitStack() as stack:
-            undo = stack.enter_context(contextlib.ExitStack())
+        with contextlib.ExitStack() as undo, contextlib.ExitStack() as stack:
             undo.callback(shutil.rmtree, directory, ignore_errors=True)
             if guest.kind is GuestKind.CANARY:
                 live = CanaryGuest.start(guest.name, self.hub, directory, args=args)
@@ -260,8 +259,10 @@ class Desk(Holdings):
                 handed = self.address_spaces.handed_devices(guest.name) if grant.dma is not None else None
                 devices = Devices(*stack.enter_context(handed)) if handed is not None else None
                 live = QemuGuest.start(guest.name, ram, directory, args=args, devices=devices)
+            undo.callback(live.kill)
+            self._add_guest(live)
             undo.pop_all()
-        return self._add_guest(live)
+        return live
 
     def attach_guest(self, name: str, pid: int) -> LiveGuest:
         """Take hold of a process as a guest.

@@ -21,8 +21,10 @@ from support.services import MEMCONSOLE
 from support.waiting import LONG_S, until
 
 from memconsole import actions
+from memconsole.backend.custody.holder import OwnCustody
+from memconsole.backend.embedded import embedded
 from memconsole.backend.wire.client import Client
-from memconsole.errors import MemconsoleError
+from memconsole.errors import Gone, MemconsoleError
 from memconsole.model import GuestState
 
 M = 1 << 20
@@ -151,6 +153,25 @@ def test_guests_end_with_a_console_that_is_killed_and_so_does_its_directory(
     assert terminal.process.wait(LONG_S) == -signal.SIGKILL
     until(lambda: not any(alive(pid) for pid in pids if pid), "its guests end")
     until(lambda: not list(Path("/run").glob(f"memconsole-{terminal.process.pid}-*")), "its directory goes")
+
+
+def test_a_guest_that_could_not_be_made_to_end_with_its_console_does_not_start(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+
+    def without(_custody: OwnCustody, pid: int) -> None:
+        started.append(pid)
+        raise Gone("the guard of guests is gone", "it was killed", "start the console anew")
+
+    monkeypatch.setattr(OwnCustody, "bind", without)
+    with contextlib.closing(embedded(directory / "run")) as control:
+        with pytest.raises(Gone, match="the guard of guests is gone"):
+            control.apply(actions.GuestStart("canary", memory=4 * M))
+        assert len(started) == 1
+        assert not alive(started[0])
+        assert all(guest.name != "canary" for guest in control.snapshot().guests)
+        assert not (directory / "run" / "vmm" / "canary").exists()
 
 
 def shows(terminal: Terminal, text: bytes) -> bool:

@@ -20,7 +20,8 @@
 #define CHUNK (1 << 17)		/* pagemap entries in a read: 1 MiB */
 #define MAX_PAGES (1ULL << 51)	/* an address space */
 #define MAX_HELPERS 7		/* threads beside the caller's; beyond this memory is the limit */
-#define WINDOW (1ULL << 30)	/* how much of a file is mapped at a time */
+#define WINDOW (32ULL << 20)		/* how much of a file is mapped at a time: as much is resident meanwhile */
+#define WINDOW_HUGETLB (1ULL << 30)	/* the largest page of a pool; those are not counted as resident */
 #define MARGIN 8		/* entries in front of those of a chunk, for alignment: mc_scan_entries reads one */
 
 #define FILE_BITS (PM_FRAME | PM_FILE | PM_SWAP | PM_PRESENT)
@@ -198,6 +199,7 @@ int mc_scan_pagemap(struct mc_table *table, int pagemap, uint64_t start, uint64_
 struct file {
 	int fd;
 	uint8_t *at;
+	uint64_t window;	/* bytes that are mapped at a time */
 	uint64_t block;		/* hugetlb: bytes a page, 0 otherwise */
 	int uffd;		/* hugetlb: maps what is there; -1 otherwise */
 };
@@ -212,12 +214,13 @@ static int open_file(struct file *file, int fd, struct mc_fail *fail)
 	struct statfs fs;
 	uint64_t there;
 
-	*file = (struct file){ .fd = fd, .uffd = -1 };
+	*file = (struct file){ .fd = fd, .window = WINDOW, .uffd = -1 };
 	if (fstatfs(fd, &fs))
 		return mc_fail_errno(fail, "fstatfs");
 	if (fs.f_type != HUGETLBFS_MAGIC)
 		return MC_OK;
 	file->block = (uint64_t)fs.f_bsize;
+	file->window = WINDOW_HUGETLB;
 	file->uffd = userfault_open(UFFD_USER_MODE_ONLY, UFFD_FEATURE_MINOR_HUGETLBFS, &there, &call);
 	return file->uffd < 0 ? mc_fail_errno(fail, call) : MC_OK;
 }
@@ -245,7 +248,7 @@ static int populate_hugetlb(const struct file *file, uint8_t *at, uint64_t lengt
 static int scan_window(struct mc_scan *s, const struct file *file, uint64_t from, uint64_t to)
 {
 	uint64_t length = to - from, pages = (length + s->page_size - 1) / s->page_size;
-	uint8_t *at = file->at + from % WINDOW;	/* as aligned as in the file, so that huge pages can be mapped huge */
+	uint8_t *at = file->at + from % file->window;	/* as aligned as in the file, so that huge pages can be mapped huge */
 	int code = MC_OK;
 
 	if (mmap(at, length, PROT_READ, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, file->fd, (off_t)from) == MAP_FAILED)
@@ -281,7 +284,7 @@ static int scan_data(struct mc_scan *s, const struct file *file, uint64_t size)
 		if ((uint64_t)hole > size)
 			hole = (off_t)size;
 		for (from = (uint64_t)data; from < (uint64_t)hole;) {
-			uint64_t to = (from / WINDOW + 1) * WINDOW;
+			uint64_t to = (from / file->window + 1) * file->window;
 			int code;
 
 			if (to > (uint64_t)hole)
@@ -320,13 +323,13 @@ int mc_scan_fd(struct mc_table *table, int pagemap, int fd, uint64_t size, struc
 	code = open_file(&file, fd, fail);
 	if (code)
 		return code;
-	room = mmap(NULL, 2 * WINDOW, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	room = mmap(NULL, 2 * file.window, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (room == MAP_FAILED) {
 		code = mc_fail_errno(fail, "mmap");
 	} else {
-		file.at = (uint8_t *)(((uintptr_t)room + WINDOW - 1) / WINDOW * WINDOW);
+		file.at = (uint8_t *)(((uintptr_t)room + file.window - 1) / file.window * file.window);
 		code = scan_data(&s, &file, size);
-		munmap(room, 2 * WINDOW);
+		munmap(room, 2 * file.window);
 	}
 	if (file.uffd >= 0)
 		close(file.uffd);

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -175,3 +177,18 @@ def test_two_mebibyte_pages_come_from_their_pool() -> None:
         assert _codes(4 * M, 2 * M) == []
     finally:
         pool.write_text(str(before))
+
+
+PREFAULTED = """
+import os, resource
+from memconsole.backend.stores import memfd
+(fd,) = memfd.reserve_segments("big", 768 << 20, prefault=True)
+print(os.fstat(fd).st_blocks * 512 >> 20, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+"""
+
+
+def test_what_is_put_in_place_is_in_the_region_and_not_in_this_process() -> None:
+    said = subprocess.run([sys.executable, "-c", PREFAULTED], capture_output=True, text=True, check=True).stdout
+    in_place, most_resident = map(int, said.split())
+    assert in_place == 768
+    assert most_resident < 768 // 2

@@ -46,6 +46,6 @@ def test_no_c_file_has_a_warning(tmp_path: Path, source: str) -> None:
 
 def test_every_source_of_the_core_is_driven() -> None:
     parts = [path.name for pattern in ("fuse*.c", "resume*.c") for path in NATIVE.glob(pattern)]
-    programs = {"canary.c", "keeper.c", *parts}
+    programs = {"canary.c", "guard.c", "keeper.c", *parts}
     driven = {"copy.c", "fault.c", *(path.name for path in NATIVE.glob("migration*.c"))}  # by drivers of their own
     assert {path.name for path in NATIVE.glob("*.c")} - programs - driven == set(SOURCES)

@@ -18,6 +18,8 @@ _MADV_POPULATE_WRITE = 23
 _MPOL_BIND = 2
 _SYS_MBIND = {"x86_64": 237, "aarch64": 235, "riscv64": 235}
 _PART = 256 << 20
+_LET_GO = 32 << 20
+"""Bytes that are mapped at a time, where what is in place is let go of again: it would count as resident here."""
 
 
 def place(fd: int, size: int, *, huge: bool, node: int | None, populate: bool) -> None:
@@ -36,7 +38,7 @@ def place(fd: int, size: int, *, huge: bool, node: int | None, populate: bool) -
         if not huge:
             _libc().madvise(address, size, mmap.MADV_HUGEPAGE)  # advice: kernels without it go on in 4 KiB
         if populate or (node is not None and huge):
-            _populate(address, size)
+            _populate(address, size, huge=huge)
 
 
 @functools.cache
@@ -80,13 +82,16 @@ def _bind(address: int, size: int, node: int) -> None:
         raise _failure("mbind")
 
 
-def _populate(address: int, size: int) -> None:
-    libc = _libc()
+def _populate(address: int, size: int, *, huge: bool) -> None:
+    libc, step = _libc(), _PART if huge else _LET_GO
 
     def part(offset: int) -> None:
-        if libc.madvise(address + offset, min(_PART, size - offset), _MADV_POPULATE_WRITE):
+        at, length = address + offset, min(step, size - offset)
+        if libc.madvise(at, length, _MADV_POPULATE_WRITE):
             raise _failure("MADV_POPULATE_WRITE")
+        if not huge:  # pages of the hugetlb pool are not counted
+            libc.madvise(at, length, mmap.MADV_DONTNEED)  # advice: they stay in the file
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(part, range(0, size, _PART)):
+        for _ in pool.map(part, range(0, size, step)):
             pass

@@ -50,6 +50,15 @@ def test_a_roll_ends_where_guests_do_not_come_back_and_goes_on_where_it_was(flee
     assert recap(done.stdout, NAMES)["hv1"]["changed"] == 0
 
 
+def test_a_host_on_which_no_module_runs_is_held_up_by_what_its_shell_says(fleet: Fleet) -> None:
+    engine, hosts = fleet
+    held = engine.play("roll", "-e", "ansible_python_interpreter=/nowhere/python3")
+    assert held.returncode != 0
+    assert engine.states() == ["refused"] * 3
+    assert all("/nowhere/python3" in row["why"] for row in engine.report()["hosts"]), engine.report()
+    assert jumps(hosts) == [0, 0, 0]
+
+
 def test_a_controller_that_is_killed_in_a_jump_finds_its_host_again(fleet: Fleet) -> None:
     engine, hosts = fleet
     hosts["hv3"].kernels = ("7.3.5 #1 SMP", "7.3.5 #1 SMP")

@@ -50,6 +50,20 @@ def test_a_roll_ends_where_guests_do_not_come_back_and_goes_on_where_it_was(flee
     assert recap(done.stdout, NAMES)["hv1"]["changed"] == 0
 
 
+def test_a_check_tells_the_plans_and_writes_down_nothing(fleet: Fleet) -> None:
+    engine, hosts = fleet
+    first = engine.play("roll", "--check", "--diff")
+    assert first.returncode == 0, first.stdout
+    assert first.stdout.count("7.3.5") >= len(NAMES)
+    assert not engine.reports.exists()
+    assert engine.play("roll").returncode == 0
+    written = {path: path.read_bytes() for path in engine.reports.rglob("*") if path.is_file()}
+    again = engine.play("roll", "--check")
+    assert again.returncode == 0, again.stdout
+    assert {path: path.read_bytes() for path in engine.reports.rglob("*") if path.is_file()} == written
+    assert jumps(hosts) == [1, 1, 1]
+
+
 def test_a_host_on_which_no_module_runs_is_held_up_by_what_its_shell_says(fleet: Fleet) -> None:
     engine, hosts = fleet
     held = engine.play("roll", "-e", "ansible_python_interpreter=/nowhere/python3")

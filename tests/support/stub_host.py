@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from memconsole.actions import Action, HandoffRun
 from memconsole.backend.wire.serving import serve_in_thread
-from memconsole.model import Condition, GuestResult, HandoffReport, HandoffState, Outcome, Refusal, Severity
+from memconsole.model import Condition, GuestResult, HandoffReport, HandoffState, Outcome, Refusal, Severity, Snapshot
 from support.served import ServedSource
 from support.synthetic import NOW_NS, snapshot
 
@@ -33,6 +33,13 @@ class StubHost(ServedSource):
         self.kernels = (OLD, NEW)
         self.jumps = 0
         self.lands: Literal["whole", "torn", "old", "cold"] = "whole"
+        self.outdated: Callable[[], object] = lambda: None
+        """Called when what it shows is another: a test acts beside its service, which may still give out the last."""
+
+    def show(self, shown: Snapshot) -> None:
+        """Make this the present Snapshot, of its service too."""
+        super().show(shown)
+        self.outdated()
 
     def refuses(self, condition: Condition | None) -> None:
         """Refuse handoffs by this condition from now on, or by none."""
@@ -73,6 +80,7 @@ def stub_host(path: Path) -> Iterator[StubHost]:
     """One that is served on a control socket at ``path``."""
     host = StubHost()
     handle = serve_in_thread(host, path)
+    host.outdated = lambda: handle.loop.call(handle.service.survey.outdate)
     try:
         yield host
     finally:

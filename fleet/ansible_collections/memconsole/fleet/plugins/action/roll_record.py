@@ -30,6 +30,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # Ansible's is untyped
         state = self._task.args.get("state")
         if state is not None and state not in STATES:
             return {"failed": True, "msg": f"{state!r} is no state of a host; one of: {', '.join(STATES)}"}
+        if self._task.check_mode:
+            return {"changed": False, "msg": "nothing is written down in check mode: every host stays where it is"}
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -41,7 +41,7 @@ author:
   - the memconsole developers (!UNKNOWN)
 attributes:
   check_mode:
-    description: It writes in either mode; what it writes is no part of any host.
+    description: Nothing is written down, since every host stays where it is.
     support: full
 """
 
@@ -56,6 +56,6 @@ EXAMPLES = r"""
 RETURN = r"""
 states:
   description: How many hosts are in each state.
-  returned: always
+  returned: unless in check mode
   type: dict
 """

@@ -11,8 +11,8 @@ from pathlib import Path
 from memconsole.errors import Gone, MemconsoleError
 from memconsole.native import program
 
-ENDS_S = 10.0
-"""Seconds a guard has to end once it was told to."""
+ENDS_S = 60.0
+"""Seconds a guard has to end once it was told to; one that is stopped is killed then, which ends no guest."""
 
 
 class Guard:
@@ -62,4 +62,8 @@ class Guard:
         """Let it end, and what it was told of go on."""
         with self._ours, contextlib.suppress(OSError):
             self._ours.send(b"\0", socket.MSG_NOSIGNAL)
-        self._process.wait(ENDS_S)
+        try:
+            self._process.wait(ENDS_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()

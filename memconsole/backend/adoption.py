@@ -134,6 +134,7 @@ def _adopt(desk: AdoptionDesk, powers: Powers) -> Recorded[list[Finding]]:
     if landing is None and not is_unread and handoff.has_landed(desk):  # a rehearsal was carried on
         landing = handoff.land(desk)
     if landing is not None:
+        carried_back.spend_all(desk, landing.told)
         handoff.reconcile(desk, landing)
         found += landing.findings
     spoiled = report.spoiled_guests(desk.handoff, desk.state.grants.values()) if desk.handoff is not None else set()

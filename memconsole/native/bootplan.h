@@ -12,11 +12,19 @@
  *                          where the pages of its first ``size`` bytes must be: mc_placement (query.c)
  *   START   3 = u32 uid  u32 gid  u16 fds  u16 words  text guest  text directory  text log
  *               (u32 number  text name){fds}  (text word){words}
+ *               [u16 groups  u16 variables  u16 directories  u16 unless
+ *                (u32 gid){groups}  (text variable){variables}  (text path){directories}  (text path){unless}]
  *                          start a VMM in this directory, its output appended to ``log``, with at most 1000 fds of
- *                          custody by number, 3 to 1023
+ *                          custody by number, 3 to 1023; where the rest is there, with these groups besides, an
+ *                          environment of these variables (none: this program's), and these directories made for it;
+ *                          not where there is anything ``unless`` it is to be, nor is it told to go on then
  *   SAY     4 = u32 within_ms  u16 lines  u16 zero  text guest  text socket  (text line  text until){lines}
  *                          say each line to a QMP socket, again until what it returns contains ``until``; an error
  *                          ends the conversation, and so does a VMM that slept ``within_ms`` of it (patience.h)
+ *   FILE    5 = u32 uid  u32 gid  u16 mode  u16 early  u32 length  text guest  text path  bytes
+ *                          have a file say who runs a guest before it is told to go on, "@PID@" in it being its VMM's;
+ *                          where one is there when it would be started, somebody else runs it. ``early``: what its VMM
+ *                          needs, written before it is started, whatever is there
  *
  * ``crc`` is CRC-32: in the header of all ``length`` bytes of the plan with that field zero, in a record of what stands
  * behind it. A record's ``length`` counts its head and body. The moment in the header is when the plan was written.
@@ -51,7 +59,7 @@
 #define PLAN_PAYLOAD_MAX 4096
 #define PLAN_FDS_MAX 1000
 
-enum plan_type { PLAN_HOLD = 1, PLAN_VERIFY, PLAN_START, PLAN_SAY };
+enum plan_type { PLAN_HOLD = 1, PLAN_VERIFY, PLAN_START, PLAN_SAY, PLAN_FILE };
 
 struct plan_header {
 	char magic[8];
@@ -88,8 +96,10 @@ struct plan_start {
 	uint32_t uid, gid;
 	char *guest, *directory, *log;
 	struct plan_fd *fds;
-	char **words;		/* ends with NULL */
-	uint16_t nr_fds, nr_words;
+	char **words;		/* ends with NULL, as the next three do */
+	char **variables, **directories, **unless;
+	uint32_t *groups;
+	uint16_t nr_fds, nr_words, nr_groups, nr_variables;
 };
 
 struct plan_line {
@@ -103,6 +113,12 @@ struct plan_say {
 	uint16_t nr_lines;
 };
 
+struct plan_file {
+	uint32_t uid, gid, length;
+	uint16_t mode, early;
+	char *guest, *path, *bytes;
+};
+
 struct plan {
 	const char *fault;	/* static text: why only the HOLDs that are whole count; NULL: the plan is whole */
 	struct moment written;
@@ -110,7 +126,8 @@ struct plan {
 	struct plan_verify *verifies;
 	struct plan_start *starts;
 	struct plan_say *says;
-	size_t nr_holds, nr_verifies, nr_starts, nr_says;
+	struct plan_file *files;
+	size_t nr_holds, nr_verifies, nr_starts, nr_says, nr_files;
 	bool no_memory;
 };
 
@@ -187,17 +204,33 @@ static inline void plan_free_hold(struct plan_hold *h)
 	free(h->payload);
 }
 
+static inline void plan_free_texts(char **texts)
+{
+	for (size_t i = 0; texts && texts[i]; i++)
+		free(texts[i]);
+	free(texts);
+}
+
+static inline void plan_free_file(struct plan_file *f)
+{
+	free(f->guest);
+	free(f->path);
+	free(f->bytes);
+}
+
 static inline void plan_free_start(struct plan_start *s)
 {
 	for (uint16_t i = 0; s->fds && i < s->nr_fds; i++)
 		free(s->fds[i].name);
-	for (uint16_t i = 0; s->words && i < s->nr_words; i++)
-		free(s->words[i]);
+	plan_free_texts(s->words);
+	plan_free_texts(s->variables);
+	plan_free_texts(s->directories);
+	plan_free_texts(s->unless);
+	free(s->groups);
 	free(s->guest);
 	free(s->directory);
 	free(s->log);
 	free(s->fds);
-	free(s->words);
 }
 
 static inline void plan_free_say(struct plan_say *s)
@@ -221,6 +254,9 @@ static inline void plan_free(struct plan *p)
 		plan_free_start(&p->starts[i]);
 	for (size_t i = 0; i < p->nr_says; i++)
 		plan_free_say(&p->says[i]);
+	for (size_t i = 0; i < p->nr_files; i++)
+		plan_free_file(&p->files[i]);
+	free(p->files);
 	free(p->holds);
 	free(p->verifies);
 	free(p->starts);
@@ -244,8 +280,20 @@ static inline void plan_read_verify(struct plan_cursor *c, struct plan_verify *v
 	v->name = plan_text(c, 1, PLAN_NAME_MAX);
 }
 
+/* So many texts, and NULL behind them. */
+static inline char **plan_texts(struct plan_cursor *c, uint16_t n, size_t least)
+{
+	char **texts = plan_room(c, n, sizeof(*texts));
+
+	for (uint16_t i = 0; !c->bad && i < n; i++)
+		texts[i] = plan_text(c, least, UINT16_MAX);
+	return texts;
+}
+
 static inline void plan_read_start(struct plan_cursor *c, struct plan_start *s)
 {
+	uint16_t directories, unless;
+
 	s->uid = (uint32_t)plan_take(c, 4);
 	s->gid = (uint32_t)plan_take(c, 4);
 	s->nr_fds = (uint16_t)plan_take(c, 2);
@@ -259,10 +307,20 @@ static inline void plan_read_start(struct plan_cursor *c, struct plan_start *s)
 		s->fds[i].name = plan_text(c, 1, PLAN_NAME_MAX);
 		c->bad |= s->fds[i].number < 3 || s->fds[i].number > 1023;
 	}
-	s->words = plan_room(c, s->nr_words, sizeof(*s->words));
-	for (uint16_t i = 0; !c->bad && i < s->nr_words; i++)
-		s->words[i] = plan_text(c, 0, UINT16_MAX);
+	s->words = plan_texts(c, s->nr_words, 0);
 	c->bad |= !s->nr_words || s->nr_fds > PLAN_FDS_MAX;
+	if (c->bad || c->at == c->end)
+		return;
+	s->nr_groups = (uint16_t)plan_take(c, 2);
+	s->nr_variables = (uint16_t)plan_take(c, 2);
+	directories = (uint16_t)plan_take(c, 2);
+	unless = (uint16_t)plan_take(c, 2);
+	s->groups = plan_room(c, s->nr_groups, sizeof(*s->groups));
+	for (uint16_t i = 0; !c->bad && i < s->nr_groups; i++)
+		s->groups[i] = (uint32_t)plan_take(c, 4);
+	s->variables = plan_texts(c, s->nr_variables, 1);
+	s->directories = plan_texts(c, directories, 1);
+	s->unless = plan_texts(c, unless, 1);
 }
 
 static inline void plan_read_say(struct plan_cursor *c, struct plan_say *s)
@@ -277,6 +335,29 @@ static inline void plan_read_say(struct plan_cursor *c, struct plan_say *s)
 		s->lines[i].line = plan_text(c, 1, UINT16_MAX);
 		s->lines[i].until = plan_text(c, 1, UINT16_MAX);
 	}
+}
+
+static inline void plan_read_file(struct plan_cursor *c, struct plan_file *f)
+{
+	f->uid = (uint32_t)plan_take(c, 4);
+	f->gid = (uint32_t)plan_take(c, 4);
+	f->mode = (uint16_t)plan_take(c, 2);
+	f->early = (uint16_t)plan_take(c, 2);
+	f->length = (uint32_t)plan_take(c, 4);
+	f->guest = plan_text(c, 1, PLAN_NAME_MAX);
+	f->path = plan_text(c, 1, UINT16_MAX);
+	if (c->bad || (size_t)(c->end - c->at) < f->length) {
+		c->bad = true;
+		return;
+	}
+	f->bytes = malloc((size_t)f->length + 1);
+	if (!f->bytes) {
+		c->bad = c->no_memory = true;
+		return;
+	}
+	memcpy(f->bytes, c->at, f->length);
+	f->bytes[f->length] = 0;
+	c->at += f->length;
 }
 
 /* One more of ``*list``, zeroed, or NULL; lists grow where their length is a power of two. */
@@ -304,6 +385,7 @@ static inline bool plan_read_record(struct plan *p, uint16_t type, const uint8_t
 	struct plan_verify *v;
 	struct plan_start *s;
 	struct plan_say *y;
+	struct plan_file *f;
 	bool fine;
 
 #define PLAN_READ(list, number, item, read, release)					\
@@ -329,6 +411,8 @@ static inline bool plan_read_record(struct plan *p, uint16_t type, const uint8_t
 		PLAN_READ(starts, nr_starts, s, plan_read_start, plan_free_start(s));
 	case PLAN_SAY:
 		PLAN_READ(says, nr_says, y, plan_read_say, plan_free_say(y));
+	case PLAN_FILE:
+		PLAN_READ(files, nr_files, f, plan_read_file, plan_free_file(f));
 	default:
 		fine = true;	/* a newer version's, to be passed over */
 	}

@@ -187,6 +187,8 @@ static void start(struct guest *g)
 		}
 		lseek(fds[i], 0, SEEK_SET);	/* a QEMU reads its state from where the file stands */
 	}
+	if (guest_others(g, true))
+		return;
 	point("start", g->start->guest, "before");
 	guest_start(g, fds, r.keeper);
 	point("start", g->start->guest, "after");
@@ -200,7 +202,7 @@ static void start_guests(void)
 		struct guest *g = &r.guests[i];
 
 		*g = (struct guest){ .start = &r.plan.starts[i], .say = say_of(r.plan.starts[i].guest),
-				    .pidfd = -1, .keeper = r.keeper < 0 ? NULL : r.keeper_path };
+				    .plan = &r.plan, .pidfd = -1, .keeper = r.keeper < 0 ? NULL : r.keeper_path };
 		start(g);
 	}
 	phase("started");

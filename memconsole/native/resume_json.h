@@ -41,7 +41,7 @@ static inline void put_guest(FILE *out, const struct guest *g)
 	put_text(out, g->why);
 	fputs(",\"at\":", out);
 	put_moment(out, &g->at);
-	fputc('}', out);
+	fprintf(out, ",\"told\":%s}", g->told ? "true" : "false");
 }
 
 #endif

@@ -23,6 +23,7 @@
 #include "marks.h"
 #include "patience.h"
 #include "proctext.h"
+#include "starter_files.h"
 
 #define OUT_OF_THE_WAY 1100	/* above every number a VMM's fds may have */
 #define ANSWER_MAX 65536
@@ -33,6 +34,7 @@ enum guest_state { GUEST_HELD, GUEST_STARTED, GUEST_RESUMED };
 struct guest {
 	const struct plan_start *start;
 	const struct plan_say *say;	/* NULL: it goes on by itself */
+	const struct plan *plan;	/* which has its files */
 	enum guest_state state;
 	pid_t pid;			/* 0: not started */
 	uint64_t start_ticks;
@@ -44,30 +46,6 @@ struct guest {
 	pthread_t thread;
 	struct patience patience;	/* with its monitor */
 };
-
-/* Make a directory and those above it. Returns 0 or -errno. */
-static int make_directory(const char *path, mode_t mode)
-{
-	char *copy = strdup(path);
-	int err = 0;
-
-	if (!copy)
-		return -ENOMEM;
-	for (char *at = copy + 1; !err; at++) {
-		char was = *at;
-
-		if (was && was != '/')
-			continue;
-		*at = 0;
-		if (mkdir(copy, mode) < 0 && errno != EEXIST)
-			err = -errno;
-		*at = was;
-		if (!was)
-			break;
-	}
-	free(copy);
-	return err;
-}
 
 /* Field 22 of /proc/PID/stat: when a process began, in clock ticks since boot; 0 if it is gone. */
 static uint64_t start_ticks(pid_t pid)
@@ -110,16 +88,89 @@ static int become(const struct plan_start *s, const int *fds, int log, int keepe
 			return errno;
 	if (chdir(s->directory) < 0)
 		return errno;
-	if ((s->uid || s->gid) && (setgroups(0, NULL) || setgid(s->gid) || setuid(s->uid)))
+	if ((s->uid || s->gid) && (setgroups(s->nr_groups, s->groups) || setgid(s->gid) || setuid(s->uid)))
 		return errno;
 	mark.at = moment_now();
 	if (keeper >= 0 && mark_put(keeper, s->guest, &mark) != OK)
 		return ENOLCK;		/* without a mark it could be started twice */
-	execvp(s->words[0], s->words);
+	execvpe(s->words[0], s->words, s->nr_variables ? s->variables : environ);
 	err = errno;
 	if (keeper >= 0)
 		mark_drop(keeper, s->guest);
 	return err;
+}
+
+/* Whether a file of the plan is of a guest, and says who runs it. */
+static bool tells_of(const struct plan_file *f, const struct guest *g)
+{
+	return !f->early && strcmp(f->guest, g->start->guest) == 0;
+}
+
+/* Whether somebody else runs a guest, or may: there is a file that says so, or what must not be there. Says it in why. */
+static bool guest_others(struct guest *g, bool files)
+{
+	for (size_t i = 0; files && i < g->plan->nr_files; i++) {
+		const struct plan_file *f = &g->plan->files[i];
+
+		if (tells_of(f, g) && access(f->path, F_OK) == 0) {
+			snprintf(g->why, sizeof(g->why), "%.150s is there: somebody else runs it", f->path);
+			return true;
+		}
+	}
+	for (char **at = g->start->unless; at && *at; at++)
+		if (access(*at, F_OK) == 0) {
+			snprintf(g->why, sizeof(g->why), "%.150s is there: who may run it has started already", *at);
+			return true;
+		}
+	return false;
+}
+
+/* Say in files who runs a guest. Returns 0, or -1 and why. */
+static int guest_files(struct guest *g, bool early)
+{
+	for (size_t i = 0; i < g->plan->nr_files; i++) {
+		const struct plan_file *f = &g->plan->files[i];
+		int err = 0;
+
+		if (strcmp(f->guest, g->start->guest) == 0 && early == (bool)f->early)
+			err = put_file(f, g->pid);
+		if (err) {
+			snprintf(g->why, sizeof(g->why), "%.150s cannot be written: %s", f->path, strerror(err));
+			return -1;
+		}
+	}
+	return 0;
+}
+
+/* Take back what was said of a guest that does not go on. Returns whether anything could have been. */
+static bool guest_untold(const struct guest *g)
+{
+	bool any = false;
+
+	for (size_t i = 0; i < g->plan->nr_files; i++)
+		if (tells_of(&g->plan->files[i], g)) {
+			unlink(g->plan->files[i].path);
+			any = true;
+		}
+	return any;
+}
+
+/* What a VMM needs besides its own directory. Returns 0, or -1 and why. */
+static int guest_places(struct guest *g)
+{
+	const struct plan_start *s = g->start;
+
+	for (char **at = s->directories; at && *at; at++) {
+		int err = -make_directory(*at, 0755);
+
+		if (!err && chown(*at, s->uid, s->gid))
+			err = errno;
+		if (err) {
+			snprintf(g->why, sizeof(g->why), "its directory %.120s cannot be made: %s", *at, strerror(err));
+			return -1;
+		}
+	}
+	return guest_files(g, true);
 }
 
 /*
@@ -134,6 +185,7 @@ static bool guest_found(struct guest *g, int keeper)
 	if (pidfd < 0)
 		return false;
 	if (!mark.may_run) {
+		guest_untold(g);
 		if (!mark_kill(pidfd, &mark))
 			snprintf(g->why, sizeof(g->why), "its VMM, process %u, still waits for its state and cannot be killed", mark.pid);
 		else
@@ -143,10 +195,11 @@ static bool guest_found(struct guest *g, int keeper)
 	}
 	if (mark_ended(pidfd)) {
 		snprintf(g->why, sizeof(g->why), "its VMM has ended; see %s", g->start->log);
+		g->told = true;
 		close(pidfd);
 		return true;
 	}
-	*g = (struct guest){ .start = g->start, .say = g->say, .state = GUEST_STARTED, .pid = (pid_t)mark.pid,
+	*g = (struct guest){ .start = g->start, .say = g->say, .plan = g->plan, .state = GUEST_STARTED, .pid = (pid_t)mark.pid,
 			     .start_ticks = mark.start_ticks, .pidfd = pidfd, .keeper = g->keeper, .told = true,
 			     .at = mark.at };
 	return true;
@@ -166,6 +219,8 @@ static int guest_start(struct guest *g, const int *fds, int keeper)
 		snprintf(g->why, sizeof(g->why), "its directory %.120s cannot be made: %s", s->directory, strerror(-err));
 		return -1;
 	}
+	if (guest_places(g))
+		return -1;
 	log = open(s->log, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
 	if (log < 0) {
 		snprintf(g->why, sizeof(g->why), "its log %.120s cannot be opened: %s", s->log, strerror(errno));
@@ -344,6 +399,31 @@ static int guest_told(struct guest *g)
 	return -1;
 }
 
+/* Have whoever looks know who runs a guest, unless somebody else came first. Returns 0, or -1 and why. */
+static int guest_shown(struct guest *g)
+{
+	if (g->told)
+		return 0;
+	if (guest_files(g, false))
+		return -1;
+	point("files", g->start->guest, "written");
+	return guest_others(g, false) ? -1 : 0;
+}
+
+/* One that does not go on, and that somebody else starts then. */
+static void guest_dismiss(struct guest *g)
+{
+	int status = 0;
+
+	if (g->told || !g->pid || !guest_untold(g))
+		return;
+	kill(g->pid, SIGKILL);
+	if (waitpid(g->pid, &status, 0) == g->pid && WIFEXITED(status))
+		snprintf(g->why, sizeof(g->why), "its VMM ended with status %d; see %s", WEXITSTATUS(status), g->start->log);
+	g->pid = 0;
+	g->state = GUEST_HELD;
+}
+
 /* The thread of a guest with a monitor: all of the conversation, or what is left of it for one that was told to go on. */
 static void *guest_converse(void *argument)
 {
@@ -362,7 +442,7 @@ static void *guest_converse(void *argument)
 		char number[8];
 
 		if (strstr(l->line, GO_ON)) {
-			err = guest_told(g);
+			err = guest_shown(g) || guest_told(g);
 			behind = false;
 		}
 		if (err || (behind && i))	/* the first is the greeting of a connection */
@@ -378,6 +458,8 @@ static void *guest_converse(void *argument)
 	} else if (!guest_ended(g) && !g->why[0]) {
 		snprintf(g->why, sizeof(g->why), "its monitor cannot be talked to");
 	}
+	if (err)
+		guest_dismiss(g);
 	if (sock >= 0)
 		close(sock);
 	free(line);

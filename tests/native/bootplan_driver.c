@@ -20,6 +20,13 @@ static void text(const char *string)
 	hex(string, strlen(string));
 }
 
+static void texts(char *const *list)
+{
+	for (; list && *list; list++)
+		text(*list);
+	printf(" ;");
+}
+
 static void describe(const struct plan *p)
 {
 	printf("plan %llu %llu %llu\n", (unsigned long long)p->written.ticks,
@@ -52,6 +59,12 @@ static void describe(const struct plan *p)
 		}
 		for (uint16_t n = 0; s->words[n]; n++)
 			text(s->words[n]);
+		printf(" ;");
+		for (uint16_t n = 0; n < s->nr_groups; n++)
+			printf(" %u", s->groups[n]);
+		texts(s->variables);
+		texts(s->directories);
+		texts(s->unless);
 		putchar('\n');
 	}
 	for (size_t i = 0; i < p->nr_says; i++) {
@@ -64,6 +77,15 @@ static void describe(const struct plan *p)
 			text(s->lines[n].line);
 			text(s->lines[n].until);
 		}
+		putchar('\n');
+	}
+	for (size_t i = 0; i < p->nr_files; i++) {
+		const struct plan_file *f = &p->files[i];
+
+		printf("file %u %u %u %u", f->uid, f->gid, f->mode, f->early);
+		text(f->guest);
+		text(f->path);
+		hex(f->bytes, f->length);
 		putchar('\n');
 	}
 }

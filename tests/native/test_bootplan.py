@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from memconsole.backend.handoff import bootplan
-from memconsole.backend.handoff.bootplan import BootPlan, ClockReading, Hold, MonitorLines, Start, Verify
+from memconsole.backend.handoff.bootplan import BootPlan, ClockReading, GuestFile, Hold, MonitorLines, Start, Verify
 from memconsole.errors import BadFile, UsageError
 
 DRIVER = Path(__file__).with_name("bootplan_driver.c")
@@ -31,9 +31,14 @@ PLAN = BootPlan(
     (
         Start("web", ("/usr/bin/canary", "", "--größe"), "/run/x", "/run/x/log", (("region:web:0", 3), ("s", 1023))),
         Start("db", ("qemu",), "/", "/dev/null", (), 107, 64055),
+        Start("lv", ("qemu",), "/", "/log", (("s", 3),), 1, 2, (3, 4), ("A=b",), ("/d", "/e"), ("/run/a.pid",)),
     ),
     (MonitorLines("db", "/run/x/qmp", (('{"execute":"cont"}', "return"), ("a", "b")), 1234),),
     ClockReading(1, 2, 3),
+    (
+        GuestFile("lv", "/run/lv.xml", b"<pid>@PID@</pid>\0", 0o600, 1, 2),
+        GuestFile("lv", "/lib/key", b"", 0o640, early=True),
+    ),
 )
 
 
@@ -75,12 +80,18 @@ def described(plan: BootPlan) -> list[str]:
         fds = "".join(f" {number} {_hex(name)}" for name, number in start.fds)
         words = " ".join(map(_hex, start.words))
         places = f"{_hex(start.guest)} {_hex(start.directory)} {_hex(start.log)}"
-        lines.append(f"start {start.uid} {start.gid} {places}{fds} {words}")
+        groups = "".join(f" {gid}" for gid in start.groups)
+        lists = (start.variables, start.directories, start.unless)
+        more = "".join("".join(f" {_hex(each)}" for each in texts) + " ;" for texts in lists)
+        lines.append(f"start {start.uid} {start.gid} {places}{fds} {words} ;{groups}{more}")
     for say in plan.says:
         lines.append(
             f"say {say.within_ms} {_hex(say.guest)} {_hex(say.socket)} "
             + " ".join(_hex(text) for line in say.lines for text in line)
         )
+    for file in plan.files:
+        numbers = f"{file.uid} {file.gid} {file.mode} {int(file.early)}"
+        lines.append(f"file {numbers} {_hex(file.guest)} {_hex(file.path)} {_hex(file.content)}")
     return lines
 
 
@@ -150,7 +161,7 @@ def _record(kind: int, body: bytes) -> bytes:
 
 def test_what_a_newer_version_adds_is_passed_over_and_the_rest_done(driver: Path) -> None:
     raw = bytearray(bootplan.encode(PLAN) + _record(99, b"") + _record(100, b"later"))
-    struct.pack_into("<II", raw, 16, len(raw), 9)
+    struct.pack_into("<II", raw, 16, len(raw), 12)
     other = resealed(bytes(raw))
     hold = bootplan.encode(BootPlan(PLAN.holds[:1]))
     length = struct.unpack_from("<I", hold, HEADER + 8)[0]
@@ -165,7 +176,7 @@ def test_a_record_that_is_not_whole_makes_the_plan_one_that_is_only_held(driver:
     broken = bytearray(_record(99, b"later"))
     broken[17] ^= 1
     raw = bytearray(bootplan.encode(PLAN) + broken)
-    struct.pack_into("<II", raw, 16, len(raw), 8)
+    struct.pack_into("<II", raw, 16, len(raw), 11)
     other = resealed(bytes(raw))
     ((_, fault, *holds),) = read(driver, [other])
     assert fault == "fault it has a record that is not whole"
@@ -178,9 +189,17 @@ def test_random_bodies_behind_good_checksums_do_no_harm(driver: Path) -> None:
     rng = random.Random(5)
     cases = []
     for _ in range(3000):
-        kind = rng.choice([1, 2, 3, 4])
+        kind = rng.choice([1, 2, 3, 4, 5])
         good = bootplan.encode(
-            rng.choice([BootPlan(PLAN.holds), BootPlan((), PLAN.verifies), BootPlan((), (), PLAN.starts), PLAN])
+            rng.choice(
+                [
+                    BootPlan(PLAN.holds),
+                    BootPlan((), PLAN.verifies),
+                    BootPlan((), (), PLAN.starts),
+                    BootPlan((), files=PLAN.files),
+                    PLAN,
+                ]
+            )
         )
         body = bytearray(good[HEADER + 16 :][: rng.randrange(200)])
         for _ in range(rng.choice([0, 1, 3, 20])):

@@ -5,45 +5,32 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
 
 import pytest
-from support import keepers
+from support import keepers, resume_stage
 from support.guests import given, hubs, own_frames, region, sweep
-from support.resume_program import FLAGS, SOURCES
-from support.waiting import LONG_S, until
+from support.resume_stage import LINES, M, Monitor, Stage, of, vmms
+from support.waiting import until
 
-from memconsole.backend.custody.holder import KeeperCustody
 from memconsole.backend.guests.canary import CanaryGuest
 from memconsole.backend.handoff import bootplan
-from memconsole.backend.handoff.bootplan import BootPlan, Hold, MonitorLines, Resume, Resumed, Start, Verify
+from memconsole.backend.handoff.bootplan import BootPlan, Hold, MonitorLines, Resume, Start, Verify
 from memconsole.backend.peers.handle import Handle
-from memconsole.backend.steps import FAULT_VARIABLE
-from memconsole.errors import NotFound
 from memconsole.extents import ExtentTable
 
-M = 1 << 20
 PHASES = ["begun", "planned", "retrieved", "verified", "started", "resumed"]
-STAYS = "import time; print('up', flush=True); time.sleep(600)"
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler")
-    path = tmp_path_factory.mktemp("resume") / "memconsole-resume"
-    subprocess.run([compiler, *FLAGS, "-fno-sanitize-recover=all", "-o", path, *SOURCES], check=True)
-    return path
+    return resume_stage.built(tmp_path_factory.mktemp("resume"))
 
 
 @pytest.fixture(scope="module")
@@ -51,78 +38,10 @@ def keeper_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return keepers.build_sanitized(tmp_path_factory.mktemp("keeper"))
 
 
-class Stage:
-    """A keeper with things in it, and what memconsole-resume makes of a plan with them."""
-
-    def __init__(self, program: Path, keeper: keepers.Running, directory: Path) -> None:
-        self.directory = directory
-        self.custody = KeeperCustody(keeper.path)
-        self._program = program
-        self._runtime = keeper.path.parent
-        self._started: list[Handle] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._started:
-            handle.kill()
-            handle.close()
-        self.custody.close()
-
-    def put(self, name: str, contents: bytes = b"") -> None:
-        fd = os.memfd_create(name)
-        os.write(fd, contents)
-        self.custody.put(name, fd)
-        os.close(fd)
-
-    def start(self, guest: str, *words: str, fds: dict[str, int] | None = None, uid: int = 0, gid: int = 0) -> Start:
-        """A guest's VMM; without words one that stays."""
-        command = words or (sys.executable, "-c", STAYS)
-        place = self.directory / "guests" / guest
-        return Start(guest, command, str(place), str(place / "log"), tuple((fds or {}).items()), uid, gid)
-
-    def log(self, guest: str) -> str:
-        return (self.directory / "guests" / guest / "log").read_text()
-
-    def resume(self, plan: BootPlan | bytes) -> tuple[int, str, Resume]:
-        self.put(bootplan.MANIFEST, plan if isinstance(plan, bytes) else bootplan.encode(plan))
-        with contextlib.suppress(NotFound):
-            self.custody.drop(bootplan.RESUME)
-        code, err = self.run()
-        return code, err, self.record()
-
-    def record(self) -> Resume:
-        """What the last start that came to its end wrote down."""
-        fd, _ = self.custody.get(bootplan.RESUME)
-        resume = bootplan.read_resume(os.pread(fd, M, 0))
-        os.close(fd)
-        for guest in resume.guests:
-            if guest.pid:
-                self._started.append(Handle(guest.pid, guest.start_ticks))
-        return resume
-
-    def run(self, fault: str = "") -> tuple[int, str]:
-        """One start of it, which dies at a fault point, or in turn at each that is not in a file yet (``@FILE``)."""
-        command = [str(self._program), "--rehearse", "--runtime", str(self._runtime)]
-        env = os.environ | ({FAULT_VARIABLE: fault} if fault else {})
-        with tempfile.TemporaryFile("w+") as err:  # a pipe would be waited for by what it leaves behind when it dies
-            done = subprocess.run(command, stdout=err, stderr=err, env=env, timeout=LONG_S, check=False)
-            err.seek(0)
-            said = err.read()
-        assert "runtime error" not in said
-        assert "Sanitizer" not in said
-        return done.returncode, said
-
-
 @pytest.fixture
 def stage(program: Path, keeper_program: Path, tmp_path: Path) -> Iterator[Stage]:
     with keepers.running(keeper_program) as keeper, Stage(program, keeper, tmp_path) as made:
         yield made
-
-
-def of(resume: Resume, guest: str) -> Resumed:
-    return next(found for found in resume.guests if found.guest == guest)
 
 
 def ids(resume: Resume) -> list[tuple[str, str]]:
@@ -261,44 +180,6 @@ def test_pages_are_compared_and_in_a_rehearsal_may_have_moved(stage: Stage) -> N
     assert [finding.text for finding in resume.findings] == ["the size is not whole pages"]
 
 
-class Monitor(threading.Thread):
-    """A QMP server with canned answers, one a line it hears; None is silence."""
-
-    def __init__(self, path: Path, answers: list[str | None], *, greets: bool = True) -> None:
-        super().__init__(daemon=True)
-        self.heard: list[str] = []
-        self._answers = answers
-        self._greets = greets
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(path))
-        self._listener.listen()
-        self.start()
-
-    def run(self) -> None:
-        connection, _ = self._listener.accept()
-        with connection, connection.makefile("r") as lines:
-            if self._greets:
-                connection.sendall(b'{"QMP": {}}\n{"event": "RESUME"}\n')
-            for answer in self._answers:
-                line = ""
-                with contextlib.suppress(OSError):
-                    line = lines.readline()
-                if not line:
-                    return
-                self.heard.append(line.strip())
-                if answer is not None:
-                    with contextlib.suppress(OSError):  # it has heard enough
-                        connection.sendall(answer.encode() + b"\n")
-            with contextlib.suppress(OSError):
-                lines.readline()
-
-    def end(self) -> None:
-        self.join(30)
-        assert not self.is_alive()
-        self._listener.close()
-
-
-LINES = (('{"execute": "qmp_capabilities"}', "return"), ('{"execute": "query-status"}', '"running"'))
 CONVERSATIONS: dict[str, tuple[list[str | None], str]] = {
     "said": (['{"return": {}}', '{"return": {"status": "inmigrate"}}', '{"return": {"status": "running"}}'], ""),
     "events": (
@@ -423,16 +304,6 @@ def test_the_record_is_json_whatever_a_monitor_says(stage: Stage) -> None:
     assert json.dumps(of(resume, "vm").why)
     assert "quoted" in of(resume, "vm").why
     monitor.end()
-
-
-def vmms(stage: Stage, guest: str) -> list[int]:
-    """The processes of a guest: those that run in its directory."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if (path / "cwd").readlink() == stage.directory / "guests" / guest:
-                found.append(int(path.name))
-    return found
 
 
 def test_killed_at_each_of_its_points_it_starts_no_vmm_twice_and_goes_on(stage: Stage, tmp_path: Path) -> None:

@@ -18,10 +18,11 @@ from support.waiting import until
 
 from memconsole import actions as do
 from memconsole.backend.custody import payloads
-from memconsole.backend.handoff import adopted_facts, carried, carried_back
+from memconsole.backend.handoff import adopted_facts, carried, carried_back, fast
 from memconsole.backend.handoff.carried import Taking
 from memconsole.backend.managers import libvirt, libvirt_setup, plans, saveimage, virsh
 from memconsole.backend.managers.libvirt_setup import Part
+from memconsole.backend.managers.migration import filtered
 from memconsole.backend.managers.sealed import Standing
 from memconsole.backend.peers import handle
 from memconsole.backend.steps import Step, run
@@ -379,3 +380,30 @@ def test_what_keeps_an_adopted_guest_is_said_in_words(desk: Desk, host: Host, mo
     assert "memconsole serve --mount" in kept()
     mine = replace(mine, managed=None)
     assert kept() == "no manager starts it again: libvirt does not run it"
+
+
+def test_in_the_fast_lane_its_state_is_there_unlocked_beside_the_image_and_goes_with_it(
+    desk: Desk, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin = fast.Origin(("qemu",), (), 1, 1, (), b"<domstatus/>", b"")
+    monkeypatch.setattr(fast, "origin", lambda _root, _guest: origin)
+    taking = Taking(desk, desk.state.guests["web"], lambda: None, is_fast=True)
+    desk.carry(run("take", list(taking.steps())))
+    assert fast.held("web") not in desk.custody.names()  # before the image is whole nobody can start it
+    taking.seal("11" * 32)
+    fd, _ = desk.custody.get(fast.held("web"))
+    os.lseek(fd, 0, os.SEEK_SET)
+    found = filtered(fd, -1, taking.said.elsewhere)
+    os.close(fd)
+    assert not found.was_locked
+    carried.take_back(desk, "web")
+    assert [name for name in desk.custody.names() if name.partition(":")[0] in {"fast", "carried"}] == []
+
+
+def test_one_that_memconsole_resume_had_go_on_is_never_restored(desk: Desk, host: Host) -> None:
+    ended(desk, host, jumped=True)
+    carried_back.spend_all(desk, ["web", "another"])
+    assert carried.noted(desk) == []
+    carried_back.offer_all(desk)
+    assert list(carried_back.SAVES.iterdir()) == []
+    assert plans.planned(desk.runtime_dir) == ()

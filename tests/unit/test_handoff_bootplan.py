@@ -9,16 +9,17 @@ import pytest
 from msgspec.structs import replace
 
 from memconsole.backend.handoff import bootplan
-from memconsole.backend.handoff.bootplan import BootPlan, ClockReading, Hold, MonitorLines, Start, Verify
+from memconsole.backend.handoff.bootplan import BootPlan, ClockReading, GuestFile, Hold, MonitorLines, Start, Verify
 from memconsole.errors import BadFile, UsageError
 
 START = Start("web", ("canary", ""), "/run/web", "/run/web/log", (("state:web", 3),), 1, 2)
 FULL = BootPlan(
     (Hold("memconsole:web", 7, "region:web:0", b"{}"),),
     (Verify("region:web:0", 4096, "00" * 16),),
-    (START,),
+    (START, replace(START, groups=(3,), variables=("A=b",), directories=("/d",), unless=("/run/d.pid",))),
     (MonitorLines("web", "/run/qmp", (("a", "b"), ("c", "d")), 5),),
     ClockReading(1, 2, 3),
+    (GuestFile("web", "/run/web.pid", b"@PID@"), GuestFile("web", "/key", b"k", early=True)),
 )
 
 
@@ -44,6 +45,9 @@ def test_a_plan_reads_back() -> None:
         BootPlan((), (), (replace(START, words=("w" * 65000,) * 20),)),
         BootPlan((), (), (replace(START, uid=-1),)),
         BootPlan((), (), (), (MonitorLines("web", "", ()),)),
+        BootPlan((), (), (replace(START, groups=(-1,)),)),
+        BootPlan((), files=(GuestFile("web", "", b""),)),
+        BootPlan((), files=(GuestFile("web", "/run/web", bytes(1 << 20)),)),
     ],
 )
 def test_what_cannot_stand_in_a_plan_is_refused(plan: BootPlan) -> None:

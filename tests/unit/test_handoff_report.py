@@ -139,6 +139,31 @@ def test_a_guest_that_is_held_has_no_blackout_and_says_why() -> None:
     assert (carried.back, carried.blackout_ns, carried.why) == (False, None, "no fd")
 
 
+def adopted(found: Resumed) -> GuestResult:
+    """What the report says of an adopted guest that the boot plan was to start, and that stood still 5 ms before."""
+    guests = (GuestResult("web", GuestKind.FOREIGN, 1, why="libvirt has not started it", lane="before libvirt"),)
+    mine = replace(described(), guests=(SavedGuest(GUEST, "fast:web", at(60), stood_ns=5 * MS),))
+    (result,) = report.guest_results(guests, mine, Resume(1, "luo", (), (found,), (), ()), Clock(at(0), []))
+    return result
+
+
+def test_an_adopted_guest_that_the_boot_plan_started_is_back() -> None:
+    result = adopted(Resumed("web", "resumed", 9, 10, at=at(1_060), told=True))
+    assert (result.back, result.pid, result.by, result.why, result.lane) == (True, 9, "its VMM", "", "before libvirt")
+    assert result.blackout_ns == 1_005 * MS
+
+
+def test_an_adopted_guest_that_the_boot_plan_did_not_start_waits_for_libvirt_and_says_why() -> None:
+    result = adopted(Resumed("web", "held", why="its disk is not there"))
+    assert (result.back, result.why) == (False, "libvirt has not started it")
+    assert result.lane.endswith("memconsole-resume did not start it: its disk is not there")
+
+
+def test_an_adopted_guest_that_went_on_and_ended_waits_for_nobody() -> None:
+    result = adopted(Resumed("web", "held", why="its VMM has ended", told=True))
+    assert (result.back, result.why) == (False, "its VMM has ended")
+
+
 def whole() -> HandoffReport:
     done = HandoffReport(
         "run",

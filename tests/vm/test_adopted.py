@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from support import lab
 
+DISK = "[ -e /run/lab/firmware.bin ] && mkdir /run/guest && cp /run/lab/firmware.bin /run/guest"
+"""What a host has on its disk before anything of ours begins."""
+
 
 def test_libvirts_guests_go_on_in_the_next_kernel_on_the_memory_they_had(tmp_path: Path) -> None:
     """Minutes of an emulated processor: libvirtd asks QEMU what it can in either kernel."""
@@ -16,6 +19,6 @@ def test_libvirts_guests_go_on_in_the_next_kernel_on_the_memory_they_had(tmp_pat
         pytest.skip("MEMCONSOLE_SOAK=1 runs it")
     if shutil.which("libvirtd") is None:
         pytest.skip("there is no libvirtd (libvirt-daemon-system, libvirt-clients)")
-    said = lab.run("adopted", tmp_path, early=lab.RESUME)
+    said = lab.run("adopted", tmp_path, early=f"{DISK}\n{lab.RESUME}")
     said.check()
     assert said.stages == 2

@@ -21,6 +21,7 @@ KINDS = frozenset(
         "aside-plan",
         "board",
         "carried",
+        "fast",
         "fresh",
         "group",
         "halted",

@@ -259,7 +259,7 @@ class QemuGuest:
         Raises:
             Gone: it ended. GuestError: it does not answer.
         """
-        return _restart(self._words(), self._directory, self._ways(), (ram, state), paused=paused)
+        return waiting_restart(self._words(), self._directory / "qmp", self._ways(), (ram, state), paused=paused)
 
     @staticmethod
     def again(  # noqa: PLR0917 - what QEMU was started with is this much
@@ -278,7 +278,7 @@ class QemuGuest:
         ``devices`` are an iommufd and the devices' files, as custody calls them, none of which another QEMU has had.
         """
         words = commandline.started(name, memory, directory / "qmp", args, devices=len(devices[1:]))
-        return _restart(words, directory, [_SHARED, _CPR], (ram, *devices, state), paused=paused)
+        return waiting_restart(words, directory / "qmp", [_SHARED, _CPR], (ram, *devices, state), paused=paused)
 
     def passes_through(self) -> bool:
         """Whether it was started with a device of this host (VFIO): it can be saved while its guest is suspended.
@@ -433,12 +433,17 @@ class QemuGuest:
         return monitor.execute(command, arguments, within=within or ANSWERS, fd=fd, patience=patience)
 
 
-def _restart(
-    words: Sequence[str], directory: Path, ways: Sequence[_Command], held: Sequence[str], *, paused: bool
+def waiting_restart(
+    words: Sequence[str],
+    socket: str | Path,
+    ways: Sequence[tuple[str, dict[str, object] | None]],
+    held: Sequence[str],
+    *,
+    paused: bool = False,
 ) -> Restart:
-    """One with these words that waits for its state.
+    """How a QEMU is started with words that have it listen at a socket, and wait for its state.
 
-    ``held``: what it is given, as custody calls it, its state last.
+    ``ways``: what it is told first; ``held``: what it is given, as custody calls it, its state last.
     """
     fds = tuple((name, number) for number, name in enumerate(held, GIVEN_FD))
     come: _Command = ("migrate-incoming", {"uri": f"fd:{fds[-1][1]}"})
@@ -447,7 +452,7 @@ def _restart(
     lines.append((_line("query-status", None), '"paused"'))
     if not paused:
         lines.append((_line("cont", None), "return"))
-    return Restart(tuple(commandline.waiting(words)), fds, str(directory / "qmp"), tuple(lines))
+    return Restart(tuple(commandline.waiting(words)), fds, str(socket), tuple(lines))
 
 
 def _line(command: str, arguments: dict[str, object] | None) -> str:

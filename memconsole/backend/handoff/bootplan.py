@@ -32,7 +32,7 @@ INCOMING = "incoming:"
 _HEADER = struct.Struct("<8sIIIIQQQ")
 _HEAD = struct.Struct("<4sIIHH")
 _MAGIC, _RECORD = b"MCBOOTPL", b"MCRC"
-_HOLD, _VERIFY, _START, _SAY = 1, 2, 3, 4
+_HOLD, _VERIFY, _START, _SAY, _FILE = 1, 2, 3, 4, 5
 _CRC_AT = 12
 _SESSION_MAX, _NAME_MAX, _PAYLOAD_MAX, _TEXT_MAX = 63, 200, 4096, 65535
 _RECORD_MAX = 1 << 20
@@ -67,7 +67,9 @@ class Verify(Value, frozen=True):
 class Start(Value, frozen=True):
     """A VMM: its ``words``, working ``directory``, ``log``, owner, and fds of custody as (name, number 3 to 1023).
 
-    It is started only if each of its fds is in custody, and none of them failed its :class:`Verify`.
+    It is started only if each of its fds is in custody, and none of them failed its :class:`Verify`, and goes on only
+    where there is nothing at the paths ``unless``. ``groups``: besides its own. ``variables``: of its environment; of
+    memconsole-resume's where there is none. ``directories``: made for it besides its own.
     """
 
     guest: str
@@ -77,6 +79,30 @@ class Start(Value, frozen=True):
     fds: tuple[tuple[str, int], ...] = ()
     uid: int = 0
     gid: int = 0
+    groups: tuple[int, ...] = ()
+    variables: tuple[str, ...] = ()
+    directories: tuple[str, ...] = ()
+    unless: tuple[str, ...] = ()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it says nothing that a memconsole-resume of before did not know."""
+        return not (self.groups or self.variables or self.directories or self.unless)
+
+
+class GuestFile(Value, frozen=True):
+    """A file that says who runs a guest, written before it goes on; ``@PID@`` in it becomes its VMM's.
+
+    Where one is there already, the guest is not started. ``early``: one that its VMM needs, written in any case.
+    """
+
+    guest: str
+    path: str
+    content: bytes
+    mode: int = 0o600
+    uid: int = 0
+    gid: int = 0
+    early: bool = False
 
 
 class MonitorLines(Value, frozen=True):
@@ -100,6 +126,7 @@ class BootPlan(NamedTuple):
     starts: tuple[Start, ...] = ()
     says: tuple[MonitorLines, ...] = ()
     written: ClockReading = ClockReading()
+    files: tuple[GuestFile, ...] = ()
 
 
 def moment() -> ClockReading:
@@ -122,6 +149,7 @@ def encode(plan: BootPlan) -> bytes:
         *(_record(_VERIFY, _encode_verify(verify)) for verify in plan.verifies),
         *(_record(_START, _encode_start(start)) for start in plan.starts),
         *(_record(_SAY, _encode_say(say)) for say in plan.says),
+        *(_record(_FILE, _encode_file(file)) for file in plan.files),
     ]
     body = b"".join(records)
     length = _HEADER.size + len(body)
@@ -169,8 +197,8 @@ def decode(manifest: bytes) -> BootPlan:
         if kind in found:
             found[kind].append(_READERS[kind](_Cursor(body)))
         at += (size + 7) & ~7
-    holds, verifies, starts, says = (tuple(found[kind]) for kind in (_HOLD, _VERIFY, _START, _SAY))
-    return BootPlan(holds, verifies, starts, says, ClockReading(*moments))
+    holds, verifies, starts, says, files = (tuple(found[kind]) for kind in (_HOLD, _VERIFY, _START, _SAY, _FILE))
+    return BootPlan(holds, verifies, starts, says, ClockReading(*moments), files)
 
 
 def _header(manifest: bytes) -> tuple[bytes, int, int, int, int, int, int, int]:
@@ -230,7 +258,20 @@ def _encode_start(start: Start) -> bytes:
     head = _number("<IIHH", start.uid, start.gid, len(start.fds), len(start.words))
     names = _text(start.guest, 1, _NAME_MAX) + _text(start.directory) + _text(start.log)
     fds = b"".join(_number("<I", number) + _text(name, 1, _NAME_MAX) for name, number in start.fds)
-    return head + names + fds + b"".join(_text(word, 0) for word in start.words)
+    raw = head + names + fds + b"".join(_text(word, 0) for word in start.words)
+    return raw if start.is_plain else raw + _encode_more(start)
+
+
+def _encode_more(start: Start) -> bytes:
+    lists = (start.variables, start.directories, start.unless)
+    head = _number("<HHHH", len(start.groups), *map(len, lists))
+    groups = b"".join(_number("<I", gid) for gid in start.groups)
+    return head + groups + b"".join(_text(each) for texts in lists for each in texts)
+
+
+def _encode_file(file: GuestFile) -> bytes:
+    numbers = (file.uid, file.gid, file.mode, file.early, len(file.content))
+    return _number("<IIHHI", *numbers) + _text(file.guest, 1, _NAME_MAX) + _text(file.path) + file.content
 
 
 def _encode_say(say: MonitorLines) -> bytes:
@@ -251,6 +292,11 @@ class _Cursor:
             raise _bad("a record is shorter than it says")
         self._at += count
         return found
+
+    @property
+    def ends(self) -> bool:
+        """Whether nothing is left."""
+        return self._at == len(self._raw)
 
     def number(self, size: int) -> int:
         return int.from_bytes(self.take(size), "little")
@@ -277,7 +323,19 @@ def _decode_start(cursor: _Cursor) -> Start:
     guest, directory, log = cursor.text(), cursor.text(), cursor.text()
     numbers = [(cursor.number(4), cursor.text()) for _ in range(fds)]
     given = tuple((name, number) for number, name in numbers)
-    return Start(guest, _texts(cursor, words), directory, log, given, uid, gid)
+    said = _texts(cursor, words)
+    if cursor.ends:
+        return Start(guest, said, directory, log, given, uid, gid)
+    groups, *lists = (cursor.number(2) for _ in range(4))
+    gids = tuple(cursor.number(4) for _ in range(groups))
+    more = [_texts(cursor, each) for each in lists]
+    return Start(guest, said, directory, log, given, uid, gid, gids, *more)
+
+
+def _decode_file(cursor: _Cursor) -> GuestFile:
+    uid, gid, mode, early, length = (cursor.number(size) for size in (4, 4, 2, 2, 4))
+    guest, path = cursor.text(), cursor.text()
+    return GuestFile(guest, path, cursor.take(length), mode, uid, gid, bool(early))
 
 
 def _decode_say(cursor: _Cursor) -> MonitorLines:
@@ -290,7 +348,7 @@ def _texts(cursor: _Cursor, count: int) -> tuple[str, ...]:
     return tuple(cursor.text() for _ in range(count))
 
 
-_READERS = {_HOLD: _decode_hold, _VERIFY: _decode_verify, _START: _decode_start, _SAY: _decode_say}
+_READERS = {_HOLD: _decode_hold, _VERIFY: _decode_verify, _START: _decode_start, _SAY: _decode_say, _FILE: _decode_file}
 
 
 class ResumePhase(Value, frozen=True):
@@ -301,7 +359,10 @@ class ResumePhase(Value, frozen=True):
 
 
 class Resumed(Value, frozen=True):
-    """What became of a guest: ``state`` is ``started``, ``resumed`` (its monitor said so) or ``held`` (``why``)."""
+    """What became of a guest: ``state`` is ``started``, ``resumed`` (its monitor said so) or ``held`` (``why``).
+
+    ``told``: that it is to go on, and so what it was started from is behind it, whatever its state is.
+    """
 
     guest: str
     state: str
@@ -309,6 +370,7 @@ class Resumed(Value, frozen=True):
     start_ticks: int = 0
     why: str = ""
     at: ClockReading = ClockReading()
+    told: bool = False
 
 
 class Mismatch(Value, frozen=True):

@@ -18,7 +18,7 @@ import hashlib
 import os
 import signal
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -30,13 +30,14 @@ from memconsole.backend.custody import payloads
 from memconsole.backend.guests import ramblocks, statestream
 from memconsole.backend.guests.ramblocks import StreamBlock
 from memconsole.backend.guests.statestream import Before, StateStream
-from memconsole.backend.handoff import bootplan, manifest, stored
+from memconsole.backend.handoff import bootplan, fast, manifest, stored
 from memconsole.backend.handoff.bootplan import ClockReading
 from memconsole.backend.handoff.facets import HandoffReporting
 from memconsole.backend.kernel import tree
 from memconsole.backend.ledger import boots
-from memconsole.backend.managers import domainxml, plans, saveimage, virsh
-from memconsole.backend.managers.migration import Elsewhere
+from memconsole.backend.managers import domainxml, libvirt, plans, saveimage, virsh
+from memconsole.backend.managers.libvirt_setup import Part
+from memconsole.backend.managers.migration import Elsewhere, filtered
 from memconsole.backend.managers.saveimage import Image
 from memconsole.backend.managers.virsh import Monitor
 from memconsole.backend.peers.handle import Handle
@@ -48,8 +49,9 @@ CARRIED = "carried:"
 """Before a guest's name: the note of an adopted guest whose state is being taken, or was; its file is the image."""
 WAITS = "libvirt has not started it again yet"
 DESTROYED = "an operator has ended it meanwhile (virsh destroy), and so it stays"
-LANE = "restored by libvirt: taps, logs and helpers of its QEMU are libvirt's to give"
-"""Which way an adopted guest goes, and why."""
+LANE = "restored by libvirt"
+"""Which way an adopted guest goes that does not take the fast lane (:mod:`.fast`)."""
+REHEARSED = "in a rehearsal libvirt is there already"
 _NO_DIGEST = "0" * 64
 _END_S = 60.0
 _LOOK_S = 0.002
@@ -95,6 +97,10 @@ class Carried(Value, frozen=True):
         return (guest.pid, guest.start_ticks) == (self.pid, self.start_ticks)
 
 
+class Regions(needs.LedgerState, needs.HostTree, Protocol):
+    """What a guest's blocks of RAM are told by."""
+
+
 class Carrying(
     needs.OwnRegionFds, needs.RegionFrames, needs.LiveGuests, needs.RuntimeFiles, HandoffReporting, Protocol
 ):
@@ -121,9 +127,10 @@ def note(desk: needs.InCustody, guest: str) -> Carried:
 
 
 def drop(desk: needs.InCustody, guest: str) -> None:
-    """Forget a guest's note, and its image."""
-    with contextlib.suppress(NotFound):
-        desk.custody.drop(held(guest))
+    """Forget a guest's note, and its image; its state first, which alone is worth nothing."""
+    for name in (fast.held(guest), held(guest)):
+        with contextlib.suppress(NotFound):
+            desk.custody.drop(name)
 
 
 def is_waiting(desk: Carrying, guest: str) -> bool:
@@ -131,12 +138,26 @@ def is_waiting(desk: Carrying, guest: str) -> bool:
     return desk.live_guest(guest) is None and held(guest) in desk.custody.names()
 
 
-def results(guests: Iterable[Guest]) -> tuple[GuestResult, ...]:
-    """The adopted guests of a handoff, as its report begins with them."""
-    return tuple(GuestResult(each.name, each.kind, each.memory, why=WAITS, lane=LANE) for each in guests)
+def lane(slow: Iterable[str]) -> str:
+    """Which way a guest goes, and why: what keeps it from the fast lane."""
+    return f"{LANE}: {'; '.join(slow)}" if slow else fast.LANE
 
 
-def blocks_of(desk: Carrying, guest: Guest, streamed: Collection[str] = ()) -> tuple[CarriedBlock, ...]:
+def slow(desk: Regions, guest: Guest, lacks: Iterable[Part]) -> tuple[str, ...]:
+    """What keeps a guest that is carried from the fast lane, in words; ``lacks``: what libvirt's setup lacks."""
+    domains = libvirt.domains(desk.root)
+    now = libvirt.of_process(domains, guest.pid or 0, guest.command)
+    if now is None:
+        return ("libvirt has no word of its process",)
+    return fast.why_not(desk.root, replace(guest, managed=now), [each.name for each in blocks_of(desk, guest)], lacks)
+
+
+def results(guests: Iterable[Guest], lanes: Mapping[str, str]) -> tuple[GuestResult, ...]:
+    """The adopted guests of a handoff, as its report begins with them; ``lanes``: which way each goes."""
+    return tuple(GuestResult(each.name, each.kind, each.memory, why=WAITS, lane=lanes[each.name]) for each in guests)
+
+
+def blocks_of(desk: Regions, guest: Guest, streamed: Collection[str] = ()) -> tuple[CarriedBlock, ...]:
     """The blocks of a guest's RAM, by region, with what the stream calls each, of the names that there are.
 
     Raises:
@@ -194,11 +215,13 @@ def unnaming(desk: Carrying, files: needs.ForeignMemory, guest: Guest) -> Iterat
 class Taking:
     """The state of one guest on its way into its image."""
 
-    def __init__(self, desk: Carrying, guest: Guest, again: Callable[[], None]) -> None:
-        """``again``: what starts it again afterwards, if it has been ended."""
+    def __init__(self, desk: Carrying, guest: Guest, again: Callable[[], None], *, is_fast: bool = False) -> None:
+        """``again``: what starts it again afterwards, if it has been ended; ``is_fast``: its lane is the fast one."""
         self._desk = desk
         self.guest = guest
         self._again = again
+        self._is_fast = is_fast
+        self._origin: fast.Origin | None = None
         self.is_destroyed = False
         self._xml = b""
         self._image = Image(running=True, xml=b"")
@@ -242,6 +265,7 @@ class Taking:
             locked = domainxml.locked(domainxml.on_files(self._xml), domainxml.Lock(guest.name, _NO_DIGEST))
             self._image = Image(running=True, xml=locked)
             saveimage.begin(self._fd, self._image)
+            self._origin = fast.origin(self._desk.root, guest) if self._is_fast else None
             blocks = blocks_of(self._desk, guest, ramblocks.stream_names(monitor))
             elsewhere = tuple(block.elsewhere() for block in blocks)
             self._stream = StateStream(guest.name, guest.pid or 0, monitor, self._fd, elsewhere)
@@ -337,6 +361,26 @@ class Taking:
         saveimage.begin(self._fd, self._image._replace(xml=xml))
         saveimage.finish(self._fd)
         self._keep(digest=digest, size=os.fstat(self._fd).st_size)
+        if self._origin is not None:
+            self._unlocked()
+
+    def _unlocked(self) -> None:
+        """Put its state as its QEMU takes it into custody, from where only memconsole-resume starts it."""
+        fd = manifest.memfd(f"memconsole-fast-{self.guest.name}", b"")
+        try:
+            os.ftruncate(fd, 0)
+            saveimage.read(self._fd)
+            filtered(self._fd, fd, self.said.elsewhere)
+            self._desk.custody.put(fast.held(self.guest.name), fd)
+        finally:
+            os.close(fd)
+
+    def planned(self) -> fast.Planned | None:
+        """How memconsole-resume starts it, once it was sealed; None where libvirt does."""
+        if self._origin is None:
+            return None
+        blocks = [(block.name, block.region) for block in self.said.blocks]
+        return fast.planned(self.guest.name, self.said.name, blocks, self._origin)
 
     def end(self, within: float = _END_S) -> None:
         """Kill its process, for a rehearsal; libvirt has seen it when this ends.

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from memconsole.actions import GuestResume
 from memconsole.backend import needs, steplog
-from memconsole.backend.handoff import bootplan, carried, stored, verify
+from memconsole.backend.handoff import bootplan, carried, fast, stored, verify
 from memconsole.backend.handoff.carried import Carried, Carrying
 from memconsole.backend.handoff.facets import HandoffReporting
 from memconsole.backend.handoff.report import Clock
@@ -70,6 +70,17 @@ def why_not_here(desk: Returning, said: Carried) -> str:
 
 
 # --- before libvirtd ----------------------------------------------------------------------------------------------
+
+
+def spend_all(desk: Returning, told: Iterable[str]) -> None:
+    """Forget what guests were saved as that memconsole-resume had go on, and have libvirt know their ptys.
+
+    Before anything else is done with what it left: their RAM is behind what was saved, whatever became of them.
+    """
+    for name in set(told) & set(carried.noted(desk)):
+        with steplog.suppressed(f"{name} goes on by what memconsole-resume did", MemconsoleError):
+            fast.show_ptys(desk, [desk.state.guests[name]] if desk.live_guest(name) is not None else [])
+        carried.drop(desk, name)
 
 
 def offer_all(desk: Returning, spoiled: Iterable[str] = ()) -> None:

@@ -26,7 +26,17 @@ from memconsole.backend import needs, own_findings
 from memconsole.backend.custody import manager
 from memconsole.backend.custody.manager import UnitFdStore
 from memconsole.backend.guests.base import is_qemu
-from memconsole.backend.handoff import adopted_facts, apart, bootfiles, device_facts, facets, luo, roads, save_restore
+from memconsole.backend.handoff import (
+    adopted_facts,
+    apart,
+    bootfiles,
+    carried,
+    device_facts,
+    facets,
+    luo,
+    roads,
+    save_restore,
+)
 from memconsole.backend.handoff import image as images
 from memconsole.backend.handoff.bootplan import INCOMING
 from memconsole.backend.handoff.device_facts import DeviceFacts
@@ -74,7 +84,7 @@ class GuestFacts:
 
     ``kept``: what keeps an adopted guest from being carried, each in words. ``stays``: it is left as it is, for its VMM
     has devices in its hands and this is a rehearsal. ``agentless``: it is a QEMU without a channel for the guest agent,
-    which would set its clock.
+    which would set its clock. ``slow``: what keeps an adopted guest that is carried from the fast lane, likewise.
     """
 
     guest: Guest
@@ -84,6 +94,7 @@ class GuestFacts:
     stays: bool = False
     agentless: bool = False
     kept: tuple[str, ...] = ()
+    slow: tuple[str, ...] = ()
 
     @property
     def is_carried(self) -> bool:
@@ -216,6 +227,8 @@ def gather_facts(desk: facets.HandoffChecks, action: HandoffAction, powers: Powe
     found = device_facts.gather_devices(desk, image, str(facts.get("line", "")), powers, jump=jump)
     kept = adopted_facts.kept(desk, [guest for guest in state.guests.values() if guest.adopted])
     guests = tuple(_guest_facts(desk, guest, answers.get(guest.name), jump=jump) for guest in state.guests.values())
+    lacks = _libvirt((*strangers, *state.guests.values()), root)
+    guests = tuple(dataclasses.replace(met, kept=kept.get(met.guest.name, ())) for met in guests)
     return HandoffFacts(
         jump=jump,
         survival=survival,
@@ -227,9 +240,9 @@ def gather_facts(desk: facets.HandoffChecks, action: HandoffAction, powers: Powe
         ),
         stranded=roads.stranded(desk),
         lost=tuple(name for name in state.regions if not desk.holds_region(name)),
-        guests=tuple(dataclasses.replace(met, kept=kept.get(met.guest.name, ())) for met in guests),
+        guests=tuple(_in_its_lane(desk, met, lacks, jump=jump) for met in guests),
         strangers=strangers,
-        libvirt=_libvirt((*strangers, *state.guests.values()), root),
+        libvirt=lacks,
         doubts=(*desk.standing(), *own_findings.custody_findings(desk), *own_findings.waiting_guests(desk)),
         misplaced=_misplaced(state, overs),
         named=_named(desk, kept),
@@ -242,6 +255,16 @@ def gather_facts(desk: facets.HandoffChecks, action: HandoffAction, powers: Powe
         ),
         **facts,  # type: ignore[arg-type]  # the fields of Facts that _of_the_jump names
     )
+
+
+def _in_its_lane(
+    desk: facets.HandoffChecks, met: GuestFacts, lacks: tuple[libvirt_setup.Part, ...], *, jump: bool
+) -> GuestFacts:
+    if not met.is_carried:
+        return met
+    if not jump:
+        return dataclasses.replace(met, slow=(carried.REHEARSED,))
+    return dataclasses.replace(met, slow=carried.slow(desk, met.guest, lacks))
 
 
 def _limits(root: tree.Root) -> dict[str, object]:

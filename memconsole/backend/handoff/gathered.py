@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from memconsole import __version__
 from memconsole.backend.custody.names import MOUNT, custody_name
 from memconsole.backend.dma import address_spaces
-from memconsole.backend.handoff import bootplan, carried, save_restore, services
-from memconsole.backend.handoff.bootplan import MANIFEST_SESSION, ClockReading, Hold, Verify
+from memconsole.backend.handoff import bootplan, carried, fast, save_restore, services
+from memconsole.backend.handoff.bootplan import MANIFEST_SESSION, BootPlan, ClockReading, Hold, Verify
 from memconsole.backend.handoff.cargo import SessionContents
 from memconsole.backend.handoff.facets import Handover
 from memconsole.backend.handoff.manifest import Manifest, PreservedDevice, PreservedRegion, SavedGuest
@@ -70,7 +70,8 @@ class Gathered:
                     holds.append(Hold(each.session, token, name, payload))
         token = LEDGER_TOKEN
         mounted = [MOUNT] if MOUNT in desk.custody.names() else []
-        images = [carried.held(name) for name in adopted]
+        kept = set(desk.custody.names())
+        images = [each for name in adopted for each in (carried.held(name), fast.held(name)) if each in kept]
         told = [services.TOLD + name for name in services.marked(desk)]
         for name in (
             LEDGER,
@@ -118,6 +119,22 @@ class Gathered:
             if say is not None:
                 says.append(say)
         return tuple(starts), tuple(says)
+
+    def plan(self, holds: tuple[Hold, ...], going: Iterable[Guest], takings: Iterable[carried.Taking]) -> BootPlan:
+        """The boot plan, once all that goes stands still: those whose VMMs we run, and those in the fast lane.
+
+        Raises:
+            GuestError, Gone: one does not answer.
+        """
+        starts, says = self.starts(going)
+        files: tuple[bootplan.GuestFile, ...] = ()
+        for each in takings:
+            said, found = each.said, each.planned()
+            if found is not None and said.at is not None:
+                starts, says, files = (*starts, found[0]), (*says, found[1]), (*files, *found[2])
+                state = fast.held(each.guest.name)
+                self.stopped[each.guest.name] = SavedGuest(each.guest, state, said.at, stood_ns=said.stood_ns)
+        return BootPlan(holds, self.verifies(), starts, says, bootplan.moment(), files)
 
     def waits(self, guest: Guest) -> bool:
         """Whether a guest that ran stays paused when it is back, until its contents and its devices were compared."""

@@ -51,7 +51,10 @@ SUSPENDED = b"suspended"
 
 @dataclass
 class Landing:
-    """What a handoff came to: what the ledger learns, what does not match, and the report."""
+    """What a handoff came to: what the ledger learns, what does not match, and the report.
+
+    ``told``: the guests that memconsole-resume had go on, whatever became of them: what each was saved as is behind it.
+    """
 
     change: StateChange
     report: HandoffReport
@@ -59,6 +62,7 @@ class Landing:
     manifest: Manifest | None = None
     moved: frozenset[str] = frozenset()
     clock: Clock | None = None
+    told: frozenset[str] = frozenset()
 
     @property
     def waiting(self) -> frozenset[str]:
@@ -99,7 +103,8 @@ def land(desk: Handover, progress: ReportWriter | None = None) -> Landing:
     made = replace(made, notes=(*made.notes, *(_served_no_more(grant) for grant in served)))
     moved = frozenset(each.subject for each in resume.findings if each.id == "pages-moved")
     clock = None if described is None else Clock(described.began, _clock_pairs(described, resume, arrived))
-    return Landing(change, made, findings, described, moved, clock)
+    told = frozenset(each.guest for each in resume.guests if each.told)
+    return Landing(change, made, findings, described, moved, clock, told)
 
 
 def reconcile(desk: Handover, landing: Landing) -> None:

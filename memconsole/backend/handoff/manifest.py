@@ -52,12 +52,14 @@ class SavedGuest(Value, frozen=True):
     """A guest as it is carried: who it is, what its state is called in custody, and when it stood still.
 
     ``waits``: it ran, and is to stay paused until the next control process has compared what it must be sure of.
+    ``stood_ns``: for how long it stood still before that, by its QEMU's own count.
     """
 
     guest: Guest
     state: str
     at: ClockReading
     waits: bool = False
+    stood_ns: int = 0
 
 
 class PreservedDevice(Value, frozen=True):

@@ -96,15 +96,25 @@ def guest_results(
 ) -> Iterator[GuestResult]:
     """What became of each guest; its blackout as it looked from outside, until it says itself."""
     moments = {each.guest: each.at for each in resume.guests}
-    stopped = {each.guest.name: each.at for each in manifest.guests}
+    stopped = {each.guest.name: each for each in manifest.guests}
+    told = {each.guest for each in resume.guests if each.told}
     for guest in guests:
-        if guest.kind in {GuestKind.PROCESS, GuestKind.FOREIGN}:  # which the control process, or libvirt, starts
-            yield guest
+        if guest.kind is GuestKind.PROCESS or (guest.kind is GuestKind.FOREIGN and guest.name not in told):
+            yield _started_later(guest, resume)
             continue
         now = guest_result(guest, resume)
         if now.back and now.name in stopped:
-            now = replace(now, blackout_ns=clock.between(stopped[now.name], moments[now.name]), by="its VMM")
+            was = stopped[now.name]
+            now = replace(now, blackout_ns=clock.between(was.at, moments[now.name]) + was.stood_ns, by="its VMM")
         yield now
+
+
+def _started_later(guest: GuestResult, resume: Resume) -> GuestResult:
+    """One that the control process, or libvirt, starts; one in the fast lane that was not started takes the other."""
+    why = next((each.why for each in resume.guests if each.guest == guest.name), "")
+    if guest.kind is GuestKind.PROCESS or not why:
+        return guest
+    return replace(guest, lane=f"restored by libvirt, for memconsole-resume did not start it: {why}")
 
 
 def guest_result(guest: GuestResult, resume: Resume) -> GuestResult:
@@ -112,7 +122,7 @@ def guest_result(guest: GuestResult, resume: Resume) -> GuestResult:
     now = next((each for each in resume.guests if each.guest == guest.name), None)
     if now is None or now.state == "held":
         return replace(guest, back=False, why=now.why if now is not None else "its VMM was not started")
-    return replace(guest, back=True, pid=now.pid)
+    return replace(guest, back=True, pid=now.pid, why="")
 
 
 def _ended(phases: tuple[Phase, ...], now: int) -> tuple[Phase, ...]:

@@ -38,6 +38,7 @@ from memconsole.backend.handoff import (
     clocks,
     devices,
     facts,
+    fast,
     landing,
     luo,
     manifest,
@@ -108,6 +109,7 @@ class _Sequence:
     preserved_ns: dict[str, int] = field(default_factory=dict)
     suspended: set[str] = field(default_factory=set)
     takings: list[carried.Taking] = field(default_factory=list)
+    lanes: dict[str, str] = field(default_factory=dict)
 
     def work(self, seen: facts.HandoffFacts) -> PreparedAction:
         """The steps, or why they are refused."""
@@ -122,6 +124,8 @@ class _Sequence:
         if work.refusals:
             return work
         adopted = [met.guest for met in seen.guests if met.is_carried]
+        self.lanes = {met.guest.name: carried.lane(met.slow) for met in seen.guests if met.is_carried}
+        work.note = "; ".join(f"{name}: {lane}" for name, lane in self.lanes.items())
         cargo = cargoes(desk, () if jump else [met.guest.name for met in seen.guests if met.is_left])
         going = [met.guest for met in seen.guests if _can_go(met)]
         told = [met.guest for met in seen.guests if services.runs(met.guest, met.state)]
@@ -195,7 +199,7 @@ class _Sequence:
                     time.time_ns(),
                     here.kernel,
                     release or here.kernel,
-                    guests=(*guests, *services.results(self.desk, told), *carried.results(adopted)),
+                    guests=(*guests, *services.results(self.desk, told), *carried.results(adopted, self.lanes)),
                 ),
                 partial(setattr, self.desk, "handoff"),
             )
@@ -314,7 +318,7 @@ class _Sequence:
         """The largest first: each stands still from the end of its own on."""
         for guest in sorted(adopted, key=lambda guest: -guest.memory):
             again = partial(_once, work.then, GuestResume(guest.name))
-            taking = carried.Taking(self.desk, guest, again)
+            taking = carried.Taking(self.desk, guest, again, is_fast=self.lanes[guest.name] == fast.LANE)
             self.takings.append(taking)
             for step in taking.steps():
                 self._add(work, "stream", step)
@@ -396,8 +400,7 @@ class _Sequence:
                 self.got.placed = {name: self._digested(placed) for name, placed in self.got.placed.items()}
             names = [guest.name for guest in adopted]
             holds, fds = self.got.holds(cargo, going, names, road or MANIFEST_SESSION)
-            starts, says = self.got.starts(going)
-            plan = bootplan.BootPlan(holds, self.got.verifies(), starts, says, bootplan.moment())
+            plan = self.got.plan(holds, going, self.takings)
             fd = manifest.write(plan, self.got.described(plan.written))
             try:
                 if jump and road:

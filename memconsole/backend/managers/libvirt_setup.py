@@ -5,6 +5,8 @@
                           abstraction includes that (Ubuntu), else lines in local/abstractions/libvirt-qemu (Debian)
     order-DAEMON          /etc/systemd/system/DAEMON.service.d/50-memconsole.conf: what a handoff carried is in place
                           before the daemon looks for it
+    order-resume          /etc/systemd/system/memconsole-resume.service.d/50-libvirt.conf: what libvirt's QEMUs need on
+                          the disk is there before memconsole-resume starts them
     selinux, daemon-DAEMON  are looked at, never changed: a boolean of the policy, and whether a daemon knows of hooks
 
 qemu.conf is left alone. Nothing is kept elsewhere of what was written: each part tells by itself (:mod:`.sealed`).
@@ -39,6 +41,12 @@ _RULES = """  # QEMU opens the RAM that memconsole's mount shows, or that it was
 _ORDER = """[Unit]
 # RAM and images that the kernel before handed over are in place before domains are started from them.
 After=memconsole-resume.service memconsole.service
+"""
+_RESUME = "/etc/systemd/system/memconsole-resume.service.d/50-libvirt.conf"
+_DISK = """[Unit]
+# QEMUs that go on before libvirt is there find their directories, and may open /dev/kvm.
+After=systemd-remount-fs.service systemd-modules-load.service systemd-tmpfiles-setup-dev.service
+RequiresMountsFor=/var/lib/libvirt
 """
 
 
@@ -201,7 +209,12 @@ def _places(root: Root) -> list[_Place]:
         else:
             found.append(_Place("apparmor", title, _LOCAL, Block(at(_LOCAL), _RULES)))
     found += [_order(name, root) for name in libvirt_host.with_unit(root)]
-    return found
+    return [*found, _resume(root)] if libvirt_host.with_unit(root) else found
+
+
+def _resume(root: Root) -> _Place:
+    title = "memconsole-resume behind libvirt's disk"
+    return _Place("order-resume", title, _RESUME, Whole(Path(tree.below(root, _RESUME)), _DISK))
 
 
 def _order(name: str, root: Root) -> _Place:
@@ -217,6 +230,7 @@ def _former(root: Root) -> list[_Place]:
         _Place("apparmor", "AppArmor's rules for QEMU", own, Whole(Path(tree.below(root, own)), _RULES)),
         _Place("apparmor", "AppArmor's rules for QEMU", _LOCAL, Block(Path(tree.below(root, _LOCAL)), _RULES)),
         *(_order(name, root) for name in libvirt_host.DAEMONS),
+        _resume(root),
     ]
     return [place for place in left if place.path not in known and tree.exists(root, place.path)]
 

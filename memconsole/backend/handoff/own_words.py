@@ -52,6 +52,7 @@ _MADE = {
     "launchSecurity": "launch security",
     "memtune": "limits of its memory (memtune)",
     "numatune": "RAM bound to NUMA nodes (numatune)",
+    "vcpu[@current]": "vCPUs that may come and go",
     "vcpus": "vCPUs that may come and go",
     "devices/disk/iotune": "limits of a disk (iotune)",
     "devices/interface/bandwidth": "limits of an interface (bandwidth)",

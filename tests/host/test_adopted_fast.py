@@ -36,7 +36,7 @@ def in_its_lane(desk, met, lacks, *, jump):
     return dataclasses.replace(met, slow=carried.slow(desk, met.guest, lacks)) if met.is_carried else met
 
 facts._in_its_lane = in_its_lane
-carried_back._has_ended = lambda desk, said: bool(said.digest)
+carried_back._jumped = lambda desk, said: bool(said.digest)
 """
 DOMAIN = """<domain type='qemu'>
   <name>web</name>

@@ -22,9 +22,9 @@
  *                          say each line to a QMP socket, again until what it returns contains ``until``; an error
  *                          ends the conversation, and so does a VMM that slept ``within_ms`` of it (patience.h)
  *   FILE    5 = u32 uid  u32 gid  u16 mode  u16 early  u32 length  text guest  text path  bytes
- *                          have a file say who runs a guest before it is told to go on, "@PID@" in it being its VMM's;
- *                          where one is there when it would be started, somebody else runs it. ``early``: what its VMM
- *                          needs, written before it is started, whatever is there
+ *                          have a file say who runs a guest before it is told to go on, the first "@PID@" in it being
+ *                          its VMM's; where one is there when it would be started, somebody else runs it. ``early``:
+ *                          what its VMM needs, written before it is started, whatever is there
  *
  * ``crc`` is CRC-32: in the header of all ``length`` bytes of the plan with that field zero, in a record of what stands
  * behind it. A record's ``length`` counts its head and body. The moment in the header is when the plan was written.

@@ -75,7 +75,8 @@ static int put_file(const struct plan_file *f, pid_t pid)
 	if (fd < 0)
 		return errno;
 	err = 0;
-	while (!err && (next = memmem(at, (size_t)(f->bytes + f->length - at), mark, sizeof(mark) - 1))) {
+	next = memmem(at, f->length, mark, sizeof(mark) - 1);
+	if (next) {		/* the first alone: others are words of people */
 		err = write_all(fd, at, (size_t)(next - at));
 		if (!err)
 			err = write_all(fd, number, strlen(number));

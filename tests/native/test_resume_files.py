@@ -53,7 +53,7 @@ def test_a_file_tells_of_a_guest_before_it_goes_on(stage: Stage) -> None:
     monitor.end()
     found = of(resume, "vm")
     assert (code, found.state, found.told, monitor.wrong) == (0, "resumed", True, [])
-    assert file.read_text() == f"<pid a='{found.pid}'>{found.pid}</pid>"
+    assert file.read_text() == f"<pid a='{found.pid}'>@PID@</pid>"
     assert (file.stat().st_mode & 0o777, list(file.parent.iterdir())) == (0o640, [file])
 
 
@@ -97,7 +97,7 @@ def test_killed_once_a_file_tells_of_a_guest_it_is_told_of_anew(stage: Stage) ->
     again.end()
     found = of(stage.record(), "vm")
     assert (found.state, vmms(stage, "vm")) == ("resumed", [found.pid])
-    assert file.read_text() == f"<pid a='{found.pid}'>{found.pid}</pid>" != told
+    assert file.read_text() == f"<pid a='{found.pid}'>@PID@</pid>" != told
 
 
 def test_a_vmm_has_its_environment_its_groups_and_what_it_needs_on_the_disk(stage: Stage) -> None:

@@ -91,7 +91,7 @@ class Start(Value, frozen=True):
 
 
 class GuestFile(Value, frozen=True):
-    """A file that says who runs a guest, written before it goes on; ``@PID@`` in it becomes its VMM's.
+    """A file that says who runs a guest, written before it goes on; the first ``@PID@`` in it becomes its VMM's.
 
     Where one is there already, the guest is not started. ``early``: one that its VMM needs, written in any case.
     """

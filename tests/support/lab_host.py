@@ -10,9 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from memconsole import paths
 from memconsole.actions import Action, HandoffRun
@@ -27,6 +27,7 @@ from support import lab_guest as lab
 from support.waiting import until
 
 TOOL = str(Path(sys.executable).parent / "memconsole")
+T = TypeVar("T")
 STATE = "/run/state"
 RECORD_S = 30
 """Seconds between recorded Snapshots: one that is taken every second takes half of an emulated processor."""
@@ -170,15 +171,20 @@ def action() -> HandoffRun:
     return HandoffRun(f"{share}/bzImage", f"{share}/initrd", lab.next_command_line())
 
 
-def shown(client: Client) -> Snapshot:
-    """A Snapshot; one that is late on a machine that is busy is asked for once more."""
+def patiently(asked: Callable[[], T]) -> T:
+    """What a control process answers; where it is late on a machine that is busy, it is asked once more."""
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            return client.snapshot()
-        except Refused as error:
-            if error.code != "Deadline" or time.monotonic() > deadline:
+            return asked()
+        except (Refused, NoControl) as error:  # its deadline, and its client's
+            if (isinstance(error, Refused) and error.code != "Deadline") or time.monotonic() > deadline:
                 raise
+
+
+def shown(client: Client) -> Snapshot:
+    """A Snapshot, however late."""
+    return patiently(client.snapshot)
 
 
 def hand_off(client: Client) -> NoReturn:

@@ -108,7 +108,7 @@ def daemon() -> None:
 
 
 def told(client: Client, name: str) -> tuple[int, int]:
-    (fd,) = client.open_region(f"{name}.pc.ram")
+    (fd,) = host.patiently(lambda: client.open_region(f"{name}.pc.ram"))
     rounds, wrong = struct.unpack("<II", os.pread(fd, 8, STATUS))
     os.close(fd)
     return rounds, wrong
@@ -156,7 +156,7 @@ def after() -> None:
     daemon()
 
     def back() -> bool:
-        made = client.snapshot().handoff
+        made = host.shown(client).handoff
         return made is not None and made.state is HandoffState.DONE and all(each.back for each in made.guests)
 
     until(back, "libvirt has started both", host.PATIENCE)
@@ -165,7 +165,7 @@ def after() -> None:
         until(goes_on, f"rounds of {name}", host.PATIENCE)
     now = {name: told(client, name) for name in SOURCES}
     lab.say("goes-on", not any(wrong for _, wrong in now.values()), now=now)
-    report = client.snapshot().handoff
+    report = host.shown(client).handoff
     assert report is not None
     lab.say(
         "report",

@@ -56,7 +56,7 @@ coverage: $(VENV)/installed-test
 # What does not fit into an ordinary run: every fault point, twenty kexecs in a row, a minute of storm.
 soak: $(VENV)/installed-test
 	MEMCONSOLE_SOAK=1 $(BIN)/python -m pytest -q tests/host/test_handoff_rehearse.py tests/host/test_revoke_storm.py
-	MEMCONSOLE_SOAK=1 $(BIN)/python -m pytest -q tests/fleet/test_lab_hosts.py
+	MEMCONSOLE_SOAK=1 $(BIN)/python -m pytest -q tests/fleet/test_lab_hosts.py tests/fleet/test_hundred_handoffs.py
 	MEMCONSOLE_SOAK=1 $(BIN)/python tools/run_tests.py vm
 
 # The kernel of the lab: the shared one beside the checkout, else built from Debian's source, once, into ~/.cache.

@@ -5,7 +5,6 @@ They take long: ``make soak`` runs them.
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,14 @@ from typing import Any
 import build_deb
 import pytest
 from support import lab
-from support.lab_fleet import DEBIAN, PATIENCE, LabFleet, lab_fleet
+from support.lab_fleet import DEBIAN, PATIENCE, lab_fleet
+from support.lab_rolls import CANARY, SOAK, engine
 from support.playbooks import Engine, recap
 from support.remotes import SSHD
 from support.waiting import until
 
-SOAK = pytest.mark.skipif(not os.environ.get("MEMCONSOLE_SOAK"), reason="a fleet of labs takes long: MEMCONSOLE_SOAK=1")
 pytestmark = pytest.mark.skipif(not SSHD, reason="there is no sshd: apt install openssh-server")
 THREE = ("hv1", "hv2", "hv3")
-CANARY = (
-    "[ -e /var/lib/begun ] || { memconsole serve --record 30; memconsole guest start canary --memory 8M; :"
-    " >/var/lib/begun; }"
-)
-"""What a host does before its first service: a guest, which counts."""
 OLDER = """#!/bin/sh
 case "$*" in *--yes*) cp /boot/vmlinuz-{old} /boot/vmlinuz-{new} ;; esac
 exec memconsole "$@"
@@ -33,18 +27,6 @@ exec memconsole "$@"
 """A memconsole on a host where somebody puts another image in the place of the next kernel's, once it was planned."""
 TRIES = 2
 """How often a fleet is begun of which a host went deaf: QEMU's emulation does that (lab_watch.py)."""
-
-
-def engine(directory: Path, fleet: LabFleet, **shared: object) -> Engine:
-    """An engine over lab hosts; each look costs an emulated processor ten seconds."""
-    told = {
-        "ansible_remote_tmp": "/tmp/ansible",
-        "ansible_timeout": 120,  # an emulated sshd of a busy machine takes long until it greets
-        "memconsole_interval": 45,
-        "memconsole_least_timeout": 1200,
-        **shared,
-    }
-    return Engine(directory, fleet.variables(), told)
 
 
 def rows(made: Engine) -> list[dict[str, Any]]:

@@ -58,6 +58,10 @@ class Reserve(Action, frozen=True, tag="reserve"):
     page_size: Annotated[int, Arg(ArgumentKind.SIZE, "page size: 4K, 2M or 1G", choices=("4K", "2M", "1G"))] = 4096
     node: Annotated[int | None, Arg(ArgumentKind.INTEGER, "NUMA node to take it from")] = None
     prefault: Annotated[bool, Arg(ArgumentKind.FLAG, "give every page its frame now")] = False
+    path: Annotated[str, Arg(ArgumentKind.TEXT, "show it as this file below files/ on the mount: db/items")] = ""
+    owner: Annotated[str, Arg(ArgumentKind.TEXT, "USER[:GROUP] whose file it is; root")] = ""
+    mode: Annotated[str, Arg(ArgumentKind.TEXT, "permissions of the file, in octal (0600)")] = ""
+    quota: Annotated[int | None, Arg(ArgumentKind.SIZE, "the most that its owner may have in files from now on")] = None
 
 
 class Map(Action, frozen=True, tag="map"):

@@ -19,7 +19,7 @@ from memconsole.field import (
     size_field,
 )
 from memconsole.guest_fields import GUESTS
-from memconsole.model import Grant, Window, worst_first
+from memconsole.model import Grant, Region, Window, worst_first
 from memconsole.units import format_address, format_duration
 
 
@@ -29,6 +29,14 @@ def _iovas(found: Sequence[tuple[str, int, str]]) -> str:
 
 def _window_kind(window: Window) -> str:
     return ("io" if window.io else "mem") + ("64" if window.wide else "") + (" p" if window.prefetchable else "")
+
+
+def _owner(region: Region) -> str | None:
+    return f"{region.file.user}:{region.file.group}" if region.file is not None else None
+
+
+def _mode(region: Region) -> str | None:
+    return f"{region.file.mode:04o}" if region.file is not None else None
 
 
 REGIONS = Table(
@@ -84,6 +92,9 @@ REGIONS = Table(
         ),
         Field("node", "Node", "NUMA node it was taken from", lambda r: r.node, width=4, right=True, default=False),
         Field("block", "Block", "what its adopted guest's QEMU calls it", lambda r: r.block, width=9, default=False),
+        Field("path", "Path", "which file it is, below files/", lambda r: r.file and r.file.path, default=False),
+        Field("owner", "Owner", "user and group of that file (numbers)", _owner, width=11, default=False),
+        Field("mode", "Mode", "permissions of that file", _mode, width=4, default=False),
         moment_field("created", "Created", "when it was reserved", lambda r: r.created_ns),
     ),
 )

@@ -22,6 +22,8 @@ def _trend(busy: Sequence[float]) -> str:
 
 def _service(guest: Guest) -> str:
     how = guest.service
+    if how is not None and how.is_user:
+        return "a user" if how.quota is None else f"a user, {format_size(how.quota)} at most"
     return "" if how is None else how.unit or " ".join(how.command)
 
 

@@ -19,13 +19,14 @@ _NEVER = {
     "handoff-rehearse": "it left everything as it was",
 }
 
+_OF_USERS = "its owner may use the file by now: revoke its grant, then memconsole release {}"
 _ONE_WAY = {"devdax", "raw"}
 
 
 def inverse(action: Action, outcome: Outcome, before: Snapshot | None) -> Action | str:
     """The action that undoes another one, or why none does; ``before`` is what was there when it was applied."""
     if isinstance(action, actions.Reserve):
-        return actions.Release(action.name)
+        return actions.Release(action.name) if not action.path else _OF_USERS.format(action.name)
     if isinstance(action, actions.Map):
         return actions.Revoke(outcome.subject)
     if isinstance(action, actions.GuestStart | actions.GuestAttach | actions.GuestService):

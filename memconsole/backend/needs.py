@@ -274,6 +274,9 @@ class MountFiles(Protocol):
     def ram_path(self, guest: str, region: str) -> Path:
         """Where the file of a guest's region is, or would be; NotFound where nothing is mounted."""
 
+    def file_path(self, path: str) -> Path:
+        """Where a user's file is, or would be; NotFound where nothing is mounted."""
+
     def why_open(self, grant: Grant) -> str:
         """Why a grant's file may be open without being seen; empty if it is not."""
 

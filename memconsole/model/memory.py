@@ -52,8 +52,23 @@ class RegionSeen(Value, frozen=True):
     retrieved: bool = False
 
 
+class RegionFile(Value, frozen=True):
+    """The file that a region is to a user of this host: ``path`` below ``files`` on the mount.
+
+    It is of ``user`` and ``group`` (numbers), with the permissions ``mode``.
+    """
+
+    path: str
+    user: int = 0
+    group: int = 0
+    mode: int = 0o600
+
+
 class Region(Value, frozen=True):
-    """Named memory set aside for one owner; ``block``: of an adopted guest's RAM, what its QEMU calls it."""
+    """Named memory set aside for one owner; ``block``: of an adopted guest's RAM, what its QEMU calls it.
+
+    ``file``: of one that is a user's file, where it is shown, and to whom.
+    """
 
     name: str
     store: str
@@ -67,6 +82,7 @@ class Region(Value, frozen=True):
     grants: tuple[str, ...] = ()
     seen: RegionSeen | None = None
     block: str = ""
+    file: RegionFile | None = None
 
 
 class GrantMapping(Value, frozen=True):
@@ -227,6 +243,9 @@ class Service(Value, frozen=True):
     ``command`` runs as ``user`` and ``group`` (numbers) in ``directory``. ``save`` and ``ready`` are lines for /bin/sh:
     the first has it save and is waited for, the second succeeds once it answers. ``save_signal`` ends it, saved;
     ``within`` seconds for each of these.
+
+    With neither a unit nor a command it is a user of this host, whoever starts what: ``quota`` bytes at most of
+    regions are that user's files (None: any number).
     """
 
     unit: str = ""
@@ -238,6 +257,12 @@ class Service(Value, frozen=True):
     save: str = ""
     ready: str = ""
     within: float = 60.0
+    quota: int | None = None
+
+    @property
+    def is_user(self) -> bool:
+        """Whether it is a user of this host, and no one program."""
+        return not self.unit and not self.command
 
 
 class Guest(Value, frozen=True):
@@ -275,6 +300,11 @@ class Guest(Value, frozen=True):
     def process(self) -> ProcessId | None:
         """Which process it is; None of one that has none, or whose start is not known."""
         return ProcessId.known(self.pid, self.start_ticks)
+
+    @property
+    def is_user(self) -> bool:
+        """Whether it is a user of this host, whose files regions are: any process of that user."""
+        return self.service is not None and self.service.is_user and not self.command
 
     @property
     def its_process(self) -> str:

@@ -267,6 +267,9 @@ class Mount:
     def ram_path(self, guest: str, region: str) -> Path:
         return Path("/run/mount/guests") / guest / "ram" / region
 
+    def file_path(self, path: str) -> Path:
+        return Path("/run/mount/files") / path
+
     def why_open(self, grant: Grant) -> str:
         return self.open.get(grant.id, "")
 

@@ -34,7 +34,7 @@ def asked(line: str) -> list[str]:
 
 def test_commands_options_choices_and_macros_are_completed() -> None:
     assert asked("memconsole gu") == ["guest", "guests"]
-    assert asked("memconsole reserve web 64M --pa") == ["--page-size"]
+    assert asked("memconsole reserve web 64M --pag") == ["--page-size"]
     assert asked("memconsole reserve web 64M --page-size ") == ["1G", "2M", "4K"]
     assert asked("memconsole macro run nightly") == ["nightly-audit"]
 

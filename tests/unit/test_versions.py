@@ -106,7 +106,8 @@ def test_what_is_stored_and_sent_is_found() -> None:
         "model.snapshot.Snapshot", "actions.Map", "backend.ledger.state.DoneRecord",
         "backend.dma.address_spaces.AttachedDevice",
         "backend.exports.userfault.KeptUffd",
-        "backend.exports.mount.MountRecord", "backend.handoff.manifest.Manifest", "backend.handoff.bootplan.Resume",
+        "backend.exports.mount_record.MountRecord",
+        "backend.handoff.manifest.Manifest", "backend.handoff.bootplan.Resume",
         "backend.custody.suspended.SuspendedGuest", "backend.wire.protocol.Fault", "backend.wire.client.Greeting",
         "backend.wire.delta.Watched", "backend.wire.parameters.Hello",
     ):  # fmt: skip

@@ -3,6 +3,7 @@
     STAGING                  the whole filesystem, where nobody but root looks (``native/fuse_mount.c``)
     MOUNT/guests             mount --bind STAGING/guests
     MOUNT/regions            mount --bind STAGING/regions
+    MOUNT/files              mount --bind STAGING/files
 
 So MOUNT may be the runtime directory, and hides nothing of it. What a server that died left attached is known by its
 source, which is STAGING for all that were ever mounted there, and taken away first.
@@ -17,7 +18,7 @@ from pathlib import Path
 from memconsole.backend.kernel.mounts import MountInfo, mounts
 from memconsole.errors import KernelRefused, Refused
 
-SUBTREES = ("guests", "regions")
+SUBTREES = ("guests", "regions", "files")
 
 _MS_BIND = 1 << 12
 _MNT_DETACH = 1 << 1

@@ -6,6 +6,7 @@
     MOUNT/guests/GUEST/status          JSON
     MOUNT/guests/GUEST/pfnmap          text, a line an extent (native/fuse_pages.c), true when it is opened
     MOUNT/regions/REGION               the owner's view, root only
+    MOUNT/files/PATH                   a memfd that is a user's file
 
 The server outlives this process; a control process that comes back connects, lists the tree and goes on. When the
 server ends, what was mapped stays mapped, and a new server mounts anew over what the dead one left, with an empty tree.
@@ -185,6 +186,10 @@ class FuseTree(DaemonClient):
                 code="NotWhole",
             )
         return self._put(EntryKind.RAM, f"guests/{guest}/ram/{region}", uid=uid, gid=gid, mode=mode, fds=[fd])
+
+    def add_file(self, path: str, fd: int, *, uid: int = 0, gid: int = 0, mode: int = 0o600) -> Path:
+        """A whole memfd as a file at a path, whose directory is there; raises as :meth:`add_ram`."""
+        return self._put(EntryKind.RAM, path, uid=uid, gid=gid, mode=mode, fds=[fd])
 
     def add_region(self, region: str, fd: int) -> Path:
         """The owner's view of a region of one segment, for root; raises as :meth:`add_ram`."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from memconsole.model import Grant, ProcessId, Region
+    from memconsole.backend.ledger.state import State
+    from memconsole.model import Grant, ProcessId, Region, RegionFile
 
 
 class FuseAlias(NamedTuple):
@@ -22,9 +23,18 @@ class FuseAlias(NamedTuple):
     path: str
 
 
-def path_of(grant: Grant) -> str:
+def path_of(grant: Grant, state: State) -> str:
     """What the file of a grant is called on the mount, below its top."""
-    return f"guests/{grant.guest}/ram/{grant.region}"
+    file = file_of(grant, state)
+    return f"guests/{grant.guest}/ram/{grant.region}" if file is None else f"files/{file.path}"
+
+
+def file_of(grant: Grant, state: State) -> RegionFile | None:
+    """The user's file that a grant is: of a region that was reserved as one, to the user whose it is."""
+    region, guest = state.regions.get(grant.region), state.guests.get(grant.guest)
+    file = region.file if region is not None else None
+    service = guest.service if guest is not None and guest.is_user else None
+    return file if file is not None and service is not None and service.user == file.user else None
 
 
 def is_whole(grant: Grant, region: Region) -> bool:

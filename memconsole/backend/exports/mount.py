@@ -4,6 +4,7 @@ The filesystem lies at :func:`.mountpoint.staging`, its subtrees in the director
 the runtime directory, if none was.
 
     whole grant of a region     guests/GUEST/ram/REGION, of the user the guest's process runs as
+    grant to a user             files/PATH, as ``reserve --path`` said
     every guest                 guests/GUEST/status, as of a second ago; pfnmap, while it has grants
     guest a handoff left        guests/GUEST/state/handoff, what its VMM saved
     window grant                guests/GUEST/mmio/BDF-barN, a link
@@ -29,55 +30,32 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
 
-from memconsole import newer
-from memconsole.backend.custody import payloads
-from memconsole.backend.custody.names import MOUNT
+from memconsole.backend.exports import mount_record
 from memconsole.backend.exports.attach import attach
 from memconsole.backend.exports.fuse import FuseEntry, FuseTree, MapPart
-from memconsole.backend.exports.mapped import FuseAlias, is_whole, path_of
-from memconsole.backend.exports.mount_parts import directory, link, memfd, memfds, stale_finding
+from memconsole.backend.exports.mapped import FuseAlias, file_of, is_whole, path_of
+from memconsole.backend.exports.mount_parts import above, directory, link, memfd, memfds, stale_finding
+from memconsole.backend.exports.mount_record import MountRecord, ShownFile
 from memconsole.backend.exports.mountpoint import staging
 from memconsole.backend.kernel import census
 from memconsole.backend.kernel.tree import line
 from memconsole.backend.peers.handle import Handle
 from memconsole.backend.stores import adopted, files
-from memconsole.errors import BadFile, Gone, MemconsoleError, NotFound, Silent
-from memconsole.model import Access, Finding, Grant, Guest, Region, Severity, Snapshot, Value
+from memconsole.errors import Gone, MemconsoleError, NotFound, Silent
+from memconsole.model import Access, Finding, Grant, Guest, Region, Severity, Snapshot
 
 if TYPE_CHECKING:
     from memconsole.backend.holdings import Holdings
 
-UNREAD = "mount-unread"
-"""What a table that this memconsole cannot read is called in custody; nothing here reads it, so it is told of."""
 SOCKET = "fuse"
 """The server's socket in the runtime directory."""
 MAX_PARTS = 64
 """Grants of a guest that its ``pfnmap`` lists."""
-
-
-class ShownFile(Value, frozen=True):
-    """A file of the mount that showed a memfd, both by device and inode; ``closed``: nobody had it open at its end."""
-
-    path: str
-    region: str
-    memfd: tuple[int, int]
-    device: int
-    inode: int
-    closed: bool = False
-
-
-class MountRecord(Value, frozen=True):
-    """What custody knows of the mount: its boot, where it was, whose each guest's files are, and what they show."""
-
-    boot_id: str
-    mountpoint: str = ""
-    owners: dict[str, int] = msgspec.field(default_factory=dict)
-    shown: tuple[ShownFile, ...] = ()
 
 
 class _Wanted(NamedTuple):
@@ -88,6 +66,7 @@ class _Wanted(NamedTuple):
     put: Callable[[int, int], object]
     memfd: tuple[int, int] | None = None
     region: str = ""
+    gid: int = 0
 
 
 class GuestMount:
@@ -102,7 +81,7 @@ class GuestMount:
         self._mountpoint = mountpoint
         self._lock = threading.RLock()
         self._boot_id = line(holdings.root, "/proc/sys/kernel/random/boot_id")
-        known, self._rest = _stored(holdings, self._boot_id)
+        known, self._rest = mount_record.stored(holdings.custody, self._boot_id)
         self._before = known.mountpoint if known.boot_id != self._boot_id else ""
         self._shown_at = str(mountpoint) if mountpoint is not None else known.mountpoint
         self._owners = dict(known.owners)
@@ -208,7 +187,7 @@ class GuestMount:
         """Nobody opens a grant's file any more, until :meth:`sync` finds that the ledger still means it."""
         with self._lock, contextlib.suppress(NotFound, Gone):
             if self._tree is not None:
-                self._tree.revoke(path_of(grant))
+                self._tree.revoke(path_of(grant, self._holdings.state))
 
     def why_open(self, grant: Grant) -> str:
         """Why somebody may still be able to map a grant's file, whom no process shows; empty if nobody is."""
@@ -219,7 +198,7 @@ class GuestMount:
                 with contextlib.suppress(Gone):
                     listed = {entry.inode: entry for entry in self._tree.list()}
             for shown in self._shown:
-                if shown.memfd != now or not shown.path.startswith("guests/") or shown.closed:
+                if shown.memfd != now or shown.path.startswith("regions/") or shown.closed:
                     continue
                 entry = listed.get(shown.inode) if shown.device == self._device else None
                 if entry is None:
@@ -285,7 +264,7 @@ class GuestMount:
                     entry = None
                 if entry is None and want.memfd is not None:
                     fresh.append(path)
-                elif entry is None or (entry.uid, entry.mode & 0o777) != (want.uid, want.mode):
+                elif entry is None or (entry.uid, entry.gid, entry.mode & 0o777) != (want.uid, want.gid, want.mode):
                     want.put(want.uid, want.mode)
         self._put_ram(tree, {path: wanted[path] for path in fresh})
         self._map_pages(tree, owners, listed)
@@ -302,6 +281,8 @@ class GuestMount:
         saved = {name for name in self._holdings.custody.names() if name.startswith("state:")}
         yield "guests", _Wanted(0, 0o755, directory(tree, "guests"))
         yield "regions", _Wanted(0, 0o700, directory(tree, "regions"))
+        for path in above(state):
+            yield path, _Wanted(0, 0o755, directory(tree, path))
         for guest in state.guests.values():
             top = f"guests/{guest.name}"
             uid = self._owner(guest, owners, listed.get(top))
@@ -312,9 +293,7 @@ class GuestMount:
             for grant in state.grants_of(guest=guest.name):
                 region = state.regions.get(grant.region)
                 if region is not None and self._can_be_shown(region) and self._is_file(grant, region):
-                    mode = 0o600 if grant.access is Access.RW else 0o400
-                    put = partial(self._put_grant, tree, grant)
-                    yield path_of(grant), _Wanted(uid, mode, put, memfd(region), region.name)
+                    yield path_of(grant, state), self._wanted_grant(tree, grant, region, uid)
         for window in state.windows.values():
             bdf, _, bar = window.window.rpartition(":")
             yield (
@@ -326,15 +305,33 @@ class GuestMount:
                 put = partial(self._put_region, tree, region.name)
                 yield f"regions/{region.name}", _Wanted(0, 0o600, put, memfd(region), region.name)
 
+    def _wanted_grant(self, tree: FuseTree, grant: Grant, region: Region, uid: int) -> _Wanted:
+        """The file of a grant: of its guest's user, or as its region says whose file it is."""
+        gid, mode, file = 0, 0o600 if grant.access is Access.RW else 0o400, file_of(grant, self._holdings.state)
+        if file is not None:
+            uid, gid, mode = file.user, file.group, file.mode
+        return _Wanted(uid, mode, partial(self._put_grant, tree, grant, gid), memfd(region), region.name, gid)
+
     def ram_path(self, guest: str, region: str) -> Path:
         """Where the file of a guest's region is, or would be.
 
         Raises:
             NotFound: nothing is mounted.
         """
+        return self._top() / "guests" / guest / "ram" / region
+
+    def file_path(self, path: str) -> Path:
+        """Where a user's file is, or would be.
+
+        Raises:
+            NotFound: nothing is mounted.
+        """
+        return self._top() / "files" / path
+
+    def _top(self) -> Path:
         if self._tree is None:
             raise NotFound("there is no mount", "the service was started without --mount", "memconsole serve --mount")
-        return Path(self._shown_at or self._tree.mountpoint) / "guests" / guest / "ram" / region
+        return Path(self._shown_at or self._tree.mountpoint)
 
     def _is_file(self, grant: Grant, region: Region) -> bool:
         return region.store == adopted.NAME or is_whole(grant, region)
@@ -352,10 +349,10 @@ class GuestMount:
             return False
         return os.fstat(self._holdings.fds(region.name)[0]).st_size == region.segments[0].size
 
-    def _put_grant(self, tree: FuseTree, grant: Grant, uid: int, mode: int) -> None:
+    def _put_grant(self, tree: FuseTree, grant: Grant, gid: int, uid: int, mode: int) -> None:
         fd = self._holdings.store_of(grant.region).segment_fd(self._holdings.fds(grant.region)[0], grant.access)
         try:
-            tree.add_ram(grant.guest, grant.region, fd, uid=uid, mode=mode)
+            tree.add_file(path_of(grant, self._holdings.state), fd, uid=uid, gid=gid, mode=mode)
         finally:
             os.close(fd)
 
@@ -458,30 +455,8 @@ class GuestMount:
             self._store()
 
     def _store(self) -> None:
-        table = MountRecord(self._boot_id, self._shown_at, self._owners, tuple(self._shown))
-        fd = os.memfd_create("memconsole-mount", os.MFD_CLOEXEC)
-        try:
-            with open(fd, "wb", closefd=False) as file:
-                file.write(newer.encode(table, self._rest))
-            self._holdings.custody.put(MOUNT, fd)
-        finally:
-            os.close(fd)
-
-
-def _stored(holdings: Holdings, boot_id: str) -> tuple[MountRecord, Any]:
-    """What custody knows of the mount, and what of that is unknown here; what cannot be read is put aside."""
-    if MOUNT not in holdings.custody.names():
-        return MountRecord(boot_id), None
-    fd, _ = holdings.custody.get(MOUNT)
-    try:
-        raw = os.pread(fd, os.fstat(fd).st_size, 0)
-        table = payloads.read(MOUNT, raw, MountRecord)
-        return table, newer.rest(raw, table)
-    except BadFile:
-        holdings.custody.put(UNREAD, fd)
-        return MountRecord(boot_id), None
-    finally:
-        os.close(fd)
+        record = MountRecord(self._boot_id, self._shown_at, self._owners, tuple(self._shown))
+        mount_record.store(self._holdings.custody, record, self._rest)
 
 
 def _is_kept(path: str, wanted: Mapping[str, _Wanted]) -> bool:

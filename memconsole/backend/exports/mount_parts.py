@@ -19,6 +19,12 @@ def directory(tree: FuseTree, path: str) -> Callable[[int, int], object]:
     return lambda uid, mode: tree.directory(path, uid, mode=mode)
 
 
+def above(state: State) -> list[str]:
+    """The directories that users' files lie in, each before those in it."""
+    paths = [Path("files") / region.file.path for region in state.regions.values() if region.file is not None]
+    return sorted({"files", *(str(each) for path in paths for each in path.parents if each != Path())})
+
+
 def link(tree: FuseTree, guest: str, bdf: str, bar: int) -> Callable[[int, int], object]:
     """What makes the link to the resource file of a device's BAR."""
     target = Path(f"/sys/bus/pci/devices/{bdf}/resource{bar}")

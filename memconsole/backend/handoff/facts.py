@@ -226,8 +226,8 @@ def gather_facts(desk: facets.HandoffChecks, action: HandoffAction, powers: Powe
     strangers = foreign_guests(seen, state)
     found = device_facts.gather_devices(desk, image, str(facts.get("line", "")), powers, jump=jump)
     kept = adopted_facts.kept(desk, [guest for guest in state.guests.values() if guest.adopted])
-    guests = tuple(_guest_facts(desk, guest, answers.get(guest.name), jump=jump) for guest in state.guests.values())
     lacks = _libvirt((*strangers, *state.guests.values()), root)
+    guests = tuple(_guest_facts(desk, guest, answers, overs, jump=jump) for guest in state.guests.values())
     guests = tuple(dataclasses.replace(met, kept=kept.get(met.guest.name, ())) for met in guests)
     return HandoffFacts(
         jump=jump,
@@ -459,8 +459,25 @@ def _ends(state: State, grant: Grant, jump: bool) -> bool:
     return jump or guest is None or guest.kind not in {GuestKind.PROCESS, GuestKind.FOREIGN}
 
 
-def _guest_facts(desk: facets.HandoffChecks, guest: Guest, answer: GuestReply | None, *, jump: bool) -> GuestFacts:
+def _user_facts(state: State, guest: Guest, overs: Sequence[RegionMapping]) -> GuestFacts:
+    """A user runs while any process maps one of the files: none of them is known, and so told."""
+    files = {grant.region for grant in state.grants_of(guest=guest.name)}
+    mapped = any(over.region in files for over in overs)
+    return GuestFacts(guest, GuestState.RUNNING if mapped else GuestState.GONE)
+
+
+def _guest_facts(
+    desk: facets.HandoffChecks,
+    guest: Guest,
+    answers: Mapping[str, GuestReply],
+    overs: Sequence[RegionMapping],
+    *,
+    jump: bool,
+) -> GuestFacts:
     """A guest as it answered, when all were asked at once; one that is silent is asked nothing more."""
+    if guest.is_user:
+        return _user_facts(desk.state, guest, overs)
+    answer = answers.get(guest.name)
     live = desk.live_guest(guest.name)
     if live is None or answer is None:
         return GuestFacts(guest, GuestState.GONE)

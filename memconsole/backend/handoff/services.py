@@ -194,7 +194,7 @@ def why_early(guest: Guest, early: int) -> GuestError:
 
 def runs(guest: Guest, state: GuestState) -> bool:
     """Whether a guest is a service that can be told to save."""
-    return guest.service is not None and state is GuestState.RUNNING
+    return guest.service is not None and not guest.is_user and state is GuestState.RUNNING
 
 
 def due(desk: ServiceSaving, tried: Collection[str]) -> GuestAttach | GuestResume | None:

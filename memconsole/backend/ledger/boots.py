@@ -69,7 +69,9 @@ def record_reboot(holdings: BootHoldings, why: str = KEXEC) -> Recorded[list[Fin
     state = holdings.state
     came = [region for region in regions_found(holdings) if region is not None]
     guests = tuple(
-        replace(guest, pid=None, start_ticks=None, state=GuestState.GONE, ended=why) for guest in state.guests.values()
+        replace(guest, pid=None, start_ticks=None, state=GuestState.GONE, ended=why)
+        for guest in state.guests.values()
+        if not guest.is_user
     )
     change = StateChange(
         regions=tuple(replace(region, state=RegionState.RESTORED) for region in came),

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from memconsole.backend.exports.mapped import BlockedMapping, FuseAlias
+from memconsole.backend.exports.mapped import BlockedMapping, FuseAlias, file_of, path_of
 from memconsole.backend.kernel.census import Census
 from memconsole.backend.kernel.procmaps import Vma
 from memconsole.backend.ledger.state import State
@@ -92,16 +92,19 @@ def stray_mappings(
     """The mappings no grant accounts for; what an action under way is about to grant counts as granted.
 
     A grant is for all processes of its guest: its own, its helpers, those of :func:`backends`, and what those forked.
+    One to a user is for all that came through its file, whose permissions say who may.
     """
     aims = [intent.aims for intent in state.unfinished.values()]
     owners = {**(backends or {}), **_owners(state)}
     granted: dict[tuple[str, str], list[Grant]] = defaultdict(list)
     for grant in (*state.grants.values(), *(grant for change in aims for grant in change.grants)):
         granted[grant.guest, grant.region].append(grant)
+    files = {(each.region, path_of(each, state)) for each in state.grants.values() if file_of(each, state) is not None}
     return [
         over
         for over in overs
-        if not any(
+        if (over.region, over.through) not in files
+        and not any(
             over.overlaps(grant)
             for guest in _guest_ancestors(census, over.pid, owners)
             for grant in granted[guest, over.region]

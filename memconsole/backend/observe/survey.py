@@ -209,7 +209,7 @@ def _survival(meant: SurveyInput, census: Census, read: Readers) -> Survival:
 
 def _is_file(grant: Grant, state: State, shown: Collection[tuple[str, str]]) -> bool:
     region = state.regions.get(grant.region)
-    return region is not None and is_whole(grant, region) and (region.name, path_of(grant)) in shown
+    return region is not None and is_whole(grant, region) and (region.name, path_of(grant, state)) in shown
 
 
 # --- who maps what ----------------------------------------------------------------------------------------------
@@ -329,7 +329,7 @@ def _guest(guest: Guest, grants: Sequence[Grant], meant: SurveyInput, machines: 
     managed = machines.managed(guest.pid) if process is not None and guest.pid is not None else None
     if process is None or process.id != guest.process or process.state in "ZX":
         process = None
-        answer = GuestReply(GuestState.GONE)
+        answer = GuestReply(GuestState.RUNNING if guest.is_user else GuestState.GONE)  # a user does not end
     if guest.adopted and managed is not None:
         said = _SAID.get(managed.state, answer.state) if answer.state is GuestState.RUNNING else answer.state
         answer = answer._replace(state=said, vcpus=_managed_vcpus(managed) or None)

@@ -21,7 +21,7 @@ from memconsole.backend import needs
 from memconsole.backend.ledger.state import Recorded, StateChange
 from memconsole.backend.revoke import Ladder, Revoking, suspend_vm
 from memconsole.backend.stores import adopted, files
-from memconsole.backend.verbs import dma
+from memconsole.backend.verbs import dma, user_files
 from memconsole.backend.verbs.common import is_vm, known_guest, known_region
 from memconsole.backend.work import PreparedAction
 from memconsole.errors import Gone, GuestError
@@ -64,9 +64,12 @@ def map(desk: GrantMaking, action: Map) -> PreparedAction:
     """Grant a range: ``offer`` hands it to the guest, which maps it now or when its agent connects."""
     work = PreparedAction("", "")
     region = known_region(work, desk, action.region)
-    guest = known_guest(work, desk, action.guest)
+    again = user_files.owner_again(desk.state, region, action.guest) if region is not None else None
+    guest = again or known_guest(work, desk, action.guest)
     if region is None or guest is None:
         return work
+    if again is not None:
+        work.change = msgspec.structs.replace(work.change, guests=(again,))
     length = region.size - action.offset if action.length is None else action.length
     _in_range(work, region, action.offset, length, action.gpa)
     back = guest.kind is GuestKind.QEMU and suspend_vm.is_saved(desk, guest.name)
@@ -118,9 +121,11 @@ def offer_grant(work: PreparedAction, desk: GrantOffers, grant: Grant) -> None:
 
     def do() -> None:
         live = desk.live_guest(grant.guest)
-        guest = desk.state.guests.get(grant.guest)
+        fresh = (each for each in work.change.guests if each.name == grant.guest)
+        guest = desk.state.guests.get(grant.guest) or next(fresh, None)
         if guest is not None and guest.service is not None and (live is None or live.state() is GuestState.GONE):
-            work.text = f"{grant.guest} may map {grant.region} ({grant.access}) as {grant.id} when it is started"
+            when = "" if guest.is_user else " when it is started"
+            work.text = f"{grant.guest} may map {grant.region} ({grant.access}) as {grant.id}{when}"
             work.change = msgspec.structs.replace(work.change, grants=(grant,))
             return
         if live is None:

@@ -14,10 +14,10 @@ from memconsole.backend.custody.names import custody_name
 from memconsole.backend.ledger.state import StateChange
 from memconsole.backend.observe.reach import RegionReaching
 from memconsole.backend.stores import adopted
-from memconsole.backend.verbs import handoff
+from memconsole.backend.verbs import handoff, user_files
 from memconsole.backend.verbs.common import free_name, known_region
 from memconsole.backend.work import PreparedAction
-from memconsole.model import Region, RegionState
+from memconsole.model import Region, RegionFile, RegionState
 from memconsole.units import format_duration, format_size
 
 
@@ -25,15 +25,20 @@ class RegionReleasing(needs.OwnRegionFds, RegionReaching, Protocol):
     """What ``release`` needs."""
 
 
-def reserve(desk: needs.OwnRegionFds, action: Reserve) -> PreparedAction:
-    """Set memory aside: ``create`` makes it, ``hold`` puts it into custody."""
+def reserve(desk: user_files.FileMaking, action: Reserve) -> PreparedAction:
+    """Set memory aside: ``create`` makes it, ``hold`` puts it into custody, ``show`` makes it a file of a user."""
     work = PreparedAction(action.name, f"region {action.name} is reserved: {format_size(action.size)}")
     free_name(work, desk, action.name, region=True, guest=False)
-    creation(work, desk, action)
+    made = user_files.given(work, desk, action)
+    creation(work, desk, action, file=made.file if made is not None else None)
+    if made is not None and not work.refusals:
+        user_files.show(work, desk, made)
     return work
 
 
-def creation(work: PreparedAction, desk: needs.OwnRegionFds, action: Reserve) -> None:
+def creation(
+    work: PreparedAction, desk: needs.OwnRegionFds, action: Reserve, *, file: RegionFile | None = None
+) -> None:
     """The steps that make a region, and the refusals that the store has; ``work.change`` gets the region."""
     store = desk.stores.get(action.store)
     if store is None:
@@ -58,6 +63,7 @@ def creation(work: PreparedAction, desk: needs.OwnRegionFds, action: Reserve) ->
         node=action.node,
         prefault=action.prefault,
         created_ns=time.time_ns(),
+        file=file,
     )
     work.aims = msgspec.structs.replace(work.aims, regions=(region,))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pwd
 import shlex
 import time
 from typing import Protocol
@@ -20,6 +19,7 @@ from memconsole.backend.handoff.facets import HandoffReporting
 from memconsole.backend.kernel import census
 from memconsole.backend.ledger.state import EventRecord, Recorded, StateChange
 from memconsole.backend.peers.handle import Handle
+from memconsole.backend.verbs import users
 from memconsole.backend.verbs.common import free_name
 from memconsole.backend.work import PreparedAction
 from memconsole.errors import GuestError, MemconsoleError
@@ -85,7 +85,7 @@ def _of_unit(made: Service, action: GuestService | GuestAttach) -> Service:
         why = f"systemd says {found.get('LoadState') or 'nothing'} of it"
         raise GuestError(f"there is no unit {action.unit}", why, "systemctl list-unit-files lists them")
     user = getattr(action, "user", "") or found.get("User", "")
-    return replace(made, **_ids(user)) if user else made
+    return replace(made, **_of_user(user)) if user else made
 
 
 def _of_command(
@@ -97,25 +97,16 @@ def _of_command(
             work.refuse("NoCommand", "a service is a unit or a command", "none was named", "say --unit U or --exec CMD")
             return None
         user = getattr(action, "user", "")
-        return replace(made, command=words, **(_ids(user) if user else {}))
+        return replace(made, command=words, **(_of_user(user) if user else {}))
     status = census.status("/", pid)
     group = os.stat(f"/proc/{pid}").st_gid  # noqa: PTH116 - of the process, as the kernel shows it
     at = os.readlink(f"/proc/{pid}/cwd")  # noqa: PTH115
     return replace(made, command=words or census.command("/", pid), user=status.uid, group=group, directory=at)
 
 
-def _ids(user: str) -> dict[str, int]:
-    if user.isdecimal():
-        with contextlib.suppress(KeyError):
-            return {"user": int(user), "group": pwd.getpwuid(int(user)).pw_gid}
-        return {"user": int(user), "group": int(user)}
-    try:
-        found = pwd.getpwnam(user)
-    except KeyError:
-        raise GuestError(
-            f"there is no user {user}", "this host does not know the name", "getent passwd lists them"
-        ) from None
-    return {"user": found.pw_uid, "group": found.pw_gid}
+def _of_user(user: str) -> dict[str, int]:
+    found = users.user(user)
+    return {"user": found.uid, "group": found.gid}
 
 
 def add(desk: ServiceStarting, action: GuestService) -> PreparedAction:

@@ -33,6 +33,20 @@ options:
     description: Put every page in place at once.
     type: bool
     default: false
+  path:
+    description:
+      - Show it as this file below C(files) on the mount of the host's service, to a user of the host.
+      - A region that is there and is another file, or none, is a failure.
+    type: str
+  owner:
+    description: The user whose file it is, as V(memcache) or V(memcache:cache); root, if left out.
+    type: str
+  mode:
+    description: The permissions of the file, in octal; V(0600), if left out. Quote them, or YAML makes a number of them.
+    type: str
+  quota:
+    description: The most that the owner may have in files from now on, such as V(4G); looked at when a file is reserved.
+    type: str
 extends_documentation_fragment:
   - memconsole.fleet.cli
 attributes:
@@ -47,6 +61,13 @@ EXAMPLES = r"""
     name: web
     size: 64M
     prefault: true
+
+- name: The file of a cache
+  memconsole.fleet.region:
+    name: cache
+    size: 1G
+    path: mc/cache
+    owner: memcache
 
 - name: No more
   memconsole.fleet.region:
@@ -79,7 +100,7 @@ from ansible_collections.memconsole.fleet.plugins.module_utils import cli
 def wanted(params: dict[str, Any]) -> list[str]:
     """The command that reserves it."""
     words = ["reserve", params["name"], params["size"]]
-    for name in ("page_size", "node"):
+    for name in ("page_size", "node", "path", "owner", "mode", "quota"):
         if params[name] is not None:
             words += [f"--{name.replace('_', '-')}", str(params[name])]
     return [*words, *(["--prefault"] if params["prefault"] else [])]
@@ -94,6 +115,11 @@ def differing(params: dict[str, Any], region: dict[str, Any]) -> str:
             )
     if params["node"] is not None and params["node"] != region["node"]:
         return f"region {region['name']} is of node {region['node']}, not {params['node']}"
+    file = region.get("file") or {"path": "none", "mode": 0}
+    if params["path"] is not None and params["path"] != file["path"]:
+        return f"region {region['name']} is file {file['path']}, not {params['path']}"
+    if params["path"] is not None and int(params["mode"] or "0600", 8) != file["mode"]:
+        return f"region {region['name']} has permissions {file['mode']:04o}, not {params['mode'] or '0600'}"
     return ""
 
 
@@ -127,6 +153,7 @@ def main() -> None:
         "page_size": {"type": "str"},
         "node": {"type": "int"},
         "prefault": {"type": "bool", "default": False},
+        **{name: {"type": "str"} for name in ("path", "owner", "mode", "quota")},
     }
     module = AnsibleModule(argument_spec=spec, supports_check_mode=True)
     command = cli.CommandLine(module)

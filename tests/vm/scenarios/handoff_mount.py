@@ -2,6 +2,7 @@
 
 c0, vm      a canary with a lazy grant beside its RAM, and a QEMU: their RAM by fd, and as files
 db          a process of another user, whose memory is a file
+spare       a region that is a file of that user, with no guest but the user
 hand        a stock QEMU on a file, of which memconsole knows only the grant: its operator saves it over QMP before the
             jump, and starts it again with -incoming after it
 """
@@ -42,7 +43,14 @@ COUNTER = 0x8000
 """Where the boot sector below counts, without a rest: only while nothing else wants the processor."""
 BOOT_SECTOR = bytes.fromhex("fa 31c0 8ed8 66ff060080 ebf9").ljust(510, b"\0") + b"\x55\xaa"
 USES = "import os,sys; os.setgroups([]); os.setgid(65534); os.setuid(65534); print(1,flush=True); input()"
-FILES = ("guests/c0/ram/c0", "guests/vm/ram/vm", "guests/db/ram/pool", "guests/hand/ram/handram", "regions/spare")
+FILES = (
+    "guests/c0/ram/c0",
+    "guests/vm/ram/vm",
+    "guests/db/ram/pool",
+    "guests/hand/ram/handram",
+    "regions/spare",
+    "files/db/spare",
+)
 
 
 def placed(path: Path) -> list[int]:
@@ -163,7 +171,7 @@ def before() -> None:
     client.apply(Reserve("more", 8 * M))
     lazy = client.apply(Map("more", "c0", gpa=1 << 30, lazy=True)).subject
     client.apply(GuestStart("vm", vmm="qemu", memory=64 * M))
-    client.apply(Reserve("spare", 4 * M))
+    client.apply(Reserve("spare", 4 * M, path="db/spare", owner=str(NOBODY), mode="0640", quota=8 * M))
     client.apply(Reserve("pool", 4 * M))
     with (lab.SHARE / "disk").open("wb") as disk:
         disk.write(BOOT_SECTOR.ljust(M, b"\0"))
@@ -176,6 +184,8 @@ def before() -> None:
     until(lambda: count() > 1000, "the guest that was started by hand counts", host.PATIENCE)
     client.snapshot()  # it finds that db's process is of another user
     wrote = as_user(NOBODY, MOUNT / "guests/db/ram/pool", "carry!")
+    mine = as_user(NOBODY, MOUNT / "files/db/spare", "mine!!")
+    lab.say("users-file", mine == "mine!!", wrote=mine)
     lab.say("files", wrote == "carry!" and (MOUNT / "guests/db/ram/pool").stat().st_uid == NOBODY, wrote=wrote)
     monitor(*WAYS, ("migrate", {"uri": f"file:{SAVED}"}))
     until(saved, "its state is saved by hand", host.PATIENCE)
@@ -243,6 +253,8 @@ def process(client: Client) -> None:
     """Its owner reaches its bytes by the same path, nobody else does; another process takes its place."""
     path = MOUNT / "guests/db/ram/pool"
     owner, other = as_user(NOBODY, path, ""), as_user(STRANGER, path, "")
+    mine, others = (as_user(uid, MOUNT / "files/db/spare", "") for uid in (NOBODY, STRANGER))
+    lab.say("users-file-back", (mine, others) == ("mine!!", "Permission denied"), owner=mine, other=others)
     lab.say("owner", owner == "carry!" and other == "Permission denied", owner=owner, other=other)
     user = attached(client, "db", [sys.executable, "-c", USES])
     assert user.stdout is not None

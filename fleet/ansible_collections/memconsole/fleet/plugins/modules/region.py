@@ -42,10 +42,10 @@ options:
     description: The user whose file it is, as V(memcache) or V(memcache:cache); root, if left out.
     type: str
   mode:
-    description: The permissions of the file, in octal; V(0600), if left out. Quote them, or YAML makes a number of them.
+    description: The permissions of the file, in octal, quoted; V(0600), if left out.
     type: str
   quota:
-    description: The most that the owner may have in files from now on, such as V(4G); looked at when a file is reserved.
+    description: The most that the owner may have in files from now on, such as V(4G).
     type: str
 extends_documentation_fragment:
   - memconsole.fleet.cli

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from memconsole.backend.exports.mapped import file_of
 from memconsole.errors import MemconsoleError
 from memconsole.model import Finding, Region, Severity
 
@@ -21,7 +22,8 @@ def directory(tree: FuseTree, path: str) -> Callable[[int, int], object]:
 
 def above(state: State) -> list[str]:
     """The directories that users' files lie in, each before those in it."""
-    paths = [Path("files") / region.file.path for region in state.regions.values() if region.file is not None]
+    found = [file_of(grant, state) for grant in state.grants.values()]
+    paths = [Path("files") / file.path for file in found if file is not None]
     return sorted({"files", *(str(each) for path in paths for each in path.parents if each != Path())})
 
 

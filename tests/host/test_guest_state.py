@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from support.guests import given, hubs, own_frames, region, sweep
-from support.waiting import LONG_S, until
+from support.waiting import LONG_S, accepts, until
 
 from memconsole.backend.exports.fd import Hub
 from memconsole.backend.guests import commandline
@@ -311,7 +311,7 @@ def test_qemu_counts_on_from_the_same_value(state: int, disk: Sequence[str], tmp
             (tmp_path / "qmp").unlink()
             assert count(fd) == stood
             process = stack.enter_context(started(again, {"state": state, "region:vm": fd}, tmp_path / "log"))
-            until((tmp_path / "qmp").exists, "a monitor")
+            until(lambda: accepts(tmp_path / "qmp"), "a monitor")
             converse(again, tmp_path)
             guest = QemuGuest.adopt("vm", process.pid, process.start_ticks, tmp_path, "g-1")
             stack.callback(guest.close)

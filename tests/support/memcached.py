@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 from typing import NamedTuple
 
-from support.waiting import LONG_S
+from support.waiting import LONG_S, accepts, until
 
 LEAST_MIB = 40
 """It takes 39 MiB at least."""
@@ -41,7 +41,8 @@ class Memcached(NamedTuple):
             return heard.decode()
 
     def fill(self, items: int) -> None:
-        """Give it so many items; it has taken all when this returns."""
+        """Give it so many items, once it listens; it has taken all when this returns."""
+        until(lambda: accepts(self.socket), "memcached listens", self.patience)
         self.say("".join(f"set k{n} 0 0 96 noreply\r\n{value(n)}\r\n" for n in range(items)) + "version\r\n", "\r\n")
 
     def missing(self, items: range) -> int:

@@ -23,7 +23,7 @@ import msgspec
 from support import lab_guest as lab
 from support import lab_host as host
 from support.guests import own_frames
-from support.waiting import until
+from support.waiting import accepts, until
 
 from memconsole.actions import GuestAttach, GuestStart, Map, Reserve
 from memconsole.backend.guests import commandline
@@ -269,7 +269,7 @@ def by_hand(client: Client, notes: dict[str, Any], frames: list[int]) -> None:
     lab.say("hand-gone", host.guest(client.snapshot(), "hand").state is GuestState.GONE)
     stood = count()
     attached(client, "hand", machine(notes["accelerator"], "-S", "-incoming", "defer"))
-    until(Path(MONITOR).exists, "its monitor", host.PATIENCE)
+    until(lambda: accepts(Path(MONITOR)), "its monitor", host.PATIENCE)
     monitor(*WAYS, ("migrate-incoming", {"uri": f"file:{SAVED}"}))
     until(
         lambda: monitor(("query-status", {}))["status"] in {"paused", "postmigrate"},

@@ -18,7 +18,7 @@ from typing import Any
 from support import databases
 from support import lab_guest as lab
 from support import lab_host as host
-from support.waiting import until
+from support.waiting import accepts, until
 
 from memconsole.actions import GuestResume, GuestService, Map, Reserve
 from memconsole.backend.wire.client import Client
@@ -78,6 +78,7 @@ def before() -> None:
     client.apply(GuestService("mc", exec=command, save_signal="SIGUSR1", ready=ready, within=host.PATIENCE))
     client.apply(Map("mc", "mc"))
     client.apply(GuestResume("mc"))
+    until(lambda: accepts(Path(SOCKET)), "memcached listens", host.PATIENCE)
     began = time.monotonic()
     say("".join(f"set k{n} 0 0 96 noreply\r\n{f'{n:08d}' * 12}\r\n" for n in range(ITEMS)) + "version\r\n", "\r\n")
     took = {"mc": time.monotonic() - began}

@@ -111,6 +111,9 @@ class Crossing(World):
         os.kill(before, signal.SIGKILL)
         until(lambda: not self.qemus(), "its QEMU has ended")
         self.manager.run("sh", "-c", "rm -r /run/libvirt/qemu /var/lib/libvirt/qemu/domain-*")
+        for note in os.listxattr(self.disk):  # of who uses it, with the time of the boot: no later one counts them
+            if note.startswith("trusted.libvirt."):
+                os.removexattr(self.disk, note)
 
     def resume(self) -> subprocess.CompletedProcess[str]:
         runtime = self.service.runtime.absolute()

@@ -56,7 +56,7 @@ qmp = Qmp("web", Path(socket))
 def monitor(command, arguments, fd=None):
     return qmp.execute(command, arguments, within=300, fd=fd)
 
-taking = StateStream("web", int(pid), monitor, os.open(image, os.O_RDWR), (Elsewhere("pc.ram", int(size)),))
+taking = StateStream("web", int(pid), monitor, os.open(image, os.O_RDWR), (Elsewhere("pc.ram", int(size)),), guarded=True)
 look, *rest = taking.steps()
 look.do()
 print(msgspec.json.encode(taking.before).decode(), flush=True)
@@ -179,7 +179,7 @@ def test_a_guest_goes_on_in_the_next_qemu_from_its_ram_and_its_image(tmp_path: P
                 os.ftruncate(ram, RAM)
                 os.set_inheritable(ram, True)
             saveimage.begin(image, Image(running=True, xml=domainxml.locked(XML, LOCK)))
-            taking = StateStream("web", first.pid, first, image, (Elsewhere("pc.ram", RAM, sink),))
+            taking = StateStream("web", first.pid, first, image, (Elsewhere("pc.ram", RAM, sink),), guarded=True)
             run(taking)
             saveimage.finish(image)
             assert first("query-status", {})["status"] == "postmigrate"
@@ -232,7 +232,7 @@ def test_one_that_is_taken_back_runs_as_before_and_its_next_save_is_whole(tmp_pa
         goes_on(ram)
         before = settings(guest)
         for _ in range(2):  # and it can be taken again
-            taking = StateStream("web", guest.pid, guest, image, (Elsewhere("pc.ram", RAM),))
+            taking = StateStream("web", guest.pid, guest, image, (Elsewhere("pc.ram", RAM),), guarded=True)
             run(taking)
             assert os.lseek(image, 0, os.SEEK_END)
             for step in reversed(taking.steps()):
@@ -254,12 +254,12 @@ def test_whatever_fails_on_the_way_the_guest_runs_as_before(tmp_path: Path, imag
         full = os.open("/dev/full", os.O_WRONLY)
         for target, length, error in ((full, RAM, KernelRefused), (image, RAM << 1, BadFile)):
             with pytest.raises(error):
-                run(StateStream("web", guest.pid, guest, target, (Elsewhere("pc.ram", length),)))
+                run(StateStream("web", guest.pid, guest, target, (Elsewhere("pc.ram", length),), guarded=True))
             assert settings(guest) == before
             goes_on(ram)
         os.close(full)
 
-        taking = StateStream("web", guest.pid, guest, image, (Elsewhere("pc.ram", RAM),))
+        taking = StateStream("web", guest.pid, guest, image, (Elsewhere("pc.ram", RAM),), guarded=True)
         look, change, stream = taking.steps()
         look.do()
         change.do()

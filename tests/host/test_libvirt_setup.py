@@ -253,7 +253,8 @@ def test_a_guest_with_ram_of_its_own_is_moved_live_into_a_file_and_restored_on_i
     restore = ("virsh", "-q", "-c", "qemu:///system", "restore")
     assert "is not here" in manager.ended(*restore, unlocked).stderr
     plans.verified(UUID, DIGEST, host.runtime)
-    assert "received capability is on" in manager.ended(*restore, image).stderr
+    refused = manager.ended(*restore, image).stderr  # of which a newer libvirt says less
+    assert "received capability is on" in refused or "load of migration failed: Invalid argument" in refused
     manager.run(*restore, unlocked)
     assert manager.virsh("domstate", "counting").strip() == "running"
     until(lambda: told(ram)[0] > rounds + 2, "rounds of the guest that was restored")

@@ -34,7 +34,7 @@ def target() -> Iterator[int]:
 
 
 def taking(qemu: FakeQemu, target: int, *, within: float = 60.0, converge: float = 60.0) -> StateStream:
-    return StateStream("web", os.getpid(), qemu, target, ELSEWHERE, within=within, converge=converge)
+    return StateStream("web", os.getpid(), qemu, target, ELSEWHERE, guarded=True, within=within, converge=converge)
 
 
 def run(stream: StateStream) -> None:
@@ -109,6 +109,17 @@ def test_nobody_else_can_save_it_while_its_ram_is_left_out(target: int) -> None:
     run(taking(qemu, target))
     with pytest.raises(GuestError, match="switchover-ack"):
         qemu("migrate-set-capabilities", {"capabilities": [{"capability": "return-path", "state": False}]})
+
+
+def test_all_of_ram_is_sent_where_somebody_else_could_save_it_meanwhile(target: int) -> None:
+    """A libvirt that knows both capabilities switches both off, and would then save an image without RAM."""
+    qemu = FakeQemu(STREAM.raw())
+    stream = StateStream("web", os.getpid(), qemu, target, ELSEWHERE, within=30.0, converge=30.0)
+    run(stream)
+    assert not any(qemu.capabilities[name] for name in ("x-ignore-shared", "switchover-ack", "return-path"))
+    assert not stream.before.leaves_out
+    assert stream.taken is not None
+    assert [block.dropped for block in stream.taken.stream.blocks] == [1, 0]
 
 
 @pytest.mark.parametrize("lacks", ["switchover-ack", "return-path", "x-ignore-shared"])

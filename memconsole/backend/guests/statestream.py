@@ -49,8 +49,9 @@ _UNKNOWN = frozenset(
 """Capabilities with which QEMU writes what the filter refuses, waits for a word, or gives RAM up that it has sent."""
 _GUARDED = "switchover-ack"
 _NEEDED = "return-path"
-"""What it needs. libvirt switches this one off before it saves or migrates a domain, and QEMU refuses that while the
-other is on, which libvirt does not know: so no operator's ``virsh save`` can be one without RAM. QEMU 8.1 has both."""
+"""What it needs. A libvirt that does not know the other one switches this one off before it saves or migrates a domain,
+and QEMU refuses that while the other is on: so no operator's ``virsh save`` can be one without RAM. QEMU 8.1 has both;
+a libvirt that knows both switches both off, and then all of RAM is sent, and thrown away by the filter."""
 _ANSWERS = struct.pack(">HH", 7, 0) + struct.pack(">HHI", 1, 4, 0)
 """What QEMU waits for on the way back (MIG_RP_MSG_SWITCHOVER_ACK, SHUT): it may switch over, and all is well."""
 _FASTEST = 1 << 40
@@ -110,8 +111,8 @@ class _Parameters(Value, frozen=True, rename="kebab"):
     max_bandwidth: int
 
 
-def look(monitor: Monitor, guest: str, *, all_held: bool = False) -> Before:
-    """What must be as it is now when the state is taken back; ``all_held``: RAM that is shared need not be sent.
+def look(monitor: Monitor, guest: str, *, left_out: bool = False) -> Before:
+    """What must be as it is now when the state is taken back; ``left_out``: RAM that is shared need not be sent.
 
     Raises:
         Refused: a migration or save is under way (``JobUnderWay``), or its guest cannot go on (``NotRunning``).
@@ -126,7 +127,7 @@ def look(monitor: Monitor, guest: str, *, all_held: bool = False) -> Before:
     if status not in _RUNS | _STANDS:
         raise Refused(what, f"QEMU says {status}", "resume it first, or shut it down", code="NotRunning")
     known = {each.capability: each.state for each in _told(monitor, "query-migrate-capabilities", list[_Capability])}
-    left_out = all_held and known.get(_GUARDED) is False and _NEEDED in known
+    left_out = left_out and known.get(_GUARDED) is False and _NEEDED in known
     wanted = dict.fromkeys(_UNKNOWN, False) | dict.fromkeys((_SHARED, _GUARDED, _NEEDED), left_out)
     changed = {name: known[name] for name in sorted(known) if wanted.get(name, known[name]) != known[name]}
     return Before(status in _RUNS, changed, _told(monitor, "query-migrate-parameters", _Parameters).max_bandwidth)
@@ -189,7 +190,7 @@ class StateStream:
     """The state of one guest on its way into a file, which it is written to from where the file stands.
 
     ``elsewhere`` is the RAM that the stream need not bring, ``lock`` whether no QEMU is to take it before it was
-    unlocked. QEMU has ``within`` seconds to end (it is not held against it when the host gives it no processor);
+    unlocked; ``guarded``: no other client of the QEMU can switch off what keeps a stream without RAM its own. QEMU has ``within`` seconds to end (it is not held against it when the host gives it no processor);
     a guest that dirties its RAM faster than QEMU reads it is stopped after ``converge`` of them.
     """
 
@@ -202,9 +203,11 @@ class StateStream:
         elsewhere: Sequence[Elsewhere],
         *,
         lock: bool = True,
+        guarded: bool = False,
         within: float = 300.0,
         converge: float = 30.0,
     ) -> None:
+        self._guarded = guarded
         self._guest = guest
         self._pid = pid
         self._monitor = monitor
@@ -245,8 +248,8 @@ class StateStream:
         )
 
     def _look(self) -> None:
-        all_held = all(each.fd < 0 for each in self._elsewhere)
-        self._before = look(self._monitor, self._guest, all_held=all_held)
+        left_out = self._guarded and all(each.fd < 0 for each in self._elsewhere)
+        self._before = look(self._monitor, self._guest, left_out=left_out)
 
     def _set(self) -> None:
         with _undone_by(self._set_back):

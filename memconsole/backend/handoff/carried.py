@@ -35,7 +35,7 @@ from memconsole.backend.handoff.bootplan import ClockReading
 from memconsole.backend.handoff.facets import HandoffReporting
 from memconsole.backend.kernel import tree
 from memconsole.backend.ledger import boots
-from memconsole.backend.managers import domainxml, libvirt, plans, saveimage, virsh
+from memconsole.backend.managers import domainxml, libvirt, libvirt_host, plans, saveimage, virsh
 from memconsole.backend.managers.libvirt_setup import Part
 from memconsole.backend.managers.migration import Elsewhere, filtered
 from memconsole.backend.managers.saveimage import Image
@@ -268,7 +268,8 @@ class Taking:
             self._origin = fast.origin(self._desk.root, guest) if self._is_fast else None
             blocks = blocks_of(self._desk, guest, ramblocks.stream_names(monitor))
             elsewhere = tuple(block.elsewhere() for block in blocks)
-            self._stream = StateStream(guest.name, guest.pid or 0, monitor, self._fd, elsewhere)
+            guarded = libvirt_host.knows_no_acks(self._desk.root)
+            self._stream = StateStream(guest.name, guest.pid or 0, monitor, self._fd, elsewhere, guarded=guarded)
             self._steps = {step.id: step for step in self._stream.steps()}
             self._steps["look"].do()
             before = self._stream.before

@@ -27,6 +27,7 @@ _AGAIN = frozenset(
         "S", "accel", "acpitable", "append", "bios", "boot", "compat", "cpu", "enable-kvm", "global", "initrd", "k",
         "kernel", "m", "machine", "mon", "msg", "name", "no-acpi", "no-hpet", "no-reboot", "no-shutdown",
         "no-user-config", "nodefaults", "numa", "overcommit", "rtc", "sandbox", "smbios", "smp", "uuid",
+        "watchdog-action",
     }
 )  # fmt: skip
 """Options whose words are said again as they are."""
@@ -42,7 +43,7 @@ _PASSED = ("vfio-", "vhost-", "usb-host", "scsi-block", "scsi-generic", "tpm-", 
 _NOTED = frozenset(
     {
         "agentTimeout", "allowReboot", "blockjobs", "channelTargetDir", "chardevStdioLogd", "cpu", "devices", "domain",
-        "fdset", "job", "libDir", "monitor", "namespaces", "nodename", "qemuCaps", "rememberOwner", "taint", "vcpus",
+        "fdset", "job", "libDir", "memoryBackingDir", "monitor", "namespaces", "nodename", "qemuCaps", "rememberOwner", "taint", "vcpus",
     }
 )  # fmt: skip
 """What libvirt notes down of a domain that runs, and that is no less true of one that was started again."""

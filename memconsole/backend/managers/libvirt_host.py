@@ -24,6 +24,8 @@ HOOKS = "/etc/libvirt/hooks"
 _PROGRAMS = ("/usr/sbin", "/usr/bin", "/sbin")
 _UNITS = ("/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
 _LIBRARIES = ("/usr/lib64", "/usr/lib")
+ACKS = (9, 7)
+"""The first libvirt after the first QEMU that has ``switchover-ack`` (8.1): no earlier one can know it."""
 _LIBRARY = re.compile(r"libvirt\.so\.0\.(\d+)\.(\d+)")
 
 
@@ -51,14 +53,21 @@ def with_unit(root: Root = "/") -> tuple[str, ...]:
 
 
 def version(root: Root = "/") -> tuple[int, int, int] | None:
-    """The version of libvirt's library; None where it is not found."""
+    """The version of libvirt's library, the newest where there are several; None where it is not found."""
+    found = []
     for base in _LIBRARIES:
         for place in (base, *(f"{base}/{name}" for name in _names(root, base) if name.endswith("-linux-gnu"))):
             for name in _names(root, place):
                 if match := _LIBRARY.fullmatch(name):
                     number = int(match[1])
-                    return number // 1000, number % 1000, int(match[2])
-    return None
+                    found.append((number // 1000, number % 1000, int(match[2])))
+    return max(found, default=None)
+
+
+def knows_no_acks(root: Root = "/") -> bool:
+    """Whether libvirt is too old to know QEMU's capability ``switchover-ack``; one that is not found may know it."""
+    found = version(root)
+    return found is not None and found[:2] < ACKS
 
 
 def running(root: Root = "/") -> tuple[Daemon, ...]:

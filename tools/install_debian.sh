@@ -67,7 +67,7 @@ fi
 mirror_of() {
 	apt-get indextargets --format '$(SITE) $(RELEASE)' 'Created-By: Packages' | awk -v suite="$1" '$2 == suite {print $1; exit}'
 }
-unpacked_systemd() { # directory suite least-version package...
+unpacked() { # directory suite least-version package...: the version is that of the first one
 	local cache=${XDG_CACHE_HOME:-$HOME/.cache}/memconsole/lab/$1 suite=$2 least=$3 work version
 	shift 3
 	[[ -e $cache/version ]] && return
@@ -78,20 +78,27 @@ unpacked_systemd() { # directory suite least-version package...
 		-o "Dir::State::lists=$work/lists" -o "Dir::Cache::archives=$work/archives" -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache=
 		-o APT::Sandbox::User=root)
 	if apt-get "${apt[@]}" update >/dev/null && (cd "$work" && apt-get "${apt[@]}" download "${@/%//$suite}" >/dev/null); then
-		version=$(dpkg-deb -f "$work"/systemd_*.deb Version)
+		version=$(dpkg-deb -f "$work/$1"_*.deb Version)
 		if ((${version%%[.-]*} >= least)); then
 			for deb in "$work"/*.deb; do dpkg -x "$deb" "$work/files"; done
 			rm -rf "$cache" && mkdir -p "${cache%/*}" && mv "$work/files" "$cache"
 			echo "$version" >"$cache/version"
 		else
-			echo "install_debian.sh: $suite has systemd $version, $least is wanted for $1" >&2
+			echo "install_debian.sh: $suite has $1 $version, $least is wanted" >&2
 		fi
 	else
-		echo "install_debian.sh: systemd of $suite cannot be had; the lab goes without ($1)" >&2
+		echo "install_debian.sh: $1 of $suite cannot be had; the tests go without" >&2
 	fi
 	rm -rf "$work"
 }
 codename=$(. /etc/os-release && echo "$VERSION_CODENAME")
 ours=$(systemctl --version 2>/dev/null | sed -n '1s/systemd \([0-9]*\).*/\1/p')
-((${ours:-0} >= 254)) || unpacked_systemd systemd "$codename-backports" 254 systemd libsystemd-shared
-((${ours:-0} >= 261)) || unpacked_systemd systemd-newest testing 261 systemd libsystemd-shared libsystemd0
+((${ours:-0} >= 254)) || unpacked systemd "$codename-backports" 254 systemd libsystemd-shared
+((${ours:-0} >= 261)) || unpacked systemd-newest testing 261 systemd libsystemd-shared libsystemd0
+
+# A newer libvirt with the libraries that it is built against, which the tests lay over this machine's, in a mount namespace.
+libvirt=$(libvirtd --version 2>/dev/null | sed -n 's/.* \([0-9]*\)\..*/\1/p')
+((${libvirt:-0} >= 11)) || unpacked libvirt-newest trixie 11 libvirt0 libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients libvirt-daemon-log \
+	libvirt-daemon-common libvirt-common libc6 libgnutls30t64 libxml2 libtirpc3t64 libnettle8t64 libhogweed6t64 libsystemd0 libselinux1 libglib2.0-0t64 \
+	libjson-c5 libcap-ng0 libblkid1 libmount1 libnuma1 libudev1 libdevmapper1.02.1 libreadline8t64 libsasl2-2 libacl1 libpciaccess0 libssh-4 libunistring5 \
+	libssl3t64

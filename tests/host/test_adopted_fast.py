@@ -17,7 +17,7 @@ import pytest
 from support import adopted_worlds
 from support.adopted_worlds import World
 from support.firmware import counting
-from support.libvirts import libvirts, places
+from support.libvirts import libvirts, named, places, versions
 from support.services import MEMCONSOLE
 from support.waiting import until
 
@@ -125,9 +125,9 @@ class Crossing(World):
         return made.guests[0]
 
 
-@pytest.fixture(scope="module")
-def world() -> Iterator[Crossing]:
-    with pytest.MonkeyPatch.context() as patch, libvirts(places()) as manager:
+@pytest.fixture(scope="module", params=versions(), ids=named)
+def world(request: pytest.FixtureRequest) -> Iterator[Crossing]:
+    with pytest.MonkeyPatch.context() as patch, libvirts(places(), request.param) as manager:
         patch.setattr(adopted_worlds, "OPERATED", IN_REHEARSALS + adopted_worlds.OPERATED)
         made = Crossing(manager)
         try:

@@ -15,6 +15,7 @@ import pytest
 from support.adopted_worlds import DOMAIN, UUIDS, World, adopted_world
 from support.faultpoints import fault_points
 from support.firmware import counting
+from support.libvirts import named, versions
 from support.waiting import until
 
 from memconsole import actions as do
@@ -22,9 +23,9 @@ from memconsole.errors import MemconsoleError
 from memconsole.model import GuestState, HandoffState
 
 
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with adopted_world() as made:
+@pytest.fixture(scope="module", params=versions(), ids=named)
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    with adopted_world(request.param) as made:
         yield made
 
 

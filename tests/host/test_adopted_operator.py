@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.adopted_worlds import UUIDS, World, adopted_world
+from support.libvirts import named, versions
 from support.waiting import until
 
 from memconsole import actions as do
@@ -20,9 +21,9 @@ soak = pytest.mark.skipif(not os.environ.get("MEMCONSOLE_SOAK"), reason="MEMCONS
 DISK = "<disk type='file' device='disk'><source file='{}'/><target dev='vdb' bus='virtio'/></disk>"
 
 
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with adopted_world() as made:
+@pytest.fixture(scope="module", params=versions(), ids=named)
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    with adopted_world(request.param) as made:
         yield made
 
 
@@ -37,9 +38,15 @@ def test_what_he_does_before_a_guest_stands_still_refuses_or_is_refused(world: W
     assert world.rehearsed("stream-gone.after", "version") == ""  # from here on its RAM are files with names
     before = {name: world.guest(name).pid for name in UUIDS}
     image = world.manager.directory / "image"
-    assert world.rehearsed("set-web.after", "save", "web", image, within=30.0) == ""
-    assert "switchover-ack" in world.said()
-    assert not image.exists()
+    said = world.rehearsed("set-web.after", "save", "web", image, within=30.0)
+    if world.manager.newer is None:
+        assert said == ""
+        assert "switchover-ack" in world.said()
+        assert not image.exists()
+    else:  # it could have QEMU save what it leaves out, so that nothing is
+        assert "guest web has ended meanwhile" in said
+        assert world.restored(image)
+        world.anew("web")
     world.goes_on(*UUIDS)
     before = {name: world.guest(name).pid for name in UUIDS}
     disk = world.manager.directory / "more.img"

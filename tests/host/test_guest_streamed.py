@@ -56,7 +56,9 @@ qmp = Qmp("web", Path(socket))
 def monitor(command, arguments, fd=None):
     return qmp.execute(command, arguments, within=300, fd=fd)
 
-taking = StateStream("web", int(pid), monitor, os.open(image, os.O_RDWR), (Elsewhere("pc.ram", int(size)),), guarded=True)
+taking = StateStream(
+    "web", int(pid), monitor, os.open(image, os.O_RDWR), (Elsewhere("pc.ram", int(size)),), guarded=True
+)
 look, *rest = taking.steps()
 look.do()
 print(msgspec.json.encode(taking.before).decode(), flush=True)

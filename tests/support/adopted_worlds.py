@@ -187,6 +187,10 @@ class World:
         """Whether the next image that an operator saves has all of its RAM, and is like any other."""
         image = self.manager.directory / "whole"
         self.manager.virsh("save", name, image)
+        return self.restored(image)
+
+    def restored(self, image: Path) -> bool:
+        """Restore an image that an operator saved; whether it had all of the RAM, and was like any other."""
         with image.open("rb", buffering=0) as file:
             found = saveimage.examine(file.fileno())
         self.manager.virsh("restore", image)
@@ -202,9 +206,9 @@ class World:
 
 
 @contextlib.contextmanager
-def adopted_world() -> Iterator[World]:
+def adopted_world(newer: Path | None = None) -> Iterator[World]:
     """Three domains that are adopted: ``web`` (memfd), ``files`` (a file, emptied at its end), ``gone`` (transient)."""
-    with libvirts(places()) as manager:
+    with libvirts(places(), newer) as manager:
         made = World(manager)
         try:
             made.setup()

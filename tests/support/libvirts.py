@@ -14,10 +14,15 @@ from pathlib import Path
 import psutil
 import pytest
 
+from support import lab
 from support.waiting import until
 
 ENTER = r"""
 set -e
+if [ -n "$NEWER" ]; then  # programs and libraries over this machine's; plugins and helpers are of one version
+    mount -t overlay overlay -o "lowerdir=$NEWER/usr:/usr" /usr
+    for own in lib/libvirt lib/x86_64-linux-gnu/libvirt; do mount --bind "$NEWER/usr/$own" "/usr/$own"; done
+fi
 mount -t tmpfs none /run/libvirt
 for kind in lib log cache; do mount --bind "$1/$kind" /var/$kind/libvirt; done
 mount --bind "$1/etc" /etc/libvirt
@@ -73,11 +78,23 @@ def places() -> list[str]:
     return [path for path in over if Path(path).parent.is_dir()]
 
 
+def versions() -> list[Path | None]:
+    """This machine's libvirt, and a newer one that tools/install_debian.sh has unpacked, for :func:`libvirts`."""
+    unpacked = lab.cache() / "libvirt-newest"
+    return [None, *([unpacked] if (unpacked / "version").exists() else [])]
+
+
+def named(newer: Path | None) -> str:
+    """What a test with one of them is called."""
+    return "installed" if newer is None else "newest"
+
+
 class Libvirt:
     """What runs in the namespace: libvirtd, its QEMUs, and the commands of a test."""
 
-    def __init__(self, directory: Path, namespace: int) -> None:
+    def __init__(self, directory: Path, namespace: int, newer: Path | None = None) -> None:
         self.directory = directory
+        self.newer = newer
         self._inside = ("nsenter", "-t", str(namespace), "-m", "--")
         self.daemon: subprocess.Popen[bytes] | None = None
         self._reapers: list[subprocess.Popen[bytes]] = []
@@ -148,8 +165,10 @@ def _environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def libvirts(over: Sequence[str] = ()) -> Iterator[Libvirt]:
+def libvirts(over: Sequence[str] = (), newer: Path | None = None) -> Iterator[Libvirt]:
     """A libvirtd without domains, networks or storage; ``over``: directories of the host that it has empty ones for.
+
+    ``newer``: a libvirt that lies over this machine's.
 
     It skips where there is no libvirtd, or no right to a mount namespace.
     """
@@ -170,11 +189,12 @@ def libvirts(over: Sequence[str] = ()) -> Iterator[Libvirt]:
                 path.mkdir()
                 stack.callback(_unless_used, path)
         command = ["unshare", "-m", "--propagation", "private", "sh", "-c", ENTER, "sh", str(directory), *over]
-        namespace = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE))
+        env = os.environ | {"NEWER": str(newer or "")}
+        namespace = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, env=env))
         stack.callback(namespace.kill)
         assert namespace.stdout is not None
         assert namespace.stdout.readline() == b"ready\n"
-        made = Libvirt(directory, namespace.pid)
+        made = Libvirt(directory, namespace.pid, newer)
         stack.callback(made.close)
         made.begin()
         yield made

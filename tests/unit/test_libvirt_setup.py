@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -328,3 +329,17 @@ def test_a_plan_is_read_as_it_was_written_and_goes_as_a_whole(tmp_path: Path) ->
 def test_what_the_hook_could_misread_is_not_written(tmp_path: Path, uuid: str, name: str, path: str) -> None:
     with pytest.raises(BadFile):
         plans.write(uuid, {name: Path(path)}, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("names", "knows_no_acks"),
+    [((), False), (("9006.0",), True), (("9007.0",), False), (("9000.0", "11003.0"), False), (("11003.0",), False)],
+)
+def test_a_libvirt_that_is_not_surely_too_old_may_know_what_qemu_can(
+    tmp_path: Path, names: Sequence[str], knows_no_acks: bool
+) -> None:
+    place = tmp_path / "usr/lib/x86_64-linux-gnu"
+    place.mkdir(parents=True)
+    for name in names:
+        (place / f"libvirt.so.0.{name}").touch()
+    assert libvirt_host.knows_no_acks(tmp_path) is knows_no_acks

@@ -190,8 +190,9 @@ class StateStream:
     """The state of one guest on its way into a file, which it is written to from where the file stands.
 
     ``elsewhere`` is the RAM that the stream need not bring, ``lock`` whether no QEMU is to take it before it was
-    unlocked; ``guarded``: no other client of the QEMU can switch off what keeps a stream without RAM its own. QEMU has ``within`` seconds to end (it is not held against it when the host gives it no processor);
-    a guest that dirties its RAM faster than QEMU reads it is stopped after ``converge`` of them.
+    unlocked; ``guarded``: no other client of the QEMU can switch off what keeps a stream without RAM its own. QEMU has
+    ``within`` seconds to end (it is not held against it when the host gives it no processor); a guest that dirties its
+    RAM faster than QEMU reads it is stopped after ``converge`` of them.
     """
 
     def __init__(

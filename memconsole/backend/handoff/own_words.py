@@ -43,7 +43,8 @@ _PASSED = ("vfio-", "vhost-", "usb-host", "scsi-block", "scsi-generic", "tpm-", 
 _NOTED = frozenset(
     {
         "agentTimeout", "allowReboot", "blockjobs", "channelTargetDir", "chardevStdioLogd", "cpu", "devices", "domain",
-        "fdset", "job", "libDir", "memoryBackingDir", "monitor", "namespaces", "nodename", "qemuCaps", "rememberOwner", "taint", "vcpus",
+        "fdset", "job", "libDir",
+        "memoryBackingDir", "monitor", "namespaces", "nodename", "qemuCaps", "rememberOwner", "taint", "vcpus",
     }
 )  # fmt: skip
 """What libvirt notes down of a domain that runs, and that is no less true of one that was started again."""

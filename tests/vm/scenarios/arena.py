@@ -114,14 +114,13 @@ def taken_back(client: Client) -> Outcome:
 
 
 def cached(client: Client) -> None:
-    """A memcached on a region of the arena, with items."""
+    """A memcached on a region of the arena that is a file of its user, with items; it needs no grant."""
     HOME.mkdir()
-    (HOME / "mc").symlink_to("/run/memory/guests/mc/ram/mc")
-    client.apply(do.Reserve("mc", LEAST_MIB * M, "dax"))
+    (HOME / "mc").symlink_to("/run/memory/files/mc/cache")
+    client.apply(do.Reserve("mc", LEAST_MIB * M, "dax", path="mc/cache", owner="root"))
     command = f"memcached -u root -s {SOCKET} -m {LEAST_MIB} -t 1 -e {HOME}/mc"
     ready = f"test -S {SOCKET}"
     client.apply(do.GuestService("mc", exec=command, save_signal="USR1", ready=ready, within=host.PATIENCE))
-    client.apply(do.Map("mc", "mc"))
     client.apply(do.GuestResume("mc"))
     until(MC.answers, "memcached answers", host.PATIENCE)
     MC.fill(ITEMS)
@@ -177,11 +176,11 @@ def landed() -> Client:
 
 def leave(client: Client) -> None:
     """A kexec that memconsole has no part in; what is not asked to save is not saved."""
-    grant = next(each for each in host.shown(client).grants if each.guest == "mc")
+    grant = next(each for each in host.shown(client).grants if each.region == "mc")
     outcome = client.apply(do.Revoke(grant.id, at_most=Rung.KILL))
     proved = outcome.revoke is not None and outcome.revoke.outcome is RevokeOutcome.PROVED
     lab.say("taken", proved, text=outcome.text)
-    for guest in ("can", "mc"):
+    for guest in ("can", "mc", "user-root"):
         client.apply(do.GuestStop(guest))
     digests = {name: contents(client, name) for name in ("still", "can", "mc")}
     NOTE.write_text(json.dumps({"digests": digests, "frames": places(client)}))
@@ -210,7 +209,10 @@ def wordless() -> None:
 def last() -> None:
     client = host.serve()
     before = json.loads(NOTE.read_text())
-    found = {region.name: str(region.store) for region in host.shown(client).regions}
+    regions = host.shown(client).regions
+    paths = [region.file.path for region in regions if region.file is not None]
+    lab.say("users-file", paths == ["mc/cache"], paths=paths)
+    found = {region.name: str(region.store) for region in regions}
     lab.say("found", found == dict.fromkeys(before["digests"], "dax"), found=found, findings=host.findings(client))
     now = {"digests": {name: contents(client, name) for name in before["digests"]}, "frames": places(client)}
     lab.say("same", now == before, now=now, before=before)

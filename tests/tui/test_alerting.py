@@ -11,7 +11,7 @@ from support.synthetic import NOW_NS, SyntheticSource, snapshot
 
 from memconsole.model import Finding, Severity, Snapshot
 from memconsole.views.alerting import AGAIN_NS, Alerts
-from memconsole.views.widgets.bars import Tabs, shortened
+from memconsole.views.widgets.bars import Tabs, fitting, shortened
 
 ERROR = Finding("guest-corrupt", Severity.ERROR, "web0", "guest web0 found 3 wrong bytes in its memory")
 WARNING = Finding("guest-silent", Severity.WARNING, "db1", "guest db1 does not answer")
@@ -77,6 +77,24 @@ def test_titles_are_cut_the_longest_first() -> None:
     assert shortened(["Overview", "PFN", "Guests"], 100) == ["Overview", "PFN", "Guests"]
     assert shortened(["Overview", "PFN", "Guests"], 15) == ["Overv…", "PFN", "Guests"]
     assert shortened(["Overview", "PFN", "Guests"], 1) == ["Ov…", "PFN", "Gu…"]
+
+
+def test_counts_go_from_the_left_where_titles_need_their_room() -> None:
+    assert fitting([":4", ":24", "", ":5"], 7) == [":4", ":24", "", ":5"]
+    assert fitting([":4", ":24", "", ":5"], 6) == ["", ":24", "", ":5"]
+    assert fitting([":4", ":24", "", ":5"], 4) == ["", "", "", ":5"]
+
+
+async def test_every_tab_is_there_on_a_narrow_terminal_however_much_there_is_to_count() -> None:
+    names = [(str(number), f"Title{number}", 1_000 * number) for number in range(10)]
+    app = console()
+    async with running(app, (60, 20)):
+        tabs = app.query_one(Tabs)
+        tabs.show([*names, ("M", "Host", None)], 0)
+        line = "".join(segment.text for segment in tabs.render_line(0))
+        assert line.rstrip().endswith("9Ti…:9k MHo…")
+        assert [key for _, _, key in tabs.keys_at][-1] == "M"
+        assert tabs.keys_at[-1][1] <= 60
 
 
 @pytest.mark.parametrize(("size", "said"), [(WIDE, "Regions 10"), ((100, 30), "Regions:10"), (SMALL, "Reg…:10")])

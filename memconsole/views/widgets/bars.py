@@ -139,7 +139,8 @@ class Tabs(Bar):
 
         A click on one is as good as its key.
 
-        Where they do not fit, counts are rounded down to thousands and the longest titles are cut.
+        Where they do not fit, counts are rounded down to thousands and the longest titles are cut; where that is not
+        enough either, counts go, those at the left first.
         """
         said = (tuple(names), current, self.size.width)
         if said not in self._shown:
@@ -156,7 +157,9 @@ class Tabs(Bar):
             > self.size.width
         ):
             lead, counts, behind = " {}", [f":{format_count(count)}" if count else "" for _, _, count in names], ""
-            titles = shortened(titles, self.size.width - sum(len(lead) - 1 + len(count) for count in counts))
+            room = self.size.width - len(titles) * (len(lead) - 1)
+            counts = fitting(counts, room - sum(min(len(title), LEAST_TITLE) for title in titles))
+            titles = shortened(titles, room - sum(map(len, counts)))
         parts: list[Part] = []
         keys_at: list[KeyAt] = []
         for index, (title, count) in enumerate(zip(titles, counts, strict=True)):
@@ -180,6 +183,16 @@ def shortened(titles: Sequence[str], room: int) -> list[str]:
     while longest > LEAST_TITLE and sum(min(len(title), longest) for title in titles) > room:
         longest -= 1
     return [title if len(title) <= longest else title[: longest - 1] + "…" for title in titles]
+
+
+def fitting(counts: Sequence[str], room: int) -> list[str]:
+    """The counts in so many cells together: where they are longer, those at the left are empty."""
+    left = list(counts)
+    for index in range(len(left)):
+        if sum(map(len, left)) <= room:
+            break
+        left[index] = ""
+    return left
 
 
 def rank(id: str) -> int:

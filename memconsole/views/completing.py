@@ -70,7 +70,9 @@ def _next(app: Console, done: list[str], last: str) -> tuple[Iterable[Completion
     forms = [form for form in app.forms if form.words[: len(done)] == tuple(done) and len(form.words) > len(done)]
     if forms:
         words = {form.words[len(done)]: form.help for form in forms}
-        return [Completion(word, help) for word, help in words.items()], " ".join(done) + ": one of these"
+        found = [Completion(word, help) for word, help in words.items()]
+        own, argument = _own(app, done, last)
+        return [*own, *found], argument or " ".join(done) + ": one of these"
     form = next((each for each in app.forms if each.words == tuple(done[: len(each.words)])), None)
     if form is not None and (done[0] not in WORDS or form.words != (done[0],)):
         return _arguments(app, form, done[len(form.words) :], last)
@@ -95,17 +97,21 @@ def _own(app: Console, done: list[str], last: str) -> tuple[Iterable[Completion]
         return [Completion(name, "") for name in app.themes], argument
     if word == "go" and len(done) == 1:
         return [Completion(name, "bookmark") for name in app.bookmark_names], argument
-    if word == "macro" and len(done) == 1:
-        return [Completion(macro.name, macro.title) for macro in app.macros], argument
     if word == "macro":
-        macro = next((each for each in app.macros if each.name == done[1]), None)
-        params = macro.params if macro is not None else {}
-        given = {each.partition("=")[0] for each in done[2:]}
-        return [Completion(f"{name}=", each.help) for name, each in params.items() if name not in given], argument
+        return _of_macros(app, done[2:] if done[1:2] == ["run"] else done[1:]), argument
     if word == "export":
         redact = Completion("--redact", "pseudonyms for names")
         return [*(() if "--redact" in done else (redact,)), *_files(last)], argument
     return (), argument
+
+
+def _of_macros(app: Console, words: list[str]) -> list[Completion]:
+    """Macros by name, behind a name its parameters that are not given yet."""
+    if not words:
+        return [Completion(macro.name, macro.title) for macro in app.macros]
+    params = next((each.params for each in app.macros if each.name == words[0]), {})
+    given = {each.partition("=")[0] for each in words[1:]}
+    return [Completion(f"{name}=", each.help) for name, each in params.items() if name not in given]
 
 
 def _arguments(app: Console, form: CommandForm, given: list[str], last: str) -> tuple[Iterable[Completion], str]:

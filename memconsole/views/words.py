@@ -36,14 +36,14 @@ def _macro(app: Console, words: list[str]) -> None:
         if not equals:
             raise UsageError(f"{word!r} sets nothing", "it has no =", "write KEY=VALUE")
         given[name] = value
-    app.action_macro(words[0], given)
+    app.action_macro(words[0], given or None)
 
 
 WORDS: Mapping[str, Word] = {
     "export": Word(
         "FILE [--redact]", "write the rows that are shown, as the file's name ends: .csv .json .svg .txt", _export
     ),
-    "macro": Word("NAME [KEY=VALUE ...]", "run a macro", _macro),
+    "macro": Word("NAME [KEY=VALUE ...]", "run a macro; without values it asks for them", _macro),
     "theme": Word("NAME", "use other colours", lambda app, rest: app.use_theme(" ".join(rest))),
     "at": Word(
         "TIME",

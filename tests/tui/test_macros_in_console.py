@@ -4,18 +4,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from support.console import console, running, shown, toasts, type_text, until
+from support.console import console, focused, running, shown, toasts, type_text, until
 from support.synthetic import SyntheticSource
 from textual.pilot import Pilot
 from textual.widgets import Input
 
 from memconsole import macros
 from memconsole.actions import GuestPause, Release, Reserve
+from memconsole.cli.inside import Inside
 from memconsole.errors import Refused
 from memconsole.macro_run import Ran
 from memconsole.views.app import ConsoleApp
 from memconsole.views.screens.dialogs import AskName
 from memconsole.views.screens.running import MacroEnd, MacroForm, MacroPlan, MacroStepAsked
+from memconsole.views.widgets.prompt import Prompt
 
 WEB = macros.loads(
     """
@@ -102,6 +104,21 @@ async def test_a_macro_asks_for_its_parameters_shows_its_plan_and_runs() -> None
         assert app.trail[-1].subject == "region:tier"
         assert app.busy == []
     assert source.applied == [Reserve("tier", 64 << 20)]
+
+
+async def test_the_line_offers_macros_and_their_parameters_and_asks_for_values_that_it_was_not_given() -> None:
+    app = console(SyntheticSource(), known_macros=(WEB, CLEAR), command_line=Inside())
+    async with running(app) as pilot:
+        await pilot.press("colon")
+        await type_text(pilot, "macro ")
+        await until(pilot, lambda: "Web tier" in shown(app))
+        assert "list the macros that are installed" in shown(app)
+        await pilot.press("tab")
+        assert focused(app, Prompt).value == "macro web"
+        await type_text(pilot, " ")
+        await until(pilot, lambda: "name=" in shown(app) and "size=" in shown(app))
+        await pilot.press("enter")
+        await until(pilot, lambda: isinstance(app.screen, MacroForm))
 
 
 async def test_a_macro_that_destroys_wants_its_name() -> None:

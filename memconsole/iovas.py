@@ -169,10 +169,11 @@ def survey(snapshot: Snapshot, tables: TableSource, group: str) -> IovaMap:
         raise NotFound(f"there is no IOMMU domain {group}", "no group has this number", "memconsole domains lists them")
     grants = _wanted(snapshot, domain)
     unseen: list[Unread] = []
-    table = tables.extents(f"domain:{group}")
-    wanted = _granted_frames(tables, grants, unseen)
-    verdicts = _judged(domain, table, wanted)
-    found = IovaMap(domain, table, wanted, verdicts, grants)
+    with contextlib.ExitStack() as made:
+        table = made.enter_context(contextlib.closing(tables.extents(f"domain:{group}")))
+        wanted = made.enter_context(contextlib.closing(_granted_frames(tables, grants, unseen)))
+        found = IovaMap(domain, table, wanted, _judged(domain, table, wanted), grants)
+        made.pop_all()
     found.unseen = tuple(unseen)
     return found
 

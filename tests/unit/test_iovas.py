@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from support.synthetic import PAGE, SyntheticSource, snapshot
 
 from memconsole import iovas
-from memconsole.errors import NotFound
+from memconsole.errors import BadFile, NotFound
 from memconsole.extents import Extent, ExtentTable, Flag
 from memconsole.iovas import Verdict
 from memconsole.model import Device, Domain, Reserved, Snapshot
@@ -94,6 +94,30 @@ def test_a_region_that_cannot_be_seen_is_named_and_nothing_of_it_is_as_granted(h
     assert [gap.why for gap in found.unseen] == ["PFNs are hidden"]
     assert found.totals()[Verdict.AS_GRANTED] == 0
     assert found.totals()[Verdict.UNACCOUNTED] == 64
+
+
+def test_tables_are_given_back_where_one_of_them_cannot_be_made(
+    host: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[ExtentTable] = []
+
+    class Kept(SyntheticSource):
+        def extents(self, key: str, at_ns: int | None = None) -> ExtentTable:
+            opened.append(super().extents(key))
+            return opened[-1]
+
+    def refuse(*_: object) -> ExtentTable:
+        raise BadFile("no verdicts", "the table is cut", "look again")
+
+    source = Kept(host)
+    source.show_rows("domain:7", AS_GRANTED)
+    monkeypatch.setattr(iovas, "_judged", refuse)
+    with pytest.raises(BadFile):
+        iovas.survey(host, source, "7")
+    assert len(opened) == 2
+    for table in opened:
+        with pytest.raises(ValueError, match="closed"):
+            len(table)
 
 
 def test_a_group_is_named_by_its_number_or_a_device(host: Snapshot) -> None:

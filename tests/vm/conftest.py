@@ -15,7 +15,7 @@ SECONDS = {
     "adopted": 350,
     "arena": 125,
     "arena-cut": 1,
-    "arena-devdax": 90,
+    "arena-devdax": 155,
     "audit": 125,
     "dma": 65,
     "dma-amd": 50,

@@ -71,6 +71,22 @@ def test_a_region_is_one_aligned_run_of_zeroes_that_says_what_it_is(store: DaxSt
     os.close(fd)
 
 
+@pytest.mark.parametrize(
+    "size", [64 * M, 256 * M, 488 * M, 512 * M, 1 << 30, 2 << 30], ids=lambda size: f"{size // M}M"
+)
+def test_a_large_region_is_one_run_too(tmp_path: Path, size: int) -> None:
+    """Of which ext4 keeps a list in a cluster, that is not to lie in the middle of it."""
+    with images(tmp_path, "large", size=6 << 30) as place:
+        for turn in ("first", "second"):
+            fd = os.open(place / turn, os.O_RDWR | os.O_CREAT, 0o600)
+            ext4.allocate(fd, size)
+            (run,) = ext4.runs(fd, size)
+            assert (run.logical, run.length, run.physical % (2 * M)) == (0, size, 0)
+            assert os.fstat(fd).st_size == size
+            assert os.fstat(fd).st_blocks * 512 - size in {0, 2 * M}
+            os.close(fd)
+
+
 def test_an_arena_that_was_not_unmounted_says_that_its_journal_replays(store: DaxStore, arena: Arena) -> None:
     os.close(reserved(store))
     with Path(arena.source).open("rb") as device:

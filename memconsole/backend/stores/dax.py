@@ -103,9 +103,9 @@ class DaxStore(Carrying):
         usable = self.arenas()
         if not usable:
             found.append(self._no_arena())
-        elif not found and (most := max(each.free for each in usable)) < size:
+        elif not found and (most := max(ext4.largest(each.free) for each in usable)) < size:
             why = ", ".join(f"arena {each.name} has {format_size(each.free)} free" for each in usable)
-            remedy = f"make it {format_size(most // ext4.CLUSTER * ext4.CLUSTER)}, or make an arena of a larger range"
+            remedy = f"make it {format_size(most)}, or make an arena of a larger range"
             found.append(Refusal("NoMemory", f"cannot reserve {format_size(size)}", why, remedy))
         return tuple(found)
 

@@ -11,6 +11,7 @@ Sources: fs/ext4/ext4.h, include/uapi/linux/{fiemap,fs}.h.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -33,6 +34,11 @@ _MOST = 4096
 _LAST, _UNKNOWN, _DELALLOC, _INLINE = 0x1, 0x2, 0x4, 0x200
 _GETFLAGS, _SETFLAGS, _IMMUTABLE = 0x80086601, 0x40086602, 0x10
 _LONG = struct.Struct("l")
+_KEEP_SIZE, _INLINE_EXTENTS = 1, 4
+SHALLOW = 256 << 20
+"""Bytes of the largest file that surely needs no list of extents; a larger one takes :data:`LIST` besides."""
+LIST = (_INLINE_EXTENTS + 2) * CLUSTER
+"""What a large file needs besides, while it is made; all but one cluster is free again afterwards."""
 TOOL_S = 600.0
 """Seconds a tool has: mkfs of a range of terabytes takes its time."""
 
@@ -114,10 +120,32 @@ def _extents(fd: int, start: int, length: int) -> list[tuple[int, int, int, int]
 def allocate(fd: int, size: int) -> None:
     """Give a file its clusters, where it lacks some; what is new reads as zeros.
 
+    An inode has room for four extents, of 122 MiB each; the fifth has ext4 take a cluster for a list of them, and the
+    next one behind the file's last is what it takes. So a large file is given its list before anything else.
+
     Raises:
         OSError: there is no room.
     """
+    listed = size > SHALLOW and not os.fstat(fd).st_blocks
+    if listed:
+        for number in range(_INLINE_EXTENTS + 1):
+            _preallocate(fd, size + (2 * number + 1) * CLUSTER, CLUSTER)
     os.posix_fallocate(fd, 0, size)
+    if listed:
+        os.ftruncate(fd, size)  # what lies behind its end is free again, the list stays
+
+
+def largest(free: int) -> int:
+    """The largest file that fits into so many free bytes, if they are in one run."""
+    room = free - LIST if free - LIST > SHALLOW else min(free, SHALLOW)
+    return room // CLUSTER * CLUSTER
+
+
+def _preallocate(fd: int, offset: int, length: int) -> None:
+    """Give a file clusters behind its end, which stays where it is."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.fallocate(fd, _KEEP_SIZE, ctypes.c_longlong(offset), ctypes.c_longlong(length)):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def fill(fd: int, size: int) -> None:

@@ -12,7 +12,7 @@ import pytest
 from support import lab
 
 SECONDS = {
-    "adopted": 350,
+    "adopted": 1,
     "arena": 125,
     "arena-cut": 1,
     "arena-devdax": 155,

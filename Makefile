@@ -55,7 +55,7 @@ coverage: $(VENV)/installed-test
 
 # What does not fit into an ordinary run: every fault point, twenty kexecs in a row, a minute of storm.
 soak: $(VENV)/installed-test
-	MEMCONSOLE_SOAK=1 $(BIN)/python -m pytest -q tests/host/test_handoff_rehearse.py tests/host/test_revoke_storm.py
+	MEMCONSOLE_SOAK=1 $(BIN)/python -m pytest -q tests/host/test_handoff_rehearse.py tests/host/test_revoke_storm.py tests/host/test_adopted_fast.py
 	MEMCONSOLE_SOAK=1 $(BIN)/python -m pytest -q tests/fleet/test_lab_hosts.py tests/fleet/test_hundred_handoffs.py
 	MEMCONSOLE_SOAK=1 $(BIN)/python tools/run_tests.py vm
 

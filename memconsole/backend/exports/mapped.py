@@ -26,7 +26,12 @@ class FuseAlias(NamedTuple):
 def path_of(grant: Grant, state: State) -> str:
     """What the file of a grant is called on the mount, below its top."""
     file = file_of(grant, state)
-    return f"guests/{grant.guest}/ram/{grant.region}" if file is None else f"files/{file.path}"
+    return f"guests/{grant.guest}/ram/{grant.region}" if file is None else path_of_file(file)
+
+
+def path_of_file(file: RegionFile) -> str:
+    """What a user's file is called there."""
+    return f"files/{file.path}"
 
 
 def file_of(grant: Grant, state: State) -> RegionFile | None:
@@ -35,6 +40,13 @@ def file_of(grant: Grant, state: State) -> RegionFile | None:
     file = region.file if region is not None else None
     service = guest.service if guest is not None and guest.is_user else None
     return file if file is not None and service is not None and service.user == file.user else None
+
+
+def user_files(state: State) -> dict[str, RegionFile]:
+    """The users' files that there are, by region: of those that were reserved as one, which few are, the granted."""
+    owned = {region.name for region in state.regions.values() if region.file is not None}
+    found = {each.region: file_of(each, state) for each in state.grants.values() if each.region in owned}
+    return {name: file for name, file in found.items() if file is not None}
 
 
 def is_whole(grant: Grant, region: Region) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memconsole.backend.exports.mapped import file_of
+from memconsole.backend.exports.mapped import path_of_file, user_files
 from memconsole.errors import MemconsoleError
 from memconsole.model import Finding, Region, Severity
 
@@ -22,8 +22,7 @@ def directory(tree: FuseTree, path: str) -> Callable[[int, int], object]:
 
 def above(state: State) -> list[str]:
     """The directories that users' files lie in, each before those in it."""
-    found = [file_of(grant, state) for grant in state.grants.values()]
-    paths = [Path("files") / file.path for file in found if file is not None]
+    paths = [Path(path_of_file(file)) for file in user_files(state).values()]
     return sorted({"files", *(str(each) for path in paths for each in path.parents if each != Path())})
 
 

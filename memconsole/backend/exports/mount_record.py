@@ -21,7 +21,7 @@ UNREAD = "mount-unread"
 
 
 class ShownFile(Value, frozen=True):
-    """A file of the mount that showed a memfd, both by device and inode; ``closed``: nobody had it open at its end."""
+    """A file of the mount that showed a memfd, both by device and inode; ``closed``: it was open nowhere at its end."""
 
     path: str
     region: str

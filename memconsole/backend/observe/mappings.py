@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from memconsole.backend.exports.mapped import BlockedMapping, FuseAlias, file_of, path_of
+from memconsole.backend.exports.mapped import BlockedMapping, FuseAlias, path_of_file, user_files
 from memconsole.backend.kernel.census import Census
 from memconsole.backend.kernel.procmaps import Vma
 from memconsole.backend.ledger.state import State
@@ -99,7 +99,7 @@ def stray_mappings(
     granted: dict[tuple[str, str], list[Grant]] = defaultdict(list)
     for grant in (*state.grants.values(), *(grant for change in aims for grant in change.grants)):
         granted[grant.guest, grant.region].append(grant)
-    files = {(each.region, path_of(each, state)) for each in state.grants.values() if file_of(each, state) is not None}
+    files = {(region, path_of_file(file)) for region, file in user_files(state).items()}
     return [
         over
         for over in overs

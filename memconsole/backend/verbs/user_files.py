@@ -1,4 +1,4 @@
-"""``reserve --path``: a region that is a file of a user of this host, whoever starts the programs that map it.
+"""``reserve --path``: a region that is a file of a user of this host, for any program that this user starts.
 
 The user is a guest without a program of its own (``Guest.is_user``), made with its first file; each file is a grant of
 a whole region to it. So a file is taken back like any grant, by ``revoke``, and given again by ``map``.

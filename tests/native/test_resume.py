@@ -10,11 +10,9 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import keepers, resume_stage
 from support.guests import given, hubs, own_frames, region, sweep
 from support.resume_stage import LINES, M, Monitor, Stage, of, vmms
 from support.waiting import until
@@ -28,22 +26,6 @@ from memconsole.extents import ExtentTable
 PHASES = ["begun", "planned", "retrieved", "verified", "started", "resumed"]
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return resume_stage.built(tmp_path_factory.mktemp("resume"))
-
-
-@pytest.fixture(scope="module")
-def keeper_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return keepers.build_sanitized(tmp_path_factory.mktemp("keeper"))
-
-
-@pytest.fixture
-def stage(program: Path, keeper_program: Path, tmp_path: Path) -> Iterator[Stage]:
-    with keepers.running(keeper_program) as keeper, Stage(program, keeper, tmp_path) as made:
-        yield made
-
-
 def ids(resume: Resume) -> list[tuple[str, str]]:
     return [(finding.id, finding.subject) for finding in resume.findings]
 
@@ -54,8 +36,8 @@ def test_without_a_manifest_there_is_nothing_to_adopt(stage: Stage) -> None:
     assert stage.custody.names() == []
 
 
-def test_without_a_keeper_a_rehearsal_fails(program: Path, tmp_path: Path) -> None:
-    command = [str(program), "--rehearse", "--runtime", str(tmp_path)]
+def test_without_a_keeper_a_rehearsal_fails(resume_program: Path, tmp_path: Path) -> None:
+    command = [str(resume_program), "--rehearse", "--runtime", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "for the plan: No such file or directory" in done.stderr
@@ -64,8 +46,8 @@ def test_without_a_keeper_a_rehearsal_fails(program: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "arguments", [["--bird"], ["--runtime"], ["--runtime", "here"], ["--runtime", "/" + "x" * 200]]
 )
-def test_bad_arguments_are_a_usage_error(program: Path, arguments: list[str]) -> None:
-    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+def test_bad_arguments_are_a_usage_error(resume_program: Path, arguments: list[str]) -> None:
+    done = subprocess.run([resume_program, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("usage: ")
 

@@ -5,34 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
-from support import keepers, resume_stage
 from support.resume_stage import LINES, Monitor, Stage, of, vmms
 from support.waiting import until
 
 from memconsole.backend.handoff import bootplan
 from memconsole.backend.handoff.bootplan import BootPlan, GuestFile, MonitorLines
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return resume_stage.built(tmp_path_factory.mktemp("resume"))
-
-
-@pytest.fixture(scope="module")
-def keeper_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return keepers.build_sanitized(tmp_path_factory.mktemp("keeper"))
-
-
-@pytest.fixture
-def stage(program: Path, keeper_program: Path, tmp_path: Path) -> Iterator[Stage]:
-    with keepers.running(keeper_program) as keeper, Stage(program, keeper, tmp_path) as made:
-        yield made
-
 
 GO_ON = (LINES[0], ('{"execute": "cont"}', "return"), LINES[1])
 GOES_ON: list[str | None] = ['{"return": {}}', '{"return": {}}', '{"return": {"status": "running"}}']

@@ -45,8 +45,8 @@ def file_of(grant: Grant, state: State) -> RegionFile | None:
 def user_files(state: State) -> dict[str, RegionFile]:
     """The users' files that there are, by region: of those that were reserved as one, which few are, the granted."""
     owned = {region.name for region in state.regions.values() if region.file is not None}
-    found = {each.region: file_of(each, state) for each in state.grants.values() if each.region in owned}
-    return {name: file for name, file in found.items() if file is not None}
+    found = ((each.region, file_of(each, state)) for each in state.grants.values() if each.region in owned)
+    return {name: file for name, file in found if file is not None}
 
 
 def is_whole(grant: Grant, region: Region) -> bool:
